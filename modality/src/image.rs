@@ -1,0 +1,259 @@
+use std::io::Cursor;
+use std::panic::catch_unwind;
+
+use image::imageops::{self, FilterType};
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader};
+use serde::{Deserialize, Serialize};
+
+pub use image::RgbImage;
+
+use crate::error::{ModalityError, Unit};
+use crate::modality::{Cost, CostUnit, Modality};
+use crate::tensor::Tensor;
+
+/// Image preparation that is part of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct ImageConfig {
+    /// Height and width of the model's input, in pixels.
+    pub size: u32,
+    /// Subtracted from each channel (red, green, blue) once it is scaled to `0..=1`.
+    pub mean: [f32; 3],
+    /// Divides each channel after that; positive.
+    pub std: [f32; 3],
+    /// How an image of another size becomes `size` x `size`.
+    pub resize: Resize,
+}
+
+/// How an image is brought to the model's size. One that has it already is left as it is, to the bit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Resize {
+    /// Height and width are scaled independently, so that the whole image stays visible; bilinear.
+    #[default]
+    Exact,
+}
+
+/// What is accepted from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageLimits {
+    /// Bytes of the encoded image.
+    pub max_bytes: u64,
+    /// Width times height, read from the header before anything is decoded.
+    pub max_pixels: u64,
+    /// Memory for decoded pixels: what the header says the decoder fills, and what the decoder may take on its way.
+    pub max_decoded_bytes: u64,
+}
+
+impl Default for ImageLimits {
+    /// 16 MiB encoded, 32 megapixels, 256 MiB decoded: any camera picture passes.
+    fn default() -> Self {
+        Self { max_bytes: 16 << 20, max_pixels: 32_000_000, max_decoded_bytes: 256 << 20 }
+    }
+}
+
+/// Decodes a PNG, JPEG or WebP, told apart by content alone, to 8-bit RGB; the first frame of an animation. Turns it
+/// upright as its EXIF orientation says, and drops transparency without blending.
+///
+/// # Errors
+/// A limit that the bytes or the header exceed (nothing is decoded then), another format, or broken content.
+pub fn decode_image(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ModalityError> {
+    let format = sniff(bytes, limits)?;
+    guarded(format, || {
+        let mut decoder = open(bytes, format, limits)?;
+        let orientation = decoder.orientation().map_err(|error| broken(format, &error))?;
+        let mut image = DynamicImage::from_decoder(decoder).map_err(|error| broken(format, &error))?;
+        image.apply_orientation(orientation);
+        Ok(image.into_rgb8())
+    })
+}
+
+/// Mirrors left and right in place: an augmentation of training.
+pub fn flip_horizontal(image: &mut RgbImage) {
+    imageops::flip_horizontal_in_place(image);
+}
+
+/// Width and height that the header announces.
+fn dimensions(bytes: &[u8], limits: &ImageLimits) -> Result<(u32, u32), ModalityError> {
+    let format = sniff(bytes, limits)?;
+    guarded(format, || Ok(open(bytes, format, limits)?.dimensions()))
+}
+
+fn sniff(bytes: &[u8], limits: &ImageLimits) -> Result<Format, ModalityError> {
+    if bytes.len() as u64 > limits.max_bytes {
+        return Err(too_large(Unit::Bytes, bytes.len() as u64, limits.max_bytes));
+    }
+    match image::guess_format(bytes) {
+        Ok(ImageFormat::Png) => Ok(Format::Png),
+        Ok(ImageFormat::Jpeg) => Ok(Format::Jpeg),
+        Ok(ImageFormat::WebP) => Ok(Format::WebP),
+        Ok(other) => Err(ModalityError::UnsupportedFormat { found: format!("the signature of {}", other.to_mime_type()) }),
+        Err(_) => Err(ModalityError::UnsupportedFormat { found: format!("{:02x?}", &bytes[..bytes.len().min(8)]) }),
+    }
+}
+
+/// Reads the header and holds it against the limits.
+fn open<'a>(
+    bytes: &'a [u8],
+    format: Format,
+    limits: &ImageLimits,
+) -> Result<impl ImageDecoder + use<'a>, ModalityError> {
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format.codec());
+    let mut decoder_limits = image::Limits::no_limits();
+    decoder_limits.max_alloc = Some(limits.max_decoded_bytes);
+    reader.limits(decoder_limits);
+    let decoder = reader.into_decoder().map_err(|error| broken(format, &error))?;
+    let (width, height) = decoder.dimensions();
+    let pixels = u64::from(width) * u64::from(height);
+    if pixels > limits.max_pixels {
+        return Err(too_large(Unit::Pixels, pixels, limits.max_pixels));
+    }
+    if decoder.total_bytes() > limits.max_decoded_bytes {
+        return Err(too_large(Unit::DecodedBytes, decoder.total_bytes(), limits.max_decoded_bytes));
+    }
+    Ok(decoder)
+}
+
+/// Decoders are other people's code run on strangers' bytes: a panic in one is that image's error, nobody else's.
+fn guarded<T>(
+    format: Format,
+    decode: impl FnOnce() -> Result<T, ModalityError> + std::panic::UnwindSafe,
+) -> Result<T, ModalityError> {
+    catch_unwind(decode).unwrap_or_else(|_| {
+        Err(ModalityError::BrokenImage { format: format.name(), reason: "the decoder gave up on it".to_owned() })
+    })
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Png,
+    Jpeg,
+    WebP,
+}
+
+impl Format {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Png => "PNG",
+            Self::Jpeg => "JPEG",
+            Self::WebP => "WebP",
+        }
+    }
+
+    fn codec(self) -> ImageFormat {
+        match self {
+            Self::Png => ImageFormat::Png,
+            Self::Jpeg => ImageFormat::Jpeg,
+            Self::WebP => ImageFormat::WebP,
+        }
+    }
+}
+
+fn broken(format: Format, error: &ImageError) -> ModalityError {
+    ModalityError::BrokenImage { format: format.name(), reason: error.to_string() }
+}
+
+fn too_large(unit: Unit, got: u64, limit: u64) -> ModalityError {
+    ModalityError::TooLarge { modality: "image", unit, got, limit }
+}
+
+/// Turns encoded images into a model's pixel rows.
+#[derive(Clone, Debug)]
+pub struct ImageProcessor {
+    config: ImageConfig,
+    limits: ImageLimits,
+    /// The normalised value of each byte, per channel: one rounding, done once, for trainer and server alike.
+    table: Box<[[f32; 256]; 3]>,
+}
+
+impl ImageProcessor {
+    /// # Errors
+    /// A size of zero or beyond 4096, or a `mean` or `std` that cannot normalise.
+    pub fn new(config: ImageConfig) -> Result<Self, ModalityError> {
+        if !(1..=4096).contains(&config.size) {
+            return Err(bad_config("image.size", config.size, "1 to 4096 pixels"));
+        }
+        if let Some(mean) = config.mean.iter().find(|mean| !mean.is_finite()) {
+            return Err(bad_config("image.mean", mean, "a finite number per channel"));
+        }
+        if let Some(std) = config.std.iter().find(|std| !std.is_normal() || std.is_sign_negative()) {
+            return Err(bad_config("image.std", std, "a positive number per channel"));
+        }
+        let mut table = Box::new([[0.0; 256]; 3]);
+        for (channel, values) in table.iter_mut().enumerate() {
+            let (mean, std) = (f64::from(config.mean[channel]), f64::from(config.std[channel]));
+            for (byte, value) in values.iter_mut().enumerate() {
+                *value = ((byte as f64 / 255.0 - mean) / std) as f32;
+            }
+        }
+        Ok(Self { config, limits: ImageLimits::default(), table })
+    }
+
+    /// Replaces the limits on what is accepted.
+    #[must_use]
+    pub fn with_limits(self, limits: ImageLimits) -> Self {
+        Self { limits, ..self }
+    }
+
+    /// The settings in use.
+    pub fn config(&self) -> &ImageConfig {
+        &self.config
+    }
+
+    /// Encoded image to f32 `[3, size, size]`: decode, resize, normalise.
+    ///
+    /// # Errors
+    /// As [`decode_image`].
+    pub fn process(&self, bytes: &[u8]) -> Result<Tensor, ModalityError> {
+        self.normalize(&self.resize(decode_image(bytes, &self.limits)?))
+    }
+
+    /// Brings an image to the model's size.
+    pub fn resize(&self, image: RgbImage) -> RgbImage {
+        let size = self.config.size;
+        if image.dimensions() == (size, size) {
+            return image;
+        }
+        match self.config.resize {
+            Resize::Exact => imageops::resize(&image, size, size, FilterType::Triangle),
+        }
+    }
+
+    /// Pixels to f32 `[3, height, width]`, each channel as `(x / 255 - mean) / std`.
+    ///
+    /// # Errors
+    /// None for an image that [`ImageProcessor::resize`] returned.
+    pub fn normalize(&self, image: &RgbImage) -> Result<Tensor, ModalityError> {
+        let (width, height) = (image.width() as usize, image.height() as usize);
+        let mut values = Vec::with_capacity(3 * width * height);
+        for (channel, table) in self.table.iter().enumerate() {
+            values.extend(image.pixels().map(|pixel| table[usize::from(pixel.0[channel])]));
+        }
+        Ok(Tensor::from_vec([3, height, width], values)?)
+    }
+}
+
+impl Modality for ImageProcessor {
+    fn name(&self) -> &'static str {
+        "image"
+    }
+
+    fn input_name(&self) -> &'static str {
+        "pixel_values"
+    }
+
+    /// Pixels, from the header.
+    fn cost(&self, item: &[u8]) -> Result<Cost, ModalityError> {
+        let (width, height) = dimensions(item, &self.limits)?;
+        Ok(Cost { unit: CostUnit::Pixels, amount: u64::from(width) * u64::from(height) })
+    }
+
+    /// f32 `[3, size, size]`.
+    fn process(&self, item: &[u8]) -> Result<Tensor, ModalityError> {
+        ImageProcessor::process(self, item)
+    }
+}
+
+fn bad_config(field: &'static str, value: impl ToString, wanted: &'static str) -> ModalityError {
+    ModalityError::BadConfig { field, value: value.to_string(), wanted }
+}
