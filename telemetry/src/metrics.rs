@@ -1,0 +1,133 @@
+//! Every metric of every program, in one table: name, kind, labels and meaning.
+//!
+//! Names follow `sensorium_<component>_<what>_<unit>` in base units; labels come from closed sets. The `nv_inference_*`
+//! names are Triton's, so that its dashboards read this server too.
+
+use prometheus_client::registry::{Metric as Collect, Registry};
+
+/// What a metric's value does over time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows; its name ends in `_total`.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// Counts observations by size.
+    Histogram,
+    /// Only grows, but Triton named it without `_total`, so it is exposed without a type.
+    Untyped,
+}
+
+impl Kind {
+    /// The word in `docs/metrics.md`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+            Self::Histogram => "histogram",
+            Self::Untyped => "untyped",
+        }
+    }
+}
+
+/// One row of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Metric {
+    /// As a scrape shows it, without the `_bucket`, `_sum` and `_count` of a histogram.
+    pub name: &'static str,
+    /// What its value does.
+    pub kind: Kind,
+    /// Names of its labels, in order.
+    pub labels: &'static [&'static str],
+    /// One phrase without a full stop.
+    pub help: &'static str,
+}
+
+impl Metric {
+    /// Adds `collector` to `registry` under this name and help.
+    pub fn register(&self, registry: &mut Registry, collector: impl Collect) {
+        // The encoder appends `_total` to what it knows as a counter.
+        let name = match self.kind {
+            Kind::Counter => self.name.strip_suffix("_total").unwrap_or(self.name),
+            Kind::Gauge | Kind::Histogram | Kind::Untyped => self.name,
+        };
+        registry.register(name, self.help, collector);
+    }
+}
+
+/// Declares each metric as a constant, and `ALL` with the lot.
+macro_rules! metrics {
+    ($($constant:ident = $kind:ident $name:literal [$($label:literal),*] $help:literal;)+) => {
+        $(#[doc = $help] pub const $constant: Metric =
+            Metric { name: $name, kind: Kind::$kind, labels: &[$($label),*], help: $help };)+
+
+        /// The whole table, in the order of `docs/metrics.md`.
+        pub const ALL: &[Metric] = &[$($constant),+];
+    };
+}
+
+metrics! {
+    SERVER_READY = Gauge "sensorium_server_ready" []
+        "1 while every model is ready and the server admits requests, else 0";
+    SERVER_REQUESTS = Counter "sensorium_server_requests_total" ["model", "code"]
+        "Finished requests by gRPC status code";
+    SERVER_REQUEST_SECONDS = Histogram "sensorium_server_request_seconds" ["model"]
+        "Time from a request's arrival to its response, requests that failed included";
+    SERVER_QUEUE_SECONDS = Histogram "sensorium_server_queue_seconds" ["model"]
+        "Time a request waited in the queue of a graph";
+    SERVER_QUEUE_REQUESTS = Gauge "sensorium_server_queue_requests" ["model"]
+        "Requests in the queue of a graph now";
+    SERVER_BATCH_ROWS = Histogram "sensorium_server_batch_rows" ["model"]
+        "Rows of one engine run";
+    SERVER_RUN_SECONDS = Histogram "sensorium_server_run_seconds" ["model"]
+        "Time of one engine run";
+    SERVER_ABANDONED = Counter "sensorium_server_abandoned_total" ["model"]
+        "Queued requests that were dropped unrun, because they were cancelled or their deadline had passed";
+    TRITON_SUCCESS = Untyped "nv_inference_request_success" ["model", "version"]
+        "Requests that succeeded";
+    TRITON_FAILURE = Untyped "nv_inference_request_failure" ["model", "version", "reason"]
+        "Requests that failed; the reason is REJECTED, CANCELED or OTHER";
+    TRITON_COUNT = Untyped "nv_inference_count" ["model", "version"]
+        "Rows inferred";
+    TRITON_EXEC_COUNT = Untyped "nv_inference_exec_count" ["model", "version"]
+        "Engine runs";
+    TRITON_REQUEST_US = Untyped "nv_inference_request_duration_us" ["model", "version"]
+        "Sum of the times of requests that succeeded, in microseconds";
+    TRITON_QUEUE_US = Untyped "nv_inference_queue_duration_us" ["model", "version"]
+        "Sum of the times that requests waited in queues, in microseconds";
+    TRITON_INFER_US = Untyped "nv_inference_compute_infer_duration_us" ["model", "version"]
+        "Sum of the times that requests were run, in microseconds; each request of a batch counts the whole run";
+    TRITON_PENDING = Gauge "nv_inference_pending_request_count" ["model", "version"]
+        "Requests in the queue now";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The rows of `docs/metrics.md` as they must be.
+    fn rows() -> Vec<String> {
+        let row = |metric: &Metric| {
+            let labels: Vec<_> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
+            format!("| `{}` | {} | {} | {} |", metric.name, metric.kind.as_str(), labels.join(", "), metric.help)
+        };
+        ALL.iter().map(row).collect()
+    }
+
+    #[test]
+    fn the_documentation_lists_exactly_the_metrics_that_exist() {
+        let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md")).unwrap();
+        let documented: Vec<_> = page.lines().filter(|line| line.starts_with("| `")).collect();
+        assert_eq!(documented, rows(), "docs/metrics.md must hold these rows:\n{}", rows().join("\n"));
+    }
+
+    #[test]
+    fn names_follow_the_convention_of_their_kind() {
+        for metric in ALL {
+            assert_eq!(metric.name.ends_with("_total"), metric.kind == Kind::Counter, "{}", metric.name);
+            assert_eq!(metric.name.starts_with("nv_"), metric.labels.contains(&"version"), "{}", metric.name);
+            assert!(metric.name.starts_with("nv_inference_") || metric.name.starts_with("sensorium_"), "{}", metric.name);
+            assert!(!metric.help.ends_with('.'), "the encoder ends {} with a full stop", metric.name);
+        }
+    }
+}
