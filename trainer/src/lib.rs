@@ -1,0 +1,1 @@
+//! The trainer: an explicit block executor, data-parallel training, checkpoints, evaluation.
