@@ -1,0 +1,208 @@
+//! `CompressionJob`: makes a model small and fast, and promotes it only if it stays accurate.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::run::{ArtifactResult, GateResult, Progress};
+use crate::status::JobState;
+use crate::storage::{ArtifactSource, OutputSpec, location_schema};
+use crate::workload::{FailurePolicy, Resources};
+
+/// Applies `steps` to an artifact, compares the result with its parent on held-out data, and promotes it under
+/// `output.artifact` if it passes. One that fails is kept for inspection and never promoted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomResource, KubeSchema)]
+#[kube(
+    group = "sensorium.dev",
+    version = "v1alpha1",
+    kind = "CompressionJob",
+    namespaced,
+    status = "CompressionJobStatus",
+    derive = "PartialEq",
+    doc = "Makes a model small and fast, and promotes it only if it stays accurate.",
+    category = "sensorium",
+    shortname = "cj",
+    printcolumn(name = "State", type_ = "string", json_path = ".status.state"),
+    printcolumn(name = "Source", type_ = "string", json_path = ".spec.source.artifact"),
+    printcolumn(name = "Drop", type_ = "number", json_path = ".status.gate.drop"),
+    printcolumn(name = "Speedup", type_ = "number", json_path = ".status.gate.speedup"),
+    printcolumn(name = "Promoted", type_ = "boolean", json_path = ".status.gate.promoted"),
+    printcolumn(name = "Artifact", type_ = "string", json_path = ".spec.output.artifact", priority = 1),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(
+    validation = Rule::new("self.output.artifact != self.source.artifact || self.output.store != self.source.store")
+        .field_path(".output.artifact").message(Message::Expression(
+        "'output.artifact is ' + self.output.artifact + ', as source.artifact is; name the result differently, so that \
+          its parent stays in place'".into()
+    ))
+)]
+pub struct CompressionJobSpec {
+    /// The artifact to compress: the parent of the result.
+    pub source: ArtifactSource,
+    /// What is done to it, in this order.
+    #[schemars(length(min = 1, max = 16))]
+    pub steps: Vec<CompressionStep>,
+    /// The gate that the result has to pass.
+    pub acceptance: Acceptance,
+    /// What happens when the worker fails.
+    #[serde(default)]
+    pub failure_policy: FailurePolicy,
+    /// Stop the worker and hold the job; `false` starts it again.
+    #[serde(default)]
+    pub suspend: bool,
+    /// The job fails when it has run for this long, restarts included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub active_deadline_seconds: Option<u64>,
+    /// What the worker needs of the machine.
+    #[serde(default)]
+    pub resources: Resources,
+    /// Where the result goes.
+    pub output: OutputSpec,
+}
+
+/// One step of a compression: exactly one of these.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum CompressionStep {
+    /// Store weights and compute in fewer bits.
+    Quantize(QuantizeStep),
+}
+
+/// Quantisation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct QuantizeStep {
+    /// Which numbers are quantised, and how.
+    #[serde(default)]
+    pub scheme: QuantizationScheme,
+    /// How the ranges of the activations are measured.
+    pub calibration: Calibration,
+    /// Nodes to leave in floating point: a graph's name (`text_encoder`) for all of its nodes, or GRAPH/NODE.
+    #[serde(default)]
+    #[schemars(length(max = 4096), inner(length(min = 1, max = 512)))]
+    pub exclude: Vec<String>,
+}
+
+/// Which numbers are quantised, and how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum QuantizationScheme {
+    /// ONNX Q/DQ: symmetric INT8 weights with a scale per output channel, INT8 activations with calibrated scales.
+    #[default]
+    StaticInt8,
+}
+
+/// How the ranges of the activations are measured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Calibration {
+    /// Data to run through the model. Take the training split: data that the gate measures on would flatter the result.
+    #[schemars(schema_with = "location_schema")]
+    pub data: String,
+    /// How many samples (an image with a question) are run.
+    #[serde(default = "default_samples")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub samples: u32,
+    /// How a range is chosen from what was seen.
+    #[serde(default)]
+    pub method: CalibrationMethod,
+}
+
+fn default_samples() -> u32 {
+    512
+}
+
+/// How an activation's range is chosen from the values that were seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum CalibrationMethod {
+    /// From the smallest to the largest value. Right for most Transformers.
+    #[default]
+    Minmax,
+    /// The range that loses the least information (smallest Kullback-Leibler divergence); clips outliers.
+    Entropy,
+}
+
+/// The gate: the candidate is promoted only if all of this holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Acceptance {
+    /// Held-out data that both models are measured on.
+    #[schemars(schema_with = "location_schema")]
+    pub data: String,
+    /// What is compared.
+    #[serde(default)]
+    pub metric: Metric,
+    /// How much of the metric may be lost against the parent, as a fraction: 0.01 is one point.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub max_drop: f64,
+    /// How many times as fast as its parent the candidate must be on the machine that runs this job; measured but not
+    /// asked for when not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0))]
+    pub min_speedup: Option<f64>,
+    /// How many questions are asked of both; all of them when not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub samples: Option<u32>,
+}
+
+/// What a gate can compare.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Metric {
+    /// The fraction of questions whose highest-scored answer is the right one.
+    #[default]
+    #[serde(rename = "vqa_accuracy")]
+    VqaAccuracy,
+}
+
+impl Metric {
+    /// The name under which results and artifacts record it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::VqaAccuracy => "vqa_accuracy",
+        }
+    }
+}
+
+/// What is known about a CompressionJob.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CompressionJobStatus {
+    /// The generation of the spec that this status speaks of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// `Admitted`, `ArtifactsReady`, `PodsReady`, `Suspended`, `Complete` and `Failed`, all present from the first
+    /// visit.
+    #[serde(default)]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+    /// The conditions in one word, for printing only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state: Option<JobState>,
+    /// One sentence on what goes on, or on what to do about a failure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// What the worker last reported.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+    /// How the candidate compared with its parent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gate: Option<GateResult>,
+    /// How often the worker was started again.
+    #[serde(default)]
+    pub restarts: u32,
+    /// When the worker first started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+    /// When the job ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+    /// The artifact that came out, promoted or not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub artifact: Option<ArtifactResult>,
+}

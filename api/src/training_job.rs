@@ -1,0 +1,267 @@
+//! `TrainingJob`: trains a multimodal model and leaves it in an artifact store.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::architecture::Architecture;
+use crate::run::{ArtifactResult, Progress};
+use crate::status::JobState;
+use crate::storage::{OutputSpec, location_schema};
+use crate::training::TrainingParams;
+use crate::workload::{FailurePolicy, Resources};
+
+/// Trains a multimodal model on `workers` x `processesPerWorker` processes and exports it as a ModelArtifact.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomResource, KubeSchema)]
+#[kube(
+    group = "sensorium.dev",
+    version = "v1alpha1",
+    kind = "TrainingJob",
+    namespaced,
+    status = "TrainingJobStatus",
+    derive = "PartialEq",
+    doc = "Trains a multimodal model and leaves it in an artifact store.",
+    category = "sensorium",
+    shortname = "tj",
+    printcolumn(name = "State", type_ = "string", json_path = ".status.state"),
+    printcolumn(name = "Workers", type_ = "integer", json_path = ".spec.workers"),
+    printcolumn(name = "Step", type_ = "integer", json_path = ".status.progress.step"),
+    printcolumn(name = "Steps", type_ = "integer", json_path = ".spec.training.steps"),
+    printcolumn(name = "Accuracy", type_ = "number", json_path = ".status.progress.accuracy"),
+    printcolumn(name = "Artifact", type_ = "string", json_path = ".spec.output.artifact", priority = 1),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(
+    validation = Rule::new(
+        "self.parallelism.data * self.parallelism.tensor * self.parallelism.pipeline == self.workers * self.processesPerWorker"
+    ).field_path(".parallelism").message(Message::Expression(
+        "'data (' + string(self.parallelism.data) + ') x tensor (' + string(self.parallelism.tensor) + ') x pipeline (' + \
+          string(self.parallelism.pipeline) + ') is ' + string(self.parallelism.data * self.parallelism.tensor * \
+          self.parallelism.pipeline) + ', but workers (' + string(self.workers) + ') x processesPerWorker (' + \
+          string(self.processesPerWorker) + ') is ' + string(self.workers * self.processesPerWorker) + '; \
+          every process has one place, so both must be equal'".into()
+    )),
+    validation = Rule::new("self.training.batch.images % self.parallelism.data == 0")
+        .field_path(".training.batch.images").message(Message::Expression(
+        "'images is ' + string(self.training.batch.images) + ', which parallelism.data (' + \
+          string(self.parallelism.data) + ') does not divide'".into()
+    )),
+    validation = Rule::new(
+        "!self.tasks.exists(task, task.type == 'contrastive') || !has(self.model.architecture) || has(self.model.architecture.embeddingDim)"
+    ).field_path(".model.architecture").message(
+        "a contrastive task compares embeddings; set embeddingDim, such as 64"
+    ),
+)]
+pub struct TrainingJobSpec {
+    /// The network: described here, or taken with its weights from an artifact.
+    pub model: ModelSource,
+    /// What to learn from, and what to be measured on.
+    pub data: TrainingData,
+    /// What the network learns to do, each at most once; their losses are added by weight.
+    #[schemars(length(min = 1, max = 16))]
+    #[x_kube(
+        merge_strategy = ListMerge::Map(vec!["type".into()]),
+        validation = Rule::new("self.exists(task, task.weight > 0.0)").message("the weights are all 0; nothing would be learned"),
+    )]
+    pub tasks: Vec<TaskSpec>,
+    /// Length, batch, optimiser, precision.
+    pub training: TrainingParams,
+    /// How the processes share the work.
+    #[serde(default)]
+    pub parallelism: Parallelism,
+    /// Number of workers (pods).
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 10_000))]
+    pub workers: u32,
+    /// Processes in each worker, one per GPU where there are GPUs.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 64))]
+    pub processes_per_worker: u32,
+    /// Where, and how often, the state of the run is saved.
+    #[serde(default)]
+    pub checkpoint: CheckpointSpec,
+    /// What happens when a worker fails.
+    #[serde(default)]
+    pub failure_policy: FailurePolicy,
+    /// Stop all workers after a checkpoint and hold the job; `false` lets it go on from there.
+    #[serde(default)]
+    pub suspend: bool,
+    /// The job fails when it has run for this long, restarts included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub active_deadline_seconds: Option<u64>,
+    /// What one worker needs of the machine.
+    #[serde(default)]
+    pub resources: Resources,
+    /// Where the trained model goes.
+    pub output: OutputSpec,
+}
+
+/// The network to train: exactly one of these.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum ModelSource {
+    /// A new network with random weights.
+    Architecture(Architecture),
+    /// Name (or `sha256:` digest) of an artifact in `output.store` whose network and weights are the start.
+    #[schemars(schema_with = "crate::storage::artifact_reference_schema")]
+    Artifact(String),
+}
+
+/// The data sets: folders of shards with an `index.json`, as `sensorium data import` writes them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TrainingData {
+    /// What the network learns from: `pvc://CLAIM/PATH`, `s3://BUCKET/PREFIX` or `file:///PATH`.
+    #[schemars(schema_with = "location_schema")]
+    pub train: String,
+    /// Held-out data that the network is measured on and never learns from.
+    #[schemars(schema_with = "location_schema")]
+    pub evaluation: String,
+}
+
+/// One thing that the network learns to do.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TaskSpec {
+    /// The task.
+    #[serde(rename = "type")]
+    pub type_: TaskType,
+    /// Factor of this task's loss in the sum.
+    #[serde(default = "default_weight")]
+    #[schemars(range(min = 0.0))]
+    pub weight: f64,
+}
+
+fn default_weight() -> f64 {
+    1.0
+}
+
+/// The tasks there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum TaskType {
+    /// Answer a question about an image, out of the answers seen in training.
+    Vqa,
+    /// Bring an image's embedding and its caption's together, as CLIP does, over the batch of all ranks.
+    Contrastive,
+}
+
+/// How the processes share the work. `data` x `tensor` x `pipeline` is the number of processes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Parallelism {
+    /// Replicas of the network, each with its part of the batch.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 65_536))]
+    pub data: u32,
+    /// Processes that share each layer's weights.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub tensor: u32,
+    /// Consecutive groups of layers, each on its own processes.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub pipeline: u32,
+    /// What the data-parallel replicas split instead of repeating: 0 nothing, 1 optimiser states, 2 also gradients,
+    /// 3 also weights.
+    #[serde(default)]
+    #[schemars(range(max = 3))]
+    pub zero_stage: u8,
+}
+
+impl Default for Parallelism {
+    fn default() -> Self {
+        Self { data: 1, tensor: 1, pipeline: 1, zero_stage: 0 }
+    }
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// Where, and how often, the state of the run is saved. A restarted job goes on from the newest whole checkpoint and
+/// ends with the same weights as one that was never stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct CheckpointSpec {
+    /// Folder of the checkpoints; `pvc://checkpoints/NAMESPACE/NAME` of the job when it is not set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "optional_location_schema")]
+    pub uri: Option<String>,
+    /// Steps between checkpoints. The last step always leaves one.
+    #[serde(default = "default_every_steps")]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub every_steps: u64,
+    /// How many are kept; older ones are removed.
+    #[serde(default = "default_keep")]
+    #[schemars(range(min = 1, max = 10_000))]
+    pub keep: u32,
+}
+
+impl Default for CheckpointSpec {
+    fn default() -> Self {
+        Self { uri: None, every_steps: default_every_steps(), keep: default_keep() }
+    }
+}
+
+fn default_every_steps() -> u64 {
+    500
+}
+
+fn default_keep() -> u32 {
+    2
+}
+
+fn optional_location_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    let mut schema = location_schema(generator);
+    schema.insert("nullable".to_owned(), true.into());
+    schema
+}
+
+impl TrainingJob {
+    /// Where this job's checkpoints are: what the spec says, else `pvc://checkpoints/NAMESPACE/NAME`.
+    pub fn checkpoint_uri(&self) -> String {
+        self.spec.checkpoint.uri.clone().unwrap_or_else(|| {
+            let job = crate::run::JobKey::of(self, crate::run::JobKind::TrainingJob);
+            format!("pvc://checkpoints/{}/{}", job.namespace, job.name)
+        })
+    }
+}
+
+/// What is known about a TrainingJob.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TrainingJobStatus {
+    /// The generation of the spec that this status speaks of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// `Admitted`, `ArtifactsReady`, `PodsReady`, `Suspended`, `Restarting`, `Complete` and `Failed`, all present from
+    /// the first visit.
+    #[serde(default)]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+    /// The conditions in one word, for printing only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state: Option<JobState>,
+    /// One sentence on what goes on, or on what to do about a failure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// What rank 0 last reported.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+    /// How often the workers were started again.
+    #[serde(default)]
+    pub restarts: u32,
+    /// When the workers first started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+    /// When the job ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+    /// The artifact that came out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub artifact: Option<ArtifactResult>,
+}
