@@ -1,0 +1,244 @@
+//! A store under a prefix of an S3 bucket.
+//!
+//! S3 has no rename, so an artifact's manifest is uploaded last: before it is there, nothing else counts. Each request's
+//! signature covers a digest of its body, so the server refuses bytes that were damaged on the way up.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::path::Path as Key;
+use object_store::{GetResult, ObjectStore, ObjectStoreExt, WriteMultipart};
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::digest::Hasher;
+use crate::error::Mismatch;
+use crate::manifest::MANIFEST_FILE;
+use crate::store::local::LocalStore;
+use crate::store::{Artifact, NAMES, OBJECTS, blocking, object_key};
+use crate::{ArtifactError, Digest, FileEntry, Location, Manifest};
+
+/// Size of one part of a multipart upload, in bytes. S3 wants 5 MiB at least and 10,000 parts at most: up to 80 GiB a file.
+const PART_BYTES: usize = 8 * 1024 * 1024;
+
+/// Parts under way at once: enough to fill a link of one Gbit/s, and 32 MiB of memory.
+const PARTS_IN_FLIGHT: usize = 4;
+
+#[derive(Clone)]
+pub(crate) struct S3Store {
+    client: AmazonS3,
+    bucket: String,
+    prefix: String,
+}
+
+impl S3Store {
+    /// `environment` gives the `AWS_*` variables: credentials, region, endpoint and the rest.
+    pub(crate) fn new(
+        bucket: String,
+        prefix: String,
+        environment: impl Iterator<Item = (String, String)>,
+    ) -> Result<Self, ArtifactError> {
+        let mut builder = AmazonS3Builder::new();
+        for (name, value) in environment.filter(|(name, _)| name.starts_with("AWS_")) {
+            // Other AWS tools have variables that this client does not know: they are not ours to judge.
+            if let Ok(key) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {
+                builder = builder.with_config(key, value);
+            }
+        }
+        let endpoint = [AmazonS3ConfigKey::S3Endpoint, AmazonS3ConfigKey::Endpoint]
+            .iter()
+            .find_map(|key| builder.get_config_value(key));
+        if endpoint.is_some_and(|endpoint| is_loopback(&endpoint)) {
+            // A server on this machine has no certificate, and nobody else hears the plain text.
+            builder = builder.with_allow_http(true);
+        }
+        let uri = Location::S3 { bucket: bucket.clone(), prefix: prefix.clone() }.to_string();
+        let client = builder.with_bucket_name(&bucket).build();
+        let client =
+            client.map_err(|source| ArtifactError::Remote { action: "set up the S3 client for", uri, source })?;
+        Ok(Self { client, bucket, prefix })
+    }
+
+    pub(crate) async fn read(&self, key: &str) -> Result<Option<Vec<u8>>, ArtifactError> {
+        let Some(result) = self.get(key).await? else { return Ok(None) };
+        let bytes = result.bytes().await.map_err(|source| self.failed("download", key, source))?;
+        Ok(Some(bytes.into()))
+    }
+
+    pub(crate) async fn write(&self, key: &str, bytes: Vec<u8>) -> Result<(), ArtifactError> {
+        let put = self.client.put(&self.key(key), bytes.into()).await;
+        put.map(drop).map_err(|source| self.failed("upload", key, source))
+    }
+
+    /// Uploads `files` from `folder`, then the manifest.
+    ///
+    /// Dropping the future leaves some files without a manifest, which no other call sees; the same commit overwrites
+    /// them.
+    pub(crate) async fn publish(
+        &self,
+        folder: &Path,
+        digest: &Digest,
+        files: &[FileEntry],
+        bytes: Vec<u8>,
+    ) -> Result<(), ArtifactError> {
+        let manifest = object_key(digest, MANIFEST_FILE);
+        if self.get(&manifest).await?.is_some() {
+            return Ok(());
+        }
+        for file in files {
+            self.upload(&folder.join(&file.path), &object_key(digest, &file.path), file.bytes).await?;
+        }
+        self.write(&manifest, bytes).await
+    }
+
+    async fn upload(&self, path: &Path, key: &str, size: u64) -> Result<(), ArtifactError> {
+        let read_failed = |source| ArtifactError::io("read", path, source);
+        if size <= PART_BYTES as u64 {
+            let bytes = tokio::fs::read(path).await.map_err(read_failed)?;
+            return self.write(key, bytes).await;
+        }
+        let failed = |source| self.failed("upload", key, source);
+        let mut file = File::open(path).await.map_err(read_failed)?;
+        let upload = self.client.put_multipart(&self.key(key)).await.map_err(failed)?;
+        let mut upload = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
+        loop {
+            let mut part = Vec::with_capacity(PART_BYTES);
+            let sent = match (&mut file).take(PART_BYTES as u64).read_to_end(&mut part).await {
+                Ok(0) => return upload.finish().await.map(drop).map_err(failed),
+                Ok(_) => upload.wait_for_capacity(PARTS_IN_FLIGHT).await.map_err(failed),
+                Err(source) => Err(read_failed(source)),
+            };
+            if let Err(error) = sent {
+                if let Err(abort) = upload.abort().await {
+                    tracing::warn!(key, error = %abort, "parts of a failed upload stay in the bucket until its lifecycle rule removes them");
+                }
+                return Err(error);
+            }
+            upload.put(Bytes::from(part));
+        }
+    }
+
+    /// The files, and the manifest, whose stored bytes are not those that were committed. Downloads them all.
+    pub(crate) async fn check(&self, digest: &Digest, manifest: &Manifest) -> Result<Vec<Mismatch>, ArtifactError> {
+        let mut mismatches = Vec::new();
+        let files = manifest.files.iter().map(|file| (file.path.as_str(), file.digest));
+        for (path, expected) in files.chain([(MANIFEST_FILE, *digest)]) {
+            let found = self.download(&object_key(digest, path), None).await?;
+            if found != Some(expected) {
+                mismatches.push(Mismatch { path: path.to_owned(), expected, found });
+            }
+        }
+        Ok(mismatches)
+    }
+
+    /// The folder of `artifact` in `cache`, downloaded unless it is there and whole.
+    pub(crate) async fn fetch(&self, artifact: &Artifact, cache: PathBuf) -> Result<PathBuf, ArtifactError> {
+        let Artifact { digest, manifest, .. } = artifact.clone();
+        let cache = LocalStore::new(cache);
+        let folder = cache.folder(&digest);
+        let (cached, known) = (cache.clone(), manifest.clone());
+        if blocking(move || cached.check(&digest, &known)).await?.is_empty() {
+            return Ok(folder);
+        }
+        let opened = cache.clone();
+        let scratch = blocking(move || opened.scratch()).await?;
+        let mut mismatches = Vec::new();
+        for file in &manifest.files {
+            let found = self.download(&object_key(&digest, &file.path), Some(&scratch.file(&file.path)?)).await?;
+            if found != Some(file.digest) {
+                mismatches.push(Mismatch { path: file.path.clone(), expected: file.digest, found });
+            }
+        }
+        let bytes = self.read(&object_key(&digest, MANIFEST_FILE)).await?;
+        let found = bytes.as_deref().map(Digest::of);
+        let bytes = match bytes {
+            Some(bytes) if found == Some(digest) => bytes,
+            _ => {
+                mismatches.push(Mismatch { path: MANIFEST_FILE.to_owned(), expected: digest, found });
+                Vec::new()
+            }
+        };
+        if !mismatches.is_empty() {
+            return Err(ArtifactError::Corrupt { artifact: digest, mismatches });
+        }
+        blocking(move || cache.publish(scratch, &digest, &manifest, &bytes)).await?;
+        Ok(folder)
+    }
+
+    /// Streams an object, into the file `to` if there is one; its digest, or `None` when there is no such object.
+    async fn download(&self, key: &str, to: Option<&Path>) -> Result<Option<Digest>, ArtifactError> {
+        let Some(result) = self.get(key).await? else { return Ok(None) };
+        let mut file = match to {
+            None => None,
+            Some(path) => {
+                Some((path, File::create(path).await.map_err(|source| ArtifactError::io("create", path, source))?))
+            }
+        };
+        let mut hasher = Hasher::default();
+        let mut pieces = result.into_stream();
+        while let Some(piece) = pieces.try_next().await.map_err(|source| self.failed("download", key, source))? {
+            hasher.update(&piece);
+            if let Some((path, file)) = &mut file {
+                file.write_all(&piece).await.map_err(|source| ArtifactError::io("write", *path, source))?;
+            }
+        }
+        if let Some((path, file)) = &mut file {
+            // tokio writes behind the caller's back: only a flush tells that the last piece arrived.
+            file.flush().await.map_err(|source| ArtifactError::io("write", *path, source))?;
+        }
+        Ok(Some(hasher.finish().0))
+    }
+
+    pub(crate) async fn digests(&self) -> Result<Vec<Digest>, ArtifactError> {
+        let keys = self.list(OBJECTS).await?;
+        Ok(keys.iter().filter_map(|key| Digest::from_hex(key.strip_suffix(&format!("/{MANIFEST_FILE}"))?)).collect())
+    }
+
+    pub(crate) async fn names(&self) -> Result<Vec<String>, ArtifactError> {
+        Ok(self.list(NAMES).await?.iter().filter_map(|key| key.strip_suffix(".json")).map(str::to_owned).collect())
+    }
+
+    /// The keys under `folder`, relative to it.
+    async fn list(&self, folder: &str) -> Result<Vec<String>, ArtifactError> {
+        let prefix = self.key(folder);
+        let relative = |key: &Key| key.as_ref().strip_prefix(prefix.as_ref())?.strip_prefix('/').map(str::to_owned);
+        let found = self.client.list(Some(&prefix)).try_collect::<Vec<_>>().await;
+        let found = found.map_err(|source| self.failed("list", folder, source))?;
+        Ok(found.iter().filter_map(|object| relative(&object.location)).collect())
+    }
+
+    async fn get(&self, key: &str) -> Result<Option<GetResult>, ArtifactError> {
+        match self.client.get(&self.key(key)).await {
+            Ok(result) => Ok(Some(result)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(source) => Err(self.failed("download", key, source)),
+        }
+    }
+
+    fn key(&self, key: &str) -> Key {
+        Key::from(format!("{}/{key}", self.prefix))
+    }
+
+    fn failed(&self, action: &'static str, key: &str, source: object_store::Error) -> ArtifactError {
+        ArtifactError::Remote { action, uri: format!("s3://{}/{}", self.bucket, self.key(key)), source }
+    }
+}
+
+impl fmt::Debug for S3Store {
+    // The client knows the credentials.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("S3Store").field("bucket", &self.bucket).field("prefix", &self.prefix).finish_non_exhaustive()
+    }
+}
+
+fn is_loopback(endpoint: &str) -> bool {
+    match url::Url::parse(endpoint).ok().as_ref().and_then(url::Url::host) {
+        Some(url::Host::Domain(name)) => name == "localhost",
+        Some(url::Host::Ipv4(address)) => address.is_loopback(),
+        Some(url::Host::Ipv6(address)) => address.is_loopback(),
+        None => false,
+    }
+}
