@@ -61,8 +61,8 @@ pub fn decode_image(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, Moda
     let format = sniff(bytes, limits)?;
     guarded(format, || {
         let mut decoder = open(bytes, format, limits)?;
-        let orientation = decoder.orientation().map_err(|error| broken(format, &error))?;
-        let mut image = DynamicImage::from_decoder(decoder).map_err(|error| broken(format, &error))?;
+        let orientation = decoder.orientation().map_err(|error| broken(format, limits, &error))?;
+        let mut image = DynamicImage::from_decoder(decoder).map_err(|error| broken(format, limits, &error))?;
         image.apply_orientation(orientation);
         Ok(image.into_rgb8())
     })
@@ -87,7 +87,9 @@ fn sniff(bytes: &[u8], limits: &ImageLimits) -> Result<Format, ModalityError> {
         Ok(ImageFormat::Png) => Ok(Format::Png),
         Ok(ImageFormat::Jpeg) => Ok(Format::Jpeg),
         Ok(ImageFormat::WebP) => Ok(Format::WebP),
-        Ok(other) => Err(ModalityError::UnsupportedFormat { found: format!("the signature of {}", other.to_mime_type()) }),
+        Ok(other) => {
+            Err(ModalityError::UnsupportedFormat { found: format!("the signature of {}", other.to_mime_type()) })
+        }
         Err(_) => Err(ModalityError::UnsupportedFormat { found: format!("{:02x?}", &bytes[..bytes.len().min(8)]) }),
     }
 }
@@ -102,7 +104,7 @@ fn open<'a>(
     let mut decoder_limits = image::Limits::no_limits();
     decoder_limits.max_alloc = Some(limits.max_decoded_bytes);
     reader.limits(decoder_limits);
-    let decoder = reader.into_decoder().map_err(|error| broken(format, &error))?;
+    let decoder = reader.into_decoder().map_err(|error| broken(format, limits, &error))?;
     let (width, height) = decoder.dimensions();
     let pixels = u64::from(width) * u64::from(height);
     if pixels > limits.max_pixels {
@@ -149,8 +151,13 @@ impl Format {
     }
 }
 
-fn broken(format: Format, error: &ImageError) -> ModalityError {
-    ModalityError::BrokenImage { format: format.name(), reason: error.to_string() }
+fn broken(format: Format, limits: &ImageLimits, error: &ImageError) -> ModalityError {
+    let reason = match error {
+        // Met on the way: the header alone did not show it.
+        ImageError::Limits(_) => format!("its decoder needs more than the limit of {} bytes", limits.max_decoded_bytes),
+        _ => error.to_string(),
+    };
+    ModalityError::BrokenImage { format: format.name(), reason }
 }
 
 fn too_large(unit: Unit, got: u64, limit: u64) -> ModalityError {

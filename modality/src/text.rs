@@ -57,10 +57,7 @@ impl TextProcessor {
     ///
     /// # Errors
     /// A `max_length` of zero, or texts without any word.
-    pub fn train<T: AsRef<str>>(
-        texts: impl IntoIterator<Item = T>,
-        config: TextConfig,
-    ) -> Result<Self, ModalityError> {
+    pub fn train<T: AsRef<str>>(texts: impl IntoIterator<Item = T>, config: TextConfig) -> Result<Self, ModalityError> {
         let mut words = BTreeSet::new();
         for text in texts {
             words.extend(split_words(text.as_ref())?);
@@ -95,11 +92,8 @@ impl TextProcessor {
     /// # Errors
     /// The file cannot be read, is not a tokenizer, or gives id 0 to something other than padding.
     pub fn load(path: &Path, config: TextConfig) -> Result<Self, ModalityError> {
-        let json = fs::read(path).map_err(|source| ModalityError::File {
-            action: "read",
-            path: path.to_owned(),
-            source,
-        })?;
+        let json =
+            fs::read(path).map_err(|source| ModalityError::File { action: "read", path: path.to_owned(), source })?;
         Self::from_json(&json, &path.display().to_string(), config)
     }
 

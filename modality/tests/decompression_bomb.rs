@@ -1,0 +1,62 @@
+//! A bomb is refused from its header. Alone in its process, because it watches the process's memory.
+
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use sensorium_modality::{ImageLimits, ModalityError, Unit, decode_image};
+
+/// Largest memory this process ever used, in KiB.
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes
+        .iter()
+        .fold(!0, |crc, &byte| (0..8).fold(crc ^ u32::from(byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 * (crc & 1))))
+}
+
+fn chunk(kind: &[u8; 4], data: &[u8]) -> Vec<u8> {
+    let body = [kind, data].concat();
+    [&(data.len() as u32).to_be_bytes(), body.as_slice(), &crc32(&body).to_be_bytes()].concat()
+}
+
+/// A whole PNG header of 8-bit RGB, and the start of its pixels.
+fn png(width: u32, height: u32) -> Vec<u8> {
+    let header = [&width.to_be_bytes()[..], &height.to_be_bytes(), &[8, 2, 0, 0, 0]].concat();
+    let zeros = b"\x78\x9c\xed\xc1\x01\x01\x00\x00\x00\x80";
+    [b"\x89PNG\r\n\x1a\n".to_vec(), chunk(b"IHDR", &header), chunk(b"IDAT", zeros), chunk(b"IEND", b"")].concat()
+}
+
+/// A lossless WebP whose header announces 16384 x 16384.
+fn webp() -> Vec<u8> {
+    let bits: u32 = 16_383 | (16_383 << 14);
+    let stream = [&[0x2f][..], &bits.to_le_bytes(), &[0; 7]].concat();
+    let body = [b"WEBPVP8L", &(stream.len() as u32).to_le_bytes()[..], &stream].concat();
+    [b"RIFF", &(body.len() as u32).to_le_bytes()[..], &body].concat()
+}
+
+#[test]
+fn a_bomb_is_refused_from_its_header_with_little_memory() {
+    let limits = ImageLimits::default();
+    decode_image(&png(4, 4), &limits).unwrap_err(); // decoders' own tables are there from now on
+    let before = peak_memory();
+    for bytes in [png(50_000, 50_000), webp()] {
+        let error = decode_image(&bytes, &limits).unwrap_err();
+        assert!(matches!(error, ModalityError::TooLarge { unit: Unit::Pixels, limit: 32_000_000, .. }), "{error:?}");
+    }
+    // One line of this one is beyond the limit, so its decoder does not even start.
+    let error = decode_image(&png(u32::MAX >> 1, 1), &limits).unwrap_err();
+    assert!(error.to_string().ends_with("needs more than the limit of 268435456 bytes"), "{error}");
+    let grown = peak_memory() - before;
+    assert!(grown < 4 * 1024, "{grown} KiB");
+}
+
+#[test]
+fn a_header_that_promises_more_than_there_is_costs_no_more_than_the_limit() {
+    let limits = ImageLimits { max_pixels: u64::MAX, max_decoded_bytes: 1 << 20, ..ImageLimits::default() };
+    let error = decode_image(&png(50_000, 50_000), &limits).unwrap_err();
+    assert!(matches!(error, ModalityError::TooLarge { unit: Unit::DecodedBytes, .. }), "{error:?}");
+}

@@ -1,0 +1,222 @@
+//! What images become, and what is refused before it costs anything.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::io::Cursor;
+
+use image::codecs::jpeg::JpegEncoder;
+use image::{DynamicImage, ImageFormat, Rgb};
+use proptest::prelude::*;
+use sensorium_modality::{
+    CostUnit, ImageConfig, ImageLimits, ImageProcessor, Modality, ModalityError, Resize, RgbImage, Unit, decode_image,
+    flip_horizontal,
+};
+
+fn config(size: u32) -> ImageConfig {
+    ImageConfig { size, mean: [0.5; 3], std: [0.5; 3], resize: Resize::Exact }
+}
+
+/// Every pixel tells where it is.
+fn gradient(width: u32, height: u32) -> RgbImage {
+    RgbImage::from_fn(width, height, |x, y| Rgb([(x * 3 % 256) as u8, (y * 5 % 256) as u8, ((x + y) % 256) as u8]))
+}
+
+fn encode(image: &RgbImage, format: ImageFormat) -> Vec<u8> {
+    let mut bytes = Cursor::new(Vec::new());
+    image.write_to(&mut bytes, format).unwrap();
+    bytes.into_inner()
+}
+
+#[test]
+fn png_and_webp_are_decoded_to_the_pixel_and_jpeg_nearly() {
+    let image = gradient(31, 17);
+    for format in [ImageFormat::Png, ImageFormat::WebP] {
+        assert_eq!(decode_image(&encode(&image, format), &ImageLimits::default()).unwrap(), image);
+    }
+    let decoded = decode_image(&encode(&image, ImageFormat::Jpeg), &ImageLimits::default()).unwrap();
+    let mean_difference =
+        decoded.iter().zip(image.iter()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / image.len() as f64;
+    assert!(mean_difference < 8.0, "{mean_difference}");
+}
+
+#[test]
+fn an_image_of_the_models_size_is_normalised_and_nothing_else() {
+    let image = gradient(8, 8);
+    let tensor = ImageProcessor::new(config(8)).unwrap().process(&encode(&image, ImageFormat::Png)).unwrap();
+    assert_eq!(tensor.shape(), [3, 8, 8]);
+    let values = tensor.as_slice::<f32>().unwrap();
+    for (x, y, pixel) in image.enumerate_pixels() {
+        for channel in 0..3 {
+            let found = values[channel * 64 + (y * 8 + x) as usize];
+            let wanted = f32::from(pixel.0[channel]) / 127.5 - 1.0;
+            assert!((found - wanted).abs() <= 1e-7, "{found} is not {wanted}");
+        }
+    }
+}
+
+#[test]
+fn each_channel_has_its_own_mean_and_deviation() {
+    let config = ImageConfig { mean: [0.0, 0.5, 1.0], std: [1.0, 0.5, 0.25], ..config(1) };
+    let image = RgbImage::from_pixel(1, 1, Rgb([255, 255, 0]));
+    let tensor = ImageProcessor::new(config).unwrap().normalize(&image).unwrap();
+    assert_eq!(tensor.as_slice::<f32>().unwrap(), [1.0, 1.0, -4.0]);
+}
+
+#[test]
+fn another_size_is_resampled_over_the_whole_image() {
+    let mut image = RgbImage::from_pixel(40, 20, Rgb([0, 0, 0]));
+    for (x, _, pixel) in image.enumerate_pixels_mut() {
+        *pixel = if x < 20 { Rgb([255, 0, 0]) } else { Rgb([0, 0, 255]) };
+    }
+    let resized = ImageProcessor::new(config(10)).unwrap().resize(image);
+    assert_eq!(resized.dimensions(), (10, 10));
+    assert_eq!((resized.get_pixel(0, 9), resized.get_pixel(9, 0)), (&Rgb([255, 0, 0]), &Rgb([0, 0, 255])));
+}
+
+#[test]
+fn transparency_is_dropped_and_grey_becomes_colour() {
+    let limits = ImageLimits::default();
+    let mut bytes = Cursor::new(Vec::new());
+    let transparent = image::RgbaImage::from_pixel(2, 2, image::Rgba([9, 8, 7, 0]));
+    transparent.write_to(&mut bytes, ImageFormat::Png).unwrap();
+    assert_eq!(decode_image(bytes.get_ref(), &limits).unwrap().get_pixel(0, 0), &Rgb([9, 8, 7]));
+    let mut bytes = Cursor::new(Vec::new());
+    DynamicImage::new_luma16(2, 2).write_to(&mut bytes, ImageFormat::Png).unwrap();
+    assert_eq!(decode_image(bytes.get_ref(), &limits).unwrap().get_pixel(1, 1), &Rgb([0, 0, 0]));
+}
+
+#[test]
+fn a_photo_taken_sideways_is_turned_upright() {
+    // An EXIF block with one entry: orientation (0x0112), a short, 6: rotate by 90 degrees to view.
+    let exif = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0".to_vec();
+    let mut bytes = Vec::new();
+    let mut encoder = JpegEncoder::new(&mut bytes);
+    image::ImageEncoder::set_exif_metadata(&mut encoder, exif).unwrap();
+    encoder.encode_image(&gradient(32, 16)).unwrap();
+    let decoded = decode_image(&bytes, &ImageLimits::default()).unwrap();
+    assert_eq!(decoded.dimensions(), (16, 32));
+}
+
+#[test]
+fn flipping_twice_changes_nothing_and_once_swaps_the_sides() {
+    let image = gradient(7, 3);
+    let mut flipped = image.clone();
+    flip_horizontal(&mut flipped);
+    assert_eq!(flipped.get_pixel(0, 2), image.get_pixel(6, 2));
+    flip_horizontal(&mut flipped);
+    assert_eq!(flipped, image);
+}
+
+#[test]
+fn the_format_is_told_by_content_and_others_are_refused() {
+    let gif = b"GIF89a\x01\0\x01\0\0\0\0;";
+    for (bytes, found) in
+        [(&gif[..], "image/gif"), (b"hello", "[68, 65, 6c, 6c, 6f]"), (b"", "[]"), (b"BM\0\0\0\0", "image/bmp")]
+    {
+        let error = decode_image(bytes, &ImageLimits::default()).unwrap_err();
+        assert!(matches!(error, ModalityError::UnsupportedFormat { .. }), "{error:?}");
+        assert!(error.to_string().contains(found), "{error}");
+    }
+}
+
+#[test]
+fn too_many_bytes_are_refused_unread() {
+    let limits = ImageLimits { max_bytes: 10, ..ImageLimits::default() };
+    let error = decode_image(&[0; 11], &limits).unwrap_err();
+    assert_eq!(error.to_string(), "the image has 11 bytes, the limit is 10");
+}
+
+#[test]
+fn pixels_are_counted_in_the_header_for_every_format() {
+    let limits = ImageLimits { max_pixels: 99, ..ImageLimits::default() };
+    let processor = ImageProcessor::new(config(4)).unwrap().with_limits(limits);
+    for format in [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP] {
+        let bytes = encode(&gradient(10, 10), format);
+        for error in [processor.process(&bytes).unwrap_err(), processor.cost(&bytes).unwrap_err()] {
+            assert!(
+                matches!(error, ModalityError::TooLarge { unit: Unit::Pixels, got: 100, limit: 99, .. }),
+                "{error:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn memory_for_decoded_pixels_has_its_own_limit() {
+    let limits = ImageLimits { max_decoded_bytes: 299, ..ImageLimits::default() };
+    let error = decode_image(&encode(&gradient(10, 10), ImageFormat::Png), &limits).unwrap_err();
+    assert!(
+        matches!(error, ModalityError::TooLarge { unit: Unit::DecodedBytes, got: 300, limit: 299, .. }),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn a_truncated_image_is_broken_and_says_which_kind() {
+    for (format, name) in [(ImageFormat::Png, "PNG"), (ImageFormat::WebP, "WebP")] {
+        let bytes = encode(&gradient(20, 20), format);
+        let error = decode_image(&bytes[..bytes.len() / 2], &ImageLimits::default()).unwrap_err();
+        assert!(matches!(error, ModalityError::BrokenImage { format, .. } if format == name), "{error:?}");
+        assert!(error.is_callers_fault());
+    }
+}
+
+#[test]
+fn the_cost_of_an_image_is_its_pixels_as_it_arrived() {
+    let cost = ImageProcessor::new(config(4)).unwrap().cost(&encode(&gradient(30, 20), ImageFormat::Jpeg)).unwrap();
+    assert_eq!((cost.unit, cost.amount), (CostUnit::Pixels, 600));
+}
+
+#[test]
+fn settings_that_cannot_normalise_are_refused_by_name() {
+    let refused = |config| ImageProcessor::new(config).unwrap_err().to_string();
+    assert_eq!(refused(config(0)), "image.size is 0, it must be 1 to 4096 pixels");
+    assert_eq!(
+        refused(ImageConfig { std: [1.0, 0.0, 1.0], ..config(4) }),
+        "image.std is 0, it must be a positive number per channel"
+    );
+    assert!(refused(ImageConfig { mean: [f32::NAN; 3], ..config(4) }).starts_with("image.mean is NaN"));
+}
+
+fn any_format() -> impl Strategy<Value = ImageFormat> {
+    prop::sample::select(vec![ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP])
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn any_bytes_decode_or_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..512)) {
+        if let Err(error) = decode_image(&bytes, &ImageLimits::default()) {
+            prop_assert!(error.is_callers_fault(), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_image_decodes_or_is_refused(
+        format in any_format(),
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let mut bytes = encode(&gradient(24, 24), format);
+        for (position, byte) in damage {
+            let position = position.index(bytes.len());
+            bytes[position] = byte;
+        }
+        let limits = ImageLimits { max_pixels: 10_000, ..ImageLimits::default() };
+        for bytes in [&bytes[..], &bytes[..cut.index(bytes.len())]] {
+            match decode_image(bytes, &limits) {
+                Ok(image) => prop_assert!(u64::from(image.width()) * u64::from(image.height()) <= limits.max_pixels),
+                Err(error) => prop_assert!(error.is_callers_fault(), "{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn every_image_becomes_a_row_of_one_shape_with_values_in_range(width in 1_u32..50, height in 1_u32..50, size in 1_u32..20) {
+        let bytes = encode(&gradient(width, height), ImageFormat::Png);
+        let tensor = ImageProcessor::new(config(size)).unwrap().process(&bytes).unwrap();
+        prop_assert_eq!(tensor.shape(), [3, size as usize, size as usize]);
+        prop_assert!(tensor.as_slice::<f32>().unwrap().iter().all(|value| (-1.0..=1.0).contains(value)));
+    }
+}
