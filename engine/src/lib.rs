@@ -1,0 +1,27 @@
+//! Inference engines behind one small trait, and the multimodal pipeline that runs on them.
+//!
+//! * [`Engine`] runs one graph. [`OnnxRuntime`] is the one there is: a session of the onnxruntime library, which is
+//!   loaded when the first graph is opened, so that programs start, and say what is missing, without it.
+//! * [`Signature`] is what a graph takes and gives. Inputs are held against it before an engine sees them, so a caller
+//!   reads which input was wrong and how, not what some kernel made of it.
+//! * [`Pipeline`] knows which graphs of an artifact turn an image and a question into an answer. It runs nothing
+//!   itself: whoever holds a [`GraphRunner`] does, be it the server with a batcher in front of each graph or
+//!   [`LocalPipeline`], which opens the graphs in this process and calls them one after the other.
+//!
+//! What it is not: a scheduler. An engine belongs to one thread at a time; queues, batches and deadlines are the
+//! server's business.
+
+mod engine;
+mod error;
+#[cfg(feature = "fixture")]
+pub mod fixture;
+pub mod onnxruntime;
+mod pipeline;
+mod signature;
+
+pub use engine::{Engine, Named};
+pub use error::{EngineError, PipelineError};
+pub use onnxruntime::{OnnxRuntime, Options};
+pub use pipeline::{Encoded, GraphRunner, LocalPipeline, Pipeline, VqaAnswer, VqaInput, open_graph, rank_answers};
+pub use sensorium_artifact::TensorSpec;
+pub use signature::{Signature, artifact_dtype, host_dtype};
