@@ -41,7 +41,7 @@ pub trait Ops {
         stride: i64,
         padding: i64,
     ) -> Result<Self::Value, Self::Error>;
-    /// Normalises the last dimension of `x`, then scales by `gain` and shifts by `bias`; epsilon is [`LAYER_NORM_EPS`].
+    /// Normalises the last dimension of `x`, then scales by `gain` and shifts by `bias`; epsilon is 1e-5.
     fn layer_norm(
         &mut self,
         x: &Self::Value,
@@ -93,7 +93,7 @@ pub trait Ops {
 }
 
 /// Added to the variance before its root, in every interpreter.
-pub const LAYER_NORM_EPS: f64 = 1e-5;
+pub(crate) const LAYER_NORM_EPS: f64 = 1e-5;
 
 /// Added to attention scores of padding: large enough to vanish in the softmax, small enough not to overflow.
-pub const MASKED_SCORE: f32 = -1e9;
+pub(crate) const MASKED_SCORE: f32 = -1e9;

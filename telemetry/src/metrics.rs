@@ -83,6 +83,16 @@ metrics! {
         "Time of one engine run";
     SERVER_ABANDONED = Counter "sensorium_server_abandoned_total" ["model"]
         "Queued requests that were dropped unrun, because they were cancelled or their deadline had passed";
+    TRAINER_STEP = Gauge "sensorium_trainer_step" []
+        "Updates that are done";
+    TRAINER_LOSS = Gauge "sensorium_trainer_loss" []
+        "Weighted loss of the last step over all ranks, in nats";
+    TRAINER_ACCURACY = Gauge "sensorium_trainer_accuracy_ratio" []
+        "Share of held-out questions answered right at the last evaluation";
+    TRAINER_SAMPLES_PER_SECOND = Gauge "sensorium_trainer_samples_per_second" []
+        "Images trained on per second over all ranks, lately";
+    TRAINER_CHECKPOINT_FAILURES = Counter "sensorium_trainer_checkpoint_failures_total" []
+        "Checkpoints that could not be written";
     TRITON_SUCCESS = Untyped "nv_inference_request_success" ["model", "version"]
         "Requests that succeeded";
     TRITON_FAILURE = Untyped "nv_inference_request_failure" ["model", "version", "reason"]

@@ -1,0 +1,206 @@
+//! Batches: what the data set holds, as the tensors that a step needs, prepared one step ahead on a thread of its own.
+//!
+//! Which samples, questions and flips make a step is a function of the seed and the step alone. Each rank takes its
+//! contiguous slice, so one worker and many see the same global batch, and a resumed run sees what it would have seen.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
+
+use sensorium_data::{Dataset, Sample, Sampler, choose, flip};
+use sensorium_modality::{ImageLimits, ImageProcessor, TextProcessor, decode_image, flip_horizontal};
+use tch::Tensor;
+
+use crate::error::TrainError;
+
+/// Batches that are ready before they are asked for: one in work, one waiting.
+const PREFETCH: usize = 1;
+
+/// This rank's share of one step.
+#[derive(Debug)]
+pub struct Batch {
+    /// `[B, 3, S, S]`, f32.
+    pub pixels: Tensor,
+    /// Questions, when there is such a task.
+    pub questions: Option<Questions>,
+    /// Captions `[B, L]`, i64, when there is a contrastive task.
+    pub captions: Option<Tensor>,
+}
+
+/// Questions about the images of a batch.
+#[derive(Debug)]
+pub struct Questions {
+    /// `[N, L]`, i64.
+    pub ids: Tensor,
+    /// The image that each question is about, `[N]`, i64.
+    pub image_index: Tensor,
+    /// The right answer, `[N]`, i64.
+    pub targets: Tensor,
+}
+
+/// Turns samples into tensors.
+#[derive(Debug)]
+pub struct Preparation {
+    /// Images.
+    pub image: ImageProcessor,
+    /// Questions and captions.
+    pub text: TextProcessor,
+    /// Class of each answer.
+    pub answers: HashMap<String, i64>,
+}
+
+impl Preparation {
+    /// Pixels of one image, flipped left to right if asked.
+    pub fn pixels(&self, sample: &Sample, flipped: bool) -> Result<Vec<f32>, TrainError> {
+        let refused = |reason: String| TrainError::Sample { key: sample.key.clone(), reason };
+        let image = decode_image(&sample.image, &ImageLimits::default()).map_err(|e| refused(e.to_string()))?;
+        let mut image = self.image.resize(image);
+        if flipped {
+            flip_horizontal(&mut image);
+        }
+        let row = self.image.normalize(&image)?;
+        Ok(row.as_slice::<f32>().map_err(|e| refused(e.to_string()))?.to_vec())
+    }
+
+    /// Token ids of a text, padded to the model's length.
+    pub fn ids(&self, sample: &Sample, text: &str) -> Result<Vec<i64>, TrainError> {
+        let refused = |reason: String| TrainError::Sample { key: sample.key.clone(), reason };
+        let row = self.text.encode_row(text).map_err(|e| refused(format!("\"{text}\": {e}")))?;
+        Ok(row.as_slice::<i64>().map_err(|e| refused(e.to_string()))?.to_vec())
+    }
+
+    /// Class of a right answer.
+    pub fn target(&self, sample: &Sample, answer: &str) -> Result<i64, TrainError> {
+        self.answers.get(answer).copied().ok_or_else(|| TrainError::Sample {
+            key: sample.key.clone(),
+            reason: format!("answer \"{answer}\" is not among the data set's {} answers", self.answers.len()),
+        })
+    }
+
+    /// Length of a row of ids.
+    pub fn length(&self) -> i64 {
+        self.text.config().max_length as i64
+    }
+
+    /// Rows of pixels as a tensor `[B, 3, S, S]`.
+    pub fn stack_pixels(&self, rows: &[f32]) -> Result<Tensor, TrainError> {
+        let size = i64::from(self.image.config().size);
+        Ok(Tensor::f_from_slice(rows)?.f_view([-1, 3, size, size])?)
+    }
+
+    /// Rows of ids as a tensor `[N, L]`.
+    pub fn stack_ids(&self, rows: &[i64]) -> Result<Tensor, TrainError> {
+        Ok(Tensor::f_from_slice(rows)?.f_view([-1, self.length()])?)
+    }
+}
+
+/// What every step's batch is made of.
+#[derive(Clone, Debug)]
+pub struct BatchPlan {
+    /// Decides order, questions and flips.
+    pub seed: u64,
+    /// Images per step over all ranks.
+    pub images: usize,
+    /// Questions about each; none without a VQA task.
+    pub questions_per_image: Option<usize>,
+    /// Whether captions are wanted.
+    pub captions: bool,
+    /// Whether half of the images are mirrored.
+    pub horizontal_flip: bool,
+    /// This rank and the number of ranks that share a batch.
+    pub shard: (u32, u32),
+}
+
+/// Prepares batches ahead of the steps that need them.
+#[derive(Debug)]
+pub struct Loader {
+    batches: Receiver<Result<Batch, TrainError>>,
+}
+
+impl Loader {
+    /// Starts to prepare the batches of `steps`, in order. The thread ends with the last, or when the loader is dropped.
+    ///
+    /// # Errors
+    /// A data set without samples.
+    pub fn start(
+        dataset: Arc<Dataset>,
+        preparation: Arc<Preparation>,
+        plan: BatchPlan,
+        steps: Range<u64>,
+    ) -> Result<Self, TrainError> {
+        let sampler = Sampler::new(dataset.len(), plan.seed, plan.images)?;
+        let (send, batches) = sync_channel(PREFETCH);
+        let work = move || {
+            for step in steps {
+                let batch = prepare(&dataset, &preparation, &plan, &sampler, step);
+                let failed = batch.is_err();
+                if send.send(batch).is_err() || failed {
+                    return; // nobody waits any more, or nothing sensible can follow
+                }
+            }
+        };
+        thread::spawn(work);
+        Ok(Self { batches })
+    }
+
+    /// The next batch.
+    pub fn next(&self) -> Result<Batch, TrainError> {
+        self.batches.recv().map_err(|_| TrainError::LoaderGone)?
+    }
+}
+
+fn prepare(
+    dataset: &Dataset,
+    preparation: &Preparation,
+    plan: &BatchPlan,
+    sampler: &Sampler,
+    step: u64,
+) -> Result<Batch, TrainError> {
+    let (rank, ranks) = plan.shard;
+    let indices = sampler.indices(step);
+    let (mut pixels, mut captions) = (Vec::new(), Vec::new());
+    let (mut ids, mut image_index, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+    for (row, slot) in sampler.slots(rank, ranks).enumerate() {
+        let sample = dataset.sample(indices[slot])?;
+        let flipped = plan.horizontal_flip && flip(plan.seed, step, slot as u64);
+        pixels.extend(preparation.pixels(&sample, flipped)?);
+        if let Some(wanted) = plan.questions_per_image {
+            if sample.questions.is_empty() {
+                return Err(TrainError::Sample { key: sample.key, reason: "it has no questions".to_owned() });
+            }
+            for at in choose(plan.seed, step, slot as u64, sample.questions.len(), wanted) {
+                let question = &sample.questions[at];
+                ids.extend(preparation.ids(&sample, &question.question)?);
+                targets.push(preparation.target(&sample, &question.answer)?);
+                image_index.push(row as i64);
+            }
+        }
+        if plan.captions {
+            let Some(caption) = &sample.caption else {
+                return Err(TrainError::Sample { key: sample.key, reason: "it has no caption".to_owned() });
+            };
+            captions.extend(preparation.ids(&sample, caption)?);
+        }
+    }
+    let questions = match plan.questions_per_image {
+        Some(_) => Some(Questions {
+            ids: preparation.stack_ids(&ids)?,
+            image_index: Tensor::f_from_slice(&image_index)?,
+            targets: Tensor::f_from_slice(&targets)?,
+        }),
+        None => None,
+    };
+    let captions = if plan.captions { Some(preparation.stack_ids(&captions)?) } else { None };
+    Ok(Batch { pixels: preparation.stack_pixels(&pixels)?, questions, captions })
+}
+
+/// Opens a data set and says which field named it when that fails.
+pub fn open(field: &'static str, path: &Path) -> Result<Dataset, TrainError> {
+    Dataset::open(path).map_err(|error| {
+        let reason = format!("{error}; import data first, for example with `sensorium data import easy-vqa`");
+        TrainError::Spec { field, reason }
+    })
+}

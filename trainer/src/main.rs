@@ -1,0 +1,159 @@
+//! `sensorium-trainer`: one worker of a training job, or a compression job.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use sensorium_api::run::{ArtifactResult, RunResult, RunState};
+use sensorium_artifact::{Volume, Volumes, atomic};
+use sensorium_dist::Launch;
+use sensorium_trainer::TrainError;
+use sensorium_trainer::progress::Reporter;
+use sensorium_trainer::publish::publish;
+use sensorium_trainer::setup::{Setup, read_config};
+use sensorium_trainer::stop::Stop;
+use sensorium_trainer::train::{Run, Trained};
+
+/// How long workers wait for each other to start, and for each collective.
+const GROUP_TIMEOUT: Duration = Duration::from_secs(300);
+/// As a shell reports a process that SIGTERM ended; the job goes on from its checkpoint when it is started again.
+const STOPPED: u8 = 143;
+
+#[derive(Debug, Parser)]
+#[command(name = "sensorium-trainer", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run one worker of a TrainingJob. Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them; without
+    /// them it trains alone.
+    Train(RunArgs),
+    /// Run a CompressionJob.
+    Compress(RunArgs),
+}
+
+/// What every job is started with.
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// The job's run file (JSON), as `sensorium plan` shows it.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Folder that stands for a claim of pvc:// URIs; repeatable.
+    #[arg(long = "volume", value_name = "CLAIM=DIR")]
+    volumes: Vec<Volume>,
+    /// Where rank 0 serves /progress and /metrics.
+    #[arg(long, value_name = "HOST:PORT", env = "SENSORIUM_PROGRESS_ADDR")]
+    progress_addr: Option<SocketAddr>,
+    /// Where the result is written as JSON when the job ends.
+    #[arg(long, value_name = "FILE", env = "SENSORIUM_RESULT_FILE")]
+    result_file: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = sensorium_telemetry::init("sensorium-trainer") {
+        eprintln!("sensorium-trainer: {error}");
+        return ExitCode::from(2);
+    }
+    let args = match &cli.command {
+        Command::Train(args) | Command::Compress(args) => args,
+    };
+    let mut volumes = Volumes::default();
+    args.volumes.iter().for_each(|volume| volumes.insert(volume.clone()));
+    let started = Instant::now();
+    let outcome = runtime().and_then(|runtime| match cli.command {
+        Command::Train(_) => train(args, &volumes, &runtime),
+        Command::Compress(_) => compress(args, &volumes, &runtime),
+    });
+    let (result, code) = match outcome {
+        Ok(Some(result)) => (result, ExitCode::SUCCESS),
+        Ok(None) => return ExitCode::SUCCESS, // a rank other than 0: rank 0 tells
+        Err(error) => {
+            let stopped = matches!(error.downcast_ref(), Some(TrainError::Stopped { .. }));
+            let message = format!("{error:#}");
+            tracing::error!(error = message, "the job did not finish");
+            let seconds = started.elapsed().as_secs_f64();
+            let result = RunResult { state: RunState::Failed, message, seconds, ..empty() };
+            (result, if stopped { ExitCode::from(STOPPED) } else { ExitCode::FAILURE })
+        }
+    };
+    let result = RunResult { seconds: started.elapsed().as_secs_f64(), ..result };
+    match args.result_file.as_deref().map(|path| write_result(path, &result)) {
+        Some(Err(error)) => {
+            tracing::error!(error = format!("{error:#}"), "could not write the result");
+            ExitCode::FAILURE
+        }
+        _ => code,
+    }
+}
+
+fn empty() -> RunResult {
+    RunResult {
+        state: RunState::Succeeded,
+        message: String::new(),
+        artifact: None,
+        metrics: Default::default(),
+        gate: None,
+        seconds: 0.0,
+    }
+}
+
+fn write_result(path: &Path, result: &RunResult) -> anyhow::Result<()> {
+    let bytes = serde_json::to_vec_pretty(result)?;
+    // Kubernetes mounts the termination log as a file of its own, which can be written but not replaced.
+    atomic::write(path, &bytes).or_else(|_| std::fs::write(path, &bytes)).with_context(|| path.display().to_string())
+}
+
+/// One thread serves progress and stores artifacts; computing has threads of its own.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(1).enable_all().build().context("could not start the async runtime")
+}
+
+/// Rank 0 returns the result, the others nothing.
+fn train(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -> anyhow::Result<Option<RunResult>> {
+    let config = read_config(&args.config)?;
+    let launch = Launch::from_env().map_err(TrainError::from)?;
+    let (reporter, stop) = (Reporter::default(), Stop::default());
+    let is_first = launch.rank == 0;
+    runtime.block_on(async {
+        stop.listen().context("could not listen for signals")?;
+        match args.progress_addr {
+            Some(address) if is_first => reporter.serve(address).await.map_err(anyhow::Error::from),
+            _ => Ok(()),
+        }
+    })?;
+    let setup = runtime.block_on(Setup::new(&config, volumes))?;
+    let group = launch.connect(GROUP_TIMEOUT).map_err(TrainError::from)?;
+    tracing::info!(
+        job = %config.job,
+        rank = group.rank(),
+        world_size = group.size(),
+        parameters = setup.network.parameter_count(),
+        samples = setup.train.len(),
+        "training"
+    );
+    let Trained { weights, metrics } = Run::new(&config, &setup, &group, &reporter, &stop)?.train()?;
+    let artifact = if is_first {
+        reporter.update(|progress| progress.state = "exporting".to_owned());
+        Some(runtime.block_on(publish(&config, &setup, &weights, metrics.clone(), volumes))?)
+    } else {
+        None
+    };
+    let Some(artifact) = artifact else { return Ok(None) };
+    reporter.update(|progress| progress.state = "done".to_owned());
+    let ArtifactResult { name, digest, .. } = &artifact;
+    let message = format!("trained {} steps; artifact {name} is {digest}", config.spec.training.steps);
+    Ok(Some(RunResult { message, artifact: Some(artifact), metrics, ..empty() }))
+}
+
+fn compress(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -> anyhow::Result<Option<RunResult>> {
+    let _ = (args, volumes, runtime);
+    anyhow::bail!("not wired")
+}

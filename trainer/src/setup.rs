@@ -1,0 +1,238 @@
+//! From a job's spec to everything a run works with: data, vocabulary, network, starting weights.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sensorium_api::run::RunConfig;
+use sensorium_api::{Architecture, ModelSource, TaskType, TrainingJobSpec};
+use sensorium_artifact::{Digest, Store, Volumes};
+use sensorium_data::Dataset;
+use sensorium_modality::{
+    ImageConfig, ImageProcessor, PipelineSpec, Resize, TaskHead, TextConfig, TextProcessor, TextSpec,
+};
+use sensorium_model::{FusionConfig, Network, NetworkConfig, StemLayer, Task, Weights, import, initialise};
+use sensorium_onnx::Model;
+
+use crate::batch::{self, Preparation};
+use crate::error::TrainError;
+
+/// Where an artifact keeps its tokenizer.
+pub const TOKENIZER_FILE: &str = "processor/tokenizer.json";
+/// Where an artifact keeps the shape of its network, which a run that starts from it needs.
+pub const NETWORK_FILE: &str = "network.json";
+
+/// What a run works with.
+pub struct Setup {
+    /// Blocks and paths.
+    pub network: Network,
+    /// Where training starts from.
+    pub weights: Weights,
+    /// The artifact that `weights` come from, if they do.
+    pub parent: Option<Digest>,
+    /// Shared with the loader.
+    pub preparation: Arc<Preparation>,
+    /// What is learned from.
+    pub train: Arc<Dataset>,
+    /// What is never learned from.
+    pub evaluation: Arc<Dataset>,
+    /// Answers in the order of their classes.
+    pub answers: Vec<String>,
+    /// Tasks with their weights; those of weight zero are left out.
+    pub tasks: Vec<(Task, f64)>,
+    /// Where the checkpoints, the history and the evaluation go.
+    pub folder: PathBuf,
+}
+
+/// Reads the file that `--config` names.
+///
+/// # Errors
+/// When it is not there or not a training job's.
+pub fn read_config(path: &Path) -> Result<RunConfig<TrainingJobSpec>, TrainError> {
+    let refused = |reason: String| TrainError::Config { path: path.to_owned(), reason };
+    let bytes = std::fs::read(path).map_err(|error| refused(error.to_string()))?;
+    serde_json::from_slice(&bytes).map_err(|error| refused(error.to_string()))
+}
+
+impl Setup {
+    /// Opens the data and builds the network.
+    ///
+    /// # Errors
+    /// Names the field of the spec that can't be met.
+    pub async fn new(config: &RunConfig<TrainingJobSpec>, volumes: &Volumes) -> Result<Self, TrainError> {
+        let spec = &config.spec;
+        let train = batch::open("spec.data.train", &volumes.local_path(&spec.data.train)?)?;
+        let evaluation = batch::open("spec.data.evaluation", &volumes.local_path(&spec.data.evaluation)?)?;
+        let tasks: Vec<(Task, f64)> = spec
+            .tasks
+            .iter()
+            .filter(|task| task.weight > 0.0)
+            .map(|task| (if task.type_ == TaskType::Vqa { Task::Vqa } else { Task::Contrastive }, task.weight))
+            .collect();
+        let has = |wanted: Task| tasks.iter().any(|(task, _)| *task == wanted);
+        let answers = if has(Task::Vqa) { train.answers().to_vec() } else { Vec::new() };
+        if has(Task::Vqa) && answers.is_empty() {
+            let reason = format!("{} lists no answers, which the vqa task needs", spec.data.train);
+            return Err(TrainError::Spec { field: "spec.data.train", reason });
+        }
+        let started = match &spec.model {
+            ModelSource::Architecture(architecture) => {
+                Started::anew(architecture, &train, &answers, spec.training.seed, has(Task::Contrastive))?
+            }
+            ModelSource::Artifact(name) => Started::from_artifact(name, spec, volumes, &answers).await?,
+        };
+        let Started { network, weights, text, parent } = started;
+        for (task, _) in &tasks {
+            if network.path(*task).is_empty() {
+                let reason = format!("the model has no head for {task:?}");
+                return Err(TrainError::Spec { field: "spec.tasks", reason });
+            }
+        }
+        let image = ImageProcessor::new(image_config(&network))?;
+        let classes: HashMap<String, i64> =
+            answers.iter().enumerate().map(|(class, answer)| (answer.clone(), class as i64)).collect();
+        let preparation = Arc::new(Preparation { image, text, answers: classes });
+        let job = &config.job;
+        let uri = spec.checkpoint.uri.clone();
+        let uri = uri.unwrap_or_else(|| format!("pvc://checkpoints/{}/{}", job.namespace, job.name));
+        let folder = volumes.local_path(&uri)?;
+        let (train, evaluation) = (Arc::new(train), Arc::new(evaluation));
+        Ok(Self { network, weights, parent, preparation, train, evaluation, answers, tasks, folder })
+    }
+
+    /// The weight of `task`, if the job has it.
+    pub fn weight(&self, task: Task) -> Option<f64> {
+        self.tasks.iter().find_map(|(known, weight)| (*known == task).then_some(*weight))
+    }
+
+    /// What the artifact's readers need to know about inputs and outputs.
+    pub fn pipeline(&self) -> PipelineSpec {
+        let config = self.network.config();
+        let mut tasks = Vec::new();
+        if config.answers.is_some() {
+            tasks.push(TaskHead::Vqa { answers: self.answers.clone() });
+        }
+        if let Some(dim) = config.embedding_dim {
+            tasks.push(TaskHead::Contrastive { dim: dim as usize });
+        }
+        let text = TextSpec { tokenizer: TOKENIZER_FILE.to_owned(), config: self.preparation.text.config() };
+        PipelineSpec { text: Some(text), image: Some(*self.preparation.image.config()), tasks }
+    }
+}
+
+struct Started {
+    network: Network,
+    weights: Weights,
+    text: TextProcessor,
+    parent: Option<Digest>,
+}
+
+impl Started {
+    /// Fresh weights, and the vocabulary of the training data.
+    fn anew(
+        architecture: &Architecture,
+        train: &Dataset,
+        answers: &[String],
+        seed: u64,
+        contrastive: bool,
+    ) -> Result<Self, TrainError> {
+        let max_length = architecture.text.max_length as usize;
+        let mut texts = BTreeSet::new();
+        for sample in train.samples() {
+            let sample = sample?;
+            texts.extend(sample.questions.into_iter().map(|pair| pair.question));
+            texts.extend(sample.caption.filter(|_| contrastive));
+        }
+        let text = TextProcessor::train(&texts, TextConfig { max_length })?;
+        let answers = (!answers.is_empty()).then_some(answers.len() as i64);
+        let network = Network::new(network_config(architecture, text.vocabulary_size() as i64, answers))?;
+        let weights = initialise(&network, seed);
+        Ok(Self { network, weights, text, parent: None })
+    }
+
+    /// The weights, shape and vocabulary of an artifact.
+    async fn from_artifact(
+        name: &str,
+        spec: &TrainingJobSpec,
+        volumes: &Volumes,
+        answers: &[String],
+    ) -> Result<Self, TrainError> {
+        let refused = |reason: String| TrainError::Spec { field: "spec.model.artifact", reason };
+        let store = Store::open(&spec.output.store, volumes)?;
+        let artifact = store.resolve(name).await?;
+        let cache = tempfile::tempdir().map_err(|error| refused(error.to_string()))?;
+        let folder = store.fetch(&artifact, cache.path()).await?;
+        let bytes = std::fs::read(folder.join(NETWORK_FILE)).map_err(|error| {
+            refused(format!("{name} can't be trained further, its {NETWORK_FILE} is missing ({error})"))
+        })?;
+        let config: NetworkConfig =
+            serde_json::from_slice(&bytes).map_err(|error| refused(format!("{name}: {NETWORK_FILE}: {error}")))?;
+        let parsed: Option<PipelineSpec> = artifact
+            .manifest
+            .pipeline
+            .clone()
+            .map(serde_json::from_value)
+            .transpose()
+            .map_err(|error| refused(format!("{name}: {error}")))?;
+        if let Some(found) = parsed.as_ref().and_then(PipelineSpec::vqa_answers)
+            && !answers.is_empty()
+            && found != answers
+        {
+            return Err(refused(format!("{name} knows {} answers, but not those of spec.data.train", found.len())));
+        }
+        let text = TextConfig { max_length: config.text.max_length as usize };
+        let text = TextProcessor::load(&folder.join(TOKENIZER_FILE), text)?;
+        let network = Network::new(config)?;
+        let mut graphs = Vec::new();
+        for graph in &artifact.manifest.graphs {
+            let model = Model::load(&folder.join(&graph.file)).map_err(|error| refused(format!("{name}: {error}")))?;
+            graphs.push(model);
+        }
+        let weights = import(&network, &graphs, &initialise(&network, spec.training.seed))?;
+        Ok(Self { network, weights, text, parent: Some(artifact.digest) })
+    }
+}
+
+fn network_config(architecture: &Architecture, vocabulary: i64, answers: Option<i64>) -> NetworkConfig {
+    let Architecture { width, text, image, fusion, embedding_dim } = architecture;
+    NetworkConfig {
+        width: i64::from(*width),
+        text: sensorium_model::TextConfig {
+            vocabulary,
+            max_length: i64::from(text.max_length),
+            width: i64::from(text.width),
+            layers: text.layers as usize,
+            heads: i64::from(text.heads),
+            mlp_ratio: i64::from(text.mlp_ratio),
+        },
+        image: sensorium_model::ImageConfig {
+            size: i64::from(image.size),
+            stem: image
+                .stem
+                .iter()
+                .map(|layer| StemLayer {
+                    channels: i64::from(layer.channels),
+                    kernel: i64::from(layer.kernel),
+                    stride: i64::from(layer.stride),
+                    padding: i64::from(layer.padding),
+                })
+                .collect(),
+            width: i64::from(image.width),
+            layers: image.layers as usize,
+            heads: i64::from(image.heads),
+            mlp_ratio: i64::from(image.mlp_ratio),
+        },
+        fusion: FusionConfig {
+            layers: fusion.layers as usize,
+            heads: i64::from(fusion.heads),
+            mlp_ratio: i64::from(fusion.mlp_ratio),
+        },
+        answers,
+        embedding_dim: embedding_dim.map(i64::from),
+    }
+}
+
+/// Bytes to `-1..=1`: `x / 127.5 - 1`.
+fn image_config(network: &Network) -> ImageConfig {
+    ImageConfig { size: network.config().image.size as u32, mean: [0.5; 3], std: [0.5; 3], resize: Resize::Exact }
+}
