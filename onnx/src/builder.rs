@@ -1,10 +1,10 @@
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 use crate::proto::{
-    AttributeProto, DimensionProto, DimensionValue, GraphProto, ModelProto, NodeProto,
-    OperatorSetIdProto, TensorProto, TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto,
+    AttributeProto, DimensionProto, DimensionValue, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
+    TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto,
 };
-use crate::{DType, Model, OnnxError};
+use crate::{DType, Model, Names, OnnxError};
 
 /// File format version that goes with opset 20; every reader of that opset knows it.
 const IR_VERSION: i64 = 9;
@@ -26,8 +26,7 @@ pub enum Dim<'a> {
 pub struct GraphBuilder {
     graph: GraphProto,
     constants: BTreeMap<(i32, Vec<i64>, Vec<u8>), String>,
-    taken: HashSet<String>,
-    next: u64,
+    names: Names,
     /// Graph outputs that wait for their value to be renamed: (value, name).
     outputs: Vec<(String, String)>,
 }
@@ -36,71 +35,48 @@ impl GraphBuilder {
     /// An empty graph.
     pub fn new(name: &str) -> Self {
         Self {
-            graph: GraphProto {
-                name: name.to_owned(),
-                ..GraphProto::default()
-            },
+            graph: GraphProto { name: name.to_owned(), ..GraphProto::default() },
             constants: BTreeMap::new(),
-            taken: HashSet::new(),
-            next: 0,
+            names: Names::default(),
             outputs: Vec::new(),
         }
     }
 
     /// Declares an input; returns its name.
     pub fn input(&mut self, name: &str, dtype: DType, dims: &[Dim<'_>]) -> String {
-        self.taken.insert(name.to_owned());
-        self.graph
-            .input
-            .push(ValueInfoProto::tensor(name, dtype, dims));
+        self.names.take(name);
+        self.graph.input.push(ValueInfoProto::tensor(name, dtype, dims));
         name.to_owned()
     }
 
     /// Declares that `value` is the graph's output `name`. The value is renamed when the graph is finished; until then it
     /// keeps the name under which it was made, so it can still be read by later nodes.
     pub fn output(&mut self, name: &str, value: &str, dtype: DType, dims: &[Dim<'_>]) {
-        self.taken.insert(name.to_owned());
-        self.graph
-            .output
-            .push(ValueInfoProto::tensor(name, dtype, dims));
+        self.names.take(name);
+        self.graph.output.push(ValueInfoProto::tensor(name, dtype, dims));
         self.outputs.push((value.to_owned(), name.to_owned()));
     }
 
     /// Adds a constant tensor; returns its name.
     pub fn initializer(&mut self, tensor: TensorProto) -> String {
         let name = tensor.name.clone();
-        self.taken.insert(name.clone());
+        self.names.take(&name);
         self.graph.initializer.push(tensor);
         name
     }
 
     /// Adds an f32 constant of shape `dims`, row-major; returns its name.
-    pub fn initializer_f32(
-        &mut self,
-        name: &str,
-        dims: &[i64],
-        values: impl AsRef<[f32]>,
-    ) -> String {
+    pub fn initializer_f32(&mut self, name: &str, dims: &[i64], values: impl AsRef<[f32]>) -> String {
         self.initializer(TensorProto::from_f32(name, dims, values.as_ref()))
     }
 
     /// Adds an i64 constant of shape `dims`, row-major; returns its name.
-    pub fn initializer_i64(
-        &mut self,
-        name: &str,
-        dims: &[i64],
-        values: impl AsRef<[i64]>,
-    ) -> String {
+    pub fn initializer_i64(&mut self, name: &str, dims: &[i64], values: impl AsRef<[i64]>) -> String {
         self.initializer(TensorProto::from_i64(name, dims, values.as_ref()))
     }
 
     /// Adds an i32 constant of shape `dims`, row-major; returns its name.
-    pub fn initializer_i32(
-        &mut self,
-        name: &str,
-        dims: &[i64],
-        values: impl AsRef<[i32]>,
-    ) -> String {
+    pub fn initializer_i32(&mut self, name: &str, dims: &[i64], values: impl AsRef<[i32]>) -> String {
         self.initializer(TensorProto::from_i32(name, dims, values.as_ref()))
     }
 
@@ -111,15 +87,11 @@ impl GraphBuilder {
 
     /// A nameless constant, stored once however often it is asked for; returns its name.
     pub fn constant(&mut self, mut tensor: TensorProto) -> String {
-        let key = (
-            tensor.data_type,
-            tensor.dims.clone(),
-            tensor.raw_data.clone(),
-        );
+        let key = (tensor.data_type, tensor.dims.clone(), tensor.raw_data.clone());
         if let Some(name) = self.constants.get(&key) {
             return name.clone();
         }
-        let name = self.fresh();
+        let name = self.names.fresh();
         name.clone_into(&mut tensor.name);
         self.graph.initializer.push(tensor);
         self.constants.insert(key, name.clone());
@@ -142,13 +114,8 @@ impl GraphBuilder {
     }
 
     /// Adds a node with one output; returns the output's name. An empty input name is an optional input left out.
-    pub fn node(
-        &mut self,
-        op_type: &str,
-        inputs: &[&str],
-        attributes: Vec<AttributeProto>,
-    ) -> String {
-        let output = self.fresh();
+    pub fn node(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<AttributeProto>) -> String {
+        let output = self.names.fresh();
         self.push(op_type, inputs, vec![output.clone()], attributes);
         output
     }
@@ -161,7 +128,7 @@ impl GraphBuilder {
         output: &str,
         attributes: Vec<AttributeProto>,
     ) -> String {
-        self.taken.insert(output.to_owned());
+        self.names.take(output);
         self.push(op_type, inputs, vec![output.to_owned()], attributes);
         output.to_owned()
     }
@@ -174,7 +141,7 @@ impl GraphBuilder {
         outputs: usize,
         attributes: Vec<AttributeProto>,
     ) -> Vec<String> {
-        let outputs: Vec<String> = (0..outputs).map(|_| self.fresh()).collect();
+        let outputs: Vec<String> = (0..outputs).map(|_| self.names.fresh()).collect();
         self.push(op_type, inputs, outputs.clone(), attributes);
         outputs
     }
@@ -183,28 +150,22 @@ impl GraphBuilder {
     /// # Errors
     /// `Invalid` or `WrongLength`, naming the value that breaks a rule.
     pub fn finish(mut self, opset: i64) -> Result<Model, OnnxError> {
+        // A value may be exposed twice: the second output copies the first, under the name that it has by then.
+        let mut renamed: BTreeMap<String, String> = BTreeMap::new();
         for (value, name) in std::mem::take(&mut self.outputs) {
-            self.expose(&value, &name);
+            self.expose(renamed.get(&value).unwrap_or(&value), &name);
+            renamed.entry(value).or_insert(name);
         }
         Model::try_from(ModelProto {
             ir_version: IR_VERSION,
             producer_name: "sensorium".to_owned(),
             graph: Some(self.graph),
-            opset_import: vec![OperatorSetIdProto {
-                domain: String::new(),
-                version: opset,
-            }],
+            opset_import: vec![OperatorSetIdProto { domain: String::new(), version: opset }],
             ..ModelProto::default()
         })
     }
 
-    fn push(
-        &mut self,
-        op_type: &str,
-        inputs: &[&str],
-        output: Vec<String>,
-        attribute: Vec<AttributeProto>,
-    ) {
+    fn push(&mut self, op_type: &str, inputs: &[&str], output: Vec<String>, attribute: Vec<AttributeProto>) {
         self.graph.node.push(NodeProto {
             input: inputs.iter().map(|&input| input.to_owned()).collect(),
             output,
@@ -221,59 +182,17 @@ impl GraphBuilder {
             return;
         }
         let is_output = self.graph.output.iter().any(|output| output.name == value);
-        let made = self
-            .graph
-            .node
-            .iter()
-            .any(|node| node.output.iter().any(|output| output == value));
+        let made = self.graph.node.iter().any(|node| node.output.iter().any(|output| output == value));
         if is_output || !made {
             self.push("Identity", &[value], vec![name.to_owned()], Vec::new());
             return;
         }
         for node in &mut self.graph.node {
-            for used in node
-                .input
-                .iter_mut()
-                .chain(&mut node.output)
-                .filter(|used| *used == value)
-            {
+            for used in node.input.iter_mut().chain(&mut node.output).filter(|used| *used == value) {
                 name.clone_into(used);
             }
         }
-        // The same value may be exposed twice; the second output then copies the first.
-        for (waiting, _) in self
-            .outputs
-            .iter_mut()
-            .filter(|(waiting, _)| waiting == value)
-        {
-            name.clone_into(waiting);
-        }
     }
-
-    fn fresh(&mut self) -> String {
-        loop {
-            let name = short_name(self.next);
-            self.next += 1;
-            if self.taken.insert(name.clone()) {
-                return name;
-            }
-        }
-    }
-}
-
-/// `_` and the number in base 36: five characters name the first 1.6 million values.
-fn short_name(mut number: u64) -> String {
-    let mut digits = Vec::new();
-    loop {
-        digits.push(char::from_digit((number % 36) as u32, 36).unwrap_or('0'));
-        number /= 36;
-        if number == 0 {
-            break;
-        }
-    }
-    std::iter::once('_')
-        .chain(digits.into_iter().rev())
-        .collect()
 }
 
 impl ValueInfoProto {
@@ -287,16 +206,8 @@ impl ValueInfoProto {
             })
             .map(|value| DimensionProto { value: Some(value) })
             .collect();
-        let tensor_type = TensorTypeProto {
-            elem_type: dtype.code(),
-            shape: Some(TensorShapeProto { dim }),
-        };
-        Self {
-            name: name.to_owned(),
-            r#type: Some(TypeProto {
-                tensor_type: Some(tensor_type),
-            }),
-        }
+        let tensor_type = TensorTypeProto { elem_type: dtype.code(), shape: Some(TensorShapeProto { dim }) };
+        Self { name: name.to_owned(), r#type: Some(TypeProto { tensor_type: Some(tensor_type) }) }
     }
 
     /// Element type, if it is one that Sensorium reads.

@@ -8,20 +8,13 @@ use crate::tensor::element_count;
 /// exist, tensors fill their shapes, and nothing is used that the types in [`crate::proto`] would lose.
 pub(crate) fn check(model: &mut ModelProto) -> Result<GraphProto, OnnxError> {
     let Some(graph) = model.graph.take() else {
-        return Err(OnnxError::Invalid {
-            graph: String::new(),
-            rule: "the model has no graph".to_owned(),
-        });
+        return Err(OnnxError::Invalid { graph: String::new(), rule: "the model has no graph".to_owned() });
     };
     let checker = Checker { graph: &graph };
     if !model.functions.is_empty() {
         return Err(checker.unsupported("model-local functions".to_owned()));
     }
-    if !model
-        .opset_import
-        .iter()
-        .any(|opset| matches!(opset.domain.as_str(), "" | "ai.onnx"))
-    {
+    if !model.opset_import.iter().any(|opset| matches!(opset.domain.as_str(), "" | "ai.onnx")) {
         return Err(checker.invalid("the model imports no ONNX operator set".to_owned()));
     }
     checker.run()?;
@@ -53,10 +46,7 @@ impl<'a> Checker<'a> {
         for node in &graph.node {
             for input in node.input.iter().filter(|input| !input.is_empty()) {
                 if !known.contains(input.as_str()) {
-                    let rule = format!(
-                        "{} reads {input:?}, which nothing before it makes",
-                        node.op_type
-                    );
+                    let rule = format!("{} reads {input:?}, which nothing before it makes", node.op_type);
                     return Err(self.invalid(rule));
                 }
             }
@@ -80,12 +70,7 @@ impl<'a> Checker<'a> {
         Ok(())
     }
 
-    fn define(
-        &self,
-        known: &mut HashSet<&'a str>,
-        name: &'a str,
-        what: &str,
-    ) -> Result<(), OnnxError> {
+    fn define(&self, known: &mut HashSet<&'a str>, name: &'a str, what: &str) -> Result<(), OnnxError> {
         if name.is_empty() {
             return Err(self.invalid(format!("an {what} has no name")));
         }
@@ -99,9 +84,7 @@ impl<'a> Checker<'a> {
     fn attribute(&self, op_type: &str, attribute: &AttributeProto) -> Result<(), OnnxError> {
         let name = &attribute.name;
         if attribute.g.is_some() {
-            return Err(
-                self.unsupported(format!("control flow ({op_type} with subgraph {name:?})"))
-            );
+            return Err(self.unsupported(format!("control flow ({op_type} with subgraph {name:?})")));
         }
         match AttributeType::try_from(attribute.r#type) {
             Ok(AttributeType::Tensor) => match &attribute.t {
@@ -117,10 +100,9 @@ impl<'a> Checker<'a> {
                 | AttributeType::Ints
                 | AttributeType::Strings,
             ) => Ok(()),
-            Ok(AttributeType::Undefined) | Err(_) => Err(self.unsupported(format!(
-                "attribute {name:?} of {op_type} with type number {}",
-                attribute.r#type
-            ))),
+            Ok(AttributeType::Undefined) | Err(_) => {
+                Err(self.unsupported(format!("attribute {name:?} of {op_type} with type number {}", attribute.r#type)))
+            }
         }
     }
 
@@ -135,37 +117,20 @@ impl<'a> Checker<'a> {
         let Some(expected) = element_count(&tensor.dims) else {
             return Err(self.invalid(format!("tensor {name:?} has the shape {:?}", tensor.dims)));
         };
-        let typed = tensor.float_data.len()
-            + tensor.int32_data.len()
-            + tensor.int64_data.len()
-            + tensor.double_data.len();
-        let found = if tensor.raw_data.is_empty() {
-            typed
-        } else {
-            tensor.raw_data.len() / dtype.bytes()
-        };
+        let typed =
+            tensor.float_data.len() + tensor.int32_data.len() + tensor.int64_data.len() + tensor.double_data.len();
+        let found = if tensor.raw_data.is_empty() { typed } else { tensor.raw_data.len() / dtype.bytes() };
         if found == expected && tensor.raw_data.len() % dtype.bytes() == 0 {
             return Ok(());
         }
-        Err(OnnxError::WrongLength {
-            name: name.clone(),
-            dims: tensor.dims.clone(),
-            expected,
-            found,
-        })
+        Err(OnnxError::WrongLength { name: name.clone(), dims: tensor.dims.clone(), expected, found })
     }
 
     fn unsupported(&self, what: String) -> OnnxError {
-        OnnxError::Unsupported {
-            graph: self.graph.name.clone(),
-            what,
-        }
+        OnnxError::Unsupported { graph: self.graph.name.clone(), what }
     }
 
     fn invalid(&self, rule: String) -> OnnxError {
-        OnnxError::Invalid {
-            graph: self.graph.name.clone(),
-            rule,
-        }
+        OnnxError::Invalid { graph: self.graph.name.clone(), rule }
     }
 }

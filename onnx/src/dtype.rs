@@ -24,17 +24,8 @@ pub enum DType {
 }
 
 impl DType {
-    const ALL: [DType; 9] = [
-        Self::F32,
-        Self::F64,
-        Self::F16,
-        Self::BF16,
-        Self::U8,
-        Self::I8,
-        Self::I32,
-        Self::I64,
-        Self::Bool,
-    ];
+    const ALL: [DType; 9] =
+        [Self::F32, Self::F64, Self::F16, Self::BF16, Self::U8, Self::I8, Self::I32, Self::I64, Self::Bool];
 
     /// Number of this type in `TensorProto.DataType`.
     pub const fn code(self) -> i32 {

@@ -30,6 +30,7 @@ mod check;
 mod dtype;
 mod error;
 mod model;
+mod names;
 pub mod proto;
 mod tensor;
 
@@ -38,4 +39,5 @@ pub use builder::{Dim, GraphBuilder};
 pub use dtype::DType;
 pub use error::OnnxError;
 pub use model::Model;
+pub use names::Names;
 pub use proto::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};

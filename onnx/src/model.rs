@@ -38,10 +38,7 @@ impl Model {
     /// # Errors
     /// As [`Self::from_bytes`], and `Read`.
     pub fn load(path: &Path) -> Result<Self, OnnxError> {
-        let bytes = std::fs::read(path).map_err(|source| OnnxError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
+        let bytes = std::fs::read(path).map_err(|source| OnnxError::Read { path: path.to_owned(), source })?;
         Self::from_bytes(&bytes)
     }
 
@@ -55,10 +52,7 @@ impl Model {
     /// `Write`; the temporary file is removed and what was there before is untouched.
     pub fn save(&self, path: &Path) -> Result<(), OnnxError> {
         let bytes = self.to_bytes();
-        write_atomically(path, &bytes).map_err(|source| OnnxError::Write {
-            path: path.to_owned(),
-            source,
-        })
+        write_atomically(path, &bytes).map_err(|source| OnnxError::Write { path: path.to_owned(), source })
     }
 
     /// The graph.
@@ -68,18 +62,12 @@ impl Model {
 
     /// The constant tensor of this name.
     pub fn initializer(&self, name: &str) -> Option<&TensorProto> {
-        self.graph
-            .initializer
-            .iter()
-            .find(|tensor| tensor.name == name)
+        self.graph.initializer.iter().find(|tensor| tensor.name == name)
     }
 
     /// What a caller must feed: the inputs that no initializer fills.
     pub fn inputs(&self) -> impl Iterator<Item = &ValueInfoProto> {
-        self.graph
-            .input
-            .iter()
-            .filter(|input| self.initializer(&input.name).is_none())
+        self.graph.input.iter().filter(|input| self.initializer(&input.name).is_none())
     }
 
     /// What a caller can read.
@@ -90,19 +78,12 @@ impl Model {
     /// Version of ONNX's own operator set that the graph is written against.
     pub fn opset(&self) -> i64 {
         let onnx = |domain: &str| matches!(domain, "" | "ai.onnx");
-        self.proto
-            .opset_import
-            .iter()
-            .find(|opset| onnx(&opset.domain))
-            .map_or(0, |opset| opset.version)
+        self.proto.opset_import.iter().find(|opset| onnx(&opset.domain)).map_or(0, |opset| opset.version)
     }
 
     /// The protobuf message, to be changed and checked again with `Model::try_from`.
     pub fn into_proto(self) -> ModelProto {
-        ModelProto {
-            graph: Some(self.graph),
-            ..self.proto
-        }
+        ModelProto { graph: Some(self.graph), ..self.proto }
     }
 
     /// The same model with these values as additional f32 outputs of unknown shape, in this order: how calibration looks
@@ -114,11 +95,7 @@ impl Model {
         for value in values {
             let mut info = ValueInfoProto::tensor(value, DType::F32, &[]);
             // No shape at all, as opposed to the shape of a scalar: the engine infers it.
-            if let Some(tensor) = info
-                .r#type
-                .as_mut()
-                .and_then(|kind| kind.tensor_type.as_mut())
-            {
+            if let Some(tensor) = info.r#type.as_mut().and_then(|kind| kind.tensor_type.as_mut()) {
                 tensor.shape = None;
             }
             model.graph.output.push(info);
@@ -128,18 +105,9 @@ impl Model {
 }
 
 fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let folder = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let name = path
-        .file_name()
-        .ok_or_else(|| std::io::Error::from(std::io::ErrorKind::InvalidInput))?;
-    let temporary = folder.join(format!(
-        ".{}.{}.tmp",
-        name.to_string_lossy(),
-        std::process::id()
-    ));
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().ok_or_else(|| std::io::Error::from(std::io::ErrorKind::InvalidInput))?;
+    let temporary = folder.join(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
     let written = OpenOptions::new()
         .write(true)
         .create(true)

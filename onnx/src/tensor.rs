@@ -3,9 +3,7 @@ use crate::{DType, OnnxError};
 
 /// Elements that a shape needs; `None` when a size is negative or the product does not fit.
 pub(crate) fn element_count(dims: &[i64]) -> Option<usize> {
-    dims.iter().try_fold(1_usize, |count, &dim| {
-        count.checked_mul(usize::try_from(dim).ok()?)
-    })
+    dims.iter().try_fold(1_usize, |count, &dim| count.checked_mul(usize::try_from(dim).ok()?))
 }
 
 /// Rust types that a tensor's elements can be read as and written from.
@@ -79,10 +77,7 @@ impl TensorProto {
     /// A bool tensor. Whether `values` fill `dims` is checked with the graph.
     pub fn from_bool(name: &str, dims: &[i64], values: &[bool]) -> Self {
         let bytes: Vec<u8> = values.iter().map(|&value| u8::from(value)).collect();
-        Self {
-            data_type: DType::Bool.code(),
-            ..tensor(name, dims, &bytes)
-        }
+        Self { data_type: DType::Bool.code(), ..tensor(name, dims, &bytes) }
     }
 
     /// Element type, if it is one that Sensorium reads.
@@ -92,10 +87,7 @@ impl TensorProto {
 
     /// Shape as sizes; negative sizes, which the check refuses, read as 0.
     pub fn shape(&self) -> Vec<usize> {
-        self.dims
-            .iter()
-            .map(|&dim| usize::try_from(dim).unwrap_or(0))
-            .collect()
+        self.dims.iter().map(|&dim| usize::try_from(dim).unwrap_or(0)).collect()
     }
 
     /// Elements of an f32 tensor, row-major.
@@ -138,34 +130,19 @@ impl TensorProto {
 
     fn elements<T: Element>(&self, typed: &[T]) -> Result<Vec<T>, OnnxError> {
         if self.data_type != T::DTYPE.code() {
-            let found = self.dtype().map_or_else(
-                || format!("data type {}", self.data_type),
-                |found| found.to_string(),
-            );
-            return Err(OnnxError::WrongType {
-                name: self.name.clone(),
-                found,
-                asked: T::DTYPE,
-            });
+            let found = self.dtype().map_or_else(|| format!("data type {}", self.data_type), |found| found.to_string());
+            return Err(OnnxError::WrongType { name: self.name.clone(), found, asked: T::DTYPE });
         }
         let values = if self.raw_data.is_empty() {
             typed.to_vec()
         } else {
-            self.raw_data
-                .chunks_exact(size_of::<T>())
-                .map(T::read)
-                .collect()
+            self.raw_data.chunks_exact(size_of::<T>()).map(T::read).collect()
         };
         let whole = self.raw_data.len() % size_of::<T>() == 0;
         let expected = element_count(&self.dims).unwrap_or(usize::MAX);
         if values.len() != expected || !whole {
             let (name, dims) = (self.name.clone(), self.dims.clone());
-            return Err(OnnxError::WrongLength {
-                name,
-                dims,
-                expected,
-                found: values.len(),
-            });
+            return Err(OnnxError::WrongLength { name, dims, expected, found: values.len() });
         }
         Ok(values)
     }

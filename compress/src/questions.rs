@@ -1,0 +1,82 @@
+//! Questions of a data set, spread evenly over its images.
+
+use std::path::Path;
+
+use sensorium_data::{Dataset, QuestionAnswer};
+
+use crate::error::CompressError;
+
+/// One question with its image.
+#[derive(Clone, Debug)]
+pub(crate) struct Asked {
+    /// Encoded.
+    pub(crate) image: Vec<u8>,
+    pub(crate) question: String,
+    pub(crate) answer: String,
+}
+
+/// An open data set and how much of it to ask.
+pub(crate) struct Questions {
+    uri: String,
+    dataset: Dataset,
+    wanted: Option<usize>,
+}
+
+impl Questions {
+    /// Opens the data set in `folder`, which the job calls `uri`; `wanted` questions of it, or all.
+    pub(crate) fn open(uri: &str, folder: &Path, wanted: Option<u32>) -> Result<Self, CompressError> {
+        let dataset = Dataset::open(folder).map_err(|source| CompressError::Data { uri: uri.to_owned(), source })?;
+        if dataset.question_count() == 0 {
+            return Err(CompressError::NoQuestions { uri: uri.to_owned() });
+        }
+        Ok(Self { uri: uri.to_owned(), dataset, wanted: wanted.map(|wanted| wanted as usize) })
+    }
+
+    pub(crate) fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// Digest of the data set's index.
+    pub(crate) fn digest(&self) -> &str {
+        self.dataset.digest()
+    }
+
+    /// How many questions [`Self::iter`] gives, at most.
+    pub(crate) fn len(&self) -> usize {
+        let all = self.dataset.question_count() as usize;
+        self.wanted.map_or(all, |wanted| wanted.min(all))
+    }
+
+    /// The questions, in an order that only depends on the data set and on how many are wanted.
+    pub(crate) fn iter(&self) -> Box<dyn Iterator<Item = Result<Asked, CompressError>> + '_> {
+        let images = self.dataset.len();
+        let ask =
+            |image: Vec<u8>, asked: QuestionAnswer| Asked { image, question: asked.question, answer: asked.answer };
+        match self.wanted {
+            None => Box::new((0..images).flat_map(move |image| match self.sample(image) {
+                Ok(sample) => {
+                    let image = sample.image;
+                    sample.questions.into_iter().map(|asked| Ok(ask(image.clone(), asked))).collect::<Vec<_>>()
+                }
+                Err(error) => vec![Err(error)],
+            })),
+            Some(wanted) => Box::new((0..wanted).filter_map(move |draw| {
+                // Fewer than one per image: evenly spaced images. More: several rounds over all images. The question
+                // moves on with the draw, so that all kinds come up.
+                let (image, question) =
+                    if wanted <= images { (draw * images / wanted, draw) } else { (draw % images, draw / images) };
+                let mut sample = match self.sample(image) {
+                    Ok(sample) => sample,
+                    Err(error) => return Some(Err(error)),
+                };
+                let count = sample.questions.len();
+                let once = wanted <= images || question < count;
+                (count > 0 && once).then(|| Ok(ask(sample.image, sample.questions.swap_remove(question % count))))
+            })),
+        }
+    }
+
+    fn sample(&self, number: usize) -> Result<sensorium_data::Sample, CompressError> {
+        self.dataset.sample(number).map_err(|source| CompressError::Data { uri: self.uri.clone(), source })
+    }
+}
