@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include <c10/util/Logging.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
@@ -43,6 +44,16 @@ int guarded(Body&& body) noexcept {
   return SENSORIUM_FAILED;
 }
 
+// c10d also writes what it throws to stderr, as a warning with a stack trace of dozens of lines. Here every failure comes
+// back as an error, so that is noise in the caller's log. TORCH_CPP_LOG_LEVEL brings it back.
+void quieten() {
+  static const bool once = [] {
+    if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) FLAGS_caffe2_log_level = 2;  // ERROR
+    return true;
+  }();
+  (void)once;
+}
+
 template <typename Start>
 int started(SensoriumWork** out, Start&& start) noexcept {
   return guarded([&] { *out = new SensoriumWork{start()}; });
@@ -65,6 +76,7 @@ const char* sensorium_last_error() {
 
 int sensorium_store_tcp(const char* host, uint16_t port, int listen_fd, int64_t timeout_ms, SensoriumStore** out) {
   return guarded([&] {
+    quieten();
     c10d::TCPStoreOptions options;
     options.port = port;
     options.timeout = milliseconds(timeout_ms);

@@ -77,6 +77,8 @@ struct Gloo {
     group: RawGroup,
     roll_call: RollCall,
     timeout: Duration,
+    /// On the rank that serves the store, this keeps it served: ranks read it while they connect.
+    _store: Store,
     /// Why the group can no longer be used.
     broken: OnceLock<String>,
 }
@@ -108,13 +110,18 @@ impl ProcessGroup {
             return Err(failed(Vec::new(), format!("there is no rank {rank}; ranks are below {size}")));
         }
         // A connection of its own, so that a thread that waits in the caller's does not hold up this group.
-        let store = store.raw().reconnect().map_err(|cause| failed(Vec::new(), cause))?;
+        let connection = store.raw().reconnect().map_err(|cause| failed(Vec::new(), cause))?;
         let member = Member { group: name, rank, size, interface };
-        let roll_call = RollCall::open(&store, &member, timeout).map_err(|(missing, cause)| failed(missing, cause))?;
-        let group = RawGroup::gloo(&store, name, rank, size, &interface.to_string(), timeout)
+        let roll_call =
+            RollCall::open(&connection, &member, timeout).map_err(|(missing, cause)| failed(missing, cause))?;
+        let group = RawGroup::gloo(&connection, name, rank, size, &interface.to_string(), timeout)
             .map_err(|cause| failed(Vec::new(), cause))?;
-        let backend = Backend::Gloo(Box::new(Gloo { group, roll_call, timeout, broken: OnceLock::new() }));
-        Ok(Self(Arc::new(Shared { rank, size, backend })))
+        let broken = OnceLock::new();
+        let backend = Backend::Gloo(Box::new(Gloo { group, roll_call, timeout, _store: store.clone(), broken }));
+        let group = Self(Arc::new(Shared { rank, size, backend }));
+        // Without this the rank that serves the store could be done, and gone, while others still connect.
+        group.barrier()?.wait()?;
+        Ok(group)
     }
 
     /// This process's rank in the group.

@@ -21,6 +21,8 @@ use crate::error::{Call, DistError, Operation};
 use crate::ffi::RawStore;
 use crate::store::random_bits;
 
+/// How often to ask the store for ranks that are not there yet.
+const ASK_AGAIN: Duration = Duration::from_millis(20);
 /// How long to try to reach a peer. One on a machine that is gone does not refuse, it is silent.
 const REACH: Duration = Duration::from_secs(1);
 /// How long a connected peer may take to write its report: it first tries to reach everyone.
@@ -80,17 +82,8 @@ impl RollCall {
         let address = listener.local_addr().map_err(|error| failed(error.to_string()))?;
         let own = Door { address, secret: random_bits() };
 
-        let keys: Vec<_> = (0..size).map(|rank| format!("{group}/roll_call/{rank}")).collect();
-        store.set(&keys[rank as usize], own.publish().as_bytes()).map_err(failed)?;
-        store.wait(&keys, timeout).map_err(|cause| {
-            let missing = (0..size).filter(|&rank| store.contains(&keys[rank as usize]) == Ok(false));
-            (missing.collect(), cause)
-        })?;
-        let door = |key: &String| {
-            let value = store.get(key)?;
-            Door::parse(&value).ok_or_else(|| format!("{key} is not an address: {}", value.escape_ascii()))
-        };
-        let doors = keys.iter().map(door).collect::<Result<_, _>>().map_err(failed)?;
+        store.set(&key(group, rank), own.publish().as_bytes()).map_err(failed)?;
+        let doors = find_doors(store, group, size, Instant::now() + timeout)?;
         Ok(Self { rank, doors, listener, reports: Mutex::default() })
     }
 
@@ -187,6 +180,44 @@ impl RollCall {
         let own = self.rank;
         (0..self.doors.len() as u32).filter(move |&rank| rank != own)
     }
+}
+
+/// Where in the store a rank says where it listens.
+fn key(group: &str, rank: u32) -> String {
+    format!("{group}/roll_call/{rank}")
+}
+
+/// Reads where all ranks listen. On failure gives those that are not known, and why.
+///
+/// Asks again and again instead of waiting for all keys at once: who is missing has to be known also where the rank
+/// that serves the store gives up first and takes it away.
+fn find_doors(store: &RawStore, group: &str, size: u32, deadline: Instant) -> Result<Vec<Door>, (Vec<u32>, String)> {
+    let mut doors: Vec<Option<Door>> = vec![None; size as usize];
+    loop {
+        let failure = (0..)
+            .zip(&mut doors)
+            .filter(|(_, door)| door.is_none())
+            .find_map(|(rank, door)| read_door(store, &key(group, rank)).map(|found| *door = found).err());
+        let missing: Vec<u32> = (0..).zip(&doors).filter(|(_, door)| door.is_none()).map(|(rank, _)| rank).collect();
+        if missing.is_empty() {
+            return Ok(doors.into_iter().flatten().collect());
+        }
+        if let Some(cause) = failure {
+            return Err((missing, cause));
+        }
+        if Instant::now() > deadline {
+            return Err((missing, "the time is over".to_owned()));
+        }
+        thread::sleep(ASK_AGAIN);
+    }
+}
+
+fn read_door(store: &RawStore, key: &str) -> Result<Option<Door>, String> {
+    if !store.contains(key)? {
+        return Ok(None);
+    }
+    let value = store.get(key)?;
+    Door::parse(&value).map(Some).ok_or_else(|| format!("{key} is not an address: {}", value.escape_ascii()))
 }
 
 /// What an attempt to connect says about a peer: `Some(None)` that it is gone, `None` nothing (this process may be out

@@ -1,0 +1,148 @@
+//! Peers that are dead, late, absent or of another opinion: an error in time, with names, and never a hang.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use sensorium_dist::{DistError, Operation, ProcessGroup, ReduceOp};
+use tch::{Device, Kind, Tensor};
+
+use crate::ranks::{die, ranks};
+
+/// Far beyond what any test takes: where it matters, an error must not come from it.
+const LONG: Duration = Duration::from_secs(600);
+
+fn ones(count: i64) -> Tensor {
+    Tensor::ones([count], (Kind::Float, Device::Cpu))
+}
+
+fn all_reduce(group: &ProcessGroup) -> Result<(), DistError> {
+    group.all_reduce(&ones(1_003), ReduceOp::Sum)?.wait()
+}
+
+/// Runs until the operation fails; the steps of a training loop whose peer dies.
+fn until_it_fails(mut operation: impl FnMut() -> Result<(), DistError>) -> DistError {
+    loop {
+        if let Err(error) = operation() {
+            return error;
+        }
+    }
+}
+
+/// The survivors of rank 1's death name it within seconds, in any operation and on any side of the ring.
+fn check_death(group: &ProcessGroup) {
+    all_reduce(group).unwrap();
+    if group.rank() == 1 {
+        die();
+    }
+    let start = Instant::now();
+    let error = until_it_fails(|| all_reduce(group));
+    assert!(start.elapsed() < Duration::from_secs(4), "took {:?}", start.elapsed());
+    match &error {
+        DistError::PeersLost { call, lost, .. } => {
+            assert_eq!(call.operation, Operation::AllReduce(ReduceOp::Sum));
+            assert_eq!(lost, &[1], "{error}");
+        }
+        _ => panic!("{error}"),
+    }
+    let text = error.to_string();
+    let expected =
+        format!("all_reduce(sum) on rank {} of {}: rank 1 died or left the group", group.rank(), group.size());
+    assert!(text.starts_with(&expected), "{text}");
+
+    let later = group.barrier().err().unwrap();
+    assert!(matches!(&later, DistError::Broken { cause, .. } if *cause == text), "{later}");
+}
+
+#[test]
+fn a_death_among_two_is_named_within_seconds() {
+    ranks(2).timeout(LONG).dying(1).run(|group| {
+        check_death(group);
+    });
+}
+
+#[test]
+fn a_death_among_four_is_named_by_all_survivors_within_seconds() {
+    ranks(4).timeout(LONG).dying(1).run(|group| {
+        check_death(group);
+    });
+}
+
+#[test]
+fn a_death_ends_sends_and_receives() {
+    ranks(3).timeout(LONG).dying(1).run(|group| {
+        let message = ones(1 << 20);
+        match group.rank() {
+            0 => {
+                let error = until_it_fails(|| group.recv(&message, 1, 0)?.wait());
+                assert!(matches!(&error, DistError::PeersLost { lost, .. } if lost == &[1]), "{error}");
+                assert!(error.to_string().starts_with("recv(from 1, tag 0) on rank 0 of 3"), "{error}");
+            }
+            1 => {
+                // The others are to be waiting by then.
+                thread::sleep(Duration::from_millis(300));
+                die();
+            }
+            _ => {
+                let error = until_it_fails(|| group.send(&message, 1, 7)?.wait());
+                assert!(matches!(&error, DistError::PeersLost { lost, .. } if lost == &[1]), "{error}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_late_rank_is_named_after_the_timeout() {
+    ranks(3).timeout(Duration::from_secs(1)).run(|group| {
+        if group.rank() == 1 {
+            // Alive and busy, as with a data loader that is stuck.
+            thread::sleep(Duration::from_millis(3500));
+            return;
+        }
+        let start = Instant::now();
+        let error = all_reduce(group).unwrap_err();
+        assert!(start.elapsed() < Duration::from_secs(3), "took {:?}", start.elapsed());
+        assert!(matches!(&error, DistError::Timeout { silent, .. } if silent == &[1]), "{error}");
+        let expected =
+            format!("all_reduce(sum) on rank {} of 3 did not end within 1s; rank 1 did not take part", group.rank());
+        assert!(error.to_string().starts_with(&expected), "{error}");
+    });
+}
+
+#[test]
+fn a_message_that_does_not_come_names_its_sender_after_the_timeout() {
+    ranks(2).timeout(Duration::from_millis(500)).run(|group| {
+        if group.rank() == 1 {
+            thread::sleep(Duration::from_millis(1500));
+            return;
+        }
+        let error = group.recv(&ones(4), 1, 3).unwrap().wait().unwrap_err();
+        assert!(matches!(&error, DistError::Timeout { silent, .. } if silent == &[1]), "{error}");
+        assert!(
+            error.to_string().starts_with("recv(from 1, tag 3) on rank 0 of 2 did not end within 500ms"),
+            "{error}"
+        );
+    });
+}
+
+#[test]
+fn ranks_that_do_not_show_up_are_named() {
+    ranks(3).launch(|launch| {
+        if launch.rank == 1 {
+            return;
+        }
+        let error = launch.connect(Duration::from_secs(1)).unwrap_err();
+        match &error {
+            DistError::Join { missing, .. } => assert_eq!(missing, &[1], "{error}"),
+            // Rank 0 serves the store, and may give up first.
+            _ => assert_eq!(launch.rank, 2, "{error}"),
+        }
+    });
+}
+
+#[test]
+fn ranks_may_start_in_any_order() {
+    ranks(3).launch(|launch| {
+        thread::sleep(Duration::from_millis(u64::from(2 - launch.rank) * 300));
+        all_reduce(&launch.connect(Duration::from_secs(10)).unwrap()).unwrap();
+    });
+}
