@@ -141,7 +141,8 @@ impl Scratch {
         let sweep = open_lock(&root.join(SWEEP_LOCK))?;
         sweep.lock().map_err(|source| ArtifactError::io("lock", root, source))?;
         sweep_dead(root)?;
-        let folder = TempDir::new_in(root).map_err(|source| ArtifactError::io("create a folder in", root, source))?;
+        let folder = tempfile::Builder::new().prefix("draft-").tempdir_in(root);
+        let folder = folder.map_err(|source| ArtifactError::io("create a folder in", root, source))?;
         let path = folder.path().join(OWNER_LOCK);
         let lock = open_lock(&path)?;
         lock.lock().map_err(|source| ArtifactError::io("lock", &path, source))?;
@@ -259,4 +260,87 @@ pub(crate) fn sync_tree(path: &Path) -> Result<(), ArtifactError> {
 fn readable() -> fs::Permissions {
     use std::os::unix::fs::PermissionsExt;
     fs::Permissions::from_mode(0o666)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_write_replaces_the_file_and_leaves_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.json");
+        write(&path, b"first").unwrap();
+        write(&path, b"2").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"2");
+        assert_eq!(names(folder.path()), ["a.json"]);
+    }
+
+    #[test]
+    fn a_written_file_is_readable_for_others_as_an_ordinary_new_file_is() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let mode = |name| fs::metadata(folder.path().join(name)).unwrap().permissions().mode();
+        write(folder.path().join("ours"), b"x").unwrap();
+        fs::write(folder.path().join("ordinary"), b"x").unwrap();
+        assert_eq!(mode("ours"), mode("ordinary"));
+    }
+
+    #[test]
+    fn a_folder_appears_whole_or_not_at_all() {
+        let parent = tempfile::tempdir().unwrap();
+        let dropped = Dir::create(parent.path(), "step-1").unwrap();
+        fs::write(dropped.file("a/b.bin").unwrap(), b"half").unwrap();
+        drop(dropped);
+        assert!(!parent.path().join("step-1").exists());
+
+        let dir = Dir::create(parent.path(), "step-1").unwrap();
+        fs::write(dir.file("a/b.bin").unwrap(), b"whole").unwrap();
+        assert!(!parent.path().join("step-1").exists());
+        let path = dir.commit().unwrap();
+        assert_eq!(path, parent.path().join("step-1"));
+        assert_eq!(fs::read(path.join("a/b.bin")).unwrap(), b"whole");
+        assert_eq!(names(&parent.path().join(TEMPORARY)), [SWEEP_LOCK]);
+    }
+
+    #[test]
+    fn a_folder_that_is_there_is_never_replaced() {
+        let parent = tempfile::tempdir().unwrap();
+        let (first, second) =
+            (Dir::create(parent.path(), "step-1").unwrap(), Dir::create(parent.path(), "step-1").unwrap());
+        fs::write(first.file("winner").unwrap(), b"").unwrap();
+        first.commit().unwrap();
+        assert!(matches!(second.commit().unwrap_err(), ArtifactError::AlreadyExists { .. }));
+        assert!(matches!(Dir::create(parent.path(), "step-1").unwrap_err(), ArtifactError::AlreadyExists { .. }));
+        assert_eq!(names(&parent.path().join("step-1")), ["winner"]);
+    }
+
+    #[test]
+    fn a_folder_name_with_a_separator_is_refused() {
+        for bad in ["a/b", "..", "/a", "", ".hidden"] {
+            let error = Dir::create("/nowhere", bad).unwrap_err();
+            assert!(matches!(error, ArtifactError::InvalidPath { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_sweep_spares_the_living_and_takes_the_dead() {
+        let root = tempfile::tempdir().unwrap();
+        let living = Scratch::shared(root.path()).unwrap();
+        // What a killed process leaves: folders with an unlocked lock, and without one.
+        for dead in ["with-lock", "without-lock"] {
+            fs::create_dir_all(root.path().join(dead).join(CONTENT)).unwrap();
+        }
+        fs::write(root.path().join("with-lock").join(OWNER_LOCK), b"").unwrap();
+        let other = Scratch::shared(root.path()).unwrap();
+        assert!(living.content().exists() && other.content().exists());
+        assert_eq!(names(root.path()).len(), 3);
+    }
 }

@@ -271,3 +271,91 @@ fn sorted(value: Value) -> Value {
         scalar => scalar,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn document() -> Value {
+        let digest = Digest::of(b"graph");
+        json!({
+            "schemaVersion": 1,
+            "name": "vqa",
+            "format": "onnx",
+            "files": [{ "path": "graphs/fusion.onnx", "bytes": 5, "digest": digest }],
+            "graphs": [{
+                "name": "fusion",
+                "file": "graphs/fusion.onnx",
+                "inputs": [{ "name": "x", "dtype": "FP32", "shape": [null, 64] }],
+                "outputs": [{ "name": "y", "dtype": "INT64", "shape": [] }],
+            }],
+            "pipeline": { "b": 1, "a": { "d": 2, "c": [1.5] } },
+            "lineage": { "job": { "kind": "TrainingJob", "namespace": "default", "name": "vqa", "specHash": "00" } },
+        })
+    }
+
+    fn parse(document: &Value) -> Result<Manifest, ArtifactError> {
+        Manifest::from_slice("the manifest", document.to_string().as_bytes())
+    }
+
+    #[test]
+    fn a_manifest_reads_as_it_is_written() {
+        let manifest = parse(&document()).unwrap();
+        let bytes = manifest.to_canonical().unwrap();
+        assert_eq!(Manifest::from_slice("copy", &bytes).unwrap(), manifest);
+        assert_eq!(manifest.graph("fusion").unwrap().inputs[0].shape, [None, Some(64)]);
+        assert_eq!(manifest.graph("other"), None);
+    }
+
+    #[test]
+    fn the_canonical_form_has_sorted_keys_at_every_depth() {
+        let text = String::from_utf8(parse(&document()).unwrap().to_canonical().unwrap()).unwrap();
+        let places: Vec<_> = ["\"files\"", "\"pipeline\"", "\"a\"", "\"c\"", "\"d\"", "\"b\"", "\"schemaVersion\""]
+            .iter()
+            .map(|key| text.find(key).unwrap())
+            .collect();
+        assert!(places.is_sorted(), "{text}");
+        assert!(text.ends_with("}\n"));
+    }
+
+    #[test]
+    fn a_manifest_with_a_path_that_leads_outside_is_refused() {
+        for bad in ["../x", "/etc/x", "a\\x", "a/../x"] {
+            let mut document = document();
+            document["files"][0]["path"] = json!(bad);
+            let error = parse(&document).unwrap_err();
+            assert!(matches!(&error, ArtifactError::InvalidPath { path, .. } if path == bad), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_schema_version_is_refused_before_the_rest_is_read() {
+        let error = Manifest::from_slice("the manifest", br#"{"schemaVersion": 2, "novel": true}"#).unwrap_err();
+        assert!(matches!(error, ArtifactError::UnknownSchema { found: 2, supported: 1, .. }), "{error}");
+    }
+
+    #[test]
+    fn a_document_that_breaks_the_schema_is_refused_with_the_reason() {
+        let changes: [(&str, Value, &str); 5] = [
+            ("/novel", json!(1), "unknown field `novel`"),
+            ("/format", json!("gguf"), "unknown variant `gguf`"),
+            ("/files/0/digest", json!("md5:00"), "`md5:00` is not a digest"),
+            ("/files/0/path", json!("manifest.json"), "listed as a file"),
+            ("/graphs/0/file", json!("other.onnx"), "graph `fusion` is in file `other.onnx`, which is not listed"),
+        ];
+        for (pointer, value, reason) in changes {
+            let mut document = document();
+            match document.pointer_mut(pointer) {
+                Some(place) => *place = value,
+                None => document[&pointer[1..]] = value,
+            }
+            let error = parse(&document).unwrap_err();
+            assert!(matches!(error, ArtifactError::InvalidManifest { .. }), "{error}");
+            assert!(error.to_string().contains(reason), "{error}");
+        }
+        let mut twice = document();
+        twice["files"] = json!([twice["files"][0], twice["files"][0]]);
+        assert!(parse(&twice).unwrap_err().to_string().contains("listed twice"));
+    }
+}

@@ -74,4 +74,14 @@ mod tests {
             validate_name(good).unwrap();
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn an_accepted_path_stays_inside_its_folder(path in "[./\\\\a-c]{0,12}") {
+            if let Ok(joined) = join(Path::new("/root"), &path) {
+                let inside = joined.strip_prefix("/root").unwrap();
+                proptest::prop_assert!(inside.components().all(|part| matches!(part, std::path::Component::Normal(_))));
+            }
+        }
+    }
 }

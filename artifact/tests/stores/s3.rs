@@ -1,0 +1,198 @@
+//! The store on S3, over the real protocol: an S3 server on the loopback interface that keeps its buckets in a folder.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::common::{commit, flip_a_bit, mismatch};
+use axum::Router;
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use s3s::auth::SimpleAuth;
+use s3s::service::{S3Service, S3ServiceBuilder};
+use sensorium_artifact::{Artifact, ArtifactError, Digest, Store, Volumes};
+use tempfile::TempDir;
+use tower::Service;
+
+const SECRET: &str = "not-a-secret-but-a-test";
+
+struct Server {
+    folder: TempDir,
+    endpoint: String,
+    traffic: Arc<Mutex<Traffic>>,
+}
+
+/// What was asked of the server, and what it must refuse.
+#[derive(Default)]
+struct Traffic {
+    requests: Vec<String>,
+    refused: Option<&'static str>,
+}
+
+impl Server {
+    async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("models")).unwrap();
+        let mut builder = S3ServiceBuilder::new(s3s_fs::FileSystem::new(folder.path()).unwrap());
+        builder.set_auth(SimpleAuth::from_single("tester", SECRET));
+        let service = builder.build();
+        let traffic = Arc::new(Mutex::new(Traffic::default()));
+        let seen = traffic.clone();
+        let app = Router::new().fallback(move |request: Request| answer(service.clone(), seen.clone(), request));
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        // Ends with the test's runtime.
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        Self { folder, endpoint, traffic }
+    }
+
+    fn store(&self) -> Store {
+        self.store_with_secret(SECRET)
+    }
+
+    fn store_with_secret(&self, secret: &str) -> Store {
+        let environment = [
+            ("AWS_ENDPOINT_URL", self.endpoint.as_str()),
+            ("AWS_ACCESS_KEY_ID", "tester"),
+            ("AWS_SECRET_ACCESS_KEY", secret),
+            ("AWS_REGION", "us-east-1"),
+            ("AWS_SOMETHING_ELSE", "ignored"),
+            ("HOME", "ignored"),
+        ];
+        let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        Store::open_with("s3://models/team-a", &Volumes::default(), environment).unwrap()
+    }
+
+    /// Refuse requests whose `METHOD /path` contains `part`.
+    fn refuse(&self, part: Option<&'static str>) {
+        self.traffic.lock().unwrap_or_else(PoisonError::into_inner).refused = part;
+    }
+
+    /// The requests since the last call, as `METHOD /path`.
+    fn requests(&self) -> Vec<String> {
+        std::mem::take(&mut self.traffic.lock().unwrap_or_else(PoisonError::into_inner).requests)
+    }
+
+    fn object(&self, artifact: &Artifact, path: &str) -> PathBuf {
+        self.folder.path().join("models/team-a/objects").join(artifact.digest.hex()).join(path)
+    }
+}
+
+async fn answer(mut service: S3Service, traffic: Arc<Mutex<Traffic>>, request: Request) -> Response {
+    let line = format!("{} {}", request.method(), request.uri().path());
+    let refused = {
+        let mut traffic = traffic.lock().unwrap_or_else(PoisonError::into_inner);
+        let refused = traffic.refused.is_some_and(|part| line.contains(part));
+        traffic.requests.push(line);
+        refused
+    };
+    if refused {
+        return StatusCode::FORBIDDEN.into_response();
+    }
+    Service::call(&mut service, request).await.unwrap().map(Body::new)
+}
+
+#[tokio::test]
+async fn a_bucket_keeps_names_and_finds_artifacts() {
+    let server = Server::start().await;
+    let cache = tempfile::tempdir().unwrap();
+    crate::common::a_store_keeps_names_and_finds_artifacts(&server.store(), cache.path()).await;
+}
+
+#[tokio::test]
+async fn a_file_of_many_parts_makes_the_round_trip() {
+    let server = Server::start().await;
+    let store = server.store();
+    // Two whole parts of 8 MiB and a rest; no two parts are equal.
+    let content: Vec<u8> = (0..17_000_000_u32).map(|i| (i >> 12) as u8 ^ i as u8).collect();
+    let artifact = commit(&store, "large", &content).await.unwrap();
+    assert!(server.requests().iter().any(|line| line.starts_with("POST")), "not uploaded in parts");
+    let cache = tempfile::tempdir().unwrap();
+    let folder = store.fetch(&artifact, cache.path()).await.unwrap();
+    assert!(fs::read(folder.join("graphs/fusion.onnx")).unwrap() == content);
+    store.verify(&artifact.digest).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_manifest_is_uploaded_after_all_other_files() {
+    let server = Server::start().await;
+    let artifact = commit(&server.store(), "vqa", b"weights").await.unwrap();
+    let requests = server.requests();
+    let uploads: Vec<_> =
+        requests.iter().filter_map(|line| line.strip_prefix("PUT ")?.rsplit_once(&artifact.digest.hex())).collect();
+    let paths: Vec<_> = uploads.iter().map(|(_, path)| *path).collect();
+    assert_eq!(paths, ["/graphs/fusion.onnx", "/processor/tokenizer.json", "/manifest.json"]);
+}
+
+#[tokio::test]
+async fn an_upload_that_fails_in_the_middle_is_invisible_and_can_be_repeated() {
+    let server = Server::start().await;
+    let store = server.store();
+    server.refuse(Some("/processor/"));
+    let error = commit(&store, "vqa", b"weights").await.unwrap_err();
+    let ArtifactError::Remote { action: "upload", uri, .. } = &error else { panic!("{error:?}") };
+    assert!(uri.starts_with("s3://models/team-a/objects/") && uri.ends_with("/processor/tokenizer.json"), "{uri}");
+    assert!(store.list().await.unwrap().is_empty());
+    let digest = uri.split('/').nth(5).unwrap();
+    let error = store.resolve(&format!("sha256:{digest}")).await.unwrap_err();
+    assert!(matches!(error, ArtifactError::NotFound { .. }), "{error}");
+
+    server.refuse(None);
+    let artifact = commit(&store, "vqa", b"weights").await.unwrap();
+    assert_eq!(artifact.digest.hex(), digest);
+    store.verify(&artifact.digest).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_second_fetch_downloads_nothing_unless_the_cache_is_damaged() {
+    let server = Server::start().await;
+    let (store, cache) = (server.store(), tempfile::tempdir().unwrap());
+    let artifact = commit(&store, "vqa", b"weights").await.unwrap();
+    let folder = store.fetch(&artifact, cache.path()).await.unwrap();
+    assert_eq!(folder, cache.path().join("objects").join(artifact.digest.hex()));
+    server.requests();
+
+    assert_eq!(store.fetch(&artifact, cache.path()).await.unwrap(), folder);
+    assert_eq!(server.requests(), [""; 0]);
+
+    flip_a_bit(&folder.join("graphs/fusion.onnx"));
+    assert_eq!(store.fetch(&artifact, cache.path()).await.unwrap(), folder);
+    assert_eq!(fs::read(folder.join("graphs/fusion.onnx")).unwrap(), b"weights");
+}
+
+#[tokio::test]
+async fn a_changed_object_is_refused_with_both_digests_and_does_not_enter_the_cache() {
+    let server = Server::start().await;
+    let (store, cache) = (server.store(), tempfile::tempdir().unwrap());
+    let artifact = commit(&store, "vqa", b"weights").await.unwrap();
+    let object = server.object(&artifact, "graphs/fusion.onnx");
+    flip_a_bit(&object);
+    let expected =
+        ("graphs/fusion.onnx".to_owned(), Digest::of(b"weights"), Some(Digest::of(&fs::read(object).unwrap())));
+    assert_eq!(mismatch(&store.fetch(&artifact, cache.path()).await.unwrap_err()), expected);
+    assert_eq!(mismatch(&store.verify(&artifact.digest).await.unwrap_err()), expected);
+    assert!(!cache.path().join("objects").exists());
+}
+
+#[tokio::test]
+async fn a_changed_manifest_object_is_refused_with_both_digests() {
+    let server = Server::start().await;
+    let (store, cache) = (server.store(), tempfile::tempdir().unwrap());
+    let artifact = commit(&store, "vqa", b"weights").await.unwrap();
+    let object = server.object(&artifact, "manifest.json");
+    flip_a_bit(&object);
+    let expected = ("manifest.json".to_owned(), artifact.digest, Some(Digest::of(&fs::read(object).unwrap())));
+    assert_eq!(mismatch(&store.resolve(&artifact.digest.to_string()).await.unwrap_err()), expected);
+    assert_eq!(mismatch(&store.fetch(&artifact, cache.path()).await.unwrap_err()), expected);
+}
+
+#[tokio::test]
+async fn wrong_credentials_are_an_error_that_does_not_show_them() {
+    let server = Server::start().await;
+    let store = server.store_with_secret("wrong-secret");
+    let error = store.list().await.unwrap_err();
+    assert!(matches!(&error, ArtifactError::Remote { action: "list", .. }), "{error}");
+    assert!(!format!("{store:?} {error:?}").contains("wrong-secret"));
+}
