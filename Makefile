@@ -17,7 +17,7 @@ setup: ## Fetch libtorch, onnxruntime and the example data into the cache (idemp
 	@scripts/setup
 
 build: setup ## Build the programs
-	@cargo build $(CARGO_FLAGS) --package sensorium-cli --package sensorium-trainer --package sensorium-server
+	@cargo build $(CARGO_FLAGS) --workspace
 
 quickstart: build ## Train, compress and serve a multimodal model on this machine, and ask it four questions
 	@$(BIN) data import easy-vqa

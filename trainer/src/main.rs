@@ -9,6 +9,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use sensorium_api::run::{ArtifactResult, RunResult, RunState};
 use sensorium_artifact::{Volume, Volumes, atomic};
+use sensorium_compress::{CompressError, Control};
 use sensorium_dist::Launch;
 use sensorium_trainer::TrainError;
 use sensorium_trainer::progress::Reporter;
@@ -75,7 +76,8 @@ fn main() -> ExitCode {
         Ok(Some(result)) => (result, ExitCode::SUCCESS),
         Ok(None) => return ExitCode::SUCCESS, // a rank other than 0: rank 0 tells
         Err(error) => {
-            let stopped = matches!(error.downcast_ref(), Some(TrainError::Stopped { .. }));
+            let stopped = matches!(error.downcast_ref(), Some(TrainError::Stopped { .. }))
+                || matches!(error.downcast_ref(), Some(CompressError::Cancelled));
             let message = format!("{error:#}");
             tracing::error!(error = message, "the job did not finish");
             let seconds = started.elapsed().as_secs_f64();
@@ -122,13 +124,7 @@ fn train(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -
     let launch = Launch::from_env().map_err(TrainError::from)?;
     let (reporter, stop) = (Reporter::default(), Stop::default());
     let is_first = launch.rank == 0;
-    runtime.block_on(async {
-        stop.listen().context("could not listen for signals")?;
-        match args.progress_addr {
-            Some(address) if is_first => reporter.serve(address).await.map_err(anyhow::Error::from),
-            _ => Ok(()),
-        }
-    })?;
+    runtime.block_on(listen(&reporter, &stop, args.progress_addr.filter(|_| is_first)))?;
     let setup = runtime.block_on(Setup::new(&config, volumes))?;
     let group = launch.connect(GROUP_TIMEOUT).map_err(TrainError::from)?;
     tracing::info!(
@@ -139,7 +135,7 @@ fn train(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -
         samples = setup.train.len(),
         "training"
     );
-    let Trained { weights, metrics } = Run::new(&config, &setup, &group, &reporter, &stop)?.train()?;
+    let Trained { weights, mut metrics, seconds } = Run::new(&config, &setup, &group, &reporter, &stop)?.train()?;
     let artifact = if is_first {
         reporter.update(|progress| progress.state = "exporting".to_owned());
         Some(runtime.block_on(publish(&config, &setup, &weights, metrics.clone(), volumes))?)
@@ -147,6 +143,8 @@ fn train(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -
         None
     };
     let Some(artifact) = artifact else { return Ok(None) };
+    // Not in the artifact: the same training gives the same digest, however long it took.
+    metrics.insert("train_seconds".to_owned(), seconds);
     reporter.update(|progress| progress.state = "done".to_owned());
     let ArtifactResult { name, digest, .. } = &artifact;
     let message = format!("trained {} steps; artifact {name} is {digest}", config.spec.training.steps);
@@ -154,6 +152,19 @@ fn train(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -
 }
 
 fn compress(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -> anyhow::Result<Option<RunResult>> {
-    let _ = (args, volumes, runtime);
-    anyhow::bail!("not wired")
+    let bytes = std::fs::read(&args.config).with_context(|| args.config.display().to_string())?;
+    let config = serde_json::from_slice(&bytes).with_context(|| args.config.display().to_string())?;
+    let (reporter, stop) = (Reporter::default(), Stop::default());
+    runtime.block_on(listen(&reporter, &stop, args.progress_addr))?;
+    let control = Control { progress: &|told| reporter.update(|kept| *kept = told), cancelled: &|| stop.is_requested() };
+    Ok(Some(sensorium_compress::run(&config, volumes, &control)?))
+}
+
+/// Listens for the signal to stop, and serves progress where asked to.
+async fn listen(reporter: &Reporter, stop: &Stop, address: Option<SocketAddr>) -> anyhow::Result<()> {
+    stop.listen().context("could not listen for signals")?;
+    match address {
+        Some(address) => Ok(reporter.serve(address).await?),
+        None => Ok(()),
+    }
 }

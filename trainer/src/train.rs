@@ -34,6 +34,8 @@ pub struct Trained {
     pub weights: sensorium_model::Weights,
     /// Of the last step, on all held-out data.
     pub metrics: BTreeMap<String, f64>,
+    /// Time spent on steps and evaluations, in this process and those it went on from.
+    pub seconds: f64,
 }
 
 /// One rank's run.
@@ -262,7 +264,7 @@ impl<'a> Run<'a> {
 
     /// The last evaluation, on all held-out data.
     fn finish(&self, history: &mut History) -> Result<Trained, TrainError> {
-        let mut metrics = BTreeMap::from([("train_seconds".to_owned(), self.seconds())]);
+        let mut metrics = BTreeMap::new();
         if let Some(evaluation) = self.accuracy(usize::MAX)? {
             metrics.insert("vqa_accuracy".to_owned(), evaluation.accuracy);
             self.reporter.update(|progress| progress.accuracy = Some(evaluation.accuracy));
@@ -274,7 +276,7 @@ impl<'a> Run<'a> {
             let recall = evaluate::recall_at_1(&executor, network, preparation, evaluation, RECALL_POOL)?;
             metrics.insert("contrastive_recall_at_1".to_owned(), recall);
         }
-        Ok(Trained { weights: self.parameters.weights()?, metrics })
+        Ok(Trained { weights: self.parameters.weights()?, metrics, seconds: self.seconds() })
     }
 }
 
