@@ -1,13 +1,15 @@
 //! The launch contract: how a process learns its rank and finds the others.
 
 use std::env;
-use std::net::{IpAddr, Ipv4Addr, ToSocketAddrs, UdpSocket};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::num::NonZeroU32;
 use std::str::FromStr;
 use std::time::Duration;
 
 use crate::error::DistError;
 use crate::process_group::ProcessGroup;
-use crate::store::{Store, is_loopback};
+use crate::store::{Store, loopback};
 
 /// Which rank this process is, and where the ranks meet; the same variables as `torchrun` sets.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,45 +35,26 @@ impl Launch {
     /// # Errors
     /// [`DistError::Environment`] names the variable, its value and what would be right.
     pub fn from_env() -> Result<Self, DistError> {
-        Self::from_variables(|name| env::var(name).ok())
+        Self::from_variables(&|name| env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
     }
 
-    fn from_variables(variable: impl Fn(&'static str) -> Option<String>) -> Result<Self, DistError> {
-        let number = |name, default| match variable(name) {
-            Some(value) => parse::<u32>(name, &value, "a whole number"),
-            None => Ok(default),
-        };
-        let required = |name, expected: &str| variable(name).ok_or_else(|| environment(name, "", expected));
-
-        let world_size = number("WORLD_SIZE", 1)?;
-        if world_size == 0 {
-            return Err(environment("WORLD_SIZE", "0", "at least 1"));
-        }
+    fn from_variables(variables: Variables<'_>) -> Result<Self, DistError> {
+        let world_size = optional(variables, "WORLD_SIZE", "a number of ranks, at least 1")?.map_or(1, NonZeroU32::get);
+        let in_world = format!("a rank below WORLD_SIZE={world_size}");
+        // A world of one meets nobody, so it need not say where.
         let alone = world_size == 1;
-        let rank = match variable("RANK") {
-            None if !alone => return Err(environment("RANK", "", format!("a rank below WORLD_SIZE={world_size}"))),
-            None => 0,
-            Some(value) => parse("RANK", &value, "a whole number")?,
-        };
+        let rank = required(variables, "RANK", &in_world, alone.then_some(0))?;
         if rank >= world_size {
-            return Err(environment("RANK", &rank.to_string(), format!("below WORLD_SIZE={world_size}")));
+            return Err(environment("RANK", &rank.to_string(), &in_world));
         }
+        let master_addr = alone.then(|| Ipv4Addr::LOCALHOST.to_string());
         Ok(Self {
             rank,
             world_size,
-            local_rank: number("LOCAL_RANK", 0)?,
-            master_addr: match alone {
-                true => variable("MASTER_ADDR").unwrap_or_else(|| Ipv4Addr::LOCALHOST.to_string()),
-                false => required("MASTER_ADDR", "the name or address of rank 0")?,
-            },
-            master_port: match (alone, variable("MASTER_PORT")) {
-                (true, None) => 0,
-                (false, None) => return Err(environment("MASTER_PORT", "", "the port of rank 0's store")),
-                (_, Some(value)) => parse("MASTER_PORT", &value, "a port")?,
-            },
-            interface: variable("SENSORIUM_INTERFACE_ADDR")
-                .map(|value| parse("SENSORIUM_INTERFACE_ADDR", &value, "an IP address of this machine"))
-                .transpose()?,
+            local_rank: optional(variables, "LOCAL_RANK", "a whole number")?.unwrap_or(0),
+            master_addr: required(variables, "MASTER_ADDR", "the name or address of rank 0", master_addr)?,
+            master_port: required(variables, "MASTER_PORT", "the port of rank 0's store", alone.then_some(0))?,
+            interface: optional(variables, "SENSORIUM_INTERFACE_ADDR", "an IP address of this machine")?,
         })
     }
 
@@ -93,43 +76,119 @@ impl Launch {
         };
         let interface = match self.interface {
             Some(interface) => interface,
-            None => self.local_address()?,
+            None => local_address_towards(&self.master_addr, self.master_port).map_err(|error| {
+                let expected = format!("set, and no address of this machine leads to {}: {error}", self.master_addr);
+                environment("SENSORIUM_INTERFACE_ADDR", "", &expected)
+            })?,
         };
         ProcessGroup::gloo(&store, "world", self.rank, self.world_size, interface, timeout)
     }
+}
 
-    /// The local address from which the master is reached.
-    fn local_address(&self) -> Result<IpAddr, DistError> {
-        if is_loopback(&self.master_addr) {
-            return Ok(if self.master_addr == "::1" {
-                self.master_addr.parse().unwrap_or(Ipv4Addr::LOCALHOST.into())
-            } else {
-                Ipv4Addr::LOCALHOST.into()
-            });
-        }
-        let route = || {
-            let master = (self.master_addr.as_str(), self.master_port)
-                .to_socket_addrs()?
-                .next()
-                .ok_or_else(|| std::io::Error::other("the name has no address"))?;
-            let any: IpAddr =
-                if master.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
-            // Connecting a datagram socket sends nothing; it only picks the route.
-            let socket = UdpSocket::bind((any, 0))?;
-            socket.connect(master)?;
-            socket.local_addr()
-        };
-        route().map(|address| address.ip()).map_err(|error| {
-            let expected = format!("set, and no address of this machine leads to {}: {error}", self.master_addr);
-            environment("SENSORIUM_INTERFACE_ADDR", "", expected)
-        })
+/// The address of this machine from which a host is reached.
+fn local_address_towards(host: &str, port: u16) -> io::Result<IpAddr> {
+    if let Some(loopback) = loopback(host) {
+        return Ok(loopback);
     }
+    let mut addresses = (host, port).to_socket_addrs()?;
+    let remote = addresses.next().ok_or_else(|| io::Error::other("the name has no address"))?;
+    let any: IpAddr = match remote {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    // Connecting a datagram socket sends nothing; it only picks the route.
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(remote)?;
+    Ok(socket.local_addr()?.ip())
 }
 
-fn parse<T: FromStr>(variable: &'static str, value: &str, expected: &str) -> Result<T, DistError> {
-    value.trim().parse().map_err(|_| environment(variable, value, expected))
+/// Looks a variable up.
+type Variables<'a> = &'a dyn Fn(&'static str) -> Option<String>;
+
+fn optional<T: FromStr>(variables: Variables<'_>, name: &'static str, expected: &str) -> Result<Option<T>, DistError> {
+    let parse = |value: String| value.parse().map_err(|_| environment(name, &value, expected));
+    variables(name).map(parse).transpose()
 }
 
-fn environment(variable: &'static str, value: &str, expected: impl Into<String>) -> DistError {
-    DistError::Environment { variable, value: value.to_owned(), expected: expected.into() }
+fn required<T: FromStr>(
+    variables: Variables<'_>,
+    name: &'static str,
+    expected: &str,
+    default: Option<T>,
+) -> Result<T, DistError> {
+    optional(variables, name, expected)?.or(default).ok_or_else(|| environment(name, "", expected))
+}
+
+fn environment(variable: &'static str, value: &str, expected: &str) -> DistError {
+    DistError::Environment { variable, value: value.to_owned(), expected: expected.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn launch(variables: &[(&str, &str)]) -> Result<Launch, DistError> {
+        let find = |name| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+        Launch::from_variables(&find)
+    }
+
+    const TWO: [(&str, &str); 4] =
+        [("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "trainer-0.trainer"), ("MASTER_PORT", "29500")];
+
+    #[test]
+    fn an_empty_environment_is_a_world_of_one() {
+        let alone = launch(&[]).unwrap();
+        assert_eq!((alone.rank, alone.world_size, alone.local_rank), (0, 1, 0));
+        let group = alone.connect(Duration::ZERO).unwrap();
+        assert_eq!((group.rank(), group.size()), (0, 1));
+    }
+
+    #[test]
+    fn the_launch_contract_is_read_whole() {
+        let variables = [&TWO[..], &[("LOCAL_RANK", "1"), ("SENSORIUM_INTERFACE_ADDR", "10.0.0.7")]].concat();
+        let expected = Launch {
+            rank: 1,
+            world_size: 2,
+            local_rank: 1,
+            master_addr: "trainer-0.trainer".to_owned(),
+            master_port: 29500,
+            interface: Some([10, 0, 0, 7].into()),
+        };
+        assert_eq!(launch(&variables).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_wrong_variable_is_named_with_its_value_and_what_would_be_right() {
+        for (name, value, message) in [
+            ("WORLD_SIZE", "0", "WORLD_SIZE=\"0\" is not a number of ranks, at least 1"),
+            ("RANK", "2", "RANK=\"2\" is not a rank below WORLD_SIZE=2"),
+            ("RANK", "one", "RANK=\"one\" is not a rank below WORLD_SIZE=2"),
+            ("LOCAL_RANK", "-1", "LOCAL_RANK=\"-1\" is not a whole number"),
+            ("MASTER_PORT", "65536", "MASTER_PORT=\"65536\" is not the port of rank 0's store"),
+            (
+                "SENSORIUM_INTERFACE_ADDR",
+                "eth0",
+                "SENSORIUM_INTERFACE_ADDR=\"eth0\" is not an IP address of this machine",
+            ),
+        ] {
+            let variables: Vec<_> = [(name, value)].into_iter().chain(TWO).collect();
+            assert_eq!(launch(&variables).unwrap_err().to_string(), message);
+        }
+    }
+
+    #[test]
+    fn two_ranks_have_to_say_who_they_are_and_where_they_meet() {
+        for missing in ["RANK", "MASTER_ADDR", "MASTER_PORT"] {
+            let variables: Vec<_> = TWO.into_iter().filter(|(name, _)| *name != missing).collect();
+            let error = launch(&variables).unwrap_err();
+            assert!(matches!(error, DistError::Environment { variable, .. } if variable == missing), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_loopback_master_is_reached_from_loopback_only() {
+        for (host, address) in [("localhost", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "::1")] {
+            assert_eq!(local_address_towards(host, 80).unwrap(), address.parse::<IpAddr>().unwrap());
+        }
+    }
 }

@@ -134,35 +134,40 @@ impl RollCall {
             }
             thread::sleep(LOOK_AGAIN);
             if !timed_out {
-                lost = self.knock().into_iter().filter(|(_, stream)| stream.is_none()).map(|(rank, _)| rank).collect();
+                (_, lost) = self.knock();
             }
         }
     }
 
     /// Leaves a report with every rank that lives; gives those that do not.
     fn report(&self, timed_out: bool, cause: &str) -> Vec<u32> {
-        let (reached, lost): (Vec<_>, Vec<_>) = self.knock().into_iter().partition(|(_, stream)| stream.is_some());
-        let lost: Vec<u32> = lost.into_iter().map(|(rank, _)| rank).collect();
-        let report = Report { rank: self.rank, timed_out, lost: lost.clone(), cause: cause.to_owned() };
-        for (rank, stream) in reached {
+        let (living, lost) = self.knock();
+        let report = Report { rank: self.rank, timed_out, lost, cause: cause.to_owned() };
+        for (rank, mut stream) in living {
+            let text = report.write(self.doors[rank as usize].secret);
             // One that dies just now is found by the next look.
-            let _ =
-                stream.map(|mut stream| stream.write_all(report.write(self.doors[rank as usize].secret).as_bytes()));
+            let _ = stream.write_all(text.as_bytes());
         }
-        lost
+        report.lost
     }
 
-    /// Tries to connect to all other ranks at once.
-    fn knock(&self) -> Vec<(u32, Option<TcpStream>)> {
+    /// Connects to all other ranks at once: those that live, and those that are gone.
+    fn knock(&self) -> (Vec<(u32, TcpStream)>, Vec<u32>) {
+        let (mut living, mut lost) = (Vec::new(), Vec::new());
         thread::scope(|scope| {
-            let knocks: Vec<_> = self
-                .others()
-                .map(|rank| {
-                    (rank, scope.spawn(move || TcpStream::connect_timeout(&self.doors[rank as usize].address, REACH)))
-                })
-                .collect();
-            knocks.into_iter().filter_map(|(rank, knock)| Some((rank, answer(knock.join().ok()?)?))).collect()
-        })
+            let attempt = |rank: u32| TcpStream::connect_timeout(&self.doors[rank as usize].address, REACH);
+            let spawn = |rank| thread::Builder::new().spawn_scoped(scope, move || attempt(rank));
+            let attempts: Vec<_> = self.others().map(|rank| (rank, spawn(rank))).collect();
+            for (rank, thread) in attempts {
+                let answer = thread.ok().and_then(|thread| thread.join().ok()).map_or(Answer::Unclear, Answer::from);
+                match answer {
+                    Answer::Lives(stream) => living.push((rank, stream)),
+                    Answer::Gone => lost.push(rank),
+                    Answer::Unclear => {}
+                }
+            }
+        });
+        (living, lost)
     }
 
     /// Reads the reports that have arrived, and gives all so far.
@@ -220,16 +225,24 @@ fn read_door(store: &RawStore, key: &str) -> Result<Option<Door>, String> {
     Door::parse(&value).map(Some).ok_or_else(|| format!("{key} is not an address: {}", value.escape_ascii()))
 }
 
-/// What an attempt to connect says about a peer: `Some(None)` that it is gone, `None` nothing (this process may be out
-/// of descriptors, for example).
-fn answer(attempt: io::Result<TcpStream>) -> Option<Option<TcpStream>> {
-    use io::ErrorKind::{ConnectionRefused, ConnectionReset, HostUnreachable, NetworkUnreachable, TimedOut};
-    match attempt {
-        Ok(stream) => Some(Some(stream)),
-        Err(error) => match error.kind() {
-            ConnectionRefused | ConnectionReset | HostUnreachable | NetworkUnreachable | TimedOut => Some(None),
-            _ => None,
-        },
+/// What an attempt to connect says about a peer.
+enum Answer {
+    Lives(TcpStream),
+    Gone,
+    /// Nothing: this process may be out of descriptors, for example.
+    Unclear,
+}
+
+impl From<io::Result<TcpStream>> for Answer {
+    fn from(attempt: io::Result<TcpStream>) -> Self {
+        use io::ErrorKind::{ConnectionRefused, ConnectionReset, HostUnreachable, NetworkUnreachable, TimedOut};
+        match attempt {
+            Ok(stream) => Self::Lives(stream),
+            Err(error) => match error.kind() {
+                ConnectionRefused | ConnectionReset | HostUnreachable | NetworkUnreachable | TimedOut => Self::Gone,
+                _ => Self::Unclear,
+            },
+        }
     }
 }
 

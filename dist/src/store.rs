@@ -104,21 +104,23 @@ impl Store {
 
 /// Binds the server's socket here, not in C++, which can only bind to all addresses.
 fn listen(host: &str, port: u16) -> Result<(TcpListener, SocketAddr), DistError> {
-    let candidates: &[IpAddr] = if is_loopback(host) {
-        if host == "::1" { &[IpAddr::V6(Ipv6Addr::LOCALHOST)] } else { &[IpAddr::V4(Ipv4Addr::LOCALHOST)] }
-    } else {
+    let candidates = match loopback(host) {
+        Some(ip) => vec![ip],
         // The first takes both families where the machine has IPv6.
-        &[IpAddr::V6(Ipv6Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::UNSPECIFIED)]
+        None => vec![IpAddr::V6(Ipv6Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::UNSPECIFIED)],
     };
-    let addresses: Vec<_> = candidates.iter().map(|&ip| SocketAddr::new(ip, port)).collect();
+    let addresses: Vec<_> = candidates.into_iter().map(|ip| SocketAddr::new(ip, port)).collect();
     TcpListener::bind(&addresses[..])
         .and_then(|listener| listener.local_addr().map(|address| (listener, address)))
         .map_err(|source| DistError::Listen { address: addresses[addresses.len() - 1], source })
 }
 
-/// Whether `host` is this machine's loopback by its very name.
-pub(crate) fn is_loopback(host: &str) -> bool {
-    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+/// The loopback address that `host` is by its very name, without asking a resolver.
+pub(crate) fn loopback(host: &str) -> Option<IpAddr> {
+    if host == "localhost" {
+        return Some(Ipv4Addr::LOCALHOST.into());
+    }
+    host.parse().ok().filter(IpAddr::is_loopback)
 }
 
 /// Tries to connect until `deadline`; the error is what the last try met.

@@ -3,13 +3,13 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use sensorium_dist::{DistError, Operation, ProcessGroup, ReduceOp};
+use sensorium_dist::{DistError, Operation, Problem, ProcessGroup, ReduceOp};
 use tch::{Device, Kind, Tensor};
 
 use crate::ranks::{die, ranks};
 
 /// Far beyond what any test takes: where it matters, an error must not come from it.
-const LONG: Duration = Duration::from_secs(600);
+const LONG: Duration = Duration::from_mins(10);
 
 fn ones(count: i64) -> Tensor {
     Tensor::ones([count], (Kind::Float, Device::Cpu))
@@ -144,5 +144,38 @@ fn ranks_may_start_in_any_order() {
     ranks(3).launch(|launch| {
         thread::sleep(Duration::from_millis(u64::from(2 - launch.rank) * 300));
         all_reduce(&launch.connect(Duration::from_secs(10)).unwrap()).unwrap();
+    });
+}
+
+#[test]
+fn sizes_that_differ_end_all_ranks_in_time() {
+    // Gloo aborts a rank that receives more than it expects; one that receives less, or sees the abort, gets an error.
+    ranks(3).timeout(Duration::from_secs(2)).aborting().run(|group| {
+        let tensor = ones(1_003 * i64::from(group.rank() + 1));
+        let error = group.all_reduce(&tensor, ReduceOp::Sum).unwrap().wait().unwrap_err();
+        assert!(matches!(error, DistError::PeersLost { .. } | DistError::Timeout { .. }), "{error}");
+    });
+}
+
+#[test]
+fn a_refused_call_names_the_problem_and_leaves_the_group_usable() {
+    ranks(2).run(|group| {
+        let (two, three, five) = (ones(2), ones(3), ones(5));
+        let peer = 1 - group.rank();
+        let refused = [
+            (group.all_gather_into(&three, &two), Problem::Elements { output: 3, input: 2, expected: 4 }),
+            (group.reduce_scatter_into(&two, &five, ReduceOp::Sum), Problem::Uneven { elements: 5, parts: 2 }),
+            (group.all_to_all(&three, &three), Problem::Uneven { elements: 3, parts: 2 }),
+            (group.broadcast(&two, 2), Problem::Rank { rank: 2, size: 2 }),
+            (group.send(&two, group.rank(), 0), Problem::SelfMessage),
+            (group.recv(&two, peer, u32::MAX), Problem::Tag { tag: u32::MAX }),
+        ];
+        for (result, expected) in refused {
+            match result.err().unwrap() {
+                DistError::Argument { problem, call } => assert_eq!((problem, call.size), (expected, 2)),
+                error => panic!("{error}"),
+            }
+        }
+        all_reduce(group).unwrap();
     });
 }

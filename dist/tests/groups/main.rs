@@ -4,6 +4,8 @@
 //! - `training`: the uses that matter: averaged gradients, and a contrastive loss over gathered features.
 //! - `failures`: dead, late, absent and contradicting peers.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on is to panic")]
+
 mod failures;
 mod ranks;
 mod training;

@@ -89,7 +89,9 @@ fn check_all_operations(group: &ProcessGroup) {
             group.send(&first, next, 1).unwrap(),
             group.send(&second, next, 2).unwrap(),
         ];
-        works.into_iter().for_each(|work| work.wait().unwrap());
+        for work in works {
+            work.wait().unwrap();
+        }
         let expected = rows.get(i64::from(previous));
         assert_equal(&got_first, &expected, &format!("first message {kind:?}"));
         assert_equal(&got_second, &expected.flip([0i64].as_slice()), &format!("second message {kind:?}"));
@@ -116,7 +118,7 @@ fn operations_in_flight_may_be_many_and_waited_for_in_any_order() {
         let size = i64::from(group.size());
         let (mut works, mut checks) = (Vec::new(), Vec::new());
         // Sizes around and beyond the backend's segments, and none of them a round number.
-        for count in [1, 3, 1_003, 100_003, 1_000_003] {
+        for count in [1, 3, 1_003, 200_003] {
             let rows = samples(group, count * size, Kind::Float);
             let own = rows.get(i64::from(group.rank()));
             let (sum, part, all) = (own.copy(), zeros(count, Kind::Float), zeros(count * size * size, Kind::Float));
@@ -177,7 +179,7 @@ fn odd_but_legal_uses_are_no_trouble() {
         // A number without a dimension.
         let loss = Tensor::from(f64::from(group.rank()));
         group.all_reduce(&loss, ReduceOp::Avg).unwrap().wait().unwrap();
-        assert_eq!(loss.double_value(&[]), 0.5);
+        assert_equal(&loss, &Tensor::from(0.5), "loss");
 
         // A parameter under autograd keeps its graph role and gets new data.
         let parameter = sample(group.rank(), 4, Kind::Float).set_requires_grad(true);
