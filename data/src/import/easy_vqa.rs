@@ -62,58 +62,91 @@ pub struct SplitSummary {
 /// [`ShardWriter`].
 pub fn easy_vqa(source: &Path, out: &Path, mut progress: impl FnMut(Progress)) -> Result<Summary, DataError> {
     let answers = read_answers(source)?;
-    let mut splits = Vec::new();
+    // All of the source is looked at before anything is written.
+    let mut sources = Vec::new();
     for split in SPLITS {
-        splits.push(import_split(source, split, &out.join(split), &answers, &mut progress)?);
+        sources.push(SplitSource::read(source, split, &answers)?);
     }
-    Ok(Summary { splits })
+    let import = |source: SplitSource| {
+        let target = out.join(source.split);
+        source.import(&target, &answers, &mut progress)
+    };
+    Ok(Summary { splits: sources.into_iter().map(import).collect::<Result<_, _>>()? })
 }
 
-fn import_split(
-    source: &Path,
+/// What there is to import for one split.
+struct SplitSource {
     split: &'static str,
-    target: &Path,
-    answers: &[String],
-    progress: &mut impl FnMut(Progress),
-) -> Result<SplitSummary, DataError> {
-    let images = source.join(split).join("images");
-    if !images.is_dir() {
-        return Err(missing(images));
+    /// Folder of the images.
+    images: PathBuf,
+    /// The questions of each image, in order of the images.
+    questions: BTreeMap<u64, Vec<QuestionAnswer>>,
+    /// Identifies questions and answers.
+    fingerprint: String,
+}
+
+impl SplitSource {
+    fn read(source: &Path, split: &'static str, answers: &[String]) -> Result<Self, DataError> {
+        let images = source.join(split).join("images");
+        if !images.is_dir() {
+            return Err(missing(images));
+        }
+        let path = source.join(split).join("questions.json");
+        let bytes = read_source(&path)?;
+        let rows: Vec<(String, String, u64)> = serde_json::from_slice(&bytes)
+            .map_err(|error| invalid(&path, &format_args!("expected [[question, answer, image], ...]: {error}")))?;
+        let known: BTreeSet<&str> = answers.iter().map(String::as_str).collect();
+        let mut questions: BTreeMap<u64, Vec<QuestionAnswer>> = BTreeMap::new();
+        for (question, answer, image) in rows {
+            if !known.contains(answer.as_str()) {
+                let reason =
+                    format_args!("`{question}` of image {image} has answer `{answer}`, which answers.txt lacks");
+                return Err(invalid(&path, &reason));
+            }
+            questions.entry(image).or_default().push(QuestionAnswer { question, answer });
+        }
+        let mut hasher = Sha256::new();
+        hasher.update(&bytes);
+        hasher.update(answers.join("\n"));
+        Ok(Self { split, images, questions, fingerprint: format!("easy-vqa {}", digest(hasher)) })
     }
-    let (questions, fingerprint) = read_questions(source, split, answers)?;
-    let mut summary = SplitSummary {
-        split,
-        folder: target.to_owned(),
-        samples: 0,
-        questions: 0,
-        captions: 0,
-        bytes: 0,
-        written: false,
-    };
-    if let Some(dataset) = whole(target, &fingerprint) {
-        return Ok(summary.counted(&dataset));
+
+    fn import(
+        self,
+        target: &Path,
+        answers: &[String],
+        progress: &mut impl FnMut(Progress),
+    ) -> Result<SplitSummary, DataError> {
+        let Self { split, images, questions, fingerprint } = self;
+        if let Some(dataset) = whole(target, &fingerprint) {
+            return Ok(SplitSummary::new(split, &dataset, false));
+        }
+        let options =
+            WriterOptions { answers: answers.to_vec(), source: Some(fingerprint), ..WriterOptions::default() };
+        let mut writer = ShardWriter::create(target, options)?;
+        let total = questions.len();
+        for (done, (image, questions)) in questions.into_iter().enumerate() {
+            let path = images.join(format!("{image}.png"));
+            let bytes = fs::read(&path).map_err(|source| DataError::io("read", &path, source))?;
+            let caption = caption(&questions);
+            writer.append(&Sample { key: format!("{image:06}"), image: bytes, questions, caption })?;
+            progress(Progress { split, done: done + 1, total });
+        }
+        Ok(SplitSummary::new(split, &writer.finish()?, true))
     }
-    let options = WriterOptions { answers: answers.to_vec(), source: Some(fingerprint), ..WriterOptions::default() };
-    let mut writer = ShardWriter::create(target, options)?;
-    let total = questions.len();
-    for (done, (image, questions)) in questions.into_iter().enumerate() {
-        let path = images.join(format!("{image}.png"));
-        let bytes = fs::read(&path).map_err(|source| DataError::io("read", &path, source))?;
-        let caption = caption(&questions);
-        writer.append(&Sample { key: format!("{image:06}"), image: bytes, questions, caption })?;
-        progress(Progress { split, done: done + 1, total });
-    }
-    summary.written = true;
-    Ok(summary.counted(&writer.finish()?))
 }
 
 impl SplitSummary {
-    fn counted(mut self, dataset: &Dataset) -> Self {
-        self.samples = dataset.len();
-        self.questions = dataset.question_count();
-        self.captions = dataset.index().captions;
-        self.bytes = dataset.index().shards.iter().map(|shard| shard.bytes).sum();
-        self
+    fn new(split: &'static str, dataset: &Dataset, written: bool) -> Self {
+        Self {
+            split,
+            folder: dataset.folder().to_owned(),
+            samples: dataset.len(),
+            questions: dataset.question_count(),
+            captions: dataset.index().captions,
+            bytes: dataset.index().shards.iter().map(|shard| shard.bytes).sum(),
+            written,
+        }
     }
 }
 
@@ -146,31 +179,6 @@ fn read_answers(source: &Path) -> Result<Vec<String>, DataError> {
         Some((_, answer)) => Err(invalid(&path, &format_args!("`{answer}` is listed twice"))),
         None => Ok(answers),
     }
-}
-
-/// The questions of each image, in order of the images, and what identifies them together with the answers.
-fn read_questions(
-    source: &Path,
-    split: &str,
-    answers: &[String],
-) -> Result<(BTreeMap<u64, Vec<QuestionAnswer>>, String), DataError> {
-    let path = source.join(split).join("questions.json");
-    let bytes = read_source(&path)?;
-    let rows: Vec<(String, String, u64)> = serde_json::from_slice(&bytes)
-        .map_err(|error| invalid(&path, &format_args!("expected [[question, answer, image], ...]: {error}")))?;
-    let known: BTreeSet<&str> = answers.iter().map(String::as_str).collect();
-    let mut questions: BTreeMap<u64, Vec<QuestionAnswer>> = BTreeMap::new();
-    for (question, answer, image) in rows {
-        if !known.contains(answer.as_str()) {
-            let reason = format_args!("`{question}` of image {image} has answer `{answer}`, which answers.txt lacks");
-            return Err(invalid(&path, &reason));
-        }
-        questions.entry(image).or_default().push(QuestionAnswer { question, answer });
-    }
-    let mut hasher = Sha256::new();
-    hasher.update(&bytes);
-    hasher.update(answers.join("\n"));
-    Ok((questions, format!("easy-vqa {}", digest(hasher))))
 }
 
 /// A description of the image, such as `a blue circle`, from what its questions presuppose, ask and affirm. `None` when
