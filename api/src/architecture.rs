@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
-    validation = Rule::new("self.width % self.fusion.heads == 0").field_path(".width").message(Message::Expression(
-        "'width is ' + string(self.width) + ', which fusion.heads (' + string(self.fusion.heads) + ') does not divide'".into()
-    ))
+    validation = Rule::new("self.width % self.fusion.heads == 0")
+        .field_path(".width")
+        .message("must be a multiple of fusion.heads")
 )]
 pub struct Architecture {
     /// Width of the shared sequence, in features per token; a multiple of `fusion.heads`.
@@ -33,9 +33,9 @@ pub struct Architecture {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
-    validation = Rule::new("self.width % self.heads == 0").field_path(".width").message(Message::Expression(
-        "'width is ' + string(self.width) + ', which heads (' + string(self.heads) + ') does not divide'".into()
-    ))
+    validation = Rule::new("self.width % self.heads == 0")
+        .field_path(".width")
+        .message("must be a multiple of heads")
 )]
 pub struct TextArchitecture {
     /// Number of Transformer layers.
@@ -60,13 +60,12 @@ pub struct TextArchitecture {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
-    validation = Rule::new("self.width % self.heads == 0").field_path(".width").message(Message::Expression(
-        "'width is ' + string(self.width) + ', which heads (' + string(self.heads) + ') does not divide'".into()
-    )),
-    validation = Rule::new("self.stem[size(self.stem) - 1].channels == self.width").field_path(".stem").message(Message::Expression(
-        "'the last stem layer has ' + string(self.stem[size(self.stem) - 1].channels) + ' channels; \
-          they become the tokens, so there must be as many as width (' + string(self.width) + ')'".into()
-    ))
+    validation = Rule::new("self.width % self.heads == 0")
+        .field_path(".width")
+        .message("must be a multiple of heads"),
+    validation = Rule::new("self.stem[size(self.stem) - 1].channels == self.width")
+        .field_path(".stem")
+        .message("the channels of the last layer become the tokens, so there must be as many as width")
 )]
 pub struct ImageArchitecture {
     /// Height and width of the images that the network sees, in pixels; others are resized.

@@ -34,10 +34,8 @@ use crate::workload::{FailurePolicy, Resources};
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
     validation = Rule::new("self.output.artifact != self.source.artifact || self.output.store != self.source.store")
-        .field_path(".output.artifact").message(Message::Expression(
-        "'output.artifact is ' + self.output.artifact + ', as source.artifact is; name the result differently, so that \
-          its parent stays in place'".into()
-    ))
+        .field_path(".output.artifact")
+        .message("must differ from source.artifact, so that the parent stays in place")
 )]
 pub struct CompressionJobSpec {
     /// The artifact to compress: the parent of the result.

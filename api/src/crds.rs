@@ -4,6 +4,7 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::CustomResourceExt;
 use serde_json::{Map, Value, json};
 
+use crate::canonical::sorted;
 use crate::{CompressionJob, ModelArtifact, ServingJob, TrainingJob};
 
 /// The command that writes `crds/`.
@@ -52,7 +53,7 @@ fn definition(crd: CustomResourceDefinition) -> Result<Definition, serde_json::E
     let file_name = format!("{}.yaml", crd.spec.names.plural);
     let mut definition = serde_json::to_value(crd)?;
     use_kubernetes_formats(&mut definition);
-    Ok(Definition { kind, file_name, definition })
+    Ok(Definition { kind, file_name, definition: sorted(&definition) })
 }
 
 /// Kubernetes knows the formats `int32` and `int64` only and warns about others with every `kubectl apply`. The range

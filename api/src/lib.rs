@@ -28,6 +28,7 @@
 #![allow(unreachable_pub, reason = "`KubeSchema` repeats each public struct inside a function that builds its schema")]
 
 pub mod architecture;
+pub mod canonical;
 pub mod compression_job;
 pub mod crds;
 pub mod manifest;
@@ -50,9 +51,7 @@ pub use model_artifact::{
     ArtifactFormat, DataType, GraphSignature, Lineage, LineageJob, ModelArtifact, ModelArtifactSpec,
     ModelArtifactStatus, TensorSignature,
 };
-pub use serving_job::{
-    Batching, Engine, Limits, Ports, ServingJob, ServingJobSpec, ServingJobStatus, Verification,
-};
+pub use serving_job::{Batching, Engine, Limits, Ports, ServingJob, ServingJobSpec, ServingJobStatus, Verification};
 pub use status::JobState;
 pub use storage::{ArtifactSource, OutputSpec};
 pub use training::{Augmentation, BatchSpec, OptimizerSpec, Precision, TrainingParams};

@@ -36,11 +36,7 @@ pub struct JobKey {
 impl JobKey {
     /// The key of `object`, which is of this kind.
     pub fn of(object: &impl ResourceExt, kind: JobKind) -> Self {
-        Self {
-            kind,
-            namespace: object.namespace().unwrap_or_else(|| "default".to_owned()),
-            name: object.name_any(),
-        }
+        Self { kind, namespace: object.namespace().unwrap_or_else(|| "default".to_owned()), name: object.name_any() }
     }
 }
 

@@ -78,10 +78,9 @@ pub enum Engine {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
-    validation = Rule::new("self.maxQueueSize >= self.maxBatchSize").field_path(".maxQueueSize").message(Message::Expression(
-        "'maxQueueSize is ' + string(self.maxQueueSize) + ', less than one batch of maxBatchSize (' + \
-          string(self.maxBatchSize) + ')'".into()
-    ))
+    validation = Rule::new("self.maxQueueSize >= self.maxBatchSize")
+        .field_path(".maxQueueSize")
+        .message("must be at least maxBatchSize, or no full batch could wait")
 )]
 pub struct Batching {
     /// Rows in the largest batch.
@@ -125,9 +124,8 @@ fn default_max_queue_size() -> u32 {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
-    validation = Rule::new("self.grpc != self.http && self.grpc != self.metrics && self.http != self.metrics").message(Message::Expression(
-        "'grpc (' + string(self.grpc) + '), http (' + string(self.http) + ') and metrics (' + string(self.metrics) + ') must differ'".into()
-    ))
+    validation = Rule::new("self.grpc != self.http && self.grpc != self.metrics && self.http != self.metrics")
+        .message("grpc, http and metrics must differ")
 )]
 pub struct Ports {
     /// gRPC.
@@ -166,9 +164,9 @@ fn default_metrics() -> u16 {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
-    validation = Rule::new("self.maxRequestBytes >= self.maxImageBytes").field_path(".maxImageBytes").message(Message::Expression(
-        "'maxImageBytes is ' + string(self.maxImageBytes) + ', more than maxRequestBytes (' + string(self.maxRequestBytes) + ') lets in'".into()
-    ))
+    validation = Rule::new("self.maxRequestBytes >= self.maxImageBytes")
+        .field_path(".maxImageBytes")
+        .message("must be at most maxRequestBytes, which lets in no larger image")
 )]
 pub struct Limits {
     /// Bytes of a request message.

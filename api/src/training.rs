@@ -59,15 +59,18 @@ fn default_questions_per_image() -> u32 {
 pub struct OptimizerSpec {
     /// Learning rate at the end of the warm-up.
     #[serde(default = "default_learning_rate")]
-    #[x_kube(validation = Rule::new("self > 0.0").message(Message::Expression("'learningRate is ' + string(self) + ', must be above 0'".into())))]
+    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
     pub learning_rate: f64,
     /// Decay of the running means of the gradient and of its square.
     #[serde(default = "default_betas")]
-    #[x_kube(validation = Rule::new("self.all(beta, beta >= 0.0 && beta < 1.0)").message("each of betas must be at least 0 and below 1, such as [0.9, 0.999]"))]
+    #[x_kube(
+        validation = Rule::new("self.all(beta, beta >= 0.0 && beta < 1.0)")
+            .message("both must be at least 0 and below 1, such as [0.9, 0.999]")
+    )]
     pub betas: [f64; 2],
     /// Added to the denominator of an update.
     #[serde(default = "default_eps")]
-    #[x_kube(validation = Rule::new("self > 0.0").message(Message::Expression("'eps is ' + string(self) + ', must be above 0'".into())))]
+    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
     pub eps: f64,
     /// Decoupled weight decay.
     #[serde(default = "default_weight_decay")]
@@ -75,7 +78,7 @@ pub struct OptimizerSpec {
     pub weight_decay: f64,
     /// Gradients are scaled down to this norm, taken over all parameters, when theirs is larger.
     #[serde(default = "default_clip_norm")]
-    #[x_kube(validation = Rule::new("self > 0.0").message(Message::Expression("'clipNorm is ' + string(self) + ', must be above 0'".into())))]
+    #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
     pub clip_norm: f64,
     /// Steps over which the learning rate rises from 0.
     #[serde(default)]

@@ -35,24 +35,20 @@ use crate::workload::{FailurePolicy, Resources};
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
     validation = Rule::new(
-        "self.parallelism.data * self.parallelism.tensor * self.parallelism.pipeline == self.workers * self.processesPerWorker"
-    ).field_path(".parallelism").message(Message::Expression(
-        "'data (' + string(self.parallelism.data) + ') x tensor (' + string(self.parallelism.tensor) + ') x pipeline (' + \
-          string(self.parallelism.pipeline) + ') is ' + string(self.parallelism.data * self.parallelism.tensor * \
-          self.parallelism.pipeline) + ', but workers (' + string(self.workers) + ') x processesPerWorker (' + \
-          string(self.processesPerWorker) + ') is ' + string(self.workers * self.processesPerWorker) + '; \
-          every process has one place, so both must be equal'".into()
-    )),
+        "self.parallelism.data * self.parallelism.tensor * self.parallelism.pipeline == \
+         self.workers * self.processesPerWorker"
+    )
+    .field_path(".parallelism")
+    .message("data x tensor x pipeline must equal workers x processesPerWorker, since every process has one place"),
     validation = Rule::new("self.training.batch.images % self.parallelism.data == 0")
-        .field_path(".training.batch.images").message(Message::Expression(
-        "'images is ' + string(self.training.batch.images) + ', which parallelism.data (' + \
-          string(self.parallelism.data) + ') does not divide'".into()
-    )),
+        .field_path(".training.batch.images")
+        .message("must be a multiple of parallelism.data, since every rank takes an equal part"),
     validation = Rule::new(
-        "!self.tasks.exists(task, task.type == 'contrastive') || !has(self.model.architecture) || has(self.model.architecture.embeddingDim)"
-    ).field_path(".model.architecture").message(
-        "a contrastive task compares embeddings; set embeddingDim, such as 64"
-    ),
+        "!self.tasks.exists(task, task.type == 'contrastive') || !has(self.model.architecture) || \
+         has(self.model.architecture.embeddingDim)"
+    )
+    .field_path(".model.architecture")
+    .message("a contrastive task compares embeddings; set embeddingDim, such as 64"),
 )]
 pub struct TrainingJobSpec {
     /// The network: described here, or taken with its weights from an artifact.
@@ -63,7 +59,8 @@ pub struct TrainingJobSpec {
     #[schemars(length(min = 1, max = 16))]
     #[x_kube(
         merge_strategy = ListMerge::Map(vec!["type".into()]),
-        validation = Rule::new("self.exists(task, task.weight > 0.0)").message("the weights are all 0; nothing would be learned"),
+        validation = Rule::new("self.exists(task, task.weight > 0.0)")
+            .message("the weights are all 0; nothing would be learned"),
     )]
     pub tasks: Vec<TaskSpec>,
     /// Length, batch, optimiser, precision.

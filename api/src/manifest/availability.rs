@@ -8,10 +8,7 @@ pub(super) fn unavailable(resource: &Resource) -> Vec<(String, Cause)> {
     let Resource::TrainingJob(job) = resource else { return problems };
     let parallelism = &job.spec.parallelism;
     let mut refuse = |field: &str, found: u32, instead| {
-        problems.push((
-            format!("spec.parallelism.{field}"),
-            Cause::NotAvailable { found: found.to_string(), instead },
-        ));
+        problems.push((format!("spec.parallelism.{field}"), Cause::NotAvailable { found: found.to_string(), instead }));
     };
     if parallelism.tensor > 1 {
         refuse("tensor", parallelism.tensor, "1, and `data` for more processes");

@@ -2,13 +2,13 @@
 
 use std::sync::LazyLock;
 
-use kube::core::cel::{Validator, apply_defaults};
+use kube::core::cel::apply_defaults;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::problem::{Cause, ManifestError, Problem};
-use super::{Resource, availability, schema};
+use super::{Resource, availability, rules, schema};
 use crate::crds::{self, Definition};
 
 /// Reads every document of a YAML text; `file` is what problems call it. Empty documents are skipped.
@@ -20,7 +20,8 @@ pub fn parse_documents(text: &str, file: &str) -> Result<Vec<Resource>, Manifest
     let mut resources = Vec::new();
     let mut problems = Vec::new();
     for (i, document) in serde_yaml_ng::Deserializer::from_str(text).enumerate() {
-        let problem = |resource, (field, cause)| Problem { file: file.to_owned(), document: i + 1, resource, field, cause };
+        let problem =
+            |resource, (field, cause)| Problem { file: file.to_owned(), document: i + 1, resource, field, cause };
         match read_yaml(document) {
             // A syntax error ends the stream: what follows has no meaning any more.
             Err(cause) => {
@@ -58,29 +59,19 @@ fn title(document: &Value) -> Option<String> {
 fn parse_document(mut document: Value) -> Result<Resource, Vec<(String, Cause)>> {
     let checker = checker(&document)?;
     schema::prune_null_defaults(&checker.schema, &mut document);
+    let document = apply_defaults(&checker.schema, &document);
     let mut problems = Vec::new();
     schema::check(&checker.schema, &document, "", &mut problems);
     if problems.is_empty() {
-        problems = check_rules(&checker.schema, &document);
+        problems = rules::check(&checker.schema, &document);
     }
     if !problems.is_empty() {
         return Err(problems);
     }
-    let resource = (checker.decode)(apply_defaults(&checker.schema, &document))
-        .map_err(|e| vec![(String::new(), Cause::Undecodable { message: e.to_string() })])?;
+    let resource =
+        (checker.decode)(document).map_err(|e| vec![(String::new(), Cause::Undecodable { message: e.to_string() })])?;
     let unavailable = availability::unavailable(&resource);
     if unavailable.is_empty() { Ok(resource) } else { Err(unavailable) }
-}
-
-fn check_rules(schema: &Value, document: &Value) -> Vec<(String, Cause)> {
-    match Validator::new().validate(schema, document, None) {
-        Ok(()) => Vec::new(),
-        Err(errors) => errors
-            .into_vec()
-            .into_iter()
-            .map(|error| (error.field_path, Cause::Rule { message: error.message }))
-            .collect(),
-    }
 }
 
 type Decode = fn(Value) -> Result<Resource, serde_json::Error>;
@@ -101,7 +92,9 @@ static CHECKERS: LazyLock<Result<Vec<Checker>, String>> = LazyLock::new(|| {
 impl Checker {
     fn new(definition: &Definition, decode: Decode) -> Self {
         let mut schema = definition.schema().clone();
-        // A definition leaves `metadata` to the API server.
+        // A definition leaves these to the API server.
+        schema["properties"]["apiVersion"] = json!({"type": "string"});
+        schema["properties"]["kind"] = json!({"type": "string"});
         schema["properties"]["metadata"] = metadata_schema();
         schema["required"] = json!(["metadata", "spec"]);
         Self { kind: definition.kind.clone(), schema, decode }
@@ -130,7 +123,12 @@ fn checker(document: &Value) -> Result<&'static Checker, Vec<(String, Cause)>> {
     }
     match &document["apiVersion"] {
         Value::String(version) if version == crate::API_VERSION => {}
-        Value::Null => return fail("apiVersion", Cause::Missing { description: Some(format!("\"{}\"", crate::API_VERSION)) }),
+        Value::Null => {
+            return fail(
+                "apiVersion",
+                Cause::Missing { description: Some(format!("write \"{}\"", crate::API_VERSION)) },
+            );
+        }
         other => return fail("apiVersion", Cause::WrongApiVersion { found: schema::show(other) }),
     }
     let checkers = match &*CHECKERS {

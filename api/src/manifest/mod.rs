@@ -7,6 +7,7 @@
 mod availability;
 mod document;
 mod problem;
+mod rules;
 mod schema;
 
 pub use document::parse_documents;
@@ -19,7 +20,10 @@ use crate::{CompressionJob, ModelArtifact, ServingJob, TrainingJob};
 
 /// A checked document. There are a handful of them in a run, so their size on the stack does not matter.
 #[derive(Clone, Debug, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "a manifest holds a handful of these, and boxes would show in every match")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a manifest holds a handful of these, and boxes would show in every match"
+)]
 pub enum Resource {
     /// Trains a model.
     TrainingJob(TrainingJob),

@@ -136,10 +136,13 @@ pub enum Cause {
         value: String,
     },
     /// A rule of the kind's definition does not hold.
-    #[error("{message}")]
+    #[error("{}", rule(.message, .values))]
     Rule {
         /// The rule's own words.
         message: String,
+        /// What the fields that the rule looks at hold, by their path below the rule; an empty path is the field
+        /// itself. Empty where the rule's words say it already.
+        values: Vec<(String, String)>,
     },
     /// Part of the API that this version cannot run.
     #[error("is {found}, which is not available yet; use {instead}")]
@@ -162,7 +165,18 @@ fn guess(suggestion: &Option<String>) -> String {
 }
 
 fn what(description: &Option<String>) -> String {
-    description.as_ref().map(|text| format!("; it says: {text}")).unwrap_or_default()
+    description.as_ref().map(|text| format!(": {text}")).unwrap_or_default()
+}
+
+fn rule(message: &str, values: &[(String, String)]) -> String {
+    match values {
+        [] => message.to_owned(),
+        [(path, value)] if path.is_empty() => format!("is {value}, {message}"),
+        several => {
+            let several: Vec<String> = several.iter().map(|(path, value)| format!("{path} is {value}")).collect();
+            format!("{message} ({})", several.join(", "))
+        }
+    }
 }
 
 fn one_of(allowed: &[String]) -> String {

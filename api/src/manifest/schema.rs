@@ -28,7 +28,7 @@ pub(super) fn prune_null_defaults(schema: &Value, value: &mut Value) {
     }
 }
 
-/// Appends everything that is wrong with `value`, which is at `path`.
+/// Appends everything that is wrong with `value`, which is at `path` and has its defaults filled in.
 pub(super) fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<Found>) {
     if value.is_null() && schema["nullable"] == true {
         return;
@@ -121,11 +121,9 @@ fn check_required(
     problems: &mut Vec<Found>,
 ) {
     for name in names(&schema["required"]).into_iter().filter(|name| !object.contains_key(name)) {
-        let description = properties.get(&name).and_then(|property| property["description"].as_str()).map(first_sentence);
-        // A field with a default is there by the time the API server looks.
-        if properties.get(&name).is_none_or(|property| property["default"].is_null()) {
-            problems.push((join(path, &name), Cause::Missing { description }));
-        }
+        let description =
+            properties.get(&name).and_then(|property| property["description"].as_str()).map(first_sentence);
+        problems.push((join(path, &name), Cause::Missing { description }));
     }
 }
 

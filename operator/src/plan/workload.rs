@@ -1,0 +1,133 @@
+//! The plan itself: a value to compare, print and run.
+
+use std::collections::BTreeMap;
+
+use sensorium_api::Resources;
+use sensorium_api::run::JobKey;
+use serde::Serialize;
+
+use super::template::Template;
+
+/// Everything that one job needs to run, with addresses and paths still open ([`Template`]).
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadPlan {
+    /// The job.
+    pub job: JobKey,
+    /// `sha256:` digest of the parts of the spec that change what comes out. The artifacts a job reads are in it by
+    /// reference only: whoever reuses a result compares their digests as well.
+    pub spec_hash: String,
+    /// Artifacts (names or `sha256:` digests) that must exist before the job starts.
+    pub requires: Vec<String>,
+    /// Name of the artifact that the job leaves behind.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub produces: Option<String>,
+    /// Whether the job is held: planned, but not to be started.
+    pub suspended: bool,
+    /// Files by name, there in the mount `config` of every role.
+    pub files: BTreeMap<String, String>,
+    /// What runs, in the order in which it starts.
+    pub roles: Vec<Role>,
+    /// How long it runs.
+    pub lifetime: Lifetime,
+}
+
+/// Equal processes, in `replicas` pods (on one machine: groups) of `processes` each.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Role {
+    /// Unique within the plan.
+    pub name: String,
+    /// What is run.
+    pub program: Program,
+    /// How many pods.
+    pub replicas: u32,
+    /// How many processes in each.
+    pub processes: u32,
+    /// Command-line arguments.
+    pub args: Vec<Template>,
+    /// Environment.
+    pub env: BTreeMap<String, Template>,
+    /// Port numbers inside a pod, by name; on one machine any free port may take their place.
+    pub ports: BTreeMap<String, u16>,
+    /// Folders that the processes see.
+    pub mounts: Vec<Mount>,
+    /// What each pod needs of the machine.
+    pub resources: Resources,
+    /// Whether rank 0 writes a result file ([`super::Part::ResultFile`]).
+    pub result: bool,
+    /// How to see that a replica is ready for work; without one, running is ready.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub readiness: Option<HttpProbe>,
+}
+
+/// A binary of this workspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Program {
+    /// Trains and compresses.
+    Trainer,
+    /// Serves.
+    Server,
+}
+
+impl Program {
+    /// File name of the binary.
+    pub fn binary(self) -> &'static str {
+        match self {
+            Self::Trainer => "sensorium-trainer",
+            Self::Server => "sensorium-server",
+        }
+    }
+}
+
+/// A folder that processes see; [`super::Part::MountPath`] is its path.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Mount {
+    /// Unique within the role: `config`, `scratch`, or `volumes/CLAIM`.
+    pub name: String,
+    /// What is in it.
+    pub source: MountSource,
+    /// Whether the role only reads.
+    pub read_only: bool,
+}
+
+/// What a mount shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum MountSource {
+    /// A PersistentVolumeClaim; on one machine a folder that stands for it.
+    Claim(String),
+    /// The plan's files.
+    Config,
+    /// An empty folder that goes when the process does.
+    Scratch,
+}
+
+/// How long a workload runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Lifetime {
+    /// Until every process has ended well.
+    #[serde(rename_all = "camelCase")]
+    RunToCompletion {
+        /// How often all processes are started again after one failed.
+        max_restarts: u32,
+        /// Seconds after which the job has failed, restarts included.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        active_deadline_seconds: Option<u64>,
+    },
+    /// Until it is deleted.
+    Service,
+}
+
+/// `GET path` on a port answers 200 when the replica is ready.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HttpProbe {
+    /// Name of the port.
+    pub port: String,
+    /// Path of the URL.
+    pub path: String,
+}
