@@ -18,6 +18,8 @@
 //! assert_eq!(request.parts.len(), 2);
 //! ```
 
+pub mod codec;
+
 /// The Open Inference Protocol v2 (package `inference`): a superset of Triton's and KServe's dialects.
 #[allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated code; the documentation is in the .proto files")]
 pub mod inference {

@@ -1,0 +1,164 @@
+//! The codec of every call: protobuf, with a bound on how much larger a message may get by being decoded.
+//!
+//! A limit on the bytes of a message does not bound what it decodes to: an empty tensor is two bytes on the wire and
+//! hundreds in memory, so that 64 MiB of them would be gigabytes. Before anything is decoded, this codec walks over the
+//! message and counts its fields, which takes no memory.
+
+use std::marker::PhantomData;
+
+use prost::{
+    Message,
+    bytes::Buf as _,
+    encoding::{WireType, decode_key, decode_varint},
+};
+use tonic::{
+    Status,
+    codec::{BufferSettings, Codec, DecodeBuf, Decoder},
+};
+use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
+
+/// Fields of a message at most: far more than a request has, whose tensors are one field each, and about 25 MB at the
+/// most that a field can become.
+pub const MAX_FIELDS: u32 = 1 << 16;
+
+/// In this protocol what nests in bulk is field 5: the tensors of a request or response, and in a tensor its contents.
+/// There, too, fields are counted. In other messages field 5 is nothing that this could misread: what does not parse is
+/// left to the decoder.
+const NESTS: u32 = 5;
+const DEPTH: u32 = 2;
+
+/// Encodes `T` and decodes `U`, as generated code wants it.
+#[derive(Debug)]
+pub struct BoundedCodec<T, U>(PhantomData<(T, U)>);
+
+impl<T, U> Default for BoundedCodec<T, U> {
+    fn default() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<T, U> Codec for BoundedCodec<T, U>
+where
+    T: Message + Send + 'static,
+    U: Message + Default + Send + 'static,
+{
+    type Encode = T;
+    type Decode = U;
+    type Encoder = ProstEncoder<T>;
+    type Decoder = BoundedDecoder<U>;
+
+    fn encoder(&mut self) -> Self::Encoder {
+        ProstCodec::<T, U>::raw_encoder(BufferSettings::default())
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        BoundedDecoder(ProstCodec::<T, U>::raw_decoder(BufferSettings::default()))
+    }
+}
+
+/// Decodes messages of at most [`MAX_FIELDS`] fields.
+#[derive(Debug)]
+pub struct BoundedDecoder<U>(ProstDecoder<U>);
+
+impl<U: Message + Default> Decoder for BoundedDecoder<U> {
+    type Item = U;
+    type Error = Status;
+
+    fn decode(&mut self, message: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
+        // A message arrives in one piece: the transport collects it before it asks for decoding.
+        let mut budget = MAX_FIELDS;
+        if spend(message.chunk(), DEPTH, &mut budget) {
+            self.0.decode(message)
+        } else {
+            Err(Status::resource_exhausted(format!(
+                "the message has more fields than the limit of {MAX_FIELDS}; send the elements of a tensor packed, or in raw_input_contents"
+            )))
+        }
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        self.0.buffer_settings()
+    }
+}
+
+/// Takes one off `budget` for each field; `false` when it does not suffice. Stops without complaint at what is no
+/// protobuf.
+fn spend(mut message: &[u8], depth: u32, budget: &mut u32) -> bool {
+    while !message.is_empty() {
+        let Some(rest) = budget.checked_sub(1) else { return false };
+        *budget = rest;
+        let Ok((field, wire_type)) = decode_key(&mut message) else { return true };
+        let length = match wire_type {
+            WireType::Varint if decode_varint(&mut message).is_err() => return true,
+            // The fields inside a group are counted as if they stood beside it.
+            WireType::Varint | WireType::StartGroup | WireType::EndGroup => 0,
+            WireType::SixtyFourBit => 8,
+            WireType::ThirtyTwoBit => 4,
+            WireType::LengthDelimited => match decode_varint(&mut message) {
+                Ok(length) => length,
+                Err(_) => return true,
+            },
+        };
+        let Some((content, after)) = usize::try_from(length).ok().and_then(|length| message.split_at_checked(length))
+        else {
+            return true;
+        };
+        if wire_type == WireType::LengthDelimited && field == NESTS && depth > 0 && !spend(content, depth - 1, budget) {
+            return false;
+        }
+        message = after;
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inference::{InferTensorContents, ModelInferRequest, model_infer_request::InferInputTensor};
+
+    fn fields(message: &[u8]) -> Option<u32> {
+        let mut budget = MAX_FIELDS;
+        spend(message, DEPTH, &mut budget).then_some(MAX_FIELDS - budget)
+    }
+
+    fn request(contents: InferTensorContents) -> Vec<u8> {
+        let input = InferInputTensor { name: "x".to_owned(), shape: vec![2, 3], contents: Some(contents), ..Default::default() };
+        ModelInferRequest { model_name: "m".to_owned(), inputs: vec![input], ..Default::default() }.encode_to_vec()
+    }
+
+    #[test]
+    fn a_packed_tensor_of_any_size_is_one_field() {
+        let contents = InferTensorContents { fp32_contents: vec![1.5; 1 << 20], ..Default::default() };
+        // model_name, inputs, and in those name, shape, contents, and in those the elements.
+        assert_eq!(fields(&request(contents)), Some(6));
+    }
+
+    #[test]
+    fn strings_are_a_field_each_wherever_they_nest() {
+        let strings = |count| InferTensorContents { bytes_contents: vec!["a".into(); count], ..Default::default() };
+        assert_eq!(fields(&request(strings(1000))), Some(1005));
+        assert_eq!(fields(&request(strings(MAX_FIELDS as usize))), None);
+    }
+
+    #[test]
+    fn a_flood_of_empty_tensors_is_too_much() {
+        assert_eq!(fields(&[0x2a, 0].repeat(MAX_FIELDS as usize)), Some(MAX_FIELDS));
+        assert_eq!(fields(&[0x2a, 0].repeat(MAX_FIELDS as usize + 1)), None);
+    }
+
+    #[test]
+    fn groups_and_unknown_fields_hide_nothing() {
+        // A group of field 100 with the flood in it, and one behind a varint of field 9 and a fixed64 of field 8.
+        for start in [&[0xa3_u8, 0x06][..], &[0x48, 0x01, 0x41, 0, 0, 0, 0, 0, 0, 0, 0]] {
+            let flood = [start, &[0x2a, 0].repeat(MAX_FIELDS as usize)].concat();
+            assert_eq!(fields(&flood), None);
+        }
+    }
+
+    #[test]
+    fn what_is_no_protobuf_is_left_to_the_decoder() {
+        for message in [&[0xff, 0xff][..], &[0x2a, 0x7f, 1], &[0x0a, 0xff, 0xff, 0xff, 0xff, 0x0f], &[0x48]] {
+            assert!(fields(message).is_some(), "{message:?}");
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! What a caller is told when a request is not answered.
+
+use sensorium_engine::{EngineError, PipelineError};
+use tonic::{Code, Status};
+
+use crate::{pool::PoolError, scheduler::ScheduleError, wire::InvalidRequest};
+
+/// Why a request has no answer. [`InferError::code`] says whose fault it is and whether to try again.
+#[derive(Debug, thiserror::Error)]
+pub enum InferError {
+    /// There is no such model here.
+    #[error("there is no model {model:?} on this server; it has {}", known.join(", "))]
+    UnknownModel {
+        /// As the request names it.
+        model: String,
+        /// Those there are.
+        known: Vec<String>,
+    },
+    /// The model has no such version.
+    #[error("model {model:?} has no version {version:?}; leave it empty or ask for {known:?}")]
+    UnknownVersion {
+        /// The model.
+        model: String,
+        /// As the request names it.
+        version: String,
+        /// The one there is.
+        known: &'static str,
+    },
+    /// The request does not fit the model.
+    #[error(transparent)]
+    Invalid(#[from] InvalidRequest),
+    /// The parts of a multimodal request do not make up its task.
+    #[error(transparent)]
+    Parts(#[from] PartsError),
+    /// One item of a batch was refused, or failed.
+    #[error("row {row} of input {input:?}")]
+    Item {
+        /// The input or modality.
+        input: &'static str,
+        /// Which of its rows.
+        row: usize,
+        /// Why.
+        source: PipelineError,
+    },
+    /// The pipeline refused the request, or failed.
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    /// Preparing inputs did not happen.
+    #[error(transparent)]
+    Prepare(#[from] PoolError),
+    /// The engine did not run, or failed.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+}
+
+/// What is wrong with the parts of a multimodal request.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PartsError {
+    /// The model cannot do this.
+    #[error("model {model:?} has no task {task:?}; it has {}", known.join(", "))]
+    UnknownTask {
+        /// The model.
+        model: String,
+        /// As the request names it.
+        task: String,
+        /// What the model can do.
+        known: Vec<&'static str>,
+    },
+    /// A part with nothing in it.
+    #[error("part {part} is empty; set its text or its image")]
+    Empty {
+        /// Its index.
+        part: usize,
+    },
+    /// The task needs another part.
+    #[error("task {task:?} needs one {modality} part, the request has none")]
+    Missing {
+        /// The task.
+        task: &'static str,
+        /// What is missing.
+        modality: &'static str,
+    },
+    /// The task takes one part of each modality.
+    #[error("task {task:?} takes one {modality} part, part {part} is one more")]
+    Extra {
+        /// The task.
+        task: &'static str,
+        /// What there is too much of.
+        modality: &'static str,
+        /// Index of the second one.
+        part: usize,
+    },
+    /// No parts, or more than fit into a batch.
+    #[error("the request has {found} parts; task {task:?} takes 1 to {max}")]
+    Count {
+        /// The task.
+        task: &'static str,
+        /// Parts of the request.
+        found: usize,
+        /// The most it takes.
+        max: usize,
+    },
+    /// A media type that is not one of an image that can be read, or not the file's.
+    #[error("part {part} is declared as {declared:?}, {reason}")]
+    MediaType {
+        /// Its index.
+        part: usize,
+        /// As the request says.
+        declared: String,
+        /// What is right.
+        reason: String,
+    },
+}
+
+impl InferError {
+    /// The gRPC code. Overload is RESOURCE_EXHAUSTED everywhere.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::UnknownModel { .. } | Self::UnknownVersion { .. } => Code::NotFound,
+            Self::Invalid(_) | Self::Parts(_) => Code::InvalidArgument,
+            Self::Item { source, .. } | Self::Pipeline(source) => fault(source.is_callers_fault()),
+            Self::Prepare(PoolError::Overloaded { .. }) | Self::Schedule(ScheduleError::Overloaded { .. }) => {
+                Code::ResourceExhausted
+            }
+            Self::Schedule(ScheduleError::Stopped { .. }) => Code::Unavailable,
+            Self::Schedule(ScheduleError::Engine { source, .. }) => fault(source.is_callers_fault()),
+            Self::Prepare(PoolError::CutShort) | Self::Schedule(ScheduleError::Outputs { .. }) => Code::Internal,
+        }
+    }
+
+    /// The status for a request to `model`: the message has the model and the whole chain of causes.
+    pub fn into_status(self, model: &str) -> Status {
+        let mut message = match &self {
+            Self::UnknownModel { .. } | Self::UnknownVersion { .. } => String::new(),
+            _ => format!("model {:?}: ", crate::wire::excerpt(model)),
+        };
+        let mut cause: Option<&dyn std::error::Error> = Some(&self);
+        while let Some(error) = cause {
+            message.push_str(&error.to_string());
+            cause = error.source();
+            if cause.is_some() {
+                message.push_str(": ");
+            }
+        }
+        Status::new(self.code(), shortened(message))
+    }
+}
+
+impl InferError {
+    /// A graph was called with inputs that contradict each other.
+    pub(crate) fn engine(graph: &str, source: EngineError) -> Self {
+        Self::Schedule(ScheduleError::Engine { graph: graph.to_owned(), source })
+    }
+}
+
+fn fault(callers: bool) -> Code {
+    if callers { Code::InvalidArgument } else { Code::Internal }
+}
+
+/// A status travels in headers, and clients refuse headers of more than 8 KiB, percent-encoding included.
+fn shortened(mut message: String) -> String {
+    const LONGEST: usize = 2000;
+    if let Some((end, _)) = message.char_indices().nth(LONGEST) {
+        message.truncate(end);
+        message.push_str("...");
+    }
+    message
+}

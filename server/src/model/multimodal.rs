@@ -1,0 +1,231 @@
+//! A whole artifact as one model: parts go in, answers come out.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use bytes::Bytes;
+use sensorium_artifact::{DType, TensorSpec};
+use sensorium_engine::{GraphRunner, Named, Pipeline, PipelineError, VqaAnswer, VqaInput};
+use sensorium_modality::{Tensor, TensorData};
+
+use super::GraphModel;
+use crate::{
+    error::{InferError, PartsError},
+    pool::CpuPool,
+    scheduler::Work,
+    wire::excerpt,
+};
+
+const IMAGE: &str = "image";
+const TEXT: &str = "text";
+const ANSWER: &str = "answer";
+const SCORE: &str = "score";
+
+/// What a model can be asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// Answer a question about an image.
+    Vqa,
+    /// Embed each part in the space that all modalities share.
+    Embed,
+}
+
+impl Task {
+    /// The word in requests.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Vqa => "vqa",
+            Self::Embed => "embed",
+        }
+    }
+}
+
+/// One part of a request: bytes of a modality.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Item {
+    /// "text" or "image".
+    pub modality: &'static str,
+    /// UTF-8, or an encoded image.
+    pub bytes: Bytes,
+}
+
+/// An artifact's pipeline over its graphs' batchers.
+#[derive(Debug)]
+pub struct Multimodal {
+    name: String,
+    digest: String,
+    pipeline: Arc<Pipeline>,
+    graphs: Graphs,
+    pool: CpuPool,
+    max_rows: usize,
+}
+
+/// The graphs of one artifact, by their names in it.
+#[derive(Debug)]
+struct Graphs(BTreeMap<String, Arc<GraphModel>>);
+
+impl GraphRunner for Graphs {
+    type Error = InferError;
+
+    async fn run(&self, graph: &str, inputs: Named) -> Result<Named, InferError> {
+        let graph = self.0.get(graph).ok_or_else(|| PipelineError::BadOutput {
+            graph: graph.to_owned(),
+            output: "every output".to_owned(),
+            reason: "is missing: the artifact has no such graph".to_owned(),
+        })?;
+        graph.run_all(inputs).await
+    }
+}
+
+impl Multimodal {
+    pub(super) fn new(
+        name: String,
+        digest: String,
+        pipeline: Pipeline,
+        graphs: BTreeMap<String, Arc<GraphModel>>,
+        pool: CpuPool,
+        max_rows: usize,
+    ) -> Self {
+        Self { name, digest, pipeline: Arc::new(pipeline), graphs: Graphs(graphs), pool, max_rows }
+    }
+
+    /// Digest of the artifact.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// What it can do, best known first.
+    pub fn tasks(&self) -> Vec<Task> {
+        let spec = self.pipeline.spec();
+        let vqa = spec.vqa_answers().map(|_| Task::Vqa);
+        let embed = spec.contrastive_dim().map(|_| Task::Embed);
+        vqa.into_iter().chain(embed).collect()
+    }
+
+    /// The task of that name; the first of [`Multimodal::tasks`] for the empty name.
+    ///
+    /// # Errors
+    /// [`PartsError::UnknownTask`].
+    pub fn task(&self, name: &str) -> Result<Task, PartsError> {
+        let tasks = self.tasks();
+        let found = tasks.iter().copied().find(|task| name.is_empty() || task.as_str() == name);
+        found.ok_or_else(|| PartsError::UnknownTask {
+            model: self.name.clone(),
+            task: excerpt(name),
+            known: tasks.into_iter().map(Task::as_str).collect(),
+        })
+    }
+
+    /// Answers one question: one image and one text, in any order.
+    ///
+    /// # Errors
+    /// [`InferError::Parts`] for other parts, [`InferError::Pipeline`] for one that is refused, or what the engines say.
+    pub async fn answer(&self, items: Vec<Item>) -> Result<VqaAnswer, InferError> {
+        let (image, text) = image_and_text(items)?;
+        let mut answers = self.vqa(vec![image], vec![text]).await?;
+        answers.pop().ok_or_else(|| no_row(ANSWER))
+    }
+
+    /// Embeds each item: rows of `E` values, in order.
+    ///
+    /// # Errors
+    /// As [`Multimodal::answer`].
+    pub async fn embed(&self, items: Vec<Item>) -> Result<Vec<Vec<f32>>, InferError> {
+        if items.is_empty() || items.len() > self.max_rows {
+            return Err(PartsError::Count { task: Task::Embed.as_str(), found: items.len(), max: self.max_rows }.into());
+        }
+        let modalities: Vec<&'static str> = items.iter().map(|item| item.modality).collect();
+        let pipeline = self.pipeline.clone();
+        let rows = self.pool.run(move || {
+            let prepare = |(row, item): (usize, &Item)| {
+                let prepared = pipeline.prepare(item.modality, &item.bytes);
+                prepared.map_err(|source| InferError::Item { input: item.modality, row, source })
+            };
+            items.iter().enumerate().map(prepare).collect::<Result<Vec<Tensor>, InferError>>()
+        });
+        let rows = rows.await??;
+        let mut embeddings = vec![Vec::new(); rows.len()];
+        for modality in [IMAGE, TEXT] {
+            let places: Vec<usize> = (0..rows.len()).filter(|&place| modalities[place] == modality).collect();
+            if places.is_empty() {
+                continue;
+            }
+            let batch: Vec<&Tensor> = places.iter().map(|&place| &rows[place]).collect();
+            let batch = Tensor::stack(&batch).map_err(PipelineError::from)?;
+            let encoded = self.pipeline.encode(&self.graphs, modality, batch).await?;
+            let vectors = encoded.embedding().ok_or(PipelineError::NoSuchTask { task: "contrastive" })?;
+            for (row, place) in places.into_iter().enumerate() {
+                let vector = vectors.row(row).map_err(PipelineError::from)?;
+                embeddings[place] = vector.as_slice::<f32>().map_err(PipelineError::from)?.to_vec();
+            }
+        }
+        Ok(embeddings)
+    }
+
+    /// Inputs and outputs as a model of tensors, where it answers questions.
+    pub(super) fn signature(&self) -> Option<(Vec<TensorSpec>, Vec<TensorSpec>)> {
+        self.pipeline.spec().vqa_answers()?;
+        let column = |name: &str, dtype| TensorSpec { name: name.to_owned(), dtype, shape: vec![None] };
+        let inputs = vec![column(IMAGE, DType::Bytes), column(TEXT, DType::Bytes)];
+        let outputs = vec![column(ANSWER, DType::Bytes), column(SCORE, DType::Fp32)];
+        Some((inputs, outputs))
+    }
+
+    /// Runs work that was decoded for [`Multimodal::signature`].
+    pub(super) async fn infer(&self, work: Work) -> Result<Named, InferError> {
+        let mut columns: BTreeMap<String, Tensor> = work.inputs.into_iter().collect();
+        let mut column = |name: &'static str| match columns.remove(name).map(Tensor::into_parts) {
+            Some((_, TensorData::Bytes(items))) => Ok(items.into_iter().map(Bytes::from).collect()),
+            _ => Err(no_row(name)),
+        };
+        let (images, texts): (Vec<Bytes>, Vec<Bytes>) = (column(IMAGE)?, column(TEXT)?);
+        let answers = self.vqa(images, texts).await?;
+        let output = |name: String| {
+            let tensor = if name == SCORE {
+                Tensor::from_vec([answers.len()], answers.iter().map(|answer| answer.score).collect::<Vec<f32>>())
+            } else {
+                Ok(Tensor::from_bytes(answers.iter().map(|answer| answer.answer.as_bytes())))
+            };
+            Ok((name, tensor.map_err(PipelineError::from)?))
+        };
+        work.outputs.into_iter().map(output).collect()
+    }
+
+    /// Answers question `i` about image `i`.
+    async fn vqa(&self, images: Vec<Bytes>, texts: Vec<Bytes>) -> Result<Vec<VqaAnswer>, InferError> {
+        let pipeline = self.pipeline.clone();
+        let prepared = self.pool.run(move || {
+            let prepare = |input, row, item: &Bytes| {
+                pipeline.prepare(input, item).map_err(|source| InferError::Item { input, row, source })
+            };
+            let pair = |(row, (image, text)): (usize, (&Bytes, &Bytes))| {
+                // Text first: it is the cheaper one to refuse.
+                let text = prepare(TEXT, row, text)?;
+                Ok(VqaInput { image: prepare(IMAGE, row, image)?, text })
+            };
+            images.iter().zip(&texts).enumerate().map(pair).collect::<Result<Vec<_>, InferError>>()
+        });
+        self.pipeline.vqa(&self.graphs, &prepared.await??).await
+    }
+}
+
+fn image_and_text(items: Vec<Item>) -> Result<(Bytes, Bytes), PartsError> {
+    let task = Task::Vqa.as_str();
+    let (mut image, mut text) = (None, None);
+    for (part, item) in items.into_iter().enumerate() {
+        let place = if item.modality == IMAGE { &mut image } else { &mut text };
+        if place.replace(item.bytes).is_some() {
+            return Err(PartsError::Extra { task, modality: item.modality, part });
+        }
+    }
+    let image = image.ok_or(PartsError::Missing { task, modality: IMAGE })?;
+    let text = text.ok_or(PartsError::Missing { task, modality: TEXT })?;
+    Ok((image, text))
+}
+
+fn no_row(name: &str) -> InferError {
+    InferError::Pipeline(PipelineError::BadOutput {
+        graph: "fusion".to_owned(),
+        output: name.to_owned(),
+        reason: "has no rows".to_owned(),
+    })
+}

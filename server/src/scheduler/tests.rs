@@ -1,0 +1,252 @@
+//! The scheduler with an engine that stops where the test wants it to.
+
+use std::{
+    sync::{Arc, Mutex, mpsc},
+    time::Duration,
+};
+
+use sensorium_engine::{Engine, EngineError, Named, Signature};
+use sensorium_modality::Tensor;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::{Batching, ScheduleError, Scheduler, Work};
+use crate::metrics::Metrics;
+
+/// Doubles `x`. Fails on a negative number, dies of a NaN, and says beforehand what it was given.
+struct Doubler {
+    runs: Arc<Mutex<Vec<Vec<f32>>>>,
+    /// A run waits for one message; a closed channel lets all pass.
+    gate: mpsc::Receiver<()>,
+}
+
+impl Engine for Doubler {
+    fn signature(&self) -> &Signature {
+        unreachable!("the scheduler takes work that was validated")
+    }
+
+    fn run(&mut self, inputs: Named, outputs: &[String]) -> Result<Named, EngineError> {
+        let (_, x) = &inputs[0];
+        let values = x.as_slice::<f32>().unwrap();
+        self.runs.lock().unwrap().push(values.to_vec());
+        let _ = self.gate.recv();
+        assert!(values.iter().all(|value| !value.is_nan()), "on purpose");
+        if values.iter().any(|value| *value < 0.0) {
+            return Err(EngineError::Run { reason: "negative".to_owned() });
+        }
+        let result = |name: &String| {
+            let factor = if name == "twice" { 2.0 } else { 3.0 };
+            let values: Vec<f32> = values.iter().map(|value| value * factor).collect();
+            (name.clone(), Tensor::from_vec(x.shape(), values).unwrap())
+        };
+        Ok(outputs.iter().map(result).collect())
+    }
+}
+
+struct Bench {
+    scheduler: Arc<Scheduler>,
+    runs: Arc<Mutex<Vec<Vec<f32>>>>,
+    gate: mpsc::Sender<()>,
+    lost: CancellationToken,
+}
+
+impl Bench {
+    fn new(max_rows: usize, max_waiting_rows: usize, max_delay: Duration) -> Self {
+        let (gate, receiver) = mpsc::channel();
+        let runs = Arc::<Mutex<Vec<_>>>::default();
+        let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver });
+        let lost = CancellationToken::new();
+        let batching = Batching { max_rows, max_waiting_rows, max_delay };
+        let metrics = Metrics::new().graph("m");
+        let scheduler = Scheduler::start("m".to_owned(), engine, batching, metrics, lost.clone()).unwrap();
+        Self { scheduler: Arc::new(scheduler), runs, gate, lost }
+    }
+
+    /// A caller that waits for its answer, once its work is in the queue or in the engine.
+    async fn send(&self, work: Work) -> Caller {
+        let scheduler = self.scheduler.clone();
+        let caller = tokio::spawn(async move { scheduler.run(work).await });
+        // The current-thread runtime of these tests runs the task until it waits for its answer.
+        tokio::task::yield_now().await;
+        caller
+    }
+
+    /// Sends work that the idle engine takes at once, and returns when the engine holds it at the gate.
+    async fn occupy(&self) -> Caller {
+        let before = self.runs().len();
+        let caller = self.send(rows(&[1.0])).await;
+        self.wait_for_runs(before + 1).await;
+        caller
+    }
+
+    async fn wait_for_runs(&self, count: usize) {
+        let reached = async {
+            while self.runs().len() < count {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), reached).await.expect("the engine runs what is sent");
+    }
+
+    fn runs(&self) -> Vec<Vec<f32>> {
+        self.runs.lock().unwrap().clone()
+    }
+
+    fn open_gate(&mut self) {
+        self.gate = mpsc::channel().0;
+    }
+}
+
+type Caller = JoinHandle<Result<Named, ScheduleError>>;
+
+/// Work of one number per row.
+fn rows(values: &[f32]) -> Work {
+    wide_rows(1, values)
+}
+
+fn wide_rows(width: usize, values: &[f32]) -> Work {
+    let rows = values.len() / width;
+    let x = Tensor::from_vec([rows, width], values.to_vec()).unwrap();
+    Work { inputs: vec![("x".to_owned(), x)], rows, outputs: vec!["twice".to_owned()] }
+}
+
+fn values(answer: &Named) -> Vec<(&str, &[f32])> {
+    answer.iter().map(|(name, tensor)| (name.as_str(), tensor.as_slice::<f32>().unwrap())).collect()
+}
+
+#[tokio::test]
+async fn what_arrives_while_the_engine_is_busy_forms_one_batch_and_each_gets_its_own_rows() {
+    let mut bench = Bench::new(8, 100, Duration::ZERO);
+    let first = bench.occupy().await;
+    let two = bench.send(rows(&[2.0, 3.0])).await;
+    let both = Work { outputs: vec!["thrice".to_owned(), "twice".to_owned()], ..rows(&[4.0]) };
+    let both = bench.send(both).await;
+    bench.open_gate();
+    assert_eq!(values(&first.await.unwrap().unwrap()), [("twice", &[2.0][..])]);
+    assert_eq!(values(&two.await.unwrap().unwrap()), [("twice", &[4.0, 6.0][..])]);
+    assert_eq!(values(&both.await.unwrap().unwrap()), [("thrice", &[12.0][..]), ("twice", &[8.0][..])]);
+    assert_eq!(bench.runs(), [vec![1.0], vec![2.0, 3.0, 4.0]]);
+}
+
+#[tokio::test]
+async fn a_batch_holds_at_most_max_rows_and_the_oldest_goes_first() {
+    let mut bench = Bench::new(3, 100, Duration::ZERO);
+    let mut callers = vec![bench.occupy().await];
+    for work in [rows(&[2.0, 2.5]), rows(&[3.0, 3.5]), rows(&[4.0])] {
+        callers.push(bench.send(work).await);
+    }
+    bench.open_gate();
+    for caller in callers {
+        caller.await.unwrap().unwrap();
+    }
+    assert_eq!(bench.runs(), [vec![1.0], vec![2.0, 2.5, 4.0], vec![3.0, 3.5]]);
+}
+
+#[tokio::test]
+async fn rows_of_different_shapes_never_share_a_batch() {
+    let mut bench = Bench::new(8, 100, Duration::ZERO);
+    let mut callers = vec![bench.occupy().await];
+    for work in [rows(&[2.0]), wide_rows(2, &[3.0, 3.5]), rows(&[4.0])] {
+        callers.push(bench.send(work).await);
+    }
+    bench.open_gate();
+    for caller in callers {
+        caller.await.unwrap().unwrap();
+    }
+    assert_eq!(bench.runs(), [vec![1.0], vec![2.0, 4.0], vec![3.0, 3.5]]);
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_at_once_and_names_its_limit() {
+    let mut bench = Bench::new(4, 4, Duration::ZERO);
+    let first = bench.occupy().await;
+    let waiting = bench.send(rows(&[2.0, 3.0, 4.0])).await;
+    let error = bench.scheduler.run(rows(&[5.0, 6.0])).await.unwrap_err();
+    assert!(matches!(error, ScheduleError::Overloaded { waiting: 3, limit: 4, .. }), "{error:?}");
+    bench.open_gate();
+    first.await.unwrap().unwrap();
+    waiting.await.unwrap().unwrap();
+    assert_eq!(bench.scheduler.run(rows(&[5.0, 6.0])).await.unwrap().len(), 1, "there is room again");
+}
+
+#[tokio::test]
+async fn a_caller_that_gives_up_frees_its_place_and_its_work_never_reaches_the_engine() {
+    let mut bench = Bench::new(4, 2, Duration::ZERO);
+    let first = bench.occupy().await;
+    let leaver = bench.send(rows(&[66.0, 67.0])).await;
+    assert!(bench.scheduler.run(rows(&[2.0])).await.is_err(), "the queue is full");
+    leaver.abort();
+    assert!(leaver.await.unwrap_err().is_cancelled());
+    let next = bench.send(rows(&[2.0])).await;
+    bench.open_gate();
+    first.await.unwrap().unwrap();
+    next.await.unwrap().unwrap();
+    assert_eq!(bench.runs(), [vec![1.0], vec![2.0]]);
+}
+
+#[tokio::test]
+async fn a_member_whose_values_fail_the_batch_fails_alone() {
+    let mut bench = Bench::new(8, 100, Duration::ZERO);
+    let first = bench.occupy().await;
+    let good = bench.send(rows(&[2.0])).await;
+    let bad = bench.send(rows(&[-1.0])).await;
+    bench.open_gate();
+    first.await.unwrap().unwrap();
+    assert_eq!(values(&good.await.unwrap().unwrap()), [("twice", &[4.0][..])]);
+    let error = bad.await.unwrap().unwrap_err();
+    assert!(matches!(error, ScheduleError::Engine { source: EngineError::Run { .. }, .. }), "{error:?}");
+    assert!(!bench.lost.is_cancelled());
+}
+
+#[tokio::test]
+async fn a_busy_engine_waits_for_a_full_batch_but_an_idle_one_for_nobody() {
+    let mut bench = Bench::new(2, 100, Duration::from_secs(600));
+    let first = bench.occupy().await; // the engine was idle: no delay
+    let second = bench.send(rows(&[2.0])).await;
+    bench.open_gate();
+    first.await.unwrap().unwrap();
+    // The engine is free and `second` has company coming: it leaves when the batch is full, not before.
+    let third = bench.send(rows(&[3.0])).await;
+    second.await.unwrap().unwrap();
+    third.await.unwrap().unwrap();
+    assert_eq!(bench.runs(), [vec![1.0], vec![2.0, 3.0]]);
+}
+
+#[tokio::test]
+async fn a_batch_that_stays_small_leaves_when_its_oldest_request_is_old_enough() {
+    let mut bench = Bench::new(2, 100, Duration::from_millis(20));
+    let first = bench.occupy().await;
+    let second = bench.send(rows(&[2.0])).await;
+    bench.open_gate();
+    first.await.unwrap().unwrap();
+    second.await.unwrap().unwrap();
+    assert_eq!(bench.runs(), [vec![1.0], vec![2.0]]);
+}
+
+#[tokio::test]
+async fn an_engine_that_panics_is_an_answer_to_all_and_reported_as_lost() {
+    let mut bench = Bench::new(8, 100, Duration::ZERO);
+    let first = bench.occupy().await;
+    let last = bench.send(rows(&[f32::NAN])).await;
+    bench.open_gate();
+    first.await.unwrap().unwrap();
+    assert!(matches!(last.await.unwrap().unwrap_err(), ScheduleError::Stopped { .. }));
+    tokio::time::timeout(Duration::from_secs(20), bench.lost.cancelled()).await.unwrap();
+    assert!(matches!(bench.scheduler.run(rows(&[1.0])).await.unwrap_err(), ScheduleError::Stopped { .. }));
+}
+
+#[tokio::test]
+async fn stopping_answers_what_waits_and_refuses_what_comes() {
+    let mut bench = Bench::new(1, 100, Duration::ZERO);
+    let first = bench.occupy().await;
+    let waiting = bench.send(rows(&[2.0])).await;
+    let scheduler = bench.scheduler.clone();
+    let stopped = tokio::spawn(async move { scheduler.stop().await });
+    tokio::task::yield_now().await;
+    assert!(matches!(bench.scheduler.run(rows(&[3.0])).await.unwrap_err(), ScheduleError::Stopped { .. }));
+    bench.open_gate();
+    stopped.await.unwrap();
+    first.await.unwrap().unwrap();
+    waiting.await.unwrap().unwrap();
+    assert!(!bench.lost.is_cancelled(), "it was asked to");
+}

@@ -1,0 +1,271 @@
+//! Servers to test against, and ways to talk to them that no proper client offers.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    net::SocketAddr,
+    process::{Child, Command, Stdio},
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use prost::Message;
+use sensorium_artifact::{Store, Volumes};
+use sensorium_engine::fixture;
+use sensorium_proto::{
+    inference::{
+        ModelInferRequest, ModelInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
+        model_infer_request::InferInputTensor,
+    },
+    multimodal::{Image, InferRequest, Part, Text, multimodal_service_client::MultimodalServiceClient, part::Content},
+};
+use tempfile::TempDir;
+use tonic::{
+    Code, Status,
+    codegen::{
+        Service as _,
+        http::{Request, Response},
+    },
+    transport::{Channel, Endpoint},
+};
+use tower::ServiceExt as _;
+
+pub(crate) const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
+pub(crate) const MULTIMODAL: &str = "/sensorium.v1.MultimodalService/Infer";
+
+/// Longest wait for anything that must happen; a loaded machine needs a while.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A store that has the tiny model, as `tiny`; its digest is in `digest`.
+pub(crate) struct Artifacts {
+    folder: TempDir,
+    pub(crate) digest: String,
+}
+
+impl Artifacts {
+    /// The one of this test program: it is only read.
+    pub(crate) fn shared() -> &'static Self {
+        static SHARED: OnceLock<Artifacts> = OnceLock::new();
+        SHARED.get_or_init(|| {
+            let folder = tempfile::tempdir().unwrap();
+            let uri = format!("file://{}", folder.path().display());
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            // On a thread of its own, because the caller may be inside a runtime already.
+            let digest = std::thread::spawn(move || {
+                runtime.block_on(async {
+                    let store = Store::open(&uri, &Volumes::default()).unwrap();
+                    fixture::commit(&store, "tiny").await.unwrap().digest.to_string()
+                })
+            });
+            Self { folder, digest: digest.join().unwrap() }
+        })
+    }
+
+    pub(crate) fn path(&self) -> &std::path::Path {
+        self.folder.path()
+    }
+}
+
+/// `sensorium-server` as a process of its own, on ports that the system chose. Killed when it is dropped.
+pub(crate) struct Server {
+    pub(crate) process: Child,
+    pub(crate) grpc: SocketAddr,
+    pub(crate) http: SocketAddr,
+    pub(crate) metrics: SocketAddr,
+}
+
+impl Server {
+    /// Starts a server of the tiny model with more arguments, and waits until it is ready.
+    pub(crate) async fn start(arguments: &[&str]) -> Self {
+        let store = Artifacts::shared().path();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sensorium-server"));
+        command.arg("--model").arg(format!("tiny=file://{}/tiny", store.display()));
+        for port in ["--grpc-addr", "--http-addr", "--metrics-addr"] {
+            command.args([port, "127.0.0.1:0"]);
+        }
+        command.args(arguments).env("SENSORIUM_LOG", "info").stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut process = command.spawn().unwrap();
+        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
+        let serving = lines
+            .by_ref()
+            .map(|line| serde_json::from_str::<serde_json::Value>(&line.unwrap()).expect("every line of a log is JSON"))
+            .find(|line| line["message"] == "serving")
+            .expect("the server says where it serves");
+        // What follows is drained, so that the server never waits for a reader.
+        std::thread::spawn(move || lines.for_each(drop));
+        let address = |name: &str| serving[name].as_str().unwrap().parse().unwrap();
+        let server = Self { process, grpc: address("grpc"), http: address("http"), metrics: address("metrics") };
+        eventually("the server is ready", async || server.get(server.http, "/readyz").await.0 == 200).await;
+        server
+    }
+
+    pub(crate) async fn channel(&self) -> Channel {
+        endpoint(self.grpc).connect().await.unwrap()
+    }
+
+    pub(crate) async fn inference(&self) -> GrpcInferenceServiceClient<Channel> {
+        GrpcInferenceServiceClient::new(self.channel().await)
+    }
+
+    pub(crate) async fn multimodal(&self) -> MultimodalServiceClient<Channel> {
+        MultimodalServiceClient::new(self.channel().await)
+    }
+
+    /// Status and body of a plain HTTP request; status 0 when nobody listens.
+    pub(crate) async fn get(&self, address: SocketAddr, path: &str) -> (u16, String) {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let Ok(mut stream) = tokio::net::TcpStream::connect(address).await else { return (0, String::new()) };
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        let mut response = String::new();
+        let exchange = async {
+            stream.write_all(request.as_bytes()).await?;
+            stream.read_to_string(&mut response).await
+        };
+        if exchange.await.is_err() {
+            return (0, String::new());
+        }
+        let status = response.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+        let body = response.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        (status, body.to_owned())
+    }
+
+    /// The value of one sample on the metrics page, such as `sensorium_server_ready`; labels included in the name.
+    pub(crate) async fn sample(&self, name: &str) -> Option<f64> {
+        let (status, page) = self.get(self.metrics, "/metrics").await;
+        assert_eq!(status, 200);
+        page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+    }
+
+    /// Memory of the process in bytes: what is resident now, and the most that ever was.
+    pub(crate) fn memory(&self) -> (u64, u64) {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
+        let kilobytes = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+        };
+        (kilobytes("VmRSS:"), kilobytes("VmHWM:"))
+    }
+
+    pub(crate) fn terminate(&self) {
+        let pid = rustix::process::Pid::from_raw(self.process.id().try_into().unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+
+    /// Waits for the process to end; its exit code.
+    pub(crate) async fn exit_code(&mut self) -> Option<i32> {
+        let mut code = None;
+        eventually("the server ends", async || match self.process.try_wait().unwrap() {
+            Some(status) => {
+                code = status.code();
+                true
+            }
+            None => false,
+        })
+        .await;
+        code
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+pub(crate) fn endpoint(address: SocketAddr) -> Endpoint {
+    Endpoint::from_shared(format!("http://{address}")).unwrap()
+}
+
+/// Polls until `holds`, and fails after a while.
+pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let started = Instant::now();
+    while !holds().await {
+        assert!(started.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// A gRPC frame: flag, length, message.
+pub(crate) fn frame(message: &[u8]) -> Bytes {
+    let mut frame = BytesMut::with_capacity(message.len() + 5);
+    frame.put_u8(0);
+    frame.put_u32(message.len().try_into().unwrap());
+    frame.extend_from_slice(message);
+    frame.freeze()
+}
+
+/// Sends any bytes at all as the body of a call.
+pub(crate) async fn post(
+    channel: &mut Channel,
+    path: &str,
+    encoding: Option<&str>,
+    body: axum::body::Body,
+) -> Result<Response<tonic::body::Body>, tonic::transport::Error> {
+    let mut request = Request::post(path).header("content-type", "application/grpc").header("te", "trailers");
+    if let Some(encoding) = encoding {
+        request = request.header("grpc-encoding", encoding);
+    }
+    channel.ready().await?.call(request.body(tonic::body::Body::new(body)).unwrap()).await
+}
+
+/// The refusal of a call, from the headers, where a server puts it when there is no message.
+pub(crate) fn refusal(response: &Response<tonic::body::Body>) -> Status {
+    Status::from_header_map(response.headers()).unwrap_or_else(|| Status::new(Code::Ok, "the call was answered"))
+}
+
+/// The one message of a response that was answered.
+pub(crate) async fn answer<M: Message + Default>(response: Response<tonic::body::Body>) -> M {
+    let body = axum::body::to_bytes(axum::body::Body::new(response.into_body()), 1 << 24).await.unwrap();
+    M::decode(&body[5..]).unwrap()
+}
+
+pub(crate) fn input(name: &str, datatype: &str, shape: &[i64]) -> InferInputTensor {
+    InferInputTensor { name: name.to_owned(), datatype: datatype.to_owned(), shape: shape.to_vec(), ..Default::default() }
+}
+
+pub(crate) fn raw_request(model: &str, tensors: Vec<(InferInputTensor, Vec<u8>)>) -> ModelInferRequest {
+    let (inputs, contents): (Vec<_>, Vec<Vec<u8>>) = tensors.into_iter().unzip();
+    ModelInferRequest {
+        model_name: model.to_owned(),
+        inputs,
+        raw_input_contents: contents.into_iter().map(Bytes::from).collect(),
+        ..Default::default()
+    }
+}
+
+/// A BYTES tensor on the wire.
+pub(crate) fn bytes_tensor(items: &[&[u8]]) -> Vec<u8> {
+    items.iter().flat_map(|item| [&u32::try_from(item.len()).unwrap().to_le_bytes(), *item].concat()).collect()
+}
+
+pub(crate) fn floats(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+/// An output of a response as floats.
+pub(crate) fn output_floats(response: &ModelInferResponse, name: &str) -> Vec<f32> {
+    let position = response.outputs.iter().position(|output| output.name == name).unwrap();
+    assert_eq!(response.outputs[position].datatype, "FP32");
+    response.raw_output_contents[position].as_chunks().0.iter().copied().map(f32::from_le_bytes).collect()
+}
+
+/// A question to the whole model over the Open Inference Protocol.
+pub(crate) fn tensor_question(image: &[u8], text: &str) -> ModelInferRequest {
+    let column = |name: &str, item: &[u8]| (input(name, "BYTES", &[1]), bytes_tensor(&[item]));
+    raw_request("tiny", vec![column("image", image), column("text", text.as_bytes())])
+}
+
+pub(crate) fn image_part(data: &[u8], media_type: &str) -> Part {
+    let image = Image { data: Bytes::copy_from_slice(data), media_type: media_type.to_owned() };
+    Part { content: Some(Content::Image(image)) }
+}
+
+pub(crate) fn text_part(text: &str) -> Part {
+    Part { content: Some(Content::Text(Text { text: text.to_owned() })) }
+}
+
+/// A request of the multimodal service.
+pub(crate) fn parts_request(task: &str, parts: Vec<Part>) -> InferRequest {
+    InferRequest { model: "tiny".to_owned(), task: task.to_owned(), parts, ..Default::default() }
+}

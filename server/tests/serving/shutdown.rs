@@ -1,0 +1,75 @@
+//! SIGTERM: what was accepted is answered, nothing else is accepted, and the exit code is 0.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use prost::Message as _;
+use sensorium_engine::fixture::{self, QUESTION};
+use sensorium_proto::inference::ModelInferResponse;
+use tokio::{sync::mpsc, task::JoinHandle};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{codegen::http::Response, transport::Channel};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+use crate::harness::{INFER, Server, answer, bytes_tensor, endpoint, eventually, frame, post, tensor_question};
+
+/// A request whose second half has not been sent yet.
+struct Half {
+    rest: Bytes,
+    body: mpsc::Sender<Result<Bytes, std::convert::Infallible>>,
+    response: JoinHandle<Result<Response<tonic::body::Body>, tonic::transport::Error>>,
+}
+
+async fn send_half(mut channel: Channel) -> Half {
+    let mut first = frame(&tensor_question(&fixture::png([0, 200, 0]), QUESTION).encode_to_vec());
+    let rest = first.split_off(first.len() / 2);
+    let (body, chunks) = mpsc::channel(1);
+    let stream = axum::body::Body::from_stream(ReceiverStream::new(chunks));
+    let response = tokio::spawn(async move { post(&mut channel, INFER, None, stream).await });
+    body.send(Ok(first)).await.unwrap();
+    Half { rest, body, response }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_in_flight_are_answered_after_sigterm_and_new_ones_find_nobody() {
+    let mut server = Server::start(&[]).await;
+    let mut halves = Vec::new();
+    for _ in 0..8 {
+        halves.push(send_half(server.channel().await).await);
+    }
+    // A call after the halves on each connection would prove that they arrived; time is the simpler proof.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let mut watch = HealthClient::new(server.channel().await)
+        .watch(HealthCheckRequest { service: String::new() })
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+
+    server.terminate();
+    eventually("readiness goes off", async || server.get(server.http, "/readyz").await.0 == 503).await;
+    assert_eq!(server.get(server.http, "/livez").await.0, 200, "it is alive while it drains");
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    eventually("nobody is let in", async || endpoint(server.grpc).connect().await.is_err()).await;
+    assert!(server.process.try_wait().unwrap().is_none(), "it waits for what is in flight");
+
+    for half in halves {
+        half.body.send(Ok(half.rest)).await.unwrap();
+        drop(half.body);
+        let response: ModelInferResponse = answer(half.response.await.unwrap().unwrap()).await;
+        assert_eq!(response.raw_output_contents[0], bytes_tensor(&[b"green"]));
+    }
+    assert_eq!(server.exit_code().await, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_never_ends_holds_the_server_no_longer_than_the_deadline() {
+    let mut server = Server::start(&["--drain-seconds", "1"]).await;
+    let half = send_half(server.channel().await).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let asked = Instant::now();
+    server.terminate();
+    assert_eq!(server.exit_code().await, Some(0));
+    assert!(asked.elapsed() >= Duration::from_secs(1), "it had a second to finish");
+    drop(half);
+}
