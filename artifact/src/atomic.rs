@@ -128,7 +128,7 @@ pub(crate) enum Published {
 /// another container on the same volume, that the owner lives. A process id would not.
 #[derive(Debug)]
 pub(crate) struct Scratch {
-    // Declared before the folder: closed, and so released, first.
+    // Declared before the folder and so closed first: a network file system keeps folders with open files.
     _lock: Option<File>,
     folder: TempDir,
     content: PathBuf,
@@ -207,17 +207,19 @@ fn sweep_dead(root: &Path) -> Result<(), ArtifactError> {
         if !path.is_dir() {
             continue;
         }
-        match File::open(path.join(OWNER_LOCK)).map(|lock| lock.try_lock()) {
+        match File::options().write(true).open(path.join(OWNER_LOCK)).map(|lock| lock.try_lock()) {
             Ok(Err(TryLockError::WouldBlock)) => continue,
             // Unlocked, or no lock file because its owner died before it made one.
             Ok(Ok(())) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Ok(Err(TryLockError::Error(source))) | Err(source) => return Err(ArtifactError::io("lock", path, source)),
         }
-        tracing::info!(folder = %path.display(), "removing what a process that died left half-written");
-        if let Err(error) = fs::remove_dir_all(&path) {
+        match fs::remove_dir_all(&path) {
+            Ok(()) => tracing::info!(folder = %path.display(), "removed what a process left half-written when it died"),
+            // Its owner was just leaving and removed it itself.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             // Rubbish in the way of nobody: the next sweep tries again.
-            tracing::warn!(folder = %path.display(), %error, "could not remove it");
+            Err(error) => tracing::warn!(folder = %path.display(), %error, "could not remove what a dead process left"),
         }
     }
     Ok(())

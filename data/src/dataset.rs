@@ -101,7 +101,7 @@ impl Dataset {
         };
         let entry = &self.index.shards[shard].samples[place];
         let path = self.folder.join(&self.index.shards[shard].file);
-        let mut bytes = vec![0; self.span(entry, &path)?];
+        let mut bytes = vec![0; span(entry, &path)?];
         match self.shards[shard].read_exact_at(&mut bytes, entry.image_offset) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
@@ -151,12 +151,12 @@ impl Dataset {
         }
         Ok(())
     }
+}
 
-    /// Bytes from the beginning of the image to the end of the annotation.
-    fn span(&self, entry: &SampleEntry, path: &Path) -> Result<usize, DataError> {
-        let bytes = entry.end().and_then(|end| usize::try_from(end - entry.image_offset).ok());
-        bytes.ok_or_else(|| corrupt(entry, path.to_owned(), "its place in the index is not valid"))
-    }
+/// Bytes from the beginning of the image to the end of the annotation.
+fn span(entry: &SampleEntry, path: &Path) -> Result<usize, DataError> {
+    let bytes = entry.end().and_then(|end| usize::try_from(end - entry.image_offset).ok());
+    bytes.ok_or_else(|| corrupt(entry, path.to_owned(), "its place in the index is not valid"))
 }
 
 fn corrupt(entry: &SampleEntry, shard: PathBuf, reason: &str) -> DataError {

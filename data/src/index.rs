@@ -100,7 +100,10 @@ impl Index {
         let mut keys = BTreeSet::new();
         for shard in &self.shards {
             let file = &shard.file;
-            if file.contains(['/', '\\']) || !file.ends_with(".tar") || file.starts_with('.') {
+            if file.contains(['/', '\\'])
+                || file.starts_with('.')
+                || Path::new(file).extension() != Some("tar".as_ref())
+            {
                 return Some(format!("shard `{file}` is not the name of a .tar file"));
             }
             for sample in &shard.samples {
@@ -111,7 +114,7 @@ impl Index {
                 if !keys.insert(key) {
                     return Some(format!("sample `{key}` of shard `{file}` is listed twice"));
                 }
-                if !sample.end().is_some_and(|end| end <= shard.bytes) {
+                if sample.end().is_none_or(|end| end > shard.bytes) {
                     return Some(format!(
                         "sample `{key}` does not lie within the {} bytes of shard `{file}`",
                         shard.bytes

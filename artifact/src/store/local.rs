@@ -67,11 +67,8 @@ impl LocalStore {
         }
         tracing::warn!(artifact = %digest, damaged = mismatches.len(), "replacing a damaged artifact by the same content");
         scratch.take_away(&target)?;
-        match scratch.publish(&target)? {
-            Published::New => Ok(()),
-            // Another process replaced it in the same instant; it has the same content or will be found out by `verify`.
-            Published::Exists(_) => Ok(()),
-        }
+        // If another process replaced it in the same instant, it has the same content, or `verify` will find it out.
+        scratch.publish(&target).map(drop)
     }
 
     /// The files, and the manifest, whose stored bytes are not those that were committed.

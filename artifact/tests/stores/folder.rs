@@ -104,7 +104,7 @@ async fn commits_of_the_same_content_at_the_same_time_all_succeed() {
     let tasks: Vec<_> = (0..16)
         .map(|_| {
             let store = store.clone();
-            tokio::spawn(async move { commit(&store, "vqa", &[7; 100_000]).await })
+            tokio::spawn(async move { commit(&store, "vqa", &vec![7; 100_000]).await })
         })
         .collect();
     let mut digests = Vec::new();
@@ -200,8 +200,8 @@ async fn an_artifact_of_a_killed_process_is_invisible_and_its_rubbish_is_swept()
 fn child_that_drafts_and_waits() {
     let Some(folder) = std::env::var_os(STORE) else { return };
     let draft = at(Path::new(&folder)).draft().unwrap();
-    fill(&draft, &[1; 100_000]);
+    fill(&draft, &vec![1; 100_000]);
     println!("drafted");
     // Longer than the test takes; the parent kills this process.
-    std::thread::sleep(std::time::Duration::from_secs(60));
+    std::thread::sleep(std::time::Duration::from_mins(1));
 }

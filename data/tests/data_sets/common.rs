@@ -17,7 +17,7 @@ pub(crate) fn sample(number: usize) -> Sample {
         key: format!("{number:04}"),
         image,
         questions,
-        caption: (number % 2 == 0).then(|| format!("the number {number}")),
+        caption: number.is_multiple_of(2).then(|| format!("the number {number}")),
     }
 }
 

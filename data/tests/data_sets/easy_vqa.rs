@@ -110,11 +110,7 @@ fn a_source_that_lacks_a_part_is_refused_with_a_hint_and_nothing_is_written() {
         let (source, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         small_source(source.path(), 1);
         let path = source.path().join(part);
-        if path.is_dir() {
-            fs::remove_dir_all(&path).unwrap()
-        } else {
-            fs::remove_file(&path).unwrap()
-        }
+        if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.unwrap();
         let error = easy_vqa(source.path(), out.path(), |_| {}).unwrap_err();
         assert!(matches!(&error, DataError::InvalidSource { path: named, .. } if *named == path), "{error}");
         assert!(error.to_string().contains("give the folder `data` of the easy_vqa Python package"), "{error}");
@@ -190,7 +186,7 @@ fn child_that_imports_and_waits() {
         if progress.done == 20 {
             println!("in the middle");
             // Longer than the test takes; the parent kills this process.
-            std::thread::sleep(Duration::from_secs(60));
+            std::thread::sleep(Duration::from_mins(1));
         }
     })
     .unwrap();
