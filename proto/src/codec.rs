@@ -122,7 +122,12 @@ mod tests {
     }
 
     fn request(contents: InferTensorContents) -> Vec<u8> {
-        let input = InferInputTensor { name: "x".to_owned(), shape: vec![2, 3], contents: Some(contents), ..Default::default() };
+        let input = InferInputTensor {
+            name: "x".to_owned(),
+            shape: vec![2, 3],
+            contents: Some(contents),
+            ..Default::default()
+        };
         ModelInferRequest { model_name: "m".to_owned(), inputs: vec![input], ..Default::default() }.encode_to_vec()
     }
 

@@ -21,13 +21,25 @@
 pub mod codec;
 
 /// The Open Inference Protocol v2 (package `inference`): a superset of Triton's and KServe's dialects.
-#[allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated code; the documentation is in the .proto files")]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::allow_attributes_without_reason,
+    reason = "generated code; the documentation is in the .proto files"
+)]
 pub mod inference {
     tonic::include_proto!("inference");
 }
 
 /// Typed multimodal requests (package `sensorium.v1`).
-#[allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated code; the documentation is in the .proto files")]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::allow_attributes_without_reason,
+    reason = "generated code; the documentation is in the .proto files"
+)]
 pub mod multimodal {
     tonic::include_proto!("sensorium.v1");
 }

@@ -8,11 +8,8 @@ use std::{
     time::Duration,
 };
 
-use clap::Parser;
-use sensorium_api::{
-    run::RunConfig,
-    ServingJobSpec,
-};
+use clap::{ArgGroup, Parser};
+use sensorium_api::{ServingJobSpec, run::RunConfig};
 use sensorium_artifact::{Volume, Volumes};
 use sensorium_engine::Options;
 use sensorium_modality::Limits;
@@ -20,15 +17,20 @@ use sensorium_modality::Limits;
 use crate::{model::ModelSource, scheduler::Batching};
 
 /// Serves models over gRPC: the Open Inference Protocol v2 and sensorium.v1.MultimodalService.
-#[derive(Clone, Debug, Default, Parser)]
-#[command(name = "sensorium-server", version, after_help = "Examples:
+#[derive(Clone, Debug, Parser)]
+#[command(group = ArgGroup::new("what to serve").required(true).multiple(true).args(["config", "models"]))]
+#[command(
+    name = "sensorium-server",
+    version,
+    after_help = "Examples:
   sensorium-server --model vqa=pvc://artifacts/vqa-int8 --volume artifacts=/srv/artifacts
   sensorium-server --config serving.json --volume artifacts=/srv/artifacts --grpc-addr 0.0.0.0:8001
 
-A flag wins over the configuration file. SENSORIUM_LOG chooses what is logged (info, debug, sensorium_server=trace).")]
+A flag wins over the configuration file. SENSORIUM_LOG chooses what is logged (info, debug, sensorium_server=trace)."
+)]
 pub struct ServerArgs {
     /// Configuration of a ServingJob, as JSON; its model is served under the job's name
-    #[arg(long, env = "SENSORIUM_CONFIG", value_name = "FILE", required_unless_present = "models")]
+    #[arg(long, env = "SENSORIUM_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Serve the artifact at URI (STORE/NAME or STORE/objects/HEX) as NAME; may be repeated
     #[arg(long = "model", value_name = "NAME=URI")]
@@ -163,8 +165,7 @@ impl TryFrom<ServerArgs> for ServerConfig {
         if let Some(twice) = models.iter().find(|model| !names.insert(&model.name)) {
             return Err(ConfigError::DuplicateModel { name: twice.name.clone() });
         }
-        let (ports, batching, limits) =
-            spec.map(|spec| (spec.ports, spec.batching, spec.limits)).unwrap_or_default();
+        let (ports, batching, limits) = spec.map(|spec| (spec.ports, spec.batching, spec.limits)).unwrap_or_default();
         let max_rows = args.max_batch_size.unwrap_or(batching.max_batch_size);
         let max_waiting_rows = args.max_queue_size.unwrap_or(batching.max_queue_size);
         check("--max-batch-size", max_rows.into(), max_rows >= 1, || "at least 1".to_owned())?;
@@ -174,7 +175,9 @@ impl TryFrom<ServerArgs> for ServerConfig {
         let max_request_bytes = args.max_request_bytes.unwrap_or(limits.max_request_bytes);
         // gRPC counts a message with 32 bits.
         let range = 1024..=u64::from(u32::MAX);
-        check("--max-request-bytes", max_request_bytes, range.contains(&max_request_bytes), || "1024 to 4294967295".to_owned())?;
+        check("--max-request-bytes", max_request_bytes, range.contains(&max_request_bytes), || {
+            "1024 to 4294967295".to_owned()
+        })?;
         let delay = args.max_queue_delay_microseconds.unwrap_or(batching.max_queue_delay_microseconds);
         let mut accepted = Limits::default();
         accepted.image.max_bytes = limits.max_image_bytes;
@@ -206,4 +209,69 @@ impl TryFrom<ServerArgs> for ServerConfig {
 
 fn check(setting: &'static str, value: u64, holds: bool, wanted: impl FnOnce() -> String) -> Result<(), ConfigError> {
     if holds { Ok(()) } else { Err(ConfigError::OutOfRange { setting, value, wanted: wanted() }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(arguments: &[&str]) -> Result<ServerConfig, ConfigError> {
+        ServerArgs::try_parse_from([&["sensorium-server"], arguments].concat()).unwrap().try_into()
+    }
+
+    /// A configuration file with this spec.
+    fn file(spec: &str) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let job = r#"{"kind": "ServingJob", "namespace": "default", "name": "vqa"}"#;
+        std::fs::write(file.path(), format!(r#"{{"job": {job}, "specHash": "sha256:00", "spec": {spec}}}"#)).unwrap();
+        file
+    }
+
+    #[test]
+    fn the_model_of_a_file_is_served_under_the_jobs_name_with_the_files_settings() {
+        let file = file(
+            r#"{"model": {"artifact": "vqa-int8", "store": "s3://models"}, "batching": {"maxBatchSize": 8},
+                "ports": {"grpc": 9001}, "limits": {"maxImagePixels": 64}}"#,
+        );
+        let config = config(&["--config", file.path().to_str().unwrap()]).unwrap();
+        let source =
+            ModelSource { name: "vqa".to_owned(), store: "s3://models".to_owned(), artifact: "vqa-int8".to_owned() };
+        assert_eq!(config.models, [source]);
+        assert_eq!((config.batching.max_rows, config.batching.max_waiting_rows), (8, 1024));
+        assert_eq!(config.addresses.grpc, "127.0.0.1:9001".parse().unwrap());
+        assert_eq!((config.limits.image.max_pixels, config.max_request_bytes), (64, 64 << 20));
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file() {
+        let file = file(r#"{"model": {"artifact": "a"}, "batching": {"maxBatchSize": 8}}"#);
+        let path = file.path().to_str().unwrap();
+        let config = config(&["--config", path, "--max-batch-size", "4", "--grpc-addr", "0.0.0.0:1"]).unwrap();
+        assert_eq!(config.batching.max_rows, 4);
+        assert_eq!(config.addresses.grpc, "0.0.0.0:1".parse().unwrap());
+    }
+
+    #[test]
+    fn without_a_file_or_a_model_there_is_nothing_to_serve() {
+        let error = ServerArgs::try_parse_from(["sensorium-server"]).unwrap_err().to_string();
+        assert!(error.contains("--config <FILE>|--model <NAME=URI>"), "{error}");
+    }
+
+    #[test]
+    fn settings_that_contradict_each_other_are_refused_by_name() {
+        let model = ["--model", "a=file:///s/x"];
+        let error = config(&[&model[..], &["--max-batch-size", "9", "--max-queue-size", "8"]].concat()).unwrap_err();
+        assert_eq!(error.to_string(), "--max-queue-size is 8, it must be at least --max-batch-size, 9");
+        let error = config(&[&model[..], &["--max-request-bytes", "9"]].concat()).unwrap_err();
+        assert!(matches!(error, ConfigError::OutOfRange { setting: "--max-request-bytes", .. }), "{error}");
+        let error = config(&[model, model].concat()).unwrap_err();
+        assert!(matches!(error, ConfigError::DuplicateModel { name } if name == "a"));
+    }
+
+    #[test]
+    fn a_file_with_a_field_that_nobody_knows_is_refused() {
+        let file = file(r#"{"model": {"artifact": "a"}, "batchign": {}}"#);
+        let error = config(&["--config", file.path().to_str().unwrap()]).unwrap_err();
+        assert!(matches!(error, ConfigError::Parse { .. }), "{error}");
+    }
 }

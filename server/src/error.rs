@@ -40,11 +40,11 @@ pub enum InferError {
         /// Which of its rows.
         row: usize,
         /// Why.
-        source: PipelineError,
+        source: Box<PipelineError>,
     },
     /// The pipeline refused the request, or failed.
     #[error(transparent)]
-    Pipeline(#[from] PipelineError),
+    Pipeline(Box<PipelineError>),
     /// Preparing inputs did not happen.
     #[error(transparent)]
     Prepare(#[from] PoolError),
@@ -149,7 +149,14 @@ impl InferError {
 impl InferError {
     /// A graph was called with inputs that contradict each other.
     pub(crate) fn engine(graph: &str, source: EngineError) -> Self {
-        Self::Schedule(ScheduleError::Engine { graph: graph.to_owned(), source })
+        Self::Schedule(ScheduleError::Engine { graph: graph.to_owned(), source: Box::new(source) })
+    }
+}
+
+/// Boxed, because it is larger than everything else that an answer may be.
+impl From<PipelineError> for InferError {
+    fn from(error: PipelineError) -> Self {
+        Self::Pipeline(Box::new(error))
     }
 }
 

@@ -7,7 +7,10 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::watch, task::JoinSet, time};
 
-use crate::{metrics::Metrics, model::{GraphModel, Repository}};
+use crate::{
+    metrics::Metrics,
+    model::{GraphModel, Repository},
+};
 
 /// How long an engine may be without proof before it is probed.
 const PROBE_AGE: Duration = Duration::from_secs(5);
@@ -35,7 +38,9 @@ pub async fn watch(repository: &Repository, ready: &watch::Sender<bool>, metrics
         let changed = ready.send_if_modified(|ready| std::mem::replace(ready, is_ready) != is_ready);
         match unproven {
             None if changed => tracing::info!("ready"),
-            Some(graph) if changed => tracing::error!(graph = graph.name(), "not ready: the engine has not run for {TRUST:?}"),
+            Some(graph) if changed => {
+                tracing::error!(graph = graph.name(), "not ready: the engine has not run for {TRUST:?}");
+            }
             _ => {}
         }
     }
@@ -44,7 +49,9 @@ pub async fn watch(repository: &Repository, ready: &watch::Sender<bool>, metrics
 async fn probe(graph: Arc<GraphModel>) {
     match time::timeout(PROBE_TIMEOUT, graph.probe(PROBE_AGE)).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(graph = graph.name(), error = &error as &dyn std::error::Error, "probe failed"),
+        Ok(Err(error)) => {
+            tracing::warn!(graph = graph.name(), error = &error as &dyn std::error::Error, "probe failed");
+        }
         Err(_) => tracing::warn!(graph = graph.name(), "probe was not answered within {PROBE_TIMEOUT:?}"),
     }
 }

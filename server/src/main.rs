@@ -15,11 +15,14 @@ use tokio::{
 
 fn main() -> ExitCode {
     let args = ServerArgs::parse();
-    match sensorium_telemetry::init("sensorium-server").map_err(anyhow::Error::from).and_then(|()| run(args)) {
+    if let Err(error) = sensorium_telemetry::init("sensorium-server") {
+        eprintln!("sensorium-server: {:#}", anyhow::Error::from(error)); // there is no log to write it to
+        return ExitCode::FAILURE;
+    }
+    match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Without a subscriber nothing is logged, so this line goes out by hand.
-            eprintln!("sensorium-server: {error:#}");
+            tracing::error!("{error:#}");
             ExitCode::FAILURE
         }
     }
@@ -59,7 +62,7 @@ fn orphaned() -> impl Future<Output = ()> {
     }
     async move {
         if !follows || ended.await.is_err() {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 }

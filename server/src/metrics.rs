@@ -306,6 +306,9 @@ mod tests {
             assert!(text.contains(&format!("\n{}{suffix}{labels}", metric.name)), "{} is not in\n{text}", metric.name);
         }
         assert!(text.contains("nv_inference_compute_infer_duration_us{model=\"m\",version=\"1\"} 140\n"), "{text}");
-        assert!(text.contains("nv_inference_request_failure{model=\"m\",version=\"1\",reason=\"REJECTED\"} 1\n"), "{text}");
+        assert!(
+            text.contains("nv_inference_request_failure{model=\"m\",version=\"1\",reason=\"REJECTED\"} 1\n"),
+            "{text}"
+        );
     }
 }

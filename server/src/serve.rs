@@ -144,8 +144,8 @@ pub async fn serve(
         () = &mut shutdown => {}
         () = lost.cancelled() => return Err(ServeError::EngineLost),
         ended = &mut grpc.0 => return Err(ended_early(ended)),
-        _ = ended(health) => return Err(ServeError::Ended { task: "the health endpoint" }),
-        _ = ended(scrapes) => return Err(ServeError::Ended { task: "the metrics endpoint" }),
+        () = ended(health) => return Err(ServeError::Ended { task: "the health endpoint" }),
+        () = ended(scrapes) => return Err(ServeError::Ended { task: "the metrics endpoint" }),
         never = health::watch(&repository, &ready, &metrics) => never,
         () = report(&reporter, is_ready.clone()) => return Err(ServeError::Ended { task: "the health report" }),
     }
@@ -200,7 +200,7 @@ fn spawn_grpc(
         .accept_compressed(CompressionEncoding::Deflate);
     let server = Server::builder()
         // A client that vanished without a word frees its requests after this and the timeout of 20 s.
-        .http2_keepalive_interval(Some(Duration::from_secs(60)))
+        .http2_keepalive_interval(Some(Duration::from_mins(1)))
         .layer(MapResponseLayer::new(as_other_servers_say))
         .add_service(health)
         .add_service(inference)
@@ -221,15 +221,13 @@ fn as_other_servers_say<Body>(mut response: Response<Body>) -> Response<Body> {
 }
 
 /// Names of the services that `grpc.health.v1` reports on; empty is the server as a whole.
-const SERVICES: [&str; 3] =
-    ["", GrpcInferenceServiceServer::<Service>::NAME, MultimodalServiceServer::<Service>::NAME];
+const SERVICES: [&str; 3] = ["", GrpcInferenceServiceServer::<Service>::NAME, MultimodalServiceServer::<Service>::NAME];
 
 /// Repeats `is_ready` to clients of `grpc.health.v1`. Ends when its sender does.
 async fn report(reporter: &HealthReporter, mut is_ready: watch::Receiver<bool>) {
     loop {
         let ready = *is_ready.borrow_and_update();
-        let status =
-            if ready { tonic_health::ServingStatus::Serving } else { tonic_health::ServingStatus::NotServing };
+        let status = if ready { tonic_health::ServingStatus::Serving } else { tonic_health::ServingStatus::NotServing };
         for service in SERVICES {
             reporter.set_service_status(service, status).await;
         }

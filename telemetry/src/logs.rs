@@ -23,7 +23,9 @@ const DEFAULT_FILTER: &str = "info";
 #[derive(Debug, thiserror::Error)]
 pub enum InitError {
     /// `SENSORIUM_LOG` does not parse.
-    #[error("{FILTER_VARIABLE}={value:?} is not a log filter; write a level (debug) or levels by target (info,sensorium_server=debug)")]
+    #[error(
+        "{FILTER_VARIABLE}={value:?} is not a log filter; write a level (debug) or levels by target (info,sensorium_server=debug)"
+    )]
     Filter {
         /// What the variable holds.
         value: String,

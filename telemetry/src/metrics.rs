@@ -136,7 +136,11 @@ mod tests {
         for metric in ALL {
             assert_eq!(metric.name.ends_with("_total"), metric.kind == Kind::Counter, "{}", metric.name);
             assert_eq!(metric.name.starts_with("nv_"), metric.labels.contains(&"version"), "{}", metric.name);
-            assert!(metric.name.starts_with("nv_inference_") || metric.name.starts_with("sensorium_"), "{}", metric.name);
+            assert!(
+                metric.name.starts_with("nv_inference_") || metric.name.starts_with("sensorium_"),
+                "{}",
+                metric.name
+            );
             assert!(!metric.help.ends_with('.'), "the encoder ends {} with a full stop", metric.name);
         }
     }

@@ -91,7 +91,7 @@ pub enum LoadError {
         /// The model.
         name: String,
         /// Why.
-        source: ArtifactError,
+        source: Box<ArtifactError>,
     },
     /// Its graphs cannot be run.
     #[error("model {name:?} could not be opened")]
@@ -99,7 +99,7 @@ pub enum LoadError {
         /// The model.
         name: String,
         /// Why.
-        source: PipelineError,
+        source: Box<PipelineError>,
     },
     /// A thread could not be started, or died while it opened the model.
     #[error("no thread could be started for model {name:?}, or it died")]
@@ -118,7 +118,7 @@ pub enum LoadError {
 pub async fn load(sources: &[ModelSource], opening: &Opening) -> Result<Repository, LoadError> {
     let mut repository = Repository::default();
     for source in sources {
-        let failed = |error| LoadError::Artifact { name: source.name.clone(), source: error };
+        let failed = |error| LoadError::Artifact { name: source.name.clone(), source: Box::new(error) };
         let store = Store::open(&source.store, &opening.volumes).map_err(failed)?;
         let artifact = store.resolve(&source.artifact).await.map_err(failed)?;
         let folder = store.fetch(&artifact, &opening.cache).await.map_err(failed)?;
@@ -143,28 +143,27 @@ struct Opened {
 }
 
 fn open(name: &str, folder: &std::path::Path, artifact: &Artifact, opening: &Opening) -> Result<Opened, LoadError> {
-    let failed = |source| LoadError::Open { name: name.to_owned(), source };
+    let failed = |source| LoadError::Open { name: name.to_owned(), source: Box::new(source) };
     let mut graphs = BTreeMap::new();
     for graph in &artifact.manifest.graphs {
         let model = open_one(name, folder, graph, opening)?;
         graphs.insert(graph.name.clone(), Arc::new(model));
     }
     let max_rows = opening.batching.max_rows;
-    let multimodal = match &artifact.manifest.pipeline {
-        None => None,
-        Some(_) => {
-            let pipeline = Pipeline::new(folder, &artifact.manifest, opening.limits).map_err(failed)?;
-            let digest = artifact.digest.to_string();
-            let pool = opening.pool.clone();
-            Some(Multimodal::new(name.to_owned(), digest, pipeline, graphs.clone(), pool, max_rows))
-        }
+    let multimodal = if artifact.manifest.pipeline.is_some() {
+        let pipeline = Pipeline::new(folder, &artifact.manifest, opening.limits).map_err(failed)?;
+        let digest = artifact.digest.to_string();
+        let pool = opening.pool.clone();
+        Some(Multimodal::new(name.to_owned(), digest, pipeline, graphs.clone(), pool, max_rows))
+    } else {
+        None
     };
     Ok(Opened { graphs, multimodal, max_rows })
 }
 
 fn open_one(name: &str, folder: &std::path::Path, graph: &Graph, opening: &Opening) -> Result<GraphModel, LoadError> {
     let engine = open_graph(folder, graph, opening.engine)
-        .map_err(|source| LoadError::Open { name: name.to_owned(), source })?;
+        .map_err(|source| LoadError::Open { name: name.to_owned(), source: Box::new(source) })?;
     let signature = engine.signature().clone();
     let full_name = format!("{name}.{}", graph.name);
     let metrics = opening.metrics.graph(&full_name);

@@ -113,7 +113,7 @@ impl Repository {
     /// # Errors
     /// [`InferError::UnknownModel`], [`InferError::UnknownVersion`].
     pub fn model(&self, name: &str, version: &str) -> Result<&Model, InferError> {
-        let model = self.models.get(name).ok_or_else(|| self.unknown(name, self.models.keys()))?;
+        let model = self.models.get(name).ok_or_else(|| unknown(name, self.models.keys()))?;
         if !version.is_empty() && version != VERSION {
             let (model, version) = (name.to_owned(), excerpt(version));
             return Err(InferError::UnknownVersion { model, version, known: VERSION });
@@ -126,7 +126,7 @@ impl Repository {
     /// # Errors
     /// [`InferError::UnknownModel`].
     pub fn multimodal(&self, name: &str) -> Result<&Arc<Multimodal>, InferError> {
-        self.multimodal.get(name).ok_or_else(|| self.unknown(name, self.multimodal.keys()))
+        self.multimodal.get(name).ok_or_else(|| unknown(name, self.multimodal.keys()))
     }
 
     /// Every graph, for health and for the end.
@@ -145,8 +145,8 @@ impl Repository {
             graph.scheduler.stop().await;
         }
     }
+}
 
-    fn unknown<'a>(&self, name: &str, known: impl Iterator<Item = &'a String>) -> InferError {
-        InferError::UnknownModel { model: excerpt(name), known: known.cloned().collect() }
-    }
+fn unknown<'a>(name: &str, known: impl Iterator<Item = &'a String>) -> InferError {
+    InferError::UnknownModel { model: excerpt(name), known: known.cloned().collect() }
 }

@@ -138,7 +138,7 @@ impl Multimodal {
         let rows = self.pool.run(move || {
             let prepare = |(row, item): (usize, &Item)| {
                 let prepared = pipeline.prepare(item.modality, &item.bytes);
-                prepared.map_err(|source| InferError::Item { input: item.modality, row, source })
+                prepared.map_err(|source| InferError::Item { input: item.modality, row, source: Box::new(source) })
             };
             items.iter().enumerate().map(prepare).collect::<Result<Vec<Tensor>, InferError>>()
         });
@@ -195,7 +195,11 @@ impl Multimodal {
         let pipeline = self.pipeline.clone();
         let prepared = self.pool.run(move || {
             let prepare = |input, row, item: &Bytes| {
-                pipeline.prepare(input, item).map_err(|source| InferError::Item { input, row, source })
+                pipeline.prepare(input, item).map_err(|source| InferError::Item {
+                    input,
+                    row,
+                    source: Box::new(source),
+                })
             };
             let pair = |(row, (image, text)): (usize, (&Bytes, &Bytes))| {
                 // Text first: it is the cheaper one to refuse.
@@ -223,7 +227,7 @@ fn image_and_text(items: Vec<Item>) -> Result<(Bytes, Bytes), PartsError> {
 }
 
 fn no_row(name: &str) -> InferError {
-    InferError::Pipeline(PipelineError::BadOutput {
+    InferError::from(PipelineError::BadOutput {
         graph: "fusion".to_owned(),
         output: name.to_owned(),
         reason: "has no rows".to_owned(),

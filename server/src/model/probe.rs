@@ -7,7 +7,8 @@ use sensorium_modality::{DType, Tensor, TensorData};
 /// cannot be made is left out, and the engine names it.
 pub(super) fn inputs(signature: &Signature) -> Named {
     let zeros = |spec: &sensorium_artifact::TensorSpec| {
-        let shape: Vec<usize> = spec.shape.iter().map(|dim| dim.map_or(Some(1), |dim| usize::try_from(dim).ok())).collect::<Option<_>>()?;
+        let shape: Vec<usize> =
+            spec.shape.iter().map(|dim| dim.map_or(Some(1), |dim| usize::try_from(dim).ok())).collect::<Option<_>>()?;
         let elements = shape.iter().try_fold(1_usize, |product, dim| product.checked_mul(*dim))?;
         let data = match host_dtype(spec.dtype)? {
             DType::F32 => TensorData::F32(vec![0.0; elements]),

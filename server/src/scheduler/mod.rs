@@ -44,7 +44,10 @@ impl Work {
         let tail = |tensor: &Tensor| tensor.shape().get(1..).map(<[usize]>::to_vec);
         self.inputs.len() == other.inputs.len()
             && self.inputs.iter().zip(&other.inputs).all(|((name, tensor), (other_name, other))| {
-                name == other_name && tensor.dtype() == other.dtype() && tail(tensor).is_some() && tail(tensor) == tail(other)
+                name == other_name
+                    && tensor.dtype() == other.dtype()
+                    && tail(tensor).is_some()
+                    && tail(tensor) == tail(other)
             })
     }
 }
@@ -86,7 +89,7 @@ pub enum ScheduleError {
         /// The graph.
         graph: String,
         /// Why.
-        source: EngineError,
+        source: Box<EngineError>,
     },
     /// The engine's outputs do not belong to the rows that it was given.
     #[error("{graph:?} gave outputs that do not fit its {rows} rows")]

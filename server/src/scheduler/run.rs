@@ -50,7 +50,9 @@ fn run_batch(engine: &mut dyn Engine, queue: &Queue, jobs: Vec<Job>) {
                 return;
             }
             // One member's values may have failed all of them, and only a run of its own shows whose.
-            Err(error) => tracing::debug!(graph = queue.graph, requests = jobs.len(), %error, "batch failed, running each alone"),
+            Err(error) => {
+                tracing::debug!(graph = queue.graph, requests = jobs.len(), %error, "batch failed, running each alone");
+            }
         }
     }
     for job in jobs {
@@ -58,22 +60,32 @@ fn run_batch(engine: &mut dyn Engine, queue: &Queue, jobs: Vec<Job>) {
             continue;
         }
         let answer = run_one(engine, queue, job.work, &[&job.span]);
-        let answer = answer.map_err(|source| ScheduleError::Engine { graph: queue.graph.clone(), source });
+        let answer =
+            answer.map_err(|source| ScheduleError::Engine { graph: queue.graph.clone(), source: Box::new(source) });
         let _ = job.reply.send(answer);
     }
 }
 
 fn run_together(engine: &mut dyn Engine, queue: &Queue, jobs: &[Job]) -> Result<Vec<Named>, ScheduleError> {
     let works: Vec<&Work> = jobs.iter().map(|job| &job.work).collect();
-    let unfit = |source| ScheduleError::Outputs { graph: queue.graph.clone(), rows: works.iter().map(|work| work.rows).sum(), source };
+    let unfit = |source| ScheduleError::Outputs {
+        graph: queue.graph.clone(),
+        rows: works.iter().map(|work| work.rows).sum(),
+        source,
+    };
     let joined = batch::join(&works).map_err(unfit)?;
     let spans: Vec<_> = jobs.iter().map(|job| &job.span).collect();
     let outputs = run_one(engine, queue, joined, &spans)
-        .map_err(|source| ScheduleError::Engine { graph: queue.graph.clone(), source })?;
+        .map_err(|source| ScheduleError::Engine { graph: queue.graph.clone(), source: Box::new(source) })?;
     batch::split(&works, &outputs).map_err(unfit)
 }
 
-fn run_one(engine: &mut dyn Engine, queue: &Queue, work: Work, members: &[&tracing::Span]) -> Result<Named, EngineError> {
+fn run_one(
+    engine: &mut dyn Engine,
+    queue: &Queue,
+    work: Work,
+    members: &[&tracing::Span],
+) -> Result<Named, EngineError> {
     let rows = work.rows;
     let span = tracing::info_span!(parent: None, "batch", model = queue.graph, rows, requests = members.len());
     for member in members {

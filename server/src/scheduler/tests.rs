@@ -194,13 +194,14 @@ async fn a_member_whose_values_fail_the_batch_fails_alone() {
     first.await.unwrap().unwrap();
     assert_eq!(values(&good.await.unwrap().unwrap()), [("twice", &[4.0][..])]);
     let error = bad.await.unwrap().unwrap_err();
-    assert!(matches!(error, ScheduleError::Engine { source: EngineError::Run { .. }, .. }), "{error:?}");
+    let ScheduleError::Engine { source, .. } = error else { panic!("{error:?}") };
+    assert!(matches!(*source, EngineError::Run { .. }), "{source:?}");
     assert!(!bench.lost.is_cancelled());
 }
 
 #[tokio::test]
 async fn a_busy_engine_waits_for_a_full_batch_but_an_idle_one_for_nobody() {
-    let mut bench = Bench::new(2, 100, Duration::from_secs(600));
+    let mut bench = Bench::new(2, 100, Duration::from_mins(10));
     let first = bench.occupy().await; // the engine was idle: no delay
     let second = bench.send(rows(&[2.0])).await;
     bench.open_gate();

@@ -18,11 +18,7 @@ use tonic::{Request, Response, Status, Streaming, async_trait};
 use tracing::Instrument as _;
 
 use super::{Service, unsupported::unsupported};
-use crate::{
-    error::InferError,
-    metrics::VERSION,
-    wire,
-};
+use crate::{error::InferError, metrics::VERSION, wire};
 
 /// What `ServerMetadata` calls this server.
 const SERVER_NAME: &str = "sensorium";

@@ -1,8 +1,8 @@
 //! `sensorium.v1`: typed parts in, answers or embeddings out.
 
 use sensorium_proto::multimodal::{
-    Answer, Embedding, Image, InferRequest, InferResponse, Part, part::Content,
-    multimodal_service_server::MultimodalService,
+    Answer, Embedding, Image, InferRequest, InferResponse, Part, multimodal_service_server::MultimodalService,
+    part::Content,
 };
 use tonic::{Request, Response, Status, async_trait};
 use tracing::Instrument as _;
@@ -25,9 +25,7 @@ impl MultimodalService for Service {
         let model = self.repository.multimodal(&name);
         let span = tracing::info_span!("infer", model = excerpt(&name), id = excerpt(&request.id));
         let is_served = model.is_ok();
-        let answer = async {
-            perform(model?, request).await
-        };
+        let answer = async { perform(model?, request).await };
         let answer = async { answer.await.map_err(|error: InferError| error.into_status(&name)) };
         self.observed(&name, is_served, answer).instrument(span).await
     }

@@ -31,8 +31,7 @@ impl Service {
         answer: impl Future<Output = Result<T, Status>>,
     ) -> Result<Response<T>, Status> {
         let model = if is_served { model } else { UNKNOWN_MODEL };
-        let mut observed =
-            Observed { metrics: &self.metrics, model, started: Instant::now(), code: Code::Cancelled };
+        let mut observed = Observed { metrics: &self.metrics, model, started: Instant::now(), code: Code::Cancelled };
         let answer = answer.await;
         observed.code = answer.as_ref().map_or_else(Status::code, |_| Code::Ok);
         if let Err(status) = &answer {

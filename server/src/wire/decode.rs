@@ -250,7 +250,13 @@ fn from_contents(
             return Err(InvalidRequest::WrongField { input, datatype, found, expected: field });
         }
         if found == field && count != elements {
-            return Err(InvalidRequest::ElementCount { input, field, found: count, expected: elements, shape: shape.to_vec() });
+            return Err(InvalidRequest::ElementCount {
+                input,
+                field,
+                found: count,
+                expected: elements,
+                shape: shape.to_vec(),
+            });
         }
     }
     match spec.dtype {

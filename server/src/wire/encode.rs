@@ -5,7 +5,12 @@ use sensorium_modality::{DType, Tensor, TensorData};
 use sensorium_proto::inference::{ModelInferResponse, model_infer_response::InferOutputTensor};
 
 /// The response of one inference.
-pub fn encode(model_name: String, model_version: String, id: String, outputs: Vec<(String, Tensor)>) -> ModelInferResponse {
+pub fn encode(
+    model_name: String,
+    model_version: String,
+    id: String,
+    outputs: Vec<(String, Tensor)>,
+) -> ModelInferResponse {
     let mut response = ModelInferResponse { model_name, model_version, id, ..ModelInferResponse::default() };
     for (name, tensor) in outputs {
         let datatype = match tensor.dtype() {

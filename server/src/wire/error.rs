@@ -89,7 +89,9 @@ pub enum InvalidRequest {
         found: Vec<i64>,
     },
     /// Inputs that disagree on the batch size.
-    #[error("input {input:?} has {rows} rows (its first dimension), input {other:?} has {other_rows}; all inputs need the same number")]
+    #[error(
+        "input {input:?} has {rows} rows (its first dimension), input {other:?} has {other_rows}; all inputs need the same number"
+    )]
     UnequalRows {
         /// The input.
         input: String,
@@ -137,7 +139,9 @@ pub enum InvalidRequest {
         datatype: &'static str,
     },
     /// A BYTES buffer that ends too early.
-    #[error("input {input:?} ends inside element {element} of {elements}: {needed} bytes should follow byte {offset}, {available} do")]
+    #[error(
+        "input {input:?} ends inside element {element} of {elements}: {needed} bytes should follow byte {offset}, {available} do"
+    )]
     BytesTruncated {
         /// The input.
         input: String,

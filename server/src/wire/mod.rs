@@ -8,12 +8,12 @@ mod datatype;
 mod decode;
 mod encode;
 mod error;
-mod validate;
 #[cfg(test)]
 mod tests;
+mod validate;
 
+pub(crate) use datatype::name as datatype_name;
 pub use decode::decode;
 pub use encode::encode;
 pub use error::InvalidRequest;
 pub(crate) use error::excerpt;
-pub(crate) use datatype::name as datatype_name;

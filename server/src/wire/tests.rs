@@ -17,7 +17,12 @@ fn spec(name: &str, dtype: DType, shape: &[Option<u64>]) -> TensorSpec {
 }
 
 fn input(name: &str, datatype: &str, shape: &[i64]) -> InferInputTensor {
-    InferInputTensor { name: name.to_owned(), datatype: datatype.to_owned(), shape: shape.to_vec(), ..Default::default() }
+    InferInputTensor {
+        name: name.to_owned(),
+        datatype: datatype.to_owned(),
+        shape: shape.to_vec(),
+        ..Default::default()
+    }
 }
 
 fn raw(inputs: Vec<InferInputTensor>, contents: &[&[u8]]) -> ModelInferRequest {
@@ -57,14 +62,54 @@ fn inputs_come_in_the_order_of_the_signature_whatever_the_order_of_the_request()
 #[test]
 fn typed_contents_are_read_from_the_field_of_their_datatype() {
     let cases = [
-        (DType::Bool, "BOOL", InferTensorContents { bool_contents: vec![true, false], ..Default::default() }, TensorData::Bool(vec![true, false])),
-        (DType::Int8, "INT8", InferTensorContents { int_contents: vec![-128, 127], ..Default::default() }, TensorData::I8(vec![-128, 127])),
-        (DType::Int32, "INT32", InferTensorContents { int_contents: vec![-1, 1], ..Default::default() }, TensorData::I32(vec![-1, 1])),
-        (DType::Int64, "INT64", InferTensorContents { int64_contents: vec![-1, 1], ..Default::default() }, TensorData::I64(vec![-1, 1])),
-        (DType::Uint8, "UINT8", InferTensorContents { uint_contents: vec![0, 255], ..Default::default() }, TensorData::U8(vec![0, 255])),
-        (DType::Fp32, "FP32", InferTensorContents { fp32_contents: vec![0.5, 2.0], ..Default::default() }, TensorData::F32(vec![0.5, 2.0])),
-        (DType::Fp64, "FP64", InferTensorContents { fp64_contents: vec![0.5, 2.0], ..Default::default() }, TensorData::F64(vec![0.5, 2.0])),
-        (DType::Bytes, "BYTES", InferTensorContents { bytes_contents: vec!["a".into(), "".into()], ..Default::default() }, TensorData::Bytes(vec![b"a".to_vec(), vec![]])),
+        (
+            DType::Bool,
+            "BOOL",
+            InferTensorContents { bool_contents: vec![true, false], ..Default::default() },
+            TensorData::Bool(vec![true, false]),
+        ),
+        (
+            DType::Int8,
+            "INT8",
+            InferTensorContents { int_contents: vec![-128, 127], ..Default::default() },
+            TensorData::I8(vec![-128, 127]),
+        ),
+        (
+            DType::Int32,
+            "INT32",
+            InferTensorContents { int_contents: vec![-1, 1], ..Default::default() },
+            TensorData::I32(vec![-1, 1]),
+        ),
+        (
+            DType::Int64,
+            "INT64",
+            InferTensorContents { int64_contents: vec![-1, 1], ..Default::default() },
+            TensorData::I64(vec![-1, 1]),
+        ),
+        (
+            DType::Uint8,
+            "UINT8",
+            InferTensorContents { uint_contents: vec![0, 255], ..Default::default() },
+            TensorData::U8(vec![0, 255]),
+        ),
+        (
+            DType::Fp32,
+            "FP32",
+            InferTensorContents { fp32_contents: vec![0.5, 2.0], ..Default::default() },
+            TensorData::F32(vec![0.5, 2.0]),
+        ),
+        (
+            DType::Fp64,
+            "FP64",
+            InferTensorContents { fp64_contents: vec![0.5, 2.0], ..Default::default() },
+            TensorData::F64(vec![0.5, 2.0]),
+        ),
+        (
+            DType::Bytes,
+            "BYTES",
+            InferTensorContents { bytes_contents: vec!["a".into(), "".into()], ..Default::default() },
+            TensorData::Bytes(vec![b"a".to_vec(), vec![]]),
+        ),
     ];
     for (dtype, name, contents, expected) in cases {
         let work = decode_x(typed(input("x", name, &[2]), contents), dtype, &[None]).unwrap();
@@ -82,7 +127,10 @@ fn typed_contents_that_do_not_fit_are_refused() {
     assert!(matches!(error, InvalidRequest::NoContents { field: "fp32_contents", .. }), "{error}");
     let both = InferTensorContents { int_contents: vec![1], ..fp32(2) };
     let error = decode_x(typed(x(), both), DType::Fp32, &[None]).unwrap_err();
-    assert!(matches!(error, InvalidRequest::WrongField { found: "int_contents", expected: "fp32_contents", .. }), "{error}");
+    assert!(
+        matches!(error, InvalidRequest::WrongField { found: "int_contents", expected: "fp32_contents", .. }),
+        "{error}"
+    );
     let wide = InferTensorContents { int_contents: vec![1, 128], ..Default::default() };
     let error = decode_x(typed(input("x", "INT8", &[2]), wide), DType::Int8, &[None]).unwrap_err();
     assert!(matches!(error, InvalidRequest::OutOfRange { element: 1, value: 128, .. }), "{error}");
@@ -123,8 +171,12 @@ fn a_shape_that_claims_what_did_not_come_allocates_nothing() {
     // A terabyte of floats, and as many strings: this test would not survive reserving them.
     let error = decode_x(raw(vec![input("x", "FP32", &[1 << 38])], &[&[0; 16]]), DType::Fp32, &[None]).unwrap_err();
     assert!(matches!(error, InvalidRequest::RawLength { found: 16, expected: 1_099_511_627_776, .. }), "{error}");
-    let error = decode_x(raw(vec![input("x", "BYTES", &[1 << 40])], &[b"\x01\0\0\0a"]), DType::Bytes, &[None]).unwrap_err();
-    assert!(matches!(error, InvalidRequest::BytesTruncated { element: 1, offset: 5, needed: 4, available: 0, .. }), "{error}");
+    let error =
+        decode_x(raw(vec![input("x", "BYTES", &[1 << 40])], &[b"\x01\0\0\0a"]), DType::Bytes, &[None]).unwrap_err();
+    assert!(
+        matches!(error, InvalidRequest::BytesTruncated { element: 1, offset: 5, needed: 4, available: 0, .. }),
+        "{error}"
+    );
     let error = decode_x(raw(vec![input("x", "BYTES", &[1])], &[b"\0\0\0\x40abc"]), DType::Bytes, &[None]).unwrap_err();
     assert!(matches!(error, InvalidRequest::BytesTruncated { needed: 1_073_741_824, available: 3, .. }), "{error}");
 }
@@ -158,13 +210,17 @@ fn inputs_have_to_agree_on_the_batch_and_the_batch_has_to_fit() {
     };
     let error = decode(request(2, 3), &specs, &[], 10).unwrap_err();
     assert!(matches!(error, InvalidRequest::UnequalRows { rows: 3, other_rows: 2, .. }), "{error}");
-    assert_eq!(decode(request(11, 11), &specs, &[], 10).unwrap_err(), InvalidRequest::TooManyRows { rows: 11, max: 10 });
+    assert_eq!(
+        decode(request(11, 11), &specs, &[], 10).unwrap_err(),
+        InvalidRequest::TooManyRows { rows: 11, max: 10 }
+    );
 }
 
 #[test]
 fn outputs_are_returned_in_the_order_asked_for() {
     let request = |names: &[&str]| {
-        let outputs = names.iter().map(|name| InferRequestedOutputTensor { name: (*name).to_owned(), ..Default::default() });
+        let outputs =
+            names.iter().map(|name| InferRequestedOutputTensor { name: (*name).to_owned(), ..Default::default() });
         ModelInferRequest { outputs: outputs.collect(), ..raw(vec![input("x", "UINT8", &[1])], &[&[1]]) }
     };
     let decode = |names: &[&str]| decode_x(request(names), DType::Uint8, &[None]);
@@ -176,7 +232,10 @@ fn outputs_are_returned_in_the_order_asked_for() {
 
 #[test]
 fn parameters_that_would_change_the_answer_are_refused_and_the_others_ignored() {
-    let with = |parameter| ModelInferRequest { parameters: [parameter].into(), ..raw(vec![input("x", "UINT8", &[1])], &[&[1]]) };
+    let with = |parameter| ModelInferRequest {
+        parameters: [parameter].into(),
+        ..raw(vec![input("x", "UINT8", &[1])], &[&[1]])
+    };
     let decode = |parameter| decode_x(with(parameter), DType::Uint8, &[None]);
     for accepted in [
         parameter("triton_enable_empty_final_response", ParameterChoice::BoolParam(true)),
@@ -194,7 +253,8 @@ fn parameters_that_would_change_the_answer_are_refused_and_the_others_ignored() 
         assert!(matches!(decode(refused).unwrap_err(), InvalidRequest::Parameter { .. }));
     }
     let mut request = with(parameter("priority", ParameterChoice::Uint64Param(1)));
-    request.inputs[0].parameters = [parameter("shared_memory_region", ParameterChoice::StringParam("r".to_owned()))].into();
+    request.inputs[0].parameters =
+        [parameter("shared_memory_region", ParameterChoice::StringParam("r".to_owned()))].into();
     let error = decode_x(request, DType::Uint8, &[None]).unwrap_err();
     assert!(error.to_string().starts_with("input \"x\" has parameter \"shared_memory_region\""), "{error}");
 }
@@ -218,13 +278,18 @@ fn as_request(response: ModelInferResponse) -> ModelInferRequest {
         shape: output.shape,
         ..Default::default()
     });
-    ModelInferRequest { inputs: inputs.collect(), raw_input_contents: response.raw_output_contents, ..Default::default() }
+    ModelInferRequest {
+        inputs: inputs.collect(),
+        raw_input_contents: response.raw_output_contents,
+        ..Default::default()
+    }
 }
 
 fn any_data(elements: usize) -> impl Strategy<Value = (DType, TensorData)> {
     use prop::collection::vec;
     prop_oneof![
-        vec(any::<i32>().prop_map(|value| value as f32), elements).prop_map(|data| (DType::Fp32, TensorData::F32(data))),
+        vec(any::<i32>().prop_map(|value| value as f32), elements)
+            .prop_map(|data| (DType::Fp32, TensorData::F32(data))),
         vec(any::<i32>().prop_map(f64::from), elements).prop_map(|data| (DType::Fp64, TensorData::F64(data))),
         vec(any::<i64>(), elements).prop_map(|data| (DType::Int64, TensorData::I64(data))),
         vec(any::<i32>(), elements).prop_map(|data| (DType::Int32, TensorData::I32(data))),

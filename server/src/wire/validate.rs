@@ -6,7 +6,8 @@ use super::{InvalidRequest, datatype, error::excerpt};
 
 /// A model's shape as messages show it: `[-1, 3, 64, 64]`.
 pub(super) fn shape_text(spec: &TensorSpec) -> String {
-    let dims: Vec<_> = spec.shape.iter().map(|dim| dim.map_or_else(|| "-1".to_owned(), |dim| dim.to_string())).collect();
+    let dims: Vec<_> =
+        spec.shape.iter().map(|dim| dim.map_or_else(|| "-1".to_owned(), |dim| dim.to_string())).collect();
     format!("[{}]", dims.join(", "))
 }
 

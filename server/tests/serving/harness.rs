@@ -34,7 +34,7 @@ pub(crate) const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
 pub(crate) const MULTIMODAL: &str = "/sensorium.v1.MultimodalService/Infer";
 
 /// Longest wait for anything that must happen; a loaded machine needs a while.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A store that has the tiny model, as `tiny`; its digest is in `digest`.
 pub(crate) struct Artifacts {
@@ -77,6 +77,11 @@ pub(crate) struct Server {
 impl Server {
     /// Starts a server of the tiny model with more arguments, and waits until it is ready.
     pub(crate) async fn start(arguments: &[&str]) -> Self {
+        Self::start_with(arguments, |_| {}).await
+    }
+
+    /// As [`Server::start`], with more to say about the process.
+    pub(crate) async fn start_with(arguments: &[&str], adjust: impl FnOnce(&mut Command)) -> Self {
         let store = Artifacts::shared().path();
         let mut command = Command::new(env!("CARGO_BIN_EXE_sensorium-server"));
         command.arg("--model").arg(format!("tiny=file://{}/tiny", store.display()));
@@ -84,6 +89,7 @@ impl Server {
             command.args([port, "127.0.0.1:0"]);
         }
         command.args(arguments).env("SENSORIUM_LOG", "info").stdin(Stdio::null()).stderr(Stdio::piped());
+        adjust(&mut command);
         let mut process = command.spawn().unwrap();
         let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
         let serving = lines
@@ -221,7 +227,12 @@ pub(crate) async fn answer<M: Message + Default>(response: Response<tonic::body:
 }
 
 pub(crate) fn input(name: &str, datatype: &str, shape: &[i64]) -> InferInputTensor {
-    InferInputTensor { name: name.to_owned(), datatype: datatype.to_owned(), shape: shape.to_vec(), ..Default::default() }
+    InferInputTensor {
+        name: name.to_owned(),
+        datatype: datatype.to_owned(),
+        shape: shape.to_vec(),
+        ..Default::default()
+    }
 }
 
 pub(crate) fn raw_request(model: &str, tensors: Vec<(InferInputTensor, Vec<u8>)>) -> ModelInferRequest {

@@ -24,7 +24,9 @@ async fn the_six_core_calls_are_answered() {
 
     assert!(client.server_live(ServerLiveRequest {}).await.unwrap().into_inner().live);
     assert!(client.server_ready(ServerReadyRequest {}).await.unwrap().into_inner().ready);
-    for (name, version, ready) in [("tiny", "", true), ("tiny.fusion", "1", true), ("tiny", "2", false), ("other", "", false)] {
+    for (name, version, ready) in
+        [("tiny", "", true), ("tiny.fusion", "1", true), ("tiny", "2", false), ("other", "", false)]
+    {
         let request = ModelReadyRequest { name: name.to_owned(), version: version.to_owned() };
         assert_eq!(client.model_ready(request).await.unwrap().into_inner().ready, ready, "{name} {version}");
     }
@@ -43,9 +45,13 @@ async fn the_six_core_calls_are_answered() {
         ["pixel_values FP32 [-1, 3, 8, 8]", "image_features FP32 [-1, 1, 4]", "image_embedding FP32 [-1, 3]"]
     );
 
-    let request = ModelInferRequest { id: "seven".to_owned(), ..tensor_question(&fixture::png([10, 20, 200]), QUESTION) };
+    let request =
+        ModelInferRequest { id: "seven".to_owned(), ..tensor_question(&fixture::png([10, 20, 200]), QUESTION) };
     let response = client.model_infer(request).await.unwrap().into_inner();
-    assert_eq!((response.model_name.as_str(), response.model_version.as_str(), response.id.as_str()), ("tiny", "1", "seven"));
+    assert_eq!(
+        (response.model_name.as_str(), response.model_version.as_str(), response.id.as_str()),
+        ("tiny", "1", "seven")
+    );
     assert_eq!(response.raw_output_contents[0], bytes_tensor(&[b"blue"]));
     assert!(output_floats(&response, "score")[0] > 0.9);
 }
@@ -55,10 +61,13 @@ async fn a_batch_of_questions_is_answered_row_by_row() {
     let server = Server::start(&[]).await;
     let (red, green) = (fixture::png([200, 0, 0]), fixture::png([0, 200, 0]));
     let column = |name: &str, items: &[&[u8]]| (input(name, "BYTES", &[3]), bytes_tensor(items));
-    let request = raw_request("tiny", vec![
-        column("text", &[QUESTION.as_bytes(), b"What shape is it?", QUESTION.as_bytes()]),
-        column("image", &[&red, &red, &green]),
-    ]);
+    let request = raw_request(
+        "tiny",
+        vec![
+            column("text", &[QUESTION.as_bytes(), b"What shape is it?", QUESTION.as_bytes()]),
+            column("image", &[&red, &red, &green]),
+        ],
+    );
     let response = server.inference().await.model_infer(request).await.unwrap().into_inner();
     assert_eq!(response.raw_output_contents[0], bytes_tensor(&[b"red", b"unsure", b"green"]));
     assert_eq!(response.outputs[1].shape, [3]);

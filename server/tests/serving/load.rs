@@ -34,8 +34,9 @@ async fn alone(images: &[Vec<u8>]) -> Vec<(String, f32)> {
 async fn two_hundred_clients_get_their_own_answers_out_of_shared_batches() {
     let server = Server::start(&["--max-batch-size", "16"]).await;
     // Every image is another colour, so every score is another number.
-    let images: Vec<Vec<u8>> =
-        (0..CLIENTS).map(|client| fixture::png([client as u8, (client * 7 % 256) as u8, (client * 31 % 256) as u8])).collect();
+    let images: Vec<Vec<u8>> = (0..CLIENTS)
+        .map(|client| fixture::png([client as u8, (client * 7 % 256) as u8, (client * 31 % 256) as u8]))
+        .collect();
     let expected = Arc::new(alone(&images).await);
     let start = Arc::new(Barrier::new(CLIENTS));
     let mut clients = JoinSet::new();
@@ -50,7 +51,11 @@ async fn two_hundred_clients_get_their_own_answers_out_of_shared_batches() {
                 let response = multimodal.infer(parts_request("vqa", parts)).await.unwrap().into_inner();
                 let (answer, score) = &expected[client];
                 assert_eq!(&response.answers[0].text, answer, "client {client}");
-                assert!((response.answers[0].score - score).abs() < TOLERANCE, "client {client}: {} is not {score}", response.answers[0].score);
+                assert!(
+                    (response.answers[0].score - score).abs() < TOLERANCE,
+                    "client {client}: {} is not {score}",
+                    response.answers[0].score
+                );
 
                 // A graph by itself, with another number of rows each time: an image of one value has that average.
                 let rows = 1 + (client + request) % 4;
@@ -88,7 +93,7 @@ async fn under_overload_every_request_is_answered_or_refused_with_the_limit() {
             let mut outcomes = Vec::new();
             for _ in 0..5 {
                 let parts = vec![image_part(&fixture::png([0, 0, 200]), ""), text_part(fixture::QUESTION)];
-                outcomes.push(client.infer(parts_request("vqa", parts)).await.map(|response| response.into_inner()));
+                outcomes.push(client.infer(parts_request("vqa", parts)).await.map(tonic::Response::into_inner));
             }
             outcomes
         });

@@ -1,5 +1,7 @@
 //! The server as its clients meet it: real sockets on loopback, a tiny artifact with known answers.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests, which clippy does not count as tests")]
+
 mod harness;
 mod inference;
 mod load;

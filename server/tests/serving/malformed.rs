@@ -8,7 +8,8 @@ use prost::Message as _;
 use sensorium_engine::fixture::{self, QUESTION};
 use sensorium_proto::{
     inference::{
-        InferParameter, InferTensorContents, ModelInferRequest, infer_parameter::ParameterChoice,
+        InferParameter, InferTensorContents, ModelInferRequest,
+        infer_parameter::ParameterChoice,
         model_infer_request::{InferInputTensor, InferRequestedOutputTensor},
     },
     multimodal::{InferRequest, Part},
@@ -36,7 +37,13 @@ struct Case {
     body: Box<dyn Fn(usize) -> Bytes>,
 }
 
-fn case(name: &'static str, code: Code, words: &'static str, path: &'static str, body: impl Fn(usize) -> Bytes + 'static) -> Case {
+fn case(
+    name: &'static str,
+    code: Code,
+    words: &'static str,
+    path: &'static str,
+    body: impl Fn(usize) -> Bytes + 'static,
+) -> Case {
     Case { name, code, words, path, encoding: None, body: Box::new(body) }
 }
 
@@ -137,14 +144,19 @@ fn wrong_tensors() -> Vec<Case> {
         }),
         invalid("shared memory", "shared_memory_region", |_| {
             spoiled(pixels(), |request| {
-                request.inputs[0].parameters = parameter("shared_memory_region", ParameterChoice::StringParam("r".to_owned()));
+                request.inputs[0].parameters =
+                    parameter("shared_memory_region", ParameterChoice::StringParam("r".to_owned()));
             })
         }),
         invalid("a sequence", "sequence_id", |n| {
-            spoiled(pixels(), |request| request.parameters = parameter("sequence_id", ParameterChoice::Int64Param(1 + n as i64)))
+            spoiled(pixels(), |request| {
+                request.parameters = parameter("sequence_id", ParameterChoice::Int64Param(1 + n as i64));
+            })
         }),
         invalid("a reserved parameter", "triton_secret", |_| {
-            spoiled(pixels(), |request| request.parameters = parameter("triton_secret", ParameterChoice::BoolParam(true)))
+            spoiled(pixels(), |request| {
+                request.parameters = parameter("triton_secret", ParameterChoice::BoolParam(true));
+            })
         }),
     ]
 }
@@ -158,7 +170,7 @@ fn typed(contents: InferTensorContents) -> ModelInferRequest {
 
 fn with_output(model: &str, output: &str) -> ModelInferRequest {
     spoiled(fusion(1, 1), |request| {
-        request.model_name = model.to_owned();
+        model.clone_into(&mut request.model_name);
         request.outputs = vec![InferRequestedOutputTensor { name: output.to_owned(), ..Default::default() }];
     })
 }
@@ -169,11 +181,14 @@ fn fusion(length: i64, mask: i64) -> ModelInferRequest {
         let elements: i64 = shape.iter().product();
         (input(name, "FP32", shape), floats(&vec![0.0; elements.try_into().unwrap()]))
     };
-    raw_request("tiny.fusion", vec![
-        tensor("text_features", &[1, length, 4]),
-        tensor("text_mask", &[1, mask]),
-        tensor("image_features", &[1, 1, 4]),
-    ])
+    raw_request(
+        "tiny.fusion",
+        vec![
+            tensor("text_features", &[1, length, 4]),
+            tensor("text_mask", &[1, mask]),
+            tensor("image_features", &[1, 1, 4]),
+        ],
+    )
 }
 
 fn wrong_models() -> Vec<Case> {
@@ -232,7 +247,9 @@ fn wrong_strings_and_images() -> Vec<Case> {
         }),
         invalid("text that is not UTF-8", "not UTF-8", move |n| texts(&[b'a', 0x80 | (n % 64) as u8])),
         invalid("text without words", "no words", move |n| texts(&vec![b' '; n % 50])),
-        invalid("text of too many words", "tokens, the limit is 8", move |n| texts("what ".repeat(9 + n % 50).as_bytes())),
+        invalid("text of too many words", "tokens, the limit is 8", move |n| {
+            texts("what ".repeat(9 + n % 50).as_bytes())
+        }),
     ]
 }
 
@@ -260,7 +277,9 @@ fn wrong_parts() -> Vec<Case> {
         invalid_parts("two images", "part 2 is one more", move |_| {
             parts_request("vqa", vec![image(), text_part("a"), image()])
         }),
-        invalid_parts("an empty part", "part 1 is empty", move |_| parts_request("vqa", vec![image(), Part { content: None }])),
+        invalid_parts("an empty part", "part 1 is empty", move |_| {
+            parts_request("vqa", vec![image(), Part { content: None }])
+        }),
         invalid_parts("nothing to embed", "takes 1 to 32", |_| parts_request("embed", vec![])),
         invalid_parts("too much to embed", "takes 1 to 32", |n| parts_request("embed", vec![text_part("red"); 33 + n])),
         invalid_parts("a media type that is none", "use image/png", move |n| {
@@ -336,7 +355,8 @@ async fn a_thousand_malformed_requests_get_their_status_and_leave_no_trace() {
     for n in 0..REQUESTS {
         let Case { name, code, words, path, encoding, body } = &cases[n % cases.len()];
         let body = axum::body::Body::from(body(n / cases.len()));
-        let response = post(&mut channel, path, *encoding, body).await.unwrap_or_else(|error| panic!("{name}, {n}: {error:?}"));
+        let response =
+            post(&mut channel, path, *encoding, body).await.unwrap_or_else(|error| panic!("{name}, {n}: {error:?}"));
         let status = refusal(&response);
         assert_eq!(status.code(), *code, "{name}, {n}: {status:?}");
         assert!(status.message().contains(words), "{name}, {n}: {words:?} is not in {:?}", status.message());

@@ -63,6 +63,17 @@ async fn requests_in_flight_are_answered_after_sigterm_and_new_ones_find_nobody(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_told_to_follow_its_parent_ends_when_its_input_does() {
+    let follow = |command: &mut std::process::Command| {
+        command.env("SENSORIUM_EXIT_WITH_PARENT", "1").stdin(std::process::Stdio::piped());
+    };
+    let mut server = Server::start_with(&[], follow).await;
+    assert!(server.process.try_wait().unwrap().is_none(), "input that is open, and says nothing, ends nothing");
+    drop(server.process.stdin.take());
+    assert_eq!(server.exit_code().await, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_never_ends_holds_the_server_no_longer_than_the_deadline() {
     let mut server = Server::start(&["--drain-seconds", "1"]).await;
     let half = send_half(server.channel().await).await;

@@ -27,7 +27,16 @@ async fn tritonclient_reads_metadata_and_infers() {
     let mut command = Command::new(&python);
     command
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/triton_client.py"))
-        .args(["--address", &server.grpc.to_string(), "--model", "tiny", "--expect", "blue", "--question", fixture::QUESTION])
+        .args([
+            "--address",
+            &server.grpc.to_string(),
+            "--model",
+            "tiny",
+            "--expect",
+            "blue",
+            "--question",
+            fixture::QUESTION,
+        ])
         .arg("--image")
         .arg(image.path());
     let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap();
