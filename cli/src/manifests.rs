@@ -1,0 +1,59 @@
+//! Manifests on disk to plans in the order in which they run.
+
+use std::path::{Path, PathBuf};
+
+use sensorium_api::manifest::{Resource, parse_documents};
+use sensorium_operator::plan::{self, WorkloadPlan};
+
+use crate::error::Error;
+
+/// One job: what its manifest says, and what that means.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// The checked manifest.
+    pub resource: Resource,
+    /// What is to run.
+    pub plan: WorkloadPlan,
+}
+
+/// Reads manifests and plans their jobs, in the order in which they need each other.
+///
+/// # Errors
+/// When a file cannot be read, a manifest is wrong, or the jobs cannot be put in order.
+pub fn load(paths: &[PathBuf]) -> Result<Vec<Job>, Error> {
+    let mut jobs = Vec::new();
+    for path in files(paths)? {
+        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        for resource in parse_documents(&text, &path.display().to_string())? {
+            // A ModelArtifact records something; there is nothing to run.
+            if resource.job().is_some() {
+                let plan = plan::plan(&resource)?;
+                jobs.push(Job { resource, plan });
+            }
+        }
+    }
+    if jobs.is_empty() {
+        return Err(Error::NothingToRun { paths: paths.to_vec() });
+    }
+    Ok(jobs)
+}
+
+/// The files themselves, and the manifests right inside the folders, in order of their names.
+fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
+    let mut files = Vec::new();
+    for path in paths {
+        if path.is_dir() {
+            let entries = std::fs::read_dir(path).map_err(Error::io("read", path))?;
+            let mut found: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| is_manifest(path)).collect();
+            found.sort();
+            files.append(&mut found);
+        } else {
+            files.push(path.clone());
+        }
+    }
+    Ok(files)
+}
+
+fn is_manifest(path: &Path) -> bool {
+    path.is_file() && path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml")
+}
