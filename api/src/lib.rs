@@ -26,6 +26,10 @@
 //! ```
 
 #![allow(unreachable_pub, reason = "`KubeSchema` repeats each public struct inside a function that builds its schema")]
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "clippy takes the columns of `#[kube(printcolumn(..))]` for repetitions"
+)]
 
 pub mod architecture;
 pub mod canonical;

@@ -1,5 +1,7 @@
 //! `ServingJob`: serves an artifact over gRPC and HTTP until it is deleted.
 
+#![allow(clippy::struct_field_names, reason = "a manifest shows each limit by itself, where `max` is needed")]
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;

@@ -18,12 +18,8 @@ use kube::ResourceExt;
 use crate::run::{JobKey, JobKind};
 use crate::{CompressionJob, ModelArtifact, ServingJob, TrainingJob};
 
-/// A checked document. There are a handful of them in a run, so their size on the stack does not matter.
+/// A checked document.
 #[derive(Clone, Debug, PartialEq)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "a manifest holds a handful of these, and boxes would show in every match"
-)]
 pub enum Resource {
     /// Trains a model.
     TrainingJob(TrainingJob),

@@ -62,7 +62,7 @@ pub enum Cause {
         message: String,
     },
     /// No such kind.
-    #[error("is {found}, which is not a kind of sensorium.dev{}; use one of {}", guess(.suggestion), .known.join(", "))]
+    #[error("is {found}, which is not a kind of sensorium.dev{}; use one of {}", guess(.suggestion.as_deref()), .known.join(", "))]
     UnknownKind {
         /// What was found.
         found: String,
@@ -78,7 +78,7 @@ pub enum Cause {
         found: String,
     },
     /// A field that no program would read.
-    #[error("there is no such field{}; {parent} has {}", guess(.suggestion), .known.join(", "))]
+    #[error("there is no such field{}; {parent} has {}", guess(.suggestion.as_deref()), .known.join(", "))]
     UnknownField {
         /// A known field with nearly that name.
         suggestion: Option<String>,
@@ -88,7 +88,7 @@ pub enum Cause {
         known: Vec<String>,
     },
     /// A field without which nothing can run.
-    #[error("is missing{}", what(.description))]
+    #[error("is missing{}", what(.description.as_deref()))]
     Missing {
         /// First sentence of the field's documentation.
         description: Option<String>,
@@ -102,7 +102,7 @@ pub enum Cause {
         expected: &'static str,
     },
     /// A word that is not one of the few that mean something here.
-    #[error("is {found}{}, must be {}", guess(.suggestion), one_of(.allowed))]
+    #[error("is {found}{}, must be {}", guess(.suggestion.as_deref()), one_of(.allowed))]
     NotAllowed {
         /// What was found.
         found: String,
@@ -160,12 +160,12 @@ pub enum Cause {
     },
 }
 
-fn guess(suggestion: &Option<String>) -> String {
-    suggestion.as_ref().map(|name| format!(" (did you mean `{name}`?)")).unwrap_or_default()
+fn guess(suggestion: Option<&str>) -> String {
+    suggestion.map(|name| format!(" (did you mean `{name}`?)")).unwrap_or_default()
 }
 
-fn what(description: &Option<String>) -> String {
-    description.as_ref().map(|text| format!(": {text}")).unwrap_or_default()
+fn what(description: Option<&str>) -> String {
+    description.map(|text| format!(": {text}")).unwrap_or_default()
 }
 
 fn rule(message: &str, values: &[(String, String)]) -> String {

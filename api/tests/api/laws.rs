@@ -11,7 +11,7 @@ fn pointers(value: &Value, path: &str, found: &mut Vec<String>) {
     found.push(path.to_owned());
     match value {
         Value::Object(object) => {
-            object.iter().for_each(|(name, child)| pointers(child, &format!("{path}/{name}"), found))
+            object.iter().for_each(|(name, child)| pointers(child, &format!("{path}/{name}"), found));
         }
         Value::Array(items) => {
             items.iter().enumerate().for_each(|(i, child)| pointers(child, &format!("{path}/{i}"), found));
