@@ -11,7 +11,9 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
 use sensorium_data::{Dataset, Sample, Sampler, choose, flip};
-use sensorium_modality::{ImageLimits, ImageProcessor, TextProcessor, decode_image, flip_horizontal};
+use sensorium_modality::{
+    ImageLimits, ImageProcessor, PADDING_ID, TextProcessor, UNKNOWN_ID, decode_image, flip_horizontal,
+};
 use tch::Tensor;
 
 use crate::error::TrainError;
@@ -26,8 +28,17 @@ pub struct Batch {
     pub pixels: Tensor,
     /// Questions, when there is such a task.
     pub questions: Option<Questions>,
-    /// Captions `[B, L]`, i64, when there is a contrastive task.
-    pub captions: Option<Tensor>,
+    /// Captions, when there is a contrastive task.
+    pub captions: Option<Captions>,
+}
+
+/// Captions of the images of a batch, row by row. An image without one keeps its row, so that every rank has as many.
+#[derive(Debug)]
+pub struct Captions {
+    /// `[B, L]`, i64; one unknown word where there is no caption.
+    pub ids: Tensor,
+    /// Whether the row is a caption, `[B]`, bool.
+    pub present: Tensor,
 }
 
 /// Questions about the images of a batch.
@@ -70,6 +81,13 @@ impl Preparation {
         let refused = |reason: String| TrainError::Sample { key: sample.key.clone(), reason };
         let row = self.text.encode_row(text).map_err(|e| refused(format!("\"{text}\": {e}")))?;
         Ok(row.as_slice::<i64>().map_err(|e| refused(e.to_string()))?.to_vec())
+    }
+
+    /// The row that stands for a missing caption: not all padding, which no encoder can make anything of.
+    fn no_caption(&self) -> Vec<i64> {
+        let mut row = vec![PADDING_ID; self.text.config().max_length];
+        row[0] = UNKNOWN_ID;
+        row
     }
 
     /// Class of a right answer.
@@ -161,7 +179,7 @@ fn prepare(
 ) -> Result<Batch, TrainError> {
     let (rank, ranks) = plan.shard;
     let indices = sampler.indices(step);
-    let (mut pixels, mut captions) = (Vec::new(), Vec::new());
+    let (mut pixels, mut captions, mut present) = (Vec::new(), Vec::new(), Vec::new());
     let (mut ids, mut image_index, mut targets) = (Vec::new(), Vec::new(), Vec::new());
     for (row, slot) in sampler.slots(rank, ranks).enumerate() {
         let sample = dataset.sample(indices[slot])?;
@@ -179,10 +197,11 @@ fn prepare(
             }
         }
         if plan.captions {
-            let Some(caption) = &sample.caption else {
-                return Err(TrainError::Sample { key: sample.key, reason: "it has no caption".to_owned() });
-            };
-            captions.extend(preparation.ids(&sample, caption)?);
+            captions.extend(match &sample.caption {
+                Some(caption) => preparation.ids(&sample, caption)?,
+                None => preparation.no_caption(),
+            });
+            present.push(sample.caption.is_some());
         }
     }
     let questions = match plan.questions_per_image {
@@ -193,7 +212,10 @@ fn prepare(
         }),
         None => None,
     };
-    let captions = if plan.captions { Some(preparation.stack_ids(&captions)?) } else { None };
+    let captions = match plan.captions {
+        true => Some(Captions { ids: preparation.stack_ids(&captions)?, present: Tensor::f_from_slice(&present)? }),
+        false => None,
+    };
     Ok(Batch { pixels: preparation.stack_pixels(&pixels)?, questions, captions })
 }
 

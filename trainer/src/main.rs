@@ -156,7 +156,8 @@ fn compress(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime
     let config = serde_json::from_slice(&bytes).with_context(|| args.config.display().to_string())?;
     let (reporter, stop) = (Reporter::default(), Stop::default());
     runtime.block_on(listen(&reporter, &stop, args.progress_addr))?;
-    let control = Control { progress: &|told| reporter.update(|kept| *kept = told), cancelled: &|| stop.is_requested() };
+    let control =
+        Control { progress: &|told| reporter.update(|kept| *kept = told), cancelled: &|| stop.is_requested() };
     Ok(Some(sensorium_compress::run(&config, volumes, &control)?))
 }
 

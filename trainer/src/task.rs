@@ -20,8 +20,14 @@ fn slot(acts: &Acts<Tensor>, slot: Slot) -> Result<Tensor, TrainError> {
     Ok(value.f_detach()?.f_set_requires_grad(true)?)
 }
 
+/// A target that takes no part in the loss.
+const IGNORED: i64 = -100;
+
+/// Sum over the rows that are not ignored, divided by the number of all rows: then the mean over ranks with equally many
+/// rows is that of the whole batch, wherever the ignored ones are.
 fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor, TrainError> {
-    Ok(logits.f_cross_entropy_loss(targets, None::<&Tensor>, Reduction::Mean, -100, 0.0)?)
+    let sum = logits.f_cross_entropy_loss(targets, None::<&Tensor>, Reduction::Sum, IGNORED, 0.0)?;
+    Ok(sum.f_div_scalar(targets.size()[0])?)
 }
 
 /// Visual question answering: cross-entropy of the answers' scores `[N, A]` against `targets` `[N]`.
@@ -39,12 +45,19 @@ pub fn vqa(acts: &Acts<Tensor>, targets: &Tensor, weight: f64) -> Result<LossAnd
 ///
 /// Each rank scores its own rows against everybody's columns. The columns are gathered, and their gradients go back to
 /// the ranks they came from: one all-gather and one reduce-scatter per side. Every rank has the same number of rows.
-pub fn contrastive(acts: &Acts<Tensor>, group: &ProcessGroup, weight: f64) -> Result<LossAndGradients, TrainError> {
+/// Rows that are not `present` `[B]` (bool) are columns to tell apart from, and nothing more.
+pub fn contrastive(
+    acts: &Acts<Tensor>,
+    present: &Tensor,
+    group: &ProcessGroup,
+    weight: f64,
+) -> Result<LossAndGradients, TrainError> {
     let (text, image) = (slot(acts, Slot::TextEmbedding)?, slot(acts, Slot::ScaledImageEmbedding)?);
     let (all_text, all_image) = (gather(&text, group)?, gather(&image, group)?);
     let rows = text.size()[0];
     let first = i64::from(group.rank()) * rows;
     let targets = Tensor::f_arange_start(first, first + rows, (Kind::Int64, text.device()))?;
+    let targets = targets.f_masked_fill(&present.f_logical_not()?, IGNORED)?;
     let by_image = cross_entropy(&image.f_matmul(&all_text.f_transpose(0, 1)?)?, &targets)?;
     let by_text = cross_entropy(&text.f_matmul(&all_image.f_transpose(0, 1)?)?, &targets)?;
     let loss = by_image.f_add(&by_text)?.f_mul_scalar(0.5)?;

@@ -155,14 +155,15 @@ impl<'a> Run<'a> {
                     acts.insert(Slot::ImageIndex, questions.image_index.shallow_clone());
                 }
                 (Task::Contrastive, _, Some(captions)) => {
-                    acts.insert(Slot::TextIds, captions.shallow_clone());
+                    acts.insert(Slot::TextIds, captions.ids.shallow_clone());
                 }
                 _ => return Err(TrainError::MissingInput { block: format!("{task:?}"), slot: Slot::TextIds }),
             }
             let (acts, tape) = executor.forward(path, acts)?;
-            let found = match (task, &batch.questions) {
-                (Task::Vqa, Some(questions)) => task::vqa(&acts, &questions.targets, *weight)?,
-                _ => task::contrastive(&acts, self.group, *weight)?,
+            let found = match (task, &batch.questions, &batch.captions) {
+                (Task::Vqa, Some(questions), _) => task::vqa(&acts, &questions.targets, *weight)?,
+                (_, _, Some(captions)) => task::contrastive(&acts, &captions.present, self.group, *weight)?,
+                _ => return Err(TrainError::MissingInput { block: format!("{task:?}"), slot: Slot::TextIds }),
             };
             total += weight * found.loss;
             executor.backward(tape, found.gradients, |block| {

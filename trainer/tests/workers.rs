@@ -33,7 +33,8 @@ fn two_weighted_tasks_on_two_workers_give_the_loss_curve_of_one() {
 fn activation_checkpointing_changes_memory_and_not_one_bit_of_the_result() {
     let state = State::new();
     let kept = Job::new(&state, "same").steps(10).run(1).expect_success();
-    let again = Job::new(&state, "same").steps(10).activation_checkpointing().checkpoints("other").run(1).expect_success();
+    let again =
+        Job::new(&state, "same").steps(10).activation_checkpointing().checkpoints("other").run(1).expect_success();
     assert_eq!(kept.losses(), again.losses());
     assert_eq!(kept.weights(), again.weights());
 }

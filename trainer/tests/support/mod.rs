@@ -294,8 +294,7 @@ impl Ended {
         let Ok(specs) = fs::read_dir(&self.curves) else { return Vec::new() };
         let folders = specs.flatten().filter(|entry| entry.path().is_dir());
         let steps = folders.flat_map(|entry| fs::read_dir(entry.path()).unwrap().flatten());
-        let mut steps: Vec<_> =
-            steps.map(|step| step.path()).filter(|path| path.join("index.json").exists()).collect();
+        let mut steps: Vec<_> = steps.map(|step| step.path()).filter(|path| path.join("index.json").exists()).collect();
         steps.sort();
         steps
     }
