@@ -10,6 +10,7 @@ pub use image::RgbImage;
 use crate::error::{ModalityError, Unit};
 use crate::modality::{Cost, CostUnit, Modality};
 use crate::tensor::Tensor;
+use crate::webp;
 
 /// Image preparation that is part of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -39,9 +40,11 @@ pub enum Resize {
 pub struct ImageLimits {
     /// Bytes of the encoded image.
     pub max_bytes: u64,
-    /// Width times height, read from the header before anything is decoded.
+    /// Width times height, read from the header before anything is decoded. This is what bounds memory: decoders take
+    /// up to 12 bytes for a pixel on their way.
     pub max_pixels: u64,
-    /// Memory for decoded pixels: what the header says the decoder fills, and what the decoder may take on its way.
+    /// Bytes of the decoded pixels as the header describes them, depth and transparency included, and at most what a
+    /// decoder may allocate where it knows such a limit.
     pub max_decoded_bytes: u64,
 }
 
@@ -100,6 +103,9 @@ fn open<'a>(
     format: Format,
     limits: &ImageLimits,
 ) -> Result<impl ImageDecoder + use<'a>, ModalityError> {
+    if format == Format::WebP {
+        webp::inspect(bytes, limits)?;
+    }
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format.codec());
     let mut decoder_limits = image::Limits::no_limits();
     decoder_limits.max_alloc = Some(limits.max_decoded_bytes);
@@ -178,7 +184,7 @@ impl ImageProcessor {
     /// A size of zero or beyond 4096, or a `mean` or `std` that cannot normalise.
     pub fn new(config: ImageConfig) -> Result<Self, ModalityError> {
         if !(1..=4096).contains(&config.size) {
-            return Err(bad_config("image.size", config.size, "1 to 4096 pixels"));
+            return Err(bad_config("image.size", &config.size, "1 to 4096 pixels"));
         }
         if let Some(mean) = config.mean.iter().find(|mean| !mean.is_finite()) {
             return Err(bad_config("image.mean", mean, "a finite number per channel"));
@@ -261,6 +267,6 @@ impl Modality for ImageProcessor {
     }
 }
 
-fn bad_config(field: &'static str, value: impl ToString, wanted: &'static str) -> ModalityError {
+fn bad_config(field: &'static str, value: &dyn ToString, wanted: &'static str) -> ModalityError {
     ModalityError::BadConfig { field, value: value.to_string(), wanted }
 }

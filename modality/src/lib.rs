@@ -28,6 +28,7 @@ mod modality;
 mod spec;
 mod tensor;
 mod text;
+mod webp;
 
 pub use self::error::{ModalityError, Unit};
 pub use self::image::{ImageConfig, ImageLimits, ImageProcessor, Resize, RgbImage, decode_image, flip_horizontal};

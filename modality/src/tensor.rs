@@ -302,9 +302,7 @@ impl Tensor {
         let width = self.row_width();
         let mut shape = self.shape.clone();
         shape[0] = rows.len();
-        let data = for_each_dtype!(&self.data, elements => {
-            Element::wrap(rows.iter().flat_map(|row| &elements[row * width..(row + 1) * width]).cloned().collect())
-        });
+        let data = for_each_dtype!(&self.data, elements => gather(elements, rows, width));
         Ok(Self { shape, data })
     }
 
@@ -352,9 +350,16 @@ fn join<T: Borrow<Tensor>>(
             });
         }
     }
-    fn flat<E: Element, T: Borrow<Tensor>>(parts: &[T], _of_type: &[E]) -> TensorData {
-        E::wrap(parts.iter().filter_map(|part| E::unwrap(&part.borrow().data)).flatten().cloned().collect())
-    }
     let data = for_each_dtype!(&first.data, elements => flat(parts, elements));
     Ok((common(&first.shape).to_vec(), data))
+}
+
+/// The elements of all `parts`, which are known to be of one type: that of `_of_type`.
+fn flat<E: Element, T: Borrow<Tensor>>(parts: &[T], _of_type: &[E]) -> TensorData {
+    E::wrap(parts.iter().filter_map(|part| E::unwrap(&part.borrow().data)).flatten().cloned().collect())
+}
+
+/// Those rows of `width` elements each.
+fn gather<E: Element>(elements: &[E], rows: &[usize], width: usize) -> TensorData {
+    E::wrap(rows.iter().flat_map(|row| &elements[row * width..(row + 1) * width]).cloned().collect())
 }
