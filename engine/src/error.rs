@@ -176,7 +176,7 @@ pub enum PipelineError {
     #[error(transparent)]
     Tensor(#[from] TensorError),
     /// A graph could not be opened or run.
-    #[error("graph `{graph}`")]
+    #[error("graph `{graph}` could not be opened or run")]
     Engine {
         /// The graph.
         graph: String,

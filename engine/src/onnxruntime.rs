@@ -100,8 +100,7 @@ impl OnnxRuntime {
     /// # Errors
     /// [`EngineError::Library`], or an error that names the file.
     pub fn open(path: &Path, options: Options) -> Result<Self, EngineError> {
-        let origin = path.display().to_string();
-        Self::commit(origin, options, |builder| builder.commit_from_file(path))
+        Self::commit(&path.display().to_string(), options, |builder| builder.commit_from_file(path))
     }
 
     /// Opens a graph from the bytes of an ONNX file; `name` stands for it in errors.
@@ -109,21 +108,21 @@ impl OnnxRuntime {
     /// # Errors
     /// [`EngineError::Library`], or an error that has `name`.
     pub fn open_bytes(name: &str, bytes: &[u8], options: Options) -> Result<Self, EngineError> {
-        Self::commit(name.to_owned(), options, |builder| builder.commit_from_memory(bytes))
+        Self::commit(name, options, |builder| builder.commit_from_memory(bytes))
     }
 
     fn commit(
-        origin: String,
+        origin: &str,
         options: Options,
         commit: impl FnOnce(&mut SessionBuilder) -> ort::Result<Session>,
     ) -> Result<Self, EngineError> {
         let environment = environment(&library_path())?;
         let mut builder = configure(&environment, options).map_err(setup)?;
         let session = commit(&mut builder)
-            .map_err(|error| EngineError::Open { origin: origin.clone(), reason: error.message().to_owned() })?;
+            .map_err(|error| EngineError::Open { origin: origin.to_owned(), reason: error.message().to_owned() })?;
         let read =
-            |outlets: &[Outlet]| outlets.iter().map(|outlet| declared(&origin, outlet)).collect::<Result<_, _>>();
-        let signature = Signature::new(read(session.inputs())?, read(session.outputs())?);
+            |outlets: &[Outlet]| outlets.iter().map(|outlet| declared(origin, outlet)).collect::<Result<Vec<_>, _>>();
+        let signature = Signature::new(read(session.inputs())?, &read(session.outputs())?);
         Ok(Self { session, signature })
     }
 }
@@ -135,9 +134,7 @@ fn configure(environment: &Environment, options: Options) -> ort::Result<Session
         .with_inter_threads(1)?
         // Threads that wait for work sleep: beside other engines on the same cores, spinning takes their time.
         .with_intra_op_spinning(false)?
-        .with_inter_op_spinning(false)?
-        // Plans are cached per combination of input shapes and never dropped; callers choose the shapes.
-        .with_memory_pattern(false)?)
+        .with_inter_op_spinning(false)?)
 }
 
 impl Engine for OnnxRuntime {
@@ -152,7 +149,7 @@ impl Engine for OnnxRuntime {
         for (name, tensor) in &inputs {
             values.push((Cow::Borrowed(name.as_str()), to_value(name, tensor)?));
         }
-        let selected = outputs.iter().fold(OutputSelector::no_default(), |selector, name| selector.with(name));
+        let selected = outputs.iter().fold(OutputSelector::no_default(), OutputSelector::with);
         let options = RunOptions::new().map_err(failed)?.with_outputs(selected);
         let found = self.session.run_with_options(values, &options).map_err(failed)?;
         outputs
@@ -274,6 +271,7 @@ fn element_type(found: TensorElementType) -> Option<DType> {
     })
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "it is an argument of `map_err`")]
 fn setup<R>(error: ort::Error<R>) -> EngineError {
     EngineError::Setup { reason: error.message().to_owned() }
 }

@@ -78,7 +78,7 @@ impl fmt::Display for Shape {
 }
 
 impl Signature {
-    pub(crate) fn new(inputs: Vec<(String, DType, Shape)>, outputs: Vec<(String, DType, Shape)>) -> Self {
+    pub(crate) fn new(inputs: Vec<(String, DType, Shape)>, outputs: &[(String, DType, Shape)]) -> Self {
         let spec = |(name, dtype, shape): &(String, DType, Shape)| TensorSpec {
             name: name.clone(),
             dtype: artifact_dtype(*dtype),

@@ -1,0 +1,277 @@
+//! One graph in onnxruntime: right numbers, and refusals that name what was wrong.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+
+use proptest::prelude::*;
+use sensorium_engine::{Engine, EngineError, OnnxRuntime, Options};
+use sensorium_modality::{Element, Tensor, TensorData};
+use sensorium_onnx::{Attribute, DType, Dim, GraphBuilder, Model};
+
+const BATCH: Dim<'static> = Dim::Symbol("batch");
+
+/// `y = x * [[1, 2], [3, 4], [5, 6]] + [10, 20]`, and `z = x + x`.
+fn linear() -> Model {
+    let mut graph = GraphBuilder::new("linear");
+    let x = graph.input("x", DType::F32, &[BATCH, Dim::Fixed(3)]);
+    let weight = graph.initializer_f32("weight", &[3, 2], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    let bias = graph.initializer_f32("bias", &[2], [10.0, 20.0]);
+    let product = graph.node("MatMul", &[&x, &weight], vec![]);
+    let y = graph.node("Add", &[&product, &bias], vec![]);
+    let z = graph.node("Add", &[&x, &x], vec![]);
+    graph.output("y", &y, DType::F32, &[BATCH, Dim::Fixed(2)]);
+    graph.output("z", &z, DType::F32, &[BATCH, Dim::Fixed(3)]);
+    graph.finish(20).unwrap()
+}
+
+/// Two inputs that share both sizes.
+fn pair() -> Model {
+    let mut graph = GraphBuilder::new("pair");
+    let a = graph.input("a", DType::F32, &[BATCH, Dim::Symbol("length")]);
+    let b = graph.input("b", DType::F32, &[BATCH, Dim::Symbol("length")]);
+    let sum = graph.node("Add", &[&a, &b], vec![]);
+    graph.output("sum", &sum, DType::F32, &[BATCH, Dim::Symbol("length")]);
+    graph.finish(20).unwrap()
+}
+
+fn open(model: &Model) -> OnnxRuntime {
+    OnnxRuntime::open_bytes("test graph", &model.to_bytes(), Options::default()).unwrap()
+}
+
+fn f32s(shape: &[usize], values: &[f32]) -> Tensor {
+    Tensor::from_vec(shape, values.to_vec()).unwrap()
+}
+
+fn run(engine: &mut OnnxRuntime, inputs: &[(&str, Tensor)]) -> Result<Vec<(String, Tensor)>, EngineError> {
+    engine.run(inputs.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone())).collect(), &[])
+}
+
+#[test]
+fn known_weights_give_known_numbers() {
+    let outputs = run(&mut open(&linear()), &[("x", f32s(&[2, 3], &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0]))]).unwrap();
+    assert_eq!(outputs[0], ("y".to_owned(), f32s(&[2, 2], &[11.0, 22.0, 19.0, 32.0])));
+    assert_eq!(outputs[1], ("z".to_owned(), f32s(&[2, 3], &[2.0, 0.0, 0.0, 2.0, 2.0, 2.0])));
+}
+
+#[test]
+fn only_the_outputs_asked_for_come_back_in_that_order() {
+    let mut engine = open(&linear());
+    let inputs = || vec![("x".to_owned(), f32s(&[1, 3], &[1.0; 3]))];
+    let names = |wanted: &[&str], engine: &mut OnnxRuntime| {
+        let wanted: Vec<String> = wanted.iter().map(|&name| name.to_owned()).collect();
+        engine.run(inputs(), &wanted).map(|outputs| outputs.into_iter().map(|(name, _)| name).collect::<Vec<_>>())
+    };
+    assert_eq!(names(&["z"], &mut engine).unwrap(), ["z"]);
+    assert_eq!(names(&["z", "y"], &mut engine).unwrap(), ["z", "y"]);
+    let error = names(&["w"], &mut engine).unwrap_err();
+    assert!(error.is_callers_fault());
+    assert_eq!(error.to_string(), "there is no output `w`, only y, z");
+}
+
+#[test]
+fn the_signature_is_the_graphs() {
+    let engine = open(&linear());
+    let signature = engine.signature();
+    assert_eq!(signature.inputs().len(), 1);
+    assert_eq!((signature.inputs()[0].name.as_str(), &signature.inputs()[0].shape), ("x", &vec![None, Some(3)]));
+    assert_eq!(signature.outputs().iter().map(|output| output.name.as_str()).collect::<Vec<_>>(), ["y", "z"]);
+}
+
+#[test]
+fn wrong_inputs_are_refused_with_what_came_and_what_was_wanted() {
+    let mut engine = open(&linear());
+    let good = f32s(&[1, 3], &[0.0; 3]);
+    for (inputs, message) in [
+        (vec![], "input `x` is missing, it must be f32[batch, 3]"),
+        (
+            vec![("x", good.clone()), ("w", good.clone())],
+            "input `w` is not one of the graph's inputs or comes twice; they are x",
+        ),
+        (
+            vec![("x", good.clone()), ("x", good.clone())],
+            "input `x` is not one of the graph's inputs or comes twice; they are x",
+        ),
+        (vec![("x", f32s(&[1, 4], &[0.0; 4]))], "input `x` is f32[1, 4], it must be f32[batch, 3]"),
+        (vec![("x", f32s(&[3], &[0.0; 3]))], "input `x` is f32[3], it must be f32[batch, 3]"),
+        (vec![("x", f32s(&[0, 3], &[]))], "input `x` is f32[0, 3], it must be f32[batch, 3]"),
+        (
+            vec![("x", Tensor::from_vec([1, 3], vec![0_i64; 3]).unwrap())],
+            "input `x` is i64[1, 3], it must be f32[batch, 3]",
+        ),
+    ] {
+        let error = run(&mut engine, &inputs).unwrap_err();
+        assert_eq!(error.to_string(), message);
+        assert!(error.is_callers_fault());
+    }
+    run(&mut engine, &[("x", good)]).expect("a refusal leaves the engine as it was");
+}
+
+#[test]
+fn inputs_that_disagree_about_a_shared_size_are_refused() {
+    let mut engine = open(&pair());
+    let error = run(&mut engine, &[("a", f32s(&[2, 1], &[0.0; 2])), ("b", f32s(&[1, 1], &[0.0]))]).unwrap_err();
+    assert_eq!(error.to_string(), "inputs `a` and `b` share the size `batch`, but it is 2 and 1");
+    let error = run(&mut engine, &[("a", f32s(&[1, 2], &[0.0; 2])), ("b", f32s(&[1, 3], &[0.0; 3]))]).unwrap_err();
+    assert_eq!(error.to_string(), "inputs `a` and `b` share the size `length`, but it is 2 and 3");
+    assert!(error.is_callers_fault());
+}
+
+#[test]
+fn inputs_may_come_in_any_order() {
+    let (a, b) = (f32s(&[1, 2], &[1.0, 2.0]), f32s(&[1, 2], &[10.0, 20.0]));
+    let outputs = run(&mut open(&pair()), &[("b", b), ("a", a)]).unwrap();
+    assert_eq!(outputs[0].1, f32s(&[1, 2], &[11.0, 22.0]));
+}
+
+#[test]
+fn a_failure_while_running_is_not_the_callers() {
+    let mut graph = GraphBuilder::new("reshape");
+    let x = graph.input("x", DType::F32, &[BATCH, Dim::Fixed(3)]);
+    let shape = graph.vector_i64(&[2, 3]);
+    let y = graph.node("Reshape", &[&x, &shape], vec![]);
+    graph.output("y", &y, DType::F32, &[Dim::Fixed(2), Dim::Fixed(3)]);
+    let mut engine = open(&graph.finish(20).unwrap());
+    let error = run(&mut engine, &[("x", f32s(&[1, 3], &[0.0; 3]))]).unwrap_err();
+    assert!(matches!(error, EngineError::Run { .. }) && !error.is_callers_fault(), "{error:?}");
+    run(&mut engine, &[("x", f32s(&[2, 3], &[0.0; 6]))]).expect("the engine works on");
+}
+
+#[test]
+fn a_file_that_is_no_graph_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = linear().to_bytes();
+    for (name, bytes) in
+        [("garbage.onnx", &b"not a graph"[..]), ("half.onnx", &whole[..whole.len() / 2]), ("empty.onnx", b"")]
+    {
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        let error = OnnxRuntime::open(&path, Options::default()).unwrap_err();
+        assert!(matches!(error, EngineError::Open { .. }) && error.to_string().contains(name), "{error}");
+    }
+    let error = OnnxRuntime::open(Path::new("/nowhere/fusion.onnx"), Options::default()).unwrap_err();
+    assert!(matches!(error, EngineError::Open { .. }) && error.to_string().contains("/nowhere/fusion.onnx"), "{error}");
+}
+
+#[test]
+fn an_unknown_operator_says_so_at_open() {
+    let mut graph = GraphBuilder::new("strange");
+    let x = graph.input("x", DType::F32, &[Dim::Fixed(1)]);
+    let y = graph.node("Frobnicate", &[&x], vec![]);
+    graph.output("y", &y, DType::F32, &[Dim::Fixed(1)]);
+    let bytes = graph.finish(20).unwrap().to_bytes();
+    let error = OnnxRuntime::open_bytes("strange", &bytes, Options::default()).unwrap_err();
+    assert!(error.to_string().contains("Frobnicate"), "{error}");
+}
+
+#[test]
+fn an_element_type_that_hosts_do_not_hold_is_refused_at_open() {
+    let mut graph = GraphBuilder::new("half");
+    let x = graph.input("x", DType::F16, &[Dim::Fixed(1)]);
+    graph.output("y", &x, DType::F16, &[Dim::Fixed(1)]);
+    let bytes = graph.finish(20).unwrap().to_bytes();
+    let error = OnnxRuntime::open_bytes("half", &bytes, Options::default()).unwrap_err();
+    assert!(matches!(error, EngineError::UnsupportedType { ref tensor, .. } if tensor == "x"), "{error:?}");
+}
+
+fn identity(dtype: DType) -> OnnxRuntime {
+    let mut graph = GraphBuilder::new("identity");
+    let x = graph.input("x", dtype, &[BATCH]);
+    graph.output("y", &x, dtype, &[BATCH]);
+    open(&graph.finish(20).unwrap())
+}
+
+#[test]
+fn every_element_type_passes_through_unchanged() {
+    fn check<E: Element>(dtype: DType, values: Vec<E>) {
+        let tensor = Tensor::from_vec([values.len()], values).unwrap();
+        assert_eq!(run(&mut identity(dtype), &[("x", tensor.clone())]).unwrap()[0].1, tensor);
+    }
+    check(DType::F32, vec![f32::MIN, -0.0, f32::INFINITY]);
+    check(DType::F64, vec![f64::MAX, 0.5]);
+    check(DType::I64, vec![i64::MIN, -1, i64::MAX]);
+    check(DType::I32, vec![i32::MIN, i32::MAX]);
+    check(DType::I8, vec![i8::MIN, 0, i8::MAX]);
+    check(DType::U8, vec![0_u8, 255]);
+    check(DType::Bool, vec![true, false]);
+}
+
+#[test]
+fn strings_pass_through_and_must_be_utf8() {
+    let mut proto = {
+        let mut graph = GraphBuilder::new("strings");
+        let x = graph.input("x", DType::F32, &[BATCH]);
+        graph.output("y", &x, DType::F32, &[BATCH]);
+        graph.finish(20).unwrap().into_proto()
+    };
+    let graph = proto.graph.as_mut().unwrap();
+    for value in graph.input.iter_mut().chain(&mut graph.output) {
+        const STRING: i32 = 8;
+        value.r#type.as_mut().unwrap().tensor_type.as_mut().unwrap().elem_type = STRING;
+    }
+    let mut engine = open(&Model::try_from(proto).unwrap());
+    let texts = Tensor::from_bytes(["what?", "", "é"]);
+    assert_eq!(run(&mut engine, &[("x", texts.clone())]).unwrap()[0].1, texts);
+    let error = run(&mut engine, &[("x", Tensor::from_bytes([b"ok".to_vec(), vec![0xff]]))]).unwrap_err();
+    assert_eq!(error.to_string(), "input `x` has bytes that are not UTF-8 in element 1");
+}
+
+#[test]
+fn more_threads_give_the_same_numbers() {
+    let mut graph = GraphBuilder::new("wide");
+    let x = graph.input("x", DType::F32, &[BATCH, Dim::Fixed(256)]);
+    let values: Vec<f32> = (0..256 * 256).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
+    let weight = graph.initializer_f32("weight", &[256, 256], values);
+    let y = graph.node("MatMul", &[&x, &weight], vec![]);
+    let y = graph.node("Softmax", &[&y], vec![Attribute::int("axis", -1)]);
+    graph.output("y", &y, DType::F32, &[BATCH, Dim::Fixed(256)]);
+    let bytes = graph.finish(20).unwrap().to_bytes();
+    let inputs = f32s(&[64, 256], &(0..64 * 256).map(|i| (i % 17) as f32 / 17.0).collect::<Vec<_>>());
+    let [one, two] = [1, 2].map(|threads| {
+        let options = Options { threads: NonZeroUsize::new(threads).unwrap() };
+        let mut engine = OnnxRuntime::open_bytes("wide", &bytes, options).unwrap();
+        run(&mut engine, &[("x", inputs.clone())]).unwrap()[0].1.clone()
+    });
+    let difference = one.as_slice::<f32>().unwrap().iter().zip(two.as_slice::<f32>().unwrap());
+    assert!(difference.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) <= 1e-6);
+}
+
+#[test]
+fn engines_run_at_the_same_time_on_threads_of_their_own() {
+    let bytes = linear().to_bytes();
+    std::thread::scope(|scope| {
+        for seed in 0..4 {
+            let mut engine = OnnxRuntime::open_bytes("linear", &bytes, Options::default()).unwrap();
+            scope.spawn(move || {
+                for step in 0..200 {
+                    let x = (seed * 1000 + step) as f32;
+                    let outputs = run(&mut engine, &[("x", f32s(&[1, 3], &[x, 0.0, 0.0]))]).unwrap();
+                    assert_eq!(outputs[0].1, f32s(&[1, 2], &[x + 10.0, 2.0 * x + 20.0]));
+                }
+            });
+        }
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn a_row_of_a_batch_equals_the_row_alone(rows in prop::collection::vec(prop::array::uniform3(-100.0_f32..100.0), 1..9)) {
+        let mut engine = open(&linear());
+        let batch = f32s(&[rows.len(), 3], rows.as_flattened());
+        let together = run(&mut engine, &[("x", batch)]).unwrap();
+        for (index, row) in rows.iter().enumerate() {
+            let alone = run(&mut engine, &[("x", f32s(&[1, 3], row))]).unwrap();
+            for ((_, together), (_, alone)) in together.iter().zip(&alone) {
+                let (TensorData::F32(a), TensorData::F32(b)) =
+                    (together.rows(index..index + 1).unwrap().into_parts().1, alone.clone().into_parts().1)
+                else { panic!("f32 came in") };
+                for (a, b) in a.iter().zip(&b) {
+                    prop_assert!((a - b).abs() <= 1e-4, "{a} is not {b}");
+                }
+            }
+        }
+    }
+}
