@@ -136,6 +136,7 @@ pub fn quantize_weight(
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp, reason = "where these tests ask for equality they mean it")]
 mod tests {
     use proptest::prelude::*;
 

@@ -85,6 +85,7 @@ fn x_ln_x(x: f64) -> f64 {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp, reason = "where these tests ask for equality they mean it")]
 mod tests {
     use proptest::prelude::*;
 

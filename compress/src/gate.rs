@@ -95,6 +95,7 @@ pub fn decide(measured: &Measured, acceptance: &Acceptance) -> GateResult {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp, reason = "where these tests ask for equality they mean it")]
 mod tests {
     use sensorium_api::Metric;
 

@@ -91,6 +91,7 @@ fn power_of_two_above(value: f32) -> f32 {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp, reason = "where these tests ask for equality they mean it")]
 mod tests {
     use proptest::prelude::*;
 

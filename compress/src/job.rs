@@ -21,7 +21,13 @@ use crate::plan::{GraphPlan, plan_graph};
 use crate::questions::{Asked, Questions};
 use crate::rewrite::{Representation, rewrite};
 
-/// How `static-int8` represents numbers.
+/// How `static-int8` represents numbers: what is accurate and fused on every x86 CPU.
+///
+/// ONNX Runtime multiplies u8 activations with i8 weights there. Without VNNI instructions it adds pairs of products in 16
+/// bits, which saturates with full-range weights. Measured on such a CPU with `examples/int8.rs` (4 layers, width 64):
+/// relative RMS error 0.025 with seven-bit weights, 0.082 with eight. Signed activations are no way out: they become
+/// unsigned before they are multiplied (0.028 and 0.065), and a value with several readers, such as the LayerNorm before
+/// query, key and value, then misses the fusion, which made the graph slower than f32.
 const STATIC_INT8: Representation =
     Representation { activations: ActivationType::AsymmetricU8, weights: WeightRange::SevenBit };
 
@@ -219,12 +225,11 @@ impl Candidate {
                 .iter()
                 .find(|graph| graph.file == file.path)
                 .and_then(|graph| self.models.get(&graph.name));
-            match model {
-                Some(model) => model.save(&path)?,
-                None => {
-                    let copied = std::fs::copy(source.folder.join(&file.path), path);
-                    copied.map_err(|source| CompressError::Copy { path: file.path.clone(), source })?;
-                }
+            if let Some(model) = model {
+                model.save(&path)?;
+            } else {
+                let copied = std::fs::copy(source.folder.join(&file.path), path);
+                copied.map_err(|source| CompressError::Copy { path: file.path.clone(), source })?;
             }
         }
         Ok(draft)

@@ -57,6 +57,7 @@ impl Observer {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp, reason = "where these tests ask for equality they mean it")]
 mod tests {
     use super::*;
 

@@ -120,7 +120,7 @@ impl<'a> Checker<'a> {
         let typed =
             tensor.float_data.len() + tensor.int32_data.len() + tensor.int64_data.len() + tensor.double_data.len();
         let found = if tensor.raw_data.is_empty() { typed } else { tensor.raw_data.len() / dtype.bytes() };
-        if found == expected && tensor.raw_data.len() % dtype.bytes() == 0 {
+        if found == expected && tensor.raw_data.len().is_multiple_of(dtype.bytes()) {
             return Ok(());
         }
         Err(OnnxError::WrongLength { name: name.clone(), dims: tensor.dims.clone(), expected, found })

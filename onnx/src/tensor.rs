@@ -35,7 +35,7 @@ element!(i8, DType::I8);
 element!(u8, DType::U8);
 
 fn tensor<T: Element>(name: &str, dims: &[i64], values: &[T]) -> TensorProto {
-    let mut raw_data = Vec::with_capacity(values.len() * size_of::<T>());
+    let mut raw_data = Vec::with_capacity(size_of_val(values));
     for value in values {
         value.append(&mut raw_data);
     }
@@ -138,7 +138,7 @@ impl TensorProto {
         } else {
             self.raw_data.chunks_exact(size_of::<T>()).map(T::read).collect()
         };
-        let whole = self.raw_data.len() % size_of::<T>() == 0;
+        let whole = self.raw_data.len().is_multiple_of(size_of::<T>());
         let expected = element_count(&self.dims).unwrap_or(usize::MAX);
         if values.len() != expected || !whole {
             let (name, dims) = (self.name.clone(), self.dims.clone());

@@ -1,5 +1,7 @@
 //! Rules of the graph builder, the check and the file format.
 
+#![allow(clippy::unwrap_used, clippy::float_cmp, reason = "a test fails by panicking, and equal means equal")]
+
 use sensorium_onnx::proto::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto};
 use sensorium_onnx::{Attribute, DType, Dim, GraphBuilder, Model, OnnxError, TensorProto, ValueInfoProto};
 
