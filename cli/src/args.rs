@@ -7,6 +7,11 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+/// The model that `infer` asks: the name of the example's ServingJob.
+pub const DEFAULT_MODEL: &str = "vqa";
+/// Where `infer` looks for a server: the ServingJob's default port, which is Triton's.
+pub const DEFAULT_ADDRESS: &str = "127.0.0.1:8001";
+
 /// Trains, compresses and serves multimodal models from Kubernetes manifests, on this machine.
 #[derive(Debug, Parser)]
 #[command(
@@ -27,7 +32,14 @@ pub struct Cli {
 #[derive(Debug, Args)]
 pub struct Global {
     /// Folder for jobs, volumes and reports; pvc://CLAIM is DIR/volumes/CLAIM
-    #[arg(long, global = true, value_name = "DIR", default_value = ".sensorium", env = "SENSORIUM_STATE_DIR", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        default_value = ".sensorium",
+        env = "SENSORIUM_STATE_DIR",
+        hide_env_values = true
+    )]
     pub state_dir: PathBuf,
 }
 
@@ -64,13 +76,11 @@ pub enum Command {
 }
 
 #[derive(Debug, Args)]
-#[command(
-    after_help = "Examples:\n  \
+#[command(after_help = "Examples:\n  \
         sensorium up examples/easy-vqa/             train, compress and serve, then ask a few questions\n  \
         sensorium up examples/easy-vqa/ --keep      the same, and leave the server running\n  \
         sensorium up training.yaml serving.yaml     only these manifests\n  \
-        sensorium up serving.yaml --grpc-port 9001  serve on another port"
-)]
+        sensorium up serving.yaml --grpc-port 9001  serve on another port")]
 pub struct UpArgs {
     /// Manifests, or folders of them (*.yaml, *.yml)
     #[arg(required = true, value_name = "FILE|DIR")]
@@ -129,10 +139,10 @@ pub struct InferArgs {
     #[arg(long, value_name = "QUESTION")]
     pub text: String,
     /// The server's gRPC address
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8001")]
+    #[arg(long, value_name = "HOST:PORT", default_value = DEFAULT_ADDRESS)]
     pub addr: String,
     /// The model: the name of its ServingJob
-    #[arg(long, value_name = "NAME", default_value = "vqa")]
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_MODEL)]
     pub model: String,
     /// Print this many answers, best first
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
@@ -205,7 +215,9 @@ pub enum ArtifactCommand {
         all: bool,
     },
     /// Print one artifact: files, signature, metrics, lineage
-    #[command(after_help = "Examples:\n  sensorium artifact show vqa-int8\n  sensorium artifact show vqa-int8 --json | jq .metrics")]
+    #[command(
+        after_help = "Examples:\n  sensorium artifact show vqa-int8\n  sensorium artifact show vqa-int8 --json | jq .metrics"
+    )]
     Show {
         /// Its name, or `sha256:` and its digest
         artifact: String,
@@ -216,7 +228,9 @@ pub enum ArtifactCommand {
         json: bool,
     },
     /// Compare every file with its digest
-    #[command(after_help = "Examples:\n  sensorium artifact verify            all of them\n  sensorium artifact verify vqa-int8")]
+    #[command(
+        after_help = "Examples:\n  sensorium artifact verify            all of them\n  sensorium artifact verify vqa-int8"
+    )]
     Verify {
         /// Names or digests; all artifacts by default
         artifacts: Vec<String>,

@@ -54,7 +54,9 @@ fn listing(store: &str, names: &BTreeMap<String, Digest>, artifacts: &[Artifact]
     }
     let named: BTreeSet<&Digest> = names.values().collect();
     if all {
-        rows.extend(artifacts.iter().filter(|artifact| !named.contains(&artifact.digest)).map(|artifact| row("-", artifact)));
+        rows.extend(
+            artifacts.iter().filter(|artifact| !named.contains(&artifact.digest)).map(|artifact| row("-", artifact)),
+        );
     }
     if rows.is_empty() {
         return format!("no artifacts in {store}\n");
@@ -78,7 +80,10 @@ fn card(artifact: &Artifact) -> String {
         vec!["made by".to_owned(), made_by(artifact)],
         vec!["steps".to_owned(), manifest.lineage.steps.join(", then ")],
         vec!["data".to_owned(), manifest.lineage.data.join(", ")],
-        vec!["parents".to_owned(), manifest.lineage.parents.iter().map(Digest::to_string).collect::<Vec<_>>().join(", ")],
+        vec![
+            "parents".to_owned(),
+            manifest.lineage.parents.iter().map(Digest::to_string).collect::<Vec<_>>().join(", "),
+        ],
     ];
     facts.retain(|fact| !fact[1].is_empty());
     let mut text = table(&facts);
@@ -90,7 +95,8 @@ fn card(artifact: &Artifact) -> String {
     };
     part("metrics", manifest.metrics.iter().map(|(name, value)| vec![name.clone(), number(*value)]).collect());
     for graph in &manifest.graphs {
-        let tensor = |arrow: &str, spec: &TensorSpec| vec![arrow.to_owned(), spec.name.clone(), dtype(spec.dtype), shape(spec)];
+        let tensor =
+            |arrow: &str, spec: &TensorSpec| vec![arrow.to_owned(), spec.name.clone(), dtype(spec.dtype), shape(spec)];
         let inputs = graph.inputs.iter().map(|spec| tensor("in", spec));
         let outputs = graph.outputs.iter().map(|spec| tensor("out", spec));
         part(&format!("graph {}", graph.name), inputs.chain(outputs).collect());
@@ -105,7 +111,8 @@ fn dtype(dtype: DType) -> String {
 }
 
 fn shape(spec: &TensorSpec) -> String {
-    let axes: Vec<String> = spec.shape.iter().map(|axis| axis.map_or("?".to_owned(), |size| size.to_string())).collect();
+    let axes: Vec<String> =
+        spec.shape.iter().map(|axis| axis.map_or("?".to_owned(), |size| size.to_string())).collect();
     format!("[{}]", axes.join(", "))
 }
 
@@ -124,7 +131,8 @@ async fn verify(store: &Store, references: &[String]) -> Result<(), Error> {
     if references.is_empty() {
         let names = store.names().await?;
         let artifacts = store.list().await?;
-        let unnamed = artifacts.iter().map(|artifact| artifact.digest).filter(|digest| !names.values().any(|d| d == digest));
+        let unnamed =
+            artifacts.iter().map(|artifact| artifact.digest).filter(|digest| !names.values().any(|d| d == digest));
         let unnamed: Vec<(String, Digest)> = unnamed.map(|digest| (digest.to_string(), digest)).collect();
         wanted.extend(names);
         wanted.extend(unnamed);

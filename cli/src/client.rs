@@ -37,7 +37,13 @@ impl Client {
     ///
     /// # Errors
     /// [`Error::Ask`] with the server's own words.
-    pub async fn ask(&mut self, model: &str, image: Vec<u8>, question: &str, top_k: u32) -> Result<InferResponse, Error> {
+    pub async fn ask(
+        &mut self,
+        model: &str,
+        image: Vec<u8>,
+        question: &str,
+        top_k: u32,
+    ) -> Result<InferResponse, Error> {
         let part = |content| Part { content: Some(content) };
         let request = InferRequest {
             model: model.to_owned(),

@@ -43,9 +43,10 @@ pub fn open(state: &StateDir, uri: &str) -> Result<Dataset, Error> {
 
 fn import_dataset(dataset: DatasetName, from: Option<&Path>, out: &str, state: &StateDir) -> Result<(), Error> {
     let DatasetName::EasyVqa = dataset;
-    let source = from.map(PathBuf::from).or_else(|| EASY_VQA_AT_BUILD.map(PathBuf::from)).ok_or(Error::NoSource {
-        dataset: dataset.as_str(),
-    })?;
+    let source = from
+        .map(PathBuf::from)
+        .or_else(|| EASY_VQA_AT_BUILD.map(PathBuf::from))
+        .ok_or(Error::NoSource { dataset: dataset.as_str() })?;
     let folder = state.volumes_of(&[out])?.local_path(out)?;
     let failed = |source| Error::Data { uri: out.to_owned(), source };
     let bar = indicatif::ProgressBar::new(0).with_style(bar_style());

@@ -134,13 +134,19 @@ impl Error {
             Self::State(StateError::Locked { .. }) => {
                 "wait for it, stop it, or use another folder with --state-dir".to_owned()
             }
-            Self::NothingToRun { .. } => "a job is a YAML document of kind TrainingJob, CompressionJob or ServingJob".to_owned(),
-            Self::Data { uri, source: DataError::NotADataset { .. } } => match uri.strip_prefix("pvc://datasets/easy-vqa") {
-                Some(_) => "sensorium data import easy-vqa".to_owned(),
-                None => return None,
-            },
+            Self::NothingToRun { .. } => {
+                "a job is a YAML document of kind TrainingJob, CompressionJob or ServingJob".to_owned()
+            }
+            Self::Data { uri, source: DataError::NotADataset { .. } } => {
+                match uri.strip_prefix("pvc://datasets/easy-vqa") {
+                    Some(_) => "sensorium data import easy-vqa".to_owned(),
+                    None => return None,
+                }
+            }
             Self::NoSource { dataset } => format!("sensorium data import {dataset} --from DIR"),
-            Self::Artifact(ArtifactError::NotFound { store, .. }) => format!("sensorium artifact ls --store {store} --all"),
+            Self::Artifact(ArtifactError::NotFound { store, .. }) => {
+                format!("sensorium artifact ls --store {store} --all")
+            }
             Self::Artifact(ArtifactError::Corrupt { .. }) => {
                 "it cannot be repaired: remove its folder and run the job that made it again".to_owned()
             }
@@ -148,10 +154,16 @@ impl Error {
                 Some(log) => format!("the whole log is {}", shorten(log).display()),
                 None => return None,
             },
-            Self::ProgramMissing { .. } => "build it with `make build`, or set SENSORIUM_BIN_DIR to the folder it is in".to_owned(),
+            Self::ProgramMissing { .. } => {
+                "build it with `make build`, or set SENSORIUM_BIN_DIR to the folder it is in".to_owned()
+            }
             Self::PortTaken { name, .. } => format!("stop that program, or leave out --{name}-port to get a free port"),
-            Self::Connect { .. } => "start a server with `sensorium up MANIFEST --keep`, or name it with --addr HOST:PORT".to_owned(),
-            Self::Ask { code: tonic::Code::NotFound, .. } => "name the model with --model: it is the name of its ServingJob".to_owned(),
+            Self::Connect { .. } => {
+                "start a server with `sensorium up MANIFEST --keep`, or name it with --addr HOST:PORT".to_owned()
+            }
+            Self::Ask { code: tonic::Code::NotFound, .. } => {
+                "name the model with --model: it is the name of its ServingJob".to_owned()
+            }
             Self::Ask { .. }
             | Self::Data { .. }
             | Self::State(_)

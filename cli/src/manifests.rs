@@ -44,7 +44,8 @@ fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
     for path in paths {
         if path.is_dir() {
             let entries = std::fs::read_dir(path).map_err(Error::io("read", path))?;
-            let mut found: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| is_manifest(path)).collect();
+            let mut found: Vec<PathBuf> =
+                entries.flatten().map(|entry| entry.path()).filter(|path| is_manifest(path)).collect();
             found.sort();
             files.append(&mut found);
         } else {

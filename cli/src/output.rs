@@ -44,7 +44,10 @@ mod tests {
 
     #[test]
     fn columns_line_up_and_lines_end_with_their_text() {
-        let rows = [vec!["a".to_owned(), "long".to_owned(), "x".to_owned()], vec!["bcd".to_owned(), "e".to_owned(), String::new()]];
+        let rows = [
+            vec!["a".to_owned(), "long".to_owned(), "x".to_owned()],
+            vec!["bcd".to_owned(), "e".to_owned(), String::new()],
+        ];
         assert_eq!(table(&rows), "a    long  x\nbcd  e\n");
     }
 }

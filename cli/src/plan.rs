@@ -56,7 +56,11 @@ fn text(plan: &WorkloadPlan) -> String {
 }
 
 fn runs(role: &Role) -> String {
-    format!("{} {}", role.world_size(), if role.world_size() == 1 { role.name.clone() } else { format!("{}s", role.name) })
+    format!(
+        "{} {}",
+        role.world_size(),
+        if role.world_size() == 1 { role.name.clone() } else { format!("{}s", role.name) }
+    )
 }
 
 fn command(role: &Role) -> String {

@@ -66,7 +66,8 @@ mod tests {
 
     #[test]
     fn durations_keep_the_digits_that_matter() {
-        let cases = [(0.0, "0ms"), (0.85, "850ms"), (12.34, "12.3s"), (59.96, "1m00s"), (250.0, "4m10s"), (7500.0, "2h05m")];
+        let cases =
+            [(0.0, "0ms"), (0.85, "850ms"), (12.34, "12.3s"), (59.96, "1m00s"), (250.0, "4m10s"), (7500.0, "2h05m")];
         for (seconds, text) in cases {
             assert_eq!(duration(seconds), text);
         }

@@ -15,6 +15,8 @@ use crate::text::duration;
 const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// Room for `KIND/NAME`, so that what follows lines up.
 const NAME_WIDTH: usize = 24;
+/// Room for `2 workers`.
+const WORKERS_WIDTH: usize = 9;
 const BAR_WIDTH: usize = 23;
 
 /// Where lines go.
@@ -54,8 +56,9 @@ impl View {
     pub fn start(&self, job: &str, workers: &str) -> JobView {
         let bar = match self {
             Self::Terminal(bars) => {
-                let bar = bars.add(ProgressBar::new(0)).with_style(style());
-                bar.set_prefix(format!("{job:NAME_WIDTH$} {workers}"));
+                let bar = bars.add(ProgressBar::new(1)).with_style(style());
+                bar.set_prefix(format!("{job:NAME_WIDTH$} {workers:WORKERS_WIDTH$}"));
+                bar.set_message("starting");
                 bar.enable_steady_tick(Duration::from_millis(250));
                 Some(bar)
             }
@@ -91,7 +94,8 @@ impl JobView {
         }
         let text = status(progress);
         if let Some(bar) = &self.bar {
-            bar.set_length(progress.steps);
+            // A bar of length 0 would be drawn full.
+            bar.set_length(progress.steps.max(1));
             bar.set_position(progress.step);
             bar.set_message(text);
         } else if self.is_due(&progress.state, Instant::now()) {
@@ -105,10 +109,8 @@ impl JobView {
     }
 
     fn is_due(&mut self, state: &str, now: Instant) -> bool {
-        let due = self
-            .printed
-            .as_ref()
-            .is_none_or(|(last, at)| last != state || now.duration_since(*at) >= PLAIN_INTERVAL);
+        let due =
+            self.printed.as_ref().is_none_or(|(last, at)| last != state || now.duration_since(*at) >= PLAIN_INTERVAL);
         if due {
             self.printed = Some((state.to_owned(), now));
         }
@@ -136,11 +138,17 @@ fn status(progress: &Progress) -> String {
     }
     parts.extend(progress.loss.map(|loss| format!("loss {loss:.3}")));
     parts.extend(progress.accuracy.map(|accuracy| format!("accuracy {accuracy:.3}")));
-    parts.extend(progress.eta_seconds.map(|eta| format!("eta {}", duration(eta.max(1.0).round()))));
-    if progress.state != "training" {
+    if progress.state == "training" {
+        parts.extend(progress.eta_seconds.map(eta));
+    } else {
         parts.extend(progress.message.clone());
     }
     parts.join("  ")
+}
+
+/// The time left, without the tenths of a second that would only flicker.
+fn eta(seconds: f64) -> String {
+    if seconds < 59.5 { format!("eta {seconds:.0}s") } else { format!("eta {}", duration(seconds)) }
 }
 
 #[cfg(test)]
@@ -162,13 +170,16 @@ mod tests {
     #[test]
     fn training_shows_step_loss_accuracy_and_the_time_left() {
         assert_eq!(status(&training()), "step 900/1500  loss 0.170  accuracy 0.920  eta 1m50s");
+        let nearly = Progress { eta_seconds: Some(7.3), ..training() };
+        assert_eq!(status(&nearly), "step 900/1500  loss 0.170  accuracy 0.920  eta 7s");
     }
 
     #[test]
     fn another_state_is_named_and_what_is_unknown_is_left_out() {
         let calibrating = Progress { state: "calibrating".to_owned(), step: 12, steps: 512, ..Progress::default() };
         assert_eq!(status(&calibrating), "calibrating 12/512");
-        let starting = Progress { state: "starting".to_owned(), message: Some("reading data".into()), ..Progress::default() };
+        let starting =
+            Progress { state: "starting".to_owned(), message: Some("reading data".into()), ..Progress::default() };
         assert_eq!(status(&starting), "starting  reading data");
     }
 

@@ -7,16 +7,33 @@ use super::*;
 /// A store with `vqa` and `vqa-int8`, which was made from it.
 async fn store(folder: &Path) -> (Store, Artifact) {
     let store = Store::open(&format!("file://{}", folder.display()), &Volumes::default()).unwrap();
-    let vqa = commit(&store, "TrainingJob", "vqa", Lineage { steps: vec!["train".to_owned()], data: vec!["pvc://d/train".to_owned()], ..Lineage::default() }).await;
+    let vqa = commit(
+        &store,
+        "TrainingJob",
+        "vqa",
+        Lineage { steps: vec!["train".to_owned()], data: vec!["pvc://d/train".to_owned()], ..Lineage::default() },
+    )
+    .await;
     let steps = vec!["quantize static-int8".to_owned()];
-    let int8 = commit(&store, "CompressionJob", "vqa-int8", Lineage { steps, parents: vec![vqa.digest], ..Lineage::default() }).await;
+    let int8 = commit(
+        &store,
+        "CompressionJob",
+        "vqa-int8",
+        Lineage { steps, parents: vec![vqa.digest], ..Lineage::default() },
+    )
+    .await;
     (store, int8)
 }
 
 async fn commit(store: &Store, kind: &str, name: &str, lineage: Lineage) -> Artifact {
     let draft = store.draft().unwrap();
     std::fs::write(draft.path("graphs/fusion.onnx").unwrap(), name).unwrap();
-    let job = LineageJob { kind: kind.to_owned(), namespace: "default".to_owned(), name: name.to_owned(), spec_hash: "sha256:5".to_owned() };
+    let job = LineageJob {
+        kind: kind.to_owned(),
+        namespace: "default".to_owned(),
+        name: name.to_owned(),
+        spec_hash: "sha256:5".to_owned(),
+    };
     let tensor = |name: &str, shape| TensorSpec { name: name.to_owned(), dtype: DType::Fp32, shape };
     let parts = ManifestParts {
         name: name.to_owned(),

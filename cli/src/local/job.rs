@@ -108,7 +108,10 @@ pub async fn run(
             failure.failure.attempts = attempts;
             return Err(Error::Job(failure.failure));
         }
-        view.note(&format!("{}; starting again ({attempts} of {} restarts)", failure.failure.reason, budget.max_restarts));
+        view.note(&format!(
+            "{}; starting again ({attempts} of {} restarts)",
+            failure.failure.reason, budget.max_restarts
+        ));
         tokio::select! {
             () = tokio::time::sleep(budget.pause) => {}
             () = interrupt.asked() => return Err(Error::Interrupted),
@@ -143,7 +146,9 @@ async fn run_once(
     interrupt: &Interrupt,
 ) -> Result<Result<RunResult, AttemptFailure>, Error> {
     match std::fs::remove_file(&attempt.result) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &attempt.result)(error)),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::io("remove", &attempt.result)(error));
+        }
         _ => {}
     }
     drop(std::mem::take(&mut attempt.reserved));

@@ -73,7 +73,9 @@ async fn all_ready(probes: &[(String, String)]) {
 fn ended(job: &str, attempt: &Attempt, end: Result<(), ProcessError>) -> Error {
     match end {
         Ok(()) => failed(job, attempt, "the server ended by itself".to_owned()),
-        Err(error) => Error::Job(Box::new(JobFailure { job: job.to_owned(), attempts: 1, ..failure_of(attempt, &error, None) })),
+        Err(error) => {
+            Error::Job(Box::new(JobFailure { job: job.to_owned(), attempts: 1, ..failure_of(attempt, &error, None) }))
+        }
     }
 }
 

@@ -70,7 +70,8 @@ fn section(body: &mut String, job: &JobReport, details: &JobDetails) {
     }
     curves(body, details);
     if let Some(evaluation) = &details.evaluation {
-        let _ = write!(body, "<div class=\"pair\">\n<figure><figcaption>Answers by what was expected (rows)</figcaption>");
+        let _ =
+            write!(body, "<div class=\"pair\">\n<figure><figcaption>Answers by what was expected (rows)</figcaption>");
         let _ = writeln!(body, "{}</figure>", svg::confusion(&evaluation.labels, &evaluation.confusion));
         let kinds: Vec<(&str, f64)> = evaluation.by_kind.iter().map(|(kind, value)| (kind.as_str(), *value)).collect();
         if !kinds.is_empty() {

@@ -57,8 +57,9 @@ pub(super) fn confusion(labels: &[String], counts: &[Vec<u64>]) -> String {
     const CELL: f64 = 36.0;
     const LABELS: f64 = 84.0;
     let side = LABELS + CELL * labels.len() as f64;
-    let mut svg =
-        format!(r#"<svg viewBox="0 0 {side} {side}" role="img" aria-label="Confusion matrix: rows expected, columns given">"#);
+    let mut svg = format!(
+        r#"<svg viewBox="0 0 {side} {side}" role="img" aria-label="Confusion matrix: rows expected, columns given">"#
+    );
     for (index, label) in labels.iter().enumerate() {
         let middle = LABELS + CELL * (index as f64 + 0.5);
         let label = escape(label);

@@ -58,7 +58,7 @@ pub async fn run(args: &UpArgs, state: StateDir) -> Result<(), Error> {
         view.line(&format!("Report: {}", shorten(&state.root().join("report.html")).display()));
     }
     if outcome.is_ok() {
-        view.line(&summary::how_to_go_on(&args.paths, args.keep, run.first_grpc_address()));
+        view.line(&summary::how_to_go_on(&args.paths, args.keep, run.served()));
         if args.keep {
             outcome = run.keep().await;
         }

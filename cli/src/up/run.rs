@@ -24,7 +24,6 @@ use crate::local::state_dir::{JobRecord, Phase, StateDir};
 use crate::manifests::Job;
 use crate::references::References;
 use crate::report::{ArtifactReport, GateReport, JobDetails, JobReport, JobState, QuestionReport, Report};
-use crate::text::duration;
 use crate::view::View;
 
 /// Port on which rank 0 serves its progress.
@@ -42,7 +41,15 @@ pub(super) struct Run<'a> {
     cores: usize,
     jobs: Vec<(JobReport, JobDetails)>,
     questions: Vec<QuestionReport>,
-    services: Vec<(Service, Option<String>)>,
+    services: Vec<Served>,
+}
+
+/// A server of the run.
+struct Served {
+    model: String,
+    /// Of gRPC, `HOST:PORT`.
+    address: Option<String>,
+    service: Service,
 }
 
 impl<'a> Run<'a> {
@@ -116,8 +123,7 @@ impl<'a> Run<'a> {
         }
         folder.set_record(&record)?;
         let Finished { result, .. } = outcome?;
-        let line = format!("{} ({})", result.message, duration(result.seconds));
-        self.view.job_line(&job.plan.job.to_string(), &line);
+        self.view.job_line(&job.plan.job.to_string(), &summary::done(&result));
         Ok(Outcome::succeeded(result))
     }
 
@@ -162,7 +168,7 @@ impl<'a> Run<'a> {
         let service = Service::start(&job.plan, attempt, &probes(&job.plan, &ports), self.interrupt).await;
         drop(bar);
         let address = job.plan.roles.first().and_then(|role| ports.address(&role.name, 0, "grpc"));
-        self.services.push((service?, address.clone()));
+        self.services.push(Served { model: job.plan.job.name.clone(), address: address.clone(), service: service? });
         self.view.job_line(&name, &summary::ready(&job.plan, &ports));
         if let (Some(verification), Some(address)) = (&serving.spec.verification, address) {
             let dataset = data::open(self.state, &verification.data)?;
@@ -200,9 +206,9 @@ impl<'a> Run<'a> {
         (Report { seconds: elapsed.as_secs_f64(), jobs, questions: self.questions.clone() }, details)
     }
 
-    /// Where the first server takes questions.
-    pub(super) fn first_grpc_address(&self) -> Option<String> {
-        self.services.iter().find_map(|(_, address)| address.clone())
+    /// A model that is being served, and where it takes questions.
+    pub(super) fn served(&self) -> Option<(String, String)> {
+        self.services.iter().find_map(|served| Some((served.model.clone(), served.address.clone()?)))
     }
 
     /// Waits until it is interrupted, which is how it should end, or a server ends.
@@ -210,7 +216,7 @@ impl<'a> Run<'a> {
         if self.services.is_empty() {
             return Ok(());
         }
-        let watches = self.services.iter_mut().map(|(service, _)| service.watch().boxed());
+        let watches = self.services.iter_mut().map(|served| served.service.watch().boxed());
         tokio::select! {
             (error, _, _) = futures::future::select_all(watches) => Err(error),
             () = self.interrupt.asked() => Ok(()),
@@ -220,7 +226,7 @@ impl<'a> Run<'a> {
     /// Stops the servers.
     pub(super) async fn stop(self) {
         let interrupt = self.interrupt;
-        futures::future::join_all(self.services.into_iter().map(|(service, _)| service.stop(interrupt))).await;
+        futures::future::join_all(self.services.into_iter().map(|served| served.service.stop(interrupt))).await;
     }
 }
 

@@ -2,10 +2,20 @@
 
 use std::path::PathBuf;
 
+use sensorium_api::run::RunResult;
 use sensorium_operator::plan::{Program, WorkloadPlan};
 
 use super::typed;
+use crate::args::{DEFAULT_ADDRESS, DEFAULT_MODEL};
 use crate::local::placement::{PortMap, Replaced};
+use crate::text::duration;
+
+/// What came of a job that ended well: its own words, how good it is where they do not say, and the time it took.
+pub(super) fn done(result: &RunResult) -> String {
+    let accuracy = result.metrics.get("vqa_accuracy").filter(|_| result.gate.is_none());
+    let accuracy = accuracy.map(|accuracy| format!("; accuracy {accuracy:.4}")).unwrap_or_default();
+    format!("{}{accuracy} ({})", result.message, duration(result.seconds))
+}
 
 /// `2 workers`: what of a job runs.
 pub(super) fn processes(plan: &WorkloadPlan) -> String {
@@ -33,15 +43,15 @@ pub(super) fn replaced(replaced: &Replaced) -> String {
 }
 
 /// The last lines of a run that worked.
-pub(super) fn how_to_go_on(paths: &[PathBuf], keep: bool, grpc: Option<String>) -> String {
-    let manifests = typed(paths);
-    let address = grpc.filter(|address| address != "127.0.0.1:8001").map(|address| format!(" --addr {address}"));
-    let ask = format!("sensorium infer --image FILE --text \"...\"{}", address.clone().unwrap_or_default());
+///
+/// `served` is the name and the gRPC address of a model that is being served.
+pub(super) fn how_to_go_on(paths: &[PathBuf], keep: bool, served: Option<(String, String)>) -> String {
     let mut lines = Vec::new();
-    if keep {
-        lines.push(format!("Ask more: {ask}"));
-    } else {
-        lines.push(format!("Ask more: sensorium up {manifests} --keep, then sensorium infer --image FILE --text \"...\""));
+    if let Some((model, address)) = served {
+        let first = if keep { String::new() } else { format!("sensorium up {} --keep, then ", typed(paths)) };
+        let model = if model == DEFAULT_MODEL { String::new() } else { format!(" --model {model}") };
+        let address = if address == DEFAULT_ADDRESS { String::new() } else { format!(" --addr {address}") };
+        lines.push(format!("Ask more: {first}sensorium infer --image FILE --text \"...\"{model}{address}"));
     }
     lines.push(format!("Same on a cluster: {}", apply(paths)));
     if keep {
@@ -61,16 +71,21 @@ mod tests {
     use crate::local::ports::Holder;
 
     #[test]
-    fn a_kept_server_is_named_with_its_address_only_where_that_is_not_the_default() {
+    fn a_kept_server_is_named_with_its_model_and_address_where_these_are_not_the_defaults() {
         let paths = [PathBuf::from("examples/easy-vqa/")];
-        let line = |grpc: &str| how_to_go_on(&paths, true, Some(grpc.to_owned())).lines().next().unwrap().to_owned();
-        assert_eq!(line("127.0.0.1:8001"), "Ask more: sensorium infer --image FILE --text \"...\"");
-        assert_eq!(line("127.0.0.1:9001"), "Ask more: sensorium infer --image FILE --text \"...\" --addr 127.0.0.1:9001");
+        let line = |model: &str, address: &str| {
+            let text = how_to_go_on(&paths, true, Some((model.to_owned(), address.to_owned())));
+            text.lines().next().unwrap().to_owned()
+        };
+        let ask = "Ask more: sensorium infer --image FILE --text \"...\"";
+        assert_eq!(line("vqa", "127.0.0.1:8001"), ask);
+        assert_eq!(line("tiny", "127.0.0.1:9001"), format!("{ask} --model tiny --addr 127.0.0.1:9001"));
     }
 
     #[test]
     fn a_run_that_serves_no_longer_says_how_to_serve() {
-        let text = how_to_go_on(&[PathBuf::from("a.yaml"), PathBuf::from("b.yaml")], false, None);
+        let served = Some(("vqa".to_owned(), "127.0.0.1:8001".to_owned()));
+        let text = how_to_go_on(&[PathBuf::from("a.yaml"), PathBuf::from("b.yaml")], false, served);
         assert_eq!(
             text,
             "Ask more: sensorium up a.yaml b.yaml --keep, then sensorium infer --image FILE --text \"...\"\n\

@@ -76,7 +76,8 @@ async fn a_worker_that_a_signal_killed_is_reported_with_the_signal() {
 async fn a_process_that_heeds_sigterm_ends_within_the_grace_period() {
     let dir = tempfile::tempdir().unwrap();
     let pid_file = dir.path().join("pid");
-    let script = format!("trap 'echo bye; exit 143' TERM; echo $$ > {}; while :; do sleep 0.02; done", pid_file.display());
+    let script =
+        format!("trap 'echo bye; exit 143' TERM; echo $$ > {}; while :; do sleep 0.02; done", pid_file.display());
     let spec = shell(dir.path(), "polite", &script);
     let mut workers = Workers::start(std::slice::from_ref(&spec), LONG_GRACE).unwrap();
     let pid = pid_in(&pid_file).await;
