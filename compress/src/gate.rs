@@ -77,7 +77,7 @@ pub fn decide(measured: &Measured, acceptance: &Acceptance) -> GateResult {
     let too_slow = acceptance.min_speedup.filter(|&wanted| speedup < wanted);
     let mut reasons = Vec::new();
     if too_much {
-        reasons.push(format!("{:.2} points are lost, {:.2} are allowed", drop * 100.0, acceptance.max_drop * 100.0));
+        reasons.push(format!("{:.3} points are lost, {:.3} are allowed", drop * 100.0, acceptance.max_drop * 100.0));
     }
     if let Some(wanted) = too_slow {
         reasons.push(format!("it is {speedup:.2} times as fast, {wanted:.2} is asked for"));
@@ -86,7 +86,7 @@ pub fn decide(measured: &Measured, acceptance: &Acceptance) -> GateResult {
     let verdict = if promoted { "promoted".to_owned() } else { format!("refused: {}", reasons.join("; ")) };
     let metric = acceptance.metric.as_str();
     let message = format!(
-        "{metric} {candidate:.4} against {parent:.4} ({:+.2} points) on {} questions, {size_ratio:.2} of the size, \
+        "{metric} {candidate:.4} against {parent:.4} ({:+.3} points) on {} questions, {size_ratio:.2} of the size, \
          {speedup:.2} times as fast: {verdict}",
         -drop * 100.0,
         measured.questions,
@@ -125,7 +125,7 @@ mod tests {
         assert!(result.promoted);
         assert_eq!(
             result.message,
-            "vqa_accuracy 0.9850 against 0.9900 (-0.50 points) on 1000 questions, 0.33 of the size, 1.50 times as fast: \
+            "vqa_accuracy 0.9850 against 0.9900 (-0.500 points) on 1000 questions, 0.33 of the size, 1.50 times as fast: \
              promoted"
         );
     }
@@ -140,7 +140,7 @@ mod tests {
     fn a_candidate_that_lost_too_much_is_refused_with_both_numbers() {
         let result = decide(&measured(990, 900), &acceptance(0.01, None));
         assert!(!result.promoted);
-        assert!(result.message.ends_with("refused: 9.00 points are lost, 1.00 are allowed"), "{}", result.message);
+        assert!(result.message.ends_with("refused: 9.000 points are lost, 1.000 are allowed"), "{}", result.message);
     }
 
     #[test]

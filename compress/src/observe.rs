@@ -2,7 +2,7 @@
 
 use sensorium_api::CalibrationMethod;
 
-use crate::affine::{ActivationType, Range};
+use crate::affine::{ActivationType, Affine, Range};
 use crate::entropy::entropy_threshold;
 use crate::histogram::Histogram;
 
@@ -49,11 +49,15 @@ impl Observer {
     pub fn range(&self, kind: ActivationType) -> Option<Range> {
         let seen = self.range?;
         let Some(histogram) = &self.histogram else { return Some(seen) };
-        let one_sign = seen.low >= 0.0 || seen.high <= 0.0;
-        let levels = if one_sign && kind == ActivationType::AsymmetricU8 { 256 } else { 128 };
-        let threshold = entropy_threshold(histogram, levels);
+        let threshold = entropy_threshold(histogram, |threshold| steps(threshold, seen, kind));
         Some(Range { low: seen.low.max(-threshold), high: seen.high.min(threshold) })
     }
+}
+
+/// Steps from 0 to `threshold` when `seen` is clipped there: an asymmetric range spends none on a sign that hardly occurs.
+fn steps(threshold: f32, seen: Range, kind: ActivationType) -> usize {
+    let clipped = Range { low: seen.low.max(-threshold), high: seen.high.min(threshold) };
+    (threshold / Affine::activation(clipped, kind).scale).round() as usize
 }
 
 #[cfg(test)]
@@ -76,13 +80,14 @@ mod tests {
     #[test]
     fn entropy_clips_the_far_side_and_keeps_the_near_one() {
         let mut observer = Observer::new(CalibrationMethod::Entropy);
-        // Evenly spread from -0.5 to 2, and one value far out.
-        let bulk: Vec<f32> = (0..100_000).map(|i| i as f32 / 40_000.0 - 0.5).collect();
+        // A bell (the sum of three waves out of step) from which everything below -0.5 is cut, and one value far out.
+        let bell = |i: u32| (1..4).map(|wave| (i as f32 * 0.1 * (wave as f32).sqrt()).sin()).sum::<f32>();
+        let bulk: Vec<f32> = (0..100_000).map(|i| bell(i).max(-0.5)).collect();
         observer.add(&bulk).unwrap();
         observer.add(&[40.0]).unwrap();
         let range = observer.range(U8).unwrap();
         assert_eq!(range.low, -0.5);
-        assert!((1.8..3.0).contains(&range.high), "{range:?}");
+        assert!((2.0..10.0).contains(&range.high), "{range:?}");
     }
 
     #[test]
@@ -91,5 +96,13 @@ mod tests {
         assert_eq!(observer.add(&[1.0, f32::INFINITY]), Err(NotFinite(f32::INFINITY)));
         assert!(observer.add(&[f32::NAN]).is_err());
         assert_eq!(observer.range(U8), None);
+    }
+
+    #[test]
+    fn steps_go_to_the_sign_that_occurs() {
+        let gelu = Range { low: -0.17, high: 10.0 };
+        assert_eq!(steps(10.0, gelu, U8), 251);
+        assert_eq!(steps(0.17, gelu, U8), 128);
+        assert_eq!(steps(10.0, gelu, ActivationType::SymmetricI8), 127);
     }
 }

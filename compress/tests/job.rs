@@ -146,7 +146,7 @@ fn a_candidate_that_lost_accuracy_is_kept_and_not_promoted() {
     assert_eq!(result.state, RunState::Failed);
     let gate = result.gate.unwrap();
     assert!(!gate.promoted && gate.drop > 0.5, "{gate:?}");
-    assert!(gate.message.contains("points are lost, 1.00 are allowed"), "{}", gate.message);
+    assert!(gate.message.contains("points are lost, 1.000 are allowed"), "{}", gate.message);
     assert!(bench.resolve("tiny-int8").is_none());
     assert!(bench.resolve(&result.artifact.unwrap().digest).is_some(), "kept for inspection");
 }
