@@ -172,12 +172,12 @@ fn error(field: &'static str, value: i64, expected: impl Into<String>) -> Config
 pub(crate) mod tests {
     use super::*;
 
-    /// The quickstart's network, which is small enough for every test.
+    /// The easy-VQA recipe: 27 words, padding and the unknown word; small enough for every test.
     pub(crate) fn quickstart() -> NetworkConfig {
         let stem = [(24, 5, 2, 2), (48, 3, 2, 1), (64, 5, 4, 1)];
         NetworkConfig {
             width: 64,
-            text: TextConfig { vocabulary: 28, max_length: 10, width: 64, layers: 1, heads: 4, mlp_ratio: 2 },
+            text: TextConfig { vocabulary: 29, max_length: 10, width: 64, layers: 1, heads: 4, mlp_ratio: 2 },
             image: ImageConfig {
                 size: 64,
                 stem: stem

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use sensorium_engine::onnxruntime::{OnnxRuntime, Options};
 use sensorium_engine::Engine;
+use sensorium_engine::onnxruntime::{OnnxRuntime, Options};
 use sensorium_model::{
     Acts, Eager, Exported, FusionConfig, ImageConfig, Network, NetworkConfig, ParamView, Section, Slot, StemLayer,
     TextConfig, Weights, export, import, initialise,
@@ -21,8 +21,8 @@ fn any_network() -> impl Strategy<Value = NetworkConfig> {
         Just(vec![(5, 2, 2), (3, 2, 1)]),
         Just(vec![(3, 2, 1), (3, 1, 1), (5, 4, 1)]),
     ];
-    (tower(), tower(), tower(), stem, 16i64..24, 1i64..9, prop::option::of(2i64..6), prop::option::of(2i64..9)).prop_map(
-        |(text, image, fusion, stem, size, max_length, answers, embedding)| {
+    (tower(), tower(), tower(), stem, 16i64..24, 1i64..9, prop::option::of(2i64..6), prop::option::of(2i64..9))
+        .prop_map(|(text, image, fusion, stem, size, max_length, answers, embedding)| {
             let width = |(_, heads, _): (usize, i64, i64)| heads * 4;
             let last = stem.len() - 1;
             let channels = |at: usize| if at == last { width(image) } else { 5 + at as i64 };
@@ -41,7 +41,12 @@ fn any_network() -> impl Strategy<Value = NetworkConfig> {
                     stem: stem
                         .iter()
                         .enumerate()
-                        .map(|(at, &(kernel, stride, padding))| StemLayer { channels: channels(at), kernel, stride, padding })
+                        .map(|(at, &(kernel, stride, padding))| StemLayer {
+                            channels: channels(at),
+                            kernel,
+                            stride,
+                            padding,
+                        })
                         .collect(),
                     width: width(image),
                     layers: image.0,
@@ -52,8 +57,7 @@ fn any_network() -> impl Strategy<Value = NetworkConfig> {
                 answers,
                 embedding_dim: embedding,
             }
-        },
-    )
+        })
 }
 
 /// All blocks of `section` in libtorch.
@@ -72,7 +76,8 @@ fn run_eager(network: &Network, weights: &Weights, section: Section, mut acts: A
 
 fn host_f32(tensor: &Tensor) -> sensorium_modality::Tensor {
     let shape: Vec<usize> = tensor.size().iter().map(|&n| n as usize).collect();
-    sensorium_modality::Tensor::from_vec(shape, Vec::<f32>::try_from(tensor.contiguous().flatten(0, -1)).unwrap()).unwrap()
+    sensorium_modality::Tensor::from_vec(shape, Vec::<f32>::try_from(tensor.contiguous().flatten(0, -1)).unwrap())
+        .unwrap()
 }
 
 fn host_i64(tensor: &Tensor) -> sensorium_modality::Tensor {

@@ -126,3 +126,30 @@ pub enum TrainError {
     #[error("libtorch refused an operation")]
     Torch(#[from] tch::TchError),
 }
+
+impl TrainError {
+    /// Whether the job itself, or the data it names, is at fault: running it again unchanged ends the same way.
+    pub fn is_users(&self) -> bool {
+        match self {
+            Self::Config { .. }
+            | Self::Spec { .. }
+            | Self::Architecture(_)
+            | Self::ParameterShape { .. }
+            | Self::NotFinite { .. }
+            | Self::Sample { .. }
+            | Self::Modality(_) => true,
+            Self::MissingParameter { .. }
+            | Self::MissingInput { .. }
+            | Self::DigestMismatch { .. }
+            | Self::Checkpoint { .. }
+            | Self::LoaderGone
+            | Self::Stopped { .. }
+            | Self::Serve { .. }
+            | Self::Data(_)
+            | Self::Dist(_)
+            | Self::Artifact(_)
+            | Self::Export(_)
+            | Self::Torch(_) => false,
+        }
+    }
+}

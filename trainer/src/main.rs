@@ -22,6 +22,8 @@ use sensorium_trainer::train::{Run, Trained};
 const GROUP_TIMEOUT: Duration = Duration::from_secs(300);
 /// As a shell reports a process that SIGTERM ended; the job goes on from its checkpoint when it is started again.
 const STOPPED: u8 = 143;
+/// The job, or what it names, has to be changed: starting it again as it is can't help.
+const USAGE: u8 = 2;
 
 #[derive(Debug, Parser)]
 #[command(name = "sensorium-trainer", version, about, max_term_width = 100)]
@@ -73,6 +75,8 @@ fn main() -> ExitCode {
         Command::Compress(_) => compress(args, &volumes, &runtime),
     });
     let (result, code) = match outcome {
+        // A candidate that the gate refused is a result, and a failed job.
+        Ok(Some(result)) if result.state == RunState::Failed => (result, ExitCode::FAILURE),
         Ok(Some(result)) => (result, ExitCode::SUCCESS),
         Ok(None) => return ExitCode::SUCCESS, // a rank other than 0: rank 0 tells
         Err(error) => {
@@ -80,9 +84,18 @@ fn main() -> ExitCode {
                 || matches!(error.downcast_ref(), Some(CompressError::Cancelled));
             let message = format!("{error:#}");
             tracing::error!(error = message, "the job did not finish");
-            let seconds = started.elapsed().as_secs_f64();
-            let result = RunResult { state: RunState::Failed, message, seconds, ..empty() };
-            (result, if stopped { ExitCode::from(STOPPED) } else { ExitCode::FAILURE })
+            let result = RunResult { state: RunState::Failed, message, ..empty() };
+            let hopeless = error.downcast_ref().is_some_and(TrainError::is_users);
+            let code = match (stopped, hopeless) {
+                (true, _) => ExitCode::from(STOPPED),
+                (_, true) => ExitCode::from(USAGE),
+                _ => ExitCode::FAILURE,
+            };
+            // The other ranks fail in the wake of one, so only rank 0 speaks for the job.
+            if std::env::var("RANK").is_ok_and(|rank| rank != "0") {
+                return code;
+            }
+            (result, code)
         }
     };
     let result = RunResult { seconds: started.elapsed().as_secs_f64(), ..result };

@@ -98,7 +98,7 @@ fn a_full_disk_leaves_the_last_checkpoint_and_artifact_and_says_what_happened() 
 fn data_that_was_never_imported_is_named_with_what_to_do() {
     let state = State::new();
     let ended = Job::new(&state, "run").data("pvc://datasets/nowhere").run(1);
-    assert_eq!(ended.exit_codes(), [Some(1)]);
+    assert_eq!(ended.exit_codes(), [Some(2)]);
     let message = ended.result().message;
     assert!(message.contains("spec.data.train") && message.contains("sensorium data import"), "{message}");
 }
