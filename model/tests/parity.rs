@@ -1,5 +1,7 @@
 //! Holds the exported graphs to libtorch: the same numbers within 1e-4, for random networks, inputs and shapes.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, which clippy does not count as tests")]
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;

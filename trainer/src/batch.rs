@@ -212,9 +212,10 @@ fn prepare(
         }),
         None => None,
     };
-    let captions = match plan.captions {
-        true => Some(Captions { ids: preparation.stack_ids(&captions)?, present: Tensor::f_from_slice(&present)? }),
-        false => None,
+    let captions = if plan.captions {
+        Some(Captions { ids: preparation.stack_ids(&captions)?, present: Tensor::f_from_slice(&present)? })
+    } else {
+        None
     };
     Ok(Batch { pixels: preparation.stack_pixels(&pixels)?, questions, captions })
 }

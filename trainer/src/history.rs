@@ -32,7 +32,7 @@ impl History {
 
     /// Adds a step, unless the curve is dense enough without it.
     pub fn note(&mut self, point: HistoryPoint) {
-        if point.step % self.every == 0 || point.accuracy.is_some() {
+        if point.step.is_multiple_of(self.every) || point.accuracy.is_some() {
             self.points.push(point);
         }
     }

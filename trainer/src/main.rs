@@ -19,7 +19,7 @@ use sensorium_trainer::stop::Stop;
 use sensorium_trainer::train::{Run, Trained};
 
 /// How long workers wait for each other to start, and for each collective.
-const GROUP_TIMEOUT: Duration = Duration::from_secs(300);
+const GROUP_TIMEOUT: Duration = Duration::from_mins(5);
 /// As a shell reports a process that SIGTERM ended; the job goes on from its checkpoint when it is started again.
 const STOPPED: u8 = 143;
 /// The job, or what it names, has to be changed: starting it again as it is can't help.

@@ -1,6 +1,13 @@
 //! Runs the real `sensorium-trainer` as worker processes on easy-VQA, and holds it to its promises: the number of workers
 //! changes nothing, being killed changes nothing, and a full disk loses nothing.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    unreachable_pub,
+    reason = "helpers of tests, which clippy does not count as tests"
+)]
+
 mod support;
 
 use std::fs;
