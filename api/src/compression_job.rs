@@ -1,14 +1,12 @@
 //! `CompressionJob`: makes a model small and fast, and promotes it only if it stays accurate.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::run::{ArtifactResult, GateResult, Progress};
-use crate::status::JobState;
+use crate::status::JobStatus;
 use crate::storage::{ArtifactSource, OutputSpec, location_schema};
-use crate::workload::{FailurePolicy, Resources};
+use crate::workload::{FailurePolicy, PodSettings, Resources, Scheduling};
 
 /// Applies `steps` to an artifact, compares the result with its parent on held-out data, and promotes it under
 /// `output.artifact` if it passes. One that fails is kept for inspection and never promoted.
@@ -18,11 +16,11 @@ use crate::workload::{FailurePolicy, Resources};
     version = "v1alpha1",
     kind = "CompressionJob",
     namespaced,
-    status = "CompressionJobStatus",
+    status = "JobStatus",
     derive = "PartialEq",
     doc = "Makes a model small and fast, and promotes it only if it stays accurate.",
     category = "sensorium",
-    shortname = "cj",
+    shortname = "cpj",
     printcolumn(name = "State", type_ = "string", json_path = ".status.state"),
     printcolumn(name = "Source", type_ = "string", json_path = ".spec.source.artifact"),
     printcolumn(name = "Drop", type_ = "number", json_path = ".status.gate.drop"),
@@ -35,7 +33,15 @@ use crate::workload::{FailurePolicy, Resources};
 #[x_kube(
     validation = Rule::new("self.output.artifact != self.source.artifact || self.output.store != self.source.store")
         .field_path(".output.artifact")
-        .message("must differ from source.artifact, so that the parent stays in place")
+        .message("must differ from source.artifact, so that the parent stays in place"),
+    validation = Rule::new(
+        "self.source == oldSelf.source && self.steps == oldSelf.steps && self.acceptance == oldSelf.acceptance && \
+         self.output == oldSelf.output"
+    )
+    .message(
+        "what is compressed (source, steps, acceptance, output) cannot change once the job is created; delete it and \
+         create it anew, or give the new one another name"
+    )
 )]
 pub struct CompressionJobSpec {
     /// The artifact to compress: the parent of the result.
@@ -55,6 +61,21 @@ pub struct CompressionJobSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub active_deadline_seconds: Option<u64>,
+    /// The worker must run within this time of being started; one
+    /// that could not be placed by then is taken down and tried again later.
+    #[serde(default = "crate::workload::default_pre_running_deadline_seconds")]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub pre_running_deadline_seconds: u64,
+    /// Seconds after its end when the job is deleted, with its pods; its artifact stays. Kept when not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 1_000_000_000))]
+    pub ttl_seconds_after_finished: Option<u64>,
+    /// Where the pods may run.
+    #[serde(default)]
+    pub scheduling: Scheduling,
+    /// What the pods are made of.
+    #[serde(default)]
+    pub pods: PodSettings,
     /// What the worker needs of the machine.
     #[serde(default)]
     pub resources: Resources,
@@ -165,42 +186,4 @@ impl Metric {
             Self::VqaAccuracy => "vqa_accuracy",
         }
     }
-}
-
-/// What is known about a CompressionJob.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct CompressionJobStatus {
-    /// The generation of the spec that this status speaks of.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub observed_generation: Option<i64>,
-    /// `Admitted`, `ArtifactsReady`, `PodsReady`, `Suspended`, `Complete` and `Failed`, all present from the first
-    /// visit.
-    #[serde(default)]
-    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
-    pub conditions: Vec<Condition>,
-    /// The conditions in one word, for printing only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub state: Option<JobState>,
-    /// One sentence on what goes on, or on what to do about a failure.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub message: Option<String>,
-    /// What the worker last reported.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub progress: Option<Progress>,
-    /// How the candidate compared with its parent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub gate: Option<GateResult>,
-    /// How often the worker was started again.
-    #[serde(default)]
-    pub restarts: u32,
-    /// When the worker first started.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub start_time: Option<Time>,
-    /// When the job ended.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub completion_time: Option<Time>,
-    /// The artifact that came out, promoted or not.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub artifact: Option<ArtifactResult>,
 }

@@ -47,23 +47,27 @@ pub mod workload;
 
 pub use architecture::{Architecture, FusionArchitecture, ImageArchitecture, StemLayer, TextArchitecture};
 pub use compression_job::{
-    Acceptance, Calibration, CalibrationMethod, CompressionJob, CompressionJobSpec, CompressionJobStatus,
-    CompressionStep, Metric, QuantizationScheme, QuantizeStep,
+    Acceptance, Calibration, CalibrationMethod, CompressionJob, CompressionJobSpec, CompressionStep, Metric,
+    QuantizationScheme, QuantizeStep,
 };
 pub use manifest::Resource;
 pub use model_artifact::{
     ArtifactFormat, DataType, GraphSignature, Lineage, LineageJob, ModelArtifact, ModelArtifactSpec,
     ModelArtifactStatus, TensorSignature,
 };
-pub use serving_job::{Batching, Engine, Limits, Ports, ServingJob, ServingJobSpec, ServingJobStatus, Verification};
-pub use status::JobState;
+pub use serving_job::{
+    Analysis, Autoscaling, Batching, Canary, CanaryStep, Engine, Limits, NetworkAccess, Ports, Rollout, RolloutStatus,
+    ScaleMetric, ServiceSpec, ServiceType, ServingJob, ServingJobSpec, ServingJobStatus, Verification,
+};
+pub use status::{AttemptFailure, JobState, JobStatus};
 pub use storage::{ArtifactSource, OutputSpec};
 pub use training::{Augmentation, BatchSpec, OptimizerSpec, Precision, TrainingParams};
 pub use training_job::{
-    CheckpointSpec, ModelSource, Parallelism, TaskSpec, TaskType, TrainingData, TrainingJob, TrainingJobSpec,
-    TrainingJobStatus,
+    CheckpointSpec, Elastic, ModelSource, Parallelism, TaskSpec, TaskType, TrainingData, TrainingJob, TrainingJobSpec,
 };
-pub use workload::{FailurePolicy, Resources};
+pub use workload::{
+    FailureAction, FailurePolicy, FailureRule, PodSettings, Resources, Scheduling, Topology, TopologyMode,
+};
 
 /// The API group of every kind.
 pub const GROUP: &str = "sensorium.dev";

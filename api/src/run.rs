@@ -8,6 +8,8 @@ use kube::ResourceExt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::model_artifact::GraphSignature;
+
 /// The file that a program reads with `--config`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -37,6 +39,11 @@ impl JobKey {
     /// The key of `object`, which is of this kind.
     pub fn of(object: &impl ResourceExt, kind: JobKind) -> Self {
         Self { kind, namespace: object.namespace().unwrap_or_else(|| "default".to_owned()), name: object.name_any() }
+    }
+
+    /// Where the job's checkpoints are when its spec does not say.
+    pub fn checkpoint_uri(&self) -> String {
+        format!("pvc://checkpoints/{}/{}", self.namespace, self.name)
     }
 }
 
@@ -137,7 +144,7 @@ pub enum RunState {
 }
 
 /// An artifact that a job wrote.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ArtifactResult {
     /// Its name.
@@ -148,6 +155,28 @@ pub struct ArtifactResult {
     pub bytes: u64,
     /// Its folder.
     pub uri: String,
+    /// What its record says, for a cluster that keeps one; left out where it would be too long.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(skip)]
+    pub record: Option<ArtifactRecord>,
+}
+
+/// What a ModelArtifact says of a model that a job has just written.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ArtifactRecord {
+    /// The graphs, with what each takes and gives.
+    pub signature: Vec<GraphSignature>,
+    /// What the model reads.
+    pub modalities: Vec<String>,
+    /// What was measured.
+    pub metrics: BTreeMap<String, f64>,
+    /// Digests of the artifacts that it was made from.
+    pub parents: Vec<String>,
+    /// Locations of the data that it was made with.
+    pub data: Vec<String>,
+    /// What was done, in order.
+    pub steps: Vec<String>,
 }
 
 /// How a compressed candidate compared with its parent on held-out data.

@@ -2,14 +2,16 @@
 
 #![allow(clippy::struct_field_names, reason = "a manifest shows each limit by itself, where `max` is needed")]
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::status::JobState;
 use crate::storage::{ArtifactSource, location_schema};
-use crate::workload::Resources;
+use crate::workload::{PodSettings, Resources, Scheduling};
 
 /// Serves an artifact over the inference v2 protocol and Sensorium's multimodal API.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomResource, KubeSchema)]
@@ -31,20 +33,36 @@ use crate::workload::Resources;
     printcolumn(name = "State", type_ = "string", json_path = ".status.state"),
     printcolumn(name = "Model", type_ = "string", json_path = ".spec.model.artifact"),
     printcolumn(name = "Ready", type_ = "integer", json_path = ".status.readyReplicas"),
-    printcolumn(name = "Replicas", type_ = "integer", json_path = ".spec.replicas"),
+    printcolumn(name = "Replicas", type_ = "integer", json_path = ".status.replicas"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(
+    validation = Rule::new("!(has(self.replicas) && has(self.autoscaling))")
+        .field_path(".replicas")
+        .message("set replicas or autoscaling, not both"),
+    validation = Rule::new(
+        "!has(self.autoscaling) || self.autoscaling.metric != 'cpu' || 'cpu' in self.resources.requests"
+    )
+    .field_path(".autoscaling")
+    .message("scaling on cpu is relative to what a server requests; set resources.requests.cpu")
+)]
 pub struct ServingJobSpec {
     /// The artifact to serve.
     pub model: ArtifactSource,
     /// What runs the graphs.
     #[serde(default)]
     pub engine: Engine,
-    /// Number of servers (pods).
-    #[serde(default = "default_replicas")]
-    #[schemars(range(min = 1, max = 10_000))]
-    pub replicas: u32,
+    /// Number of servers (pods): 1 where neither this nor `autoscaling` is set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 10_000))]
+    pub replicas: Option<u32>,
+    /// Let the load decide how many servers there are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub autoscaling: Option<Autoscaling>,
+    /// How a new model, or a changed spec, takes the place of the old one.
+    #[serde(default)]
+    pub rollout: Rollout,
     /// How requests are put together.
     #[serde(default)]
     pub batching: Batching,
@@ -60,10 +78,208 @@ pub struct ServingJobSpec {
     /// What one server needs of the machine.
     #[serde(default)]
     pub resources: Resources,
+    /// How clients reach the servers.
+    #[serde(default)]
+    pub service: ServiceSpec,
+    /// Who may talk to the servers.
+    #[serde(default)]
+    pub network_access: NetworkAccess,
+    /// Servers that a drained node may take away at the same time. 0 holds every drain up.
+    #[serde(default = "default_max_unavailable")]
+    #[schemars(range(max = 10_000))]
+    pub disruption_max_unavailable: u32,
+    /// Where the pods may run.
+    #[serde(default)]
+    pub scheduling: Scheduling,
+    /// What the pods are made of.
+    #[serde(default)]
+    pub pods: PodSettings,
 }
 
-fn default_replicas() -> u32 {
+fn default_max_unavailable() -> u32 {
     1
+}
+
+/// Bounds and measure of the number of servers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(
+    validation = Rule::new("self.minReplicas <= self.maxReplicas")
+        .field_path(".maxReplicas")
+        .message("must be at least minReplicas")
+)]
+pub struct Autoscaling {
+    /// The fewest servers.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 10_000))]
+    pub min_replicas: u32,
+    /// The most servers.
+    #[schemars(range(min = 1, max = 10_000))]
+    pub max_replicas: u32,
+    /// What is measured.
+    #[serde(default)]
+    pub metric: ScaleMetric,
+    /// The value that the number of servers keeps: percent of the requested CPU, or requests that wait in one server.
+    #[serde(default = "default_target")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub target: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn default_target() -> u32 {
+    70
+}
+
+/// What the number of servers follows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum ScaleMetric {
+    /// CPU, as the metrics API (metrics-server) reports it; `resources.requests.cpu` must be set.
+    #[default]
+    Cpu,
+    /// `sensorium_server_queue_requests`, as an adapter to the custom metrics API reports it.
+    QueueDepth,
+}
+
+/// How a new model, or a changed spec, takes the place of the old one. Requests are answered all the while.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Rollout {
+    /// Servers above the wanted number that may exist for a while. New ones start before old ones stop.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 10_000))]
+    pub max_surge: u32,
+    /// The new servers must answer within this time; otherwise the old ones stay and `Degraded` says why.
+    #[serde(default = "default_progress_deadline_seconds")]
+    #[schemars(range(min = 10, max = 1_000_000))]
+    pub progress_deadline_seconds: u32,
+    /// Try the new servers on a part of the requests first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canary: Option<Canary>,
+}
+
+impl Default for Rollout {
+    fn default() -> Self {
+        Self { max_surge: one(), progress_deadline_seconds: default_progress_deadline_seconds(), canary: None }
+    }
+}
+
+fn default_progress_deadline_seconds() -> u32 {
+    600
+}
+
+/// A rollout by steps. What fails is rolled back and not tried again until the model or the spec changes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Canary {
+    /// The steps, in order; after the last one the new servers take over.
+    #[schemars(length(min = 1, max = 32))]
+    pub steps: Vec<CanaryStep>,
+    /// What the new servers have to hold during each step.
+    #[serde(default)]
+    pub analysis: Analysis,
+}
+
+/// One step of a canary.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct CanaryStep {
+    /// Percent of the servers (and so, about, of the requests) that are new; rounded up to whole servers.
+    #[schemars(range(min = 1, max = 100))]
+    pub weight: u32,
+    /// How long the step lasts once its servers answer.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub pause_seconds: u64,
+}
+
+/// What the new servers have to hold, measured by their own metrics over a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Analysis {
+    /// The largest fraction of requests that may fail for reasons of the server's.
+    #[serde(default = "default_max_error_rate")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub max_error_rate: f64,
+    /// How many times as long as with the old servers a request may take, on average.
+    #[serde(default = "default_max_latency_ratio")]
+    #[schemars(range(min = 1.0))]
+    pub max_latency_ratio: f64,
+    /// A step with fewer requests than this goes by time alone.
+    #[serde(default = "default_min_requests")]
+    #[schemars(range(max = 1_000_000_000))]
+    pub min_requests: u64,
+}
+
+impl Default for Analysis {
+    fn default() -> Self {
+        Self {
+            max_error_rate: default_max_error_rate(),
+            max_latency_ratio: default_max_latency_ratio(),
+            min_requests: default_min_requests(),
+        }
+    }
+}
+
+fn default_max_error_rate() -> f64 {
+    0.01
+}
+
+fn default_max_latency_ratio() -> f64 {
+    2.0
+}
+
+fn default_min_requests() -> u64 {
+    20
+}
+
+/// How clients reach the servers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServiceSpec {
+    /// From within the cluster only, or from outside too.
+    #[serde(rename = "type", default)]
+    pub type_: ServiceType,
+    /// Annotations, as load balancers want them.
+    #[serde(default)]
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// Kubernetes' types of a Service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ServiceType {
+    /// Within the cluster.
+    #[default]
+    ClusterIP,
+    /// On a port of every node too.
+    NodePort,
+    /// Behind a load balancer too.
+    LoadBalancer,
+}
+
+impl ServiceType {
+    /// The type as Kubernetes writes it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ClusterIP => "ClusterIP",
+            Self::NodePort => "NodePort",
+            Self::LoadBalancer => "LoadBalancer",
+        }
+    }
+}
+
+/// Who may talk to the servers. A NetworkPolicy holds everyone else off where the cluster's network enforces them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NetworkAccess {
+    /// Pods of the same namespace always may; pods of namespaces with all of these labels may too.
+    #[serde(default)]
+    pub from_namespaces: BTreeMap<String, String>,
+    /// Everyone may: no NetworkPolicy is made.
+    #[serde(default)]
+    pub open: bool,
 }
 
 /// What runs the graphs.
@@ -257,4 +473,29 @@ pub struct ServingJobStatus {
     /// Digest of the artifact that is being served.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
+    /// The rollout that goes on, or the one that was rolled back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutStatus>,
+}
+
+/// Where a rollout is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutStatus {
+    /// What is being rolled out: a digest of the model and of the spec.
+    pub revision: String,
+    /// The same of what served before; the one that goes on serving if this one fails.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub previous: Option<String>,
+    /// The canary's step, counted from 0.
+    #[serde(default)]
+    pub step: u32,
+    /// When all servers of the step answered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step_ready: Option<Time>,
+    /// When the rollout began.
+    pub started: Time,
+    /// Why it was rolled back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
 }

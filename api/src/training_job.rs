@@ -1,16 +1,15 @@
 //! `TrainingJob`: trains a multimodal model and leaves it in an artifact store.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::architecture::Architecture;
-use crate::run::{ArtifactResult, Progress};
-use crate::status::JobState;
+use crate::run::{JobKey, JobKind};
+use crate::status::JobStatus;
 use crate::storage::{OutputSpec, location_schema};
 use crate::training::TrainingParams;
-use crate::workload::{FailurePolicy, Resources};
+use crate::workload::{FailurePolicy, PodSettings, Resources, Scheduling};
 
 /// Trains a multimodal model on `workers` x `processesPerWorker` processes and exports it as a ModelArtifact.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomResource, KubeSchema)]
@@ -19,7 +18,7 @@ use crate::workload::{FailurePolicy, Resources};
     version = "v1alpha1",
     kind = "TrainingJob",
     namespaced,
-    status = "TrainingJobStatus",
+    status = "JobStatus",
     derive = "PartialEq",
     doc = "Trains a multimodal model and leaves it in an artifact store.",
     category = "sensorium",
@@ -49,6 +48,21 @@ use crate::workload::{FailurePolicy, Resources};
     )
     .field_path(".model.architecture")
     .message("a contrastive task compares embeddings; set embeddingDim, such as 64"),
+    validation = Rule::new(
+        "!has(self.elastic) || (self.elastic.minWorkers <= self.workers && self.workers <= self.elastic.maxWorkers)"
+    )
+    .field_path(".elastic")
+    .message("workers must lie between minWorkers and maxWorkers"),
+    validation = Rule::new(
+        "self.model == oldSelf.model && self.data == oldSelf.data && self.tasks == oldSelf.tasks && \
+         self.training == oldSelf.training && self.parallelism == oldSelf.parallelism && \
+         self.workers == oldSelf.workers && self.processesPerWorker == oldSelf.processesPerWorker && \
+         self.output == oldSelf.output"
+    )
+    .message(
+        "what is trained (model, data, tasks, training, parallelism, workers, output) cannot change once the job is \
+         created; delete it and create it anew, or give the new one another name"
+    ),
 )]
 pub struct TrainingJobSpec {
     /// The network: described here, or taken with its weights from an artifact.
@@ -76,6 +90,9 @@ pub struct TrainingJobSpec {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 64))]
     pub processes_per_worker: u32,
+    /// How far the number of workers may differ from `workers` when the job is started again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub elastic: Option<Elastic>,
     /// Where, and how often, the state of the run is saved.
     #[serde(default)]
     pub checkpoint: CheckpointSpec,
@@ -89,6 +106,21 @@ pub struct TrainingJobSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub active_deadline_seconds: Option<u64>,
+    /// All workers must run within this time of being started; a group that is not whole by then is taken down whole
+    /// and tried again later, so that two jobs that each have half of their pods never starve each other.
+    #[serde(default = "crate::workload::default_pre_running_deadline_seconds")]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub pre_running_deadline_seconds: u64,
+    /// Seconds after its end when the job is deleted, with its pods; its artifact stays. Kept when not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 1_000_000_000))]
+    pub ttl_seconds_after_finished: Option<u64>,
+    /// Where the pods may run.
+    #[serde(default)]
+    pub scheduling: Scheduling,
+    /// What the pods are made of.
+    #[serde(default)]
+    pub pods: PodSettings,
     /// What one worker needs of the machine.
     #[serde(default)]
     pub resources: Resources,
@@ -175,6 +207,19 @@ impl Default for Parallelism {
     }
 }
 
+/// Bounds of the data-parallel width. A group that cannot be placed whole is started again with fewer workers, never
+/// fewer than `minWorkers`, and with a global batch that stays the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Elastic {
+    /// The fewest workers that are worth starting.
+    #[schemars(range(min = 1, max = 10_000))]
+    pub min_workers: u32,
+    /// The most workers; `workers` is what the job is first started with.
+    #[schemars(range(min = 1, max = 10_000))]
+    pub max_workers: u32,
+}
+
 fn one() -> u32 {
     1
 }
@@ -219,46 +264,9 @@ fn optional_location_schema(generator: &mut schemars::SchemaGenerator) -> schema
 }
 
 impl TrainingJob {
-    /// Where this job's checkpoints are: what the spec says, else `pvc://checkpoints/NAMESPACE/NAME`.
+    /// Where this job's checkpoints are: what the spec says, else [`JobKey::checkpoint_uri`].
     pub fn checkpoint_uri(&self) -> String {
-        self.spec.checkpoint.uri.clone().unwrap_or_else(|| {
-            let job = crate::run::JobKey::of(self, crate::run::JobKind::TrainingJob);
-            format!("pvc://checkpoints/{}/{}", job.namespace, job.name)
-        })
+        let job = || JobKey::of(self, JobKind::TrainingJob).checkpoint_uri();
+        self.spec.checkpoint.uri.clone().unwrap_or_else(job)
     }
-}
-
-/// What is known about a TrainingJob.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct TrainingJobStatus {
-    /// The generation of the spec that this status speaks of.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub observed_generation: Option<i64>,
-    /// `Admitted`, `ArtifactsReady`, `PodsReady`, `Suspended`, `Restarting`, `Complete` and `Failed`, all present from
-    /// the first visit.
-    #[serde(default)]
-    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
-    pub conditions: Vec<Condition>,
-    /// The conditions in one word, for printing only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub state: Option<JobState>,
-    /// One sentence on what goes on, or on what to do about a failure.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub message: Option<String>,
-    /// What rank 0 last reported.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub progress: Option<Progress>,
-    /// How often the workers were started again.
-    #[serde(default)]
-    pub restarts: u32,
-    /// When the workers first started.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub start_time: Option<Time>,
-    /// When the job ended.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub completion_time: Option<Time>,
-    /// The artifact that came out.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub artifact: Option<ArtifactResult>,
 }

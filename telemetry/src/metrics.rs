@@ -93,6 +93,18 @@ metrics! {
         "Images trained on per second over all ranks, lately";
     TRAINER_CHECKPOINT_FAILURES = Counter "sensorium_trainer_checkpoint_failures_total" []
         "Checkpoints that could not be written";
+    OPERATOR_RECONCILE_SECONDS = Histogram "sensorium_reconcile_duration_seconds" ["kind"]
+        "Time of one visit to an object";
+    OPERATOR_RECONCILE = Counter "sensorium_reconcile_total" ["kind", "outcome"]
+        "Visits to objects; the outcome is ok, conflict (changed meanwhile, visited again), not_ready or error";
+    OPERATOR_WRITES = Counter "sensorium_writes_total" ["kind", "verb"]
+        "Writes to the API server on behalf of objects of a kind";
+    OPERATOR_WATCH_STALENESS = Gauge "sensorium_watch_staleness_seconds" ["watch"]
+        "Time for which a watch has had nothing but errors, 0 while it hears news";
+    OPERATOR_LEADER = Gauge "sensorium_leader" []
+        "1 while this operator is the one that acts";
+    OPERATOR_JOBS = Gauge "sensorium_jobs" ["kind", "state"]
+        "Objects of a kind by the state that they print";
     TRITON_SUCCESS = Untyped "nv_inference_request_success" ["model", "version"]
         "Requests that succeeded";
     TRITON_FAILURE = Untyped "nv_inference_request_failure" ["model", "version", "reason"]
