@@ -201,6 +201,9 @@ pub struct StoreArgs {
     /// Where artifacts are: pvc://CLAIM/PATH, file:///PATH or s3://BUCKET/PREFIX
     #[arg(long, value_name = "URI", default_value = sensorium_api::storage::DEFAULT_STORE)]
     pub store: String,
+    /// Folder that stands for a claim of pvc:// URIs, instead of the one below the state folder; repeatable
+    #[arg(long = "volume", value_name = "CLAIM=DIR")]
+    pub volumes: Vec<sensorium_artifact::Volume>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -229,7 +232,8 @@ pub enum ArtifactCommand {
     },
     /// Compare every file with its digest
     #[command(
-        after_help = "Examples:\n  sensorium artifact verify            all of them\n  sensorium artifact verify vqa-int8"
+        after_help = "Examples:\n  sensorium artifact verify            all of them\n  sensorium artifact verify vqa-int8\n  \
+                      sensorium artifact verify vqa --volume artifacts=/mnt/artifacts"
     )]
     Verify {
         /// Names or digests; all artifacts by default
@@ -238,10 +242,18 @@ pub enum ArtifactCommand {
         store: StoreArgs,
     },
     /// Print what an artifact was made from
-    #[command(after_help = "Examples:\n  sensorium artifact tree vqa-int8")]
+    #[command(after_help = "Examples:\n  sensorium artifact tree vqa-int8\n  \
+                      sensorium artifact tree vqa-int8 --cluster --namespace my-team\n  \
+                      kubectl sensorium artifact tree vqa-int8    the same, where this program is also called kubectl-sensorium")]
     Tree {
         /// Its name, or `sha256:` and its digest
         artifact: String,
+        /// Read the ModelArtifacts of a cluster, not a store
+        #[arg(long, conflicts_with = "store")]
+        cluster: bool,
+        /// Namespace on the cluster; that of the kubeconfig's context by default
+        #[arg(long, short)]
+        namespace: Option<String>,
         #[command(flatten)]
         store: StoreArgs,
     },

@@ -3,6 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
+use kube::api::ListParams;
+use kube::{Api, ResourceExt as _};
+use sensorium_api::{ModelArtifact, ModelArtifactSpec};
 use sensorium_artifact::{Artifact, ArtifactError, DType, Digest, Store, TensorSpec};
 
 use crate::args::{ArtifactCommand, StoreArgs};
@@ -10,13 +13,18 @@ use crate::error::Error;
 use crate::local::state_dir::StateDir;
 use crate::output::{self, indent, table};
 use crate::text::{number, size};
+use sensorium_operator::status::ARTIFACT_LABEL;
 
 /// Runs one of the commands.
 ///
 /// # Errors
 /// When the store cannot be read, or what was asked for is not there or not whole.
 pub async fn run(command: &ArtifactCommand, state: &StateDir) -> Result<(), Error> {
-    let open = |store: &StoreArgs| Ok::<_, Error>(Store::open(&store.store, &state.volumes_of(&[&store.store])?)?);
+    let open = |store: &StoreArgs| {
+        let mut volumes = state.volumes_of(&[&store.store])?;
+        store.volumes.iter().for_each(|volume| volumes.insert(volume.clone()));
+        Ok::<_, Error>(Store::open(&store.store, &volumes)?)
+    };
     match command {
         ArtifactCommand::Ls { store, all } => {
             let store = open(store)?;
@@ -27,11 +35,20 @@ pub async fn run(command: &ArtifactCommand, state: &StateDir) -> Result<(), Erro
             output::print(&if *json { pretty_json(&artifact) } else { card(&artifact) })
         }
         ArtifactCommand::Verify { artifacts, store } => verify(&open(store)?, artifacts).await,
-        ArtifactCommand::Tree { artifact, store } => {
+        ArtifactCommand::Tree { artifact, cluster, namespace, .. } if *cluster || is_kubectl_plugin() => {
+            output::print(&cluster_tree(namespace.as_deref(), artifact).await?)
+        }
+        ArtifactCommand::Tree { artifact, store, .. } => {
             let store = open(store)?;
             output::print(&tree(&store, artifact).await?)
         }
     }
+}
+
+/// Whether this was started as `kubectl sensorium`: kubectl runs a program of that name.
+fn is_kubectl_plugin() -> bool {
+    let name = std::env::args_os().next().map(std::path::PathBuf::from);
+    name.and_then(|path| path.file_name().map(|name| name == "kubectl-sensorium")).unwrap_or(false)
 }
 
 fn listing(store: &str, names: &BTreeMap<String, Digest>, artifacts: &[Artifact], all: bool) -> String {
@@ -165,45 +182,100 @@ async fn verify(store: &Store, references: &[String]) -> Result<(), Error> {
     first_failure.map_or(Ok(()), |error| Err(error.into()))
 }
 
-/// An artifact and what it was made from, as far as the store knows.
+/// What a tree shows of an artifact, wherever it is recorded.
+struct Made {
+    name: String,
+    digest: String,
+    by: String,
+    steps: Vec<String>,
+    data: Vec<String>,
+    parents: Vec<String>,
+}
+
+impl From<&Artifact> for Made {
+    fn from(artifact: &Artifact) -> Self {
+        let lineage = &artifact.manifest.lineage;
+        Self {
+            name: artifact.manifest.name.clone(),
+            digest: artifact.digest.to_string(),
+            by: made_by(artifact),
+            steps: lineage.steps.clone(),
+            data: lineage.data.clone(),
+            parents: lineage.parents.iter().map(Digest::to_string).collect(),
+        }
+    }
+}
+
+impl From<&ModelArtifact> for Made {
+    fn from(artifact: &ModelArtifact) -> Self {
+        let ModelArtifactSpec { digest, lineage, .. } = &artifact.spec;
+        Self {
+            name: artifact.labels().get(ARTIFACT_LABEL).cloned().unwrap_or_else(|| artifact.name_any()),
+            digest: digest.clone(),
+            by: lineage.job.as_ref().map_or("-".to_owned(), |job| format!("{}/{}", job.kind, job.name)),
+            steps: lineage.steps.clone(),
+            data: lineage.data.clone(),
+            parents: lineage.parents.clone(),
+        }
+    }
+}
+
+/// What an artifact of a store was made from.
 async fn tree(store: &Store, reference: &str) -> Result<String, Error> {
     let root = store.resolve(reference).await?;
+    let all: Vec<Made> = store.list().await?.iter().map(Made::from).collect();
+    Ok(draw(&Made::from(&root), &all, store.uri()))
+}
+
+/// What an artifact of a cluster was made from. A name means the newest one, as it does to jobs.
+async fn cluster_tree(namespace: Option<&str>, reference: &str) -> Result<String, Error> {
+    let client = kube::Client::try_default().await.map_err(Error::cluster)?;
+    let namespace = namespace.unwrap_or(client.default_namespace()).to_owned();
+    let mut known = Api::<ModelArtifact>::namespaced(client, &namespace)
+        .list(&ListParams::default())
+        .await
+        .map_err(Error::cluster)?
+        .items;
+    known.sort_by_key(|artifact| artifact.metadata.creation_timestamp.as_ref().map(|time| time.0));
+    let all: Vec<Made> = known.iter().map(Made::from).collect();
+    let meant =
+        known.iter().zip(&all).rev().find(|(object, made)| {
+            made.digest == reference || made.name == reference || object.name_any() == reference
+        });
+    let (_, root) = meant.ok_or_else(|| Error::NoSuchArtifact {
+        reference: reference.to_owned(),
+        namespace: namespace.clone(),
+        names: all.iter().map(|made| made.name.clone()).collect::<BTreeSet<_>>().into_iter().collect(),
+    })?;
+    Ok(draw(root, &all, &format!("namespace {namespace}")))
+}
+
+/// Depth first, with a stack of depths and artifacts, or digests of those that are not in `place`.
+fn draw(root: &Made, all: &[Made], place: &str) -> String {
     let mut text = String::new();
-    // Depth first with a stack of (depth, artifact or the digest of one that is elsewhere).
     let mut stack = vec![(0, Ok(root))];
     while let Some((depth, artifact)) = stack.pop() {
         let indent = if depth == 0 { String::new() } else { format!("{}└─ ", "   ".repeat(depth - 1)) };
-        let artifact: Artifact = match artifact {
+        let artifact: &Made = match artifact {
             Ok(artifact) => artifact,
             Err(digest) => {
-                let _ = writeln!(text, "{indent}{digest} (not in {})", store.uri());
+                let _ = writeln!(text, "{indent}{digest} (not in {place})");
                 continue;
             }
         };
-        let lineage = &artifact.manifest.lineage;
-        let _ = writeln!(
-            text,
-            "{indent}{} {}  {}: {}",
-            artifact.manifest.name,
-            artifact.digest.short(),
-            made_by(&artifact),
-            lineage.steps.join(", then "),
-        );
-        if lineage.parents.is_empty() {
-            for data in &lineage.data {
+        let short: String = artifact.digest.trim_start_matches("sha256:").chars().take(12).collect();
+        let _ =
+            writeln!(text, "{indent}{} {short}  {}: {}", artifact.name, artifact.by, artifact.steps.join(", then "));
+        if artifact.parents.is_empty() {
+            for data in &artifact.data {
                 let _ = writeln!(text, "{}└─ {data}", "   ".repeat(depth));
             }
         }
-        for digest in lineage.parents.iter().rev() {
-            let parent = match store.resolve(&digest.to_string()).await {
-                Ok(parent) => Ok(parent),
-                Err(ArtifactError::NotFound { .. }) => Err(*digest),
-                Err(error) => return Err(error.into()),
-            };
-            stack.push((depth + 1, parent));
+        for digest in artifact.parents.iter().rev() {
+            stack.push((depth + 1, all.iter().find(|made| made.digest == *digest).ok_or(digest)));
         }
     }
-    Ok(text)
+    text
 }
 
 #[cfg(test)]

@@ -42,6 +42,19 @@ pub enum Error {
         /// Where we looked.
         paths: Vec<PathBuf>,
     },
+    /// The cluster was not reached, or refused.
+    #[error("cannot ask the cluster")]
+    Cluster(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// No ModelArtifact of this name or digest.
+    #[error("no artifact {reference} in namespace {namespace}{}", known(names))]
+    NoSuchArtifact {
+        /// What was asked for.
+        reference: String,
+        /// Where.
+        namespace: String,
+        /// What is there.
+        names: Vec<String>,
+    },
     /// A data set cannot be read or written.
     #[error("cannot use the data {uri}")]
     Data {
@@ -121,7 +134,16 @@ pub enum Error {
     Interrupted,
 }
 
+fn known(names: &[String]) -> String {
+    if names.is_empty() { " (there is none)".to_owned() } else { format!(" (there are {})", names.join(", ")) }
+}
+
 impl Error {
+    /// A cluster that could not be asked.
+    pub fn cluster(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Cluster(source.into())
+    }
+
     /// For `map_err`: the failure of `action` on `path`.
     pub fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
@@ -131,6 +153,8 @@ impl Error {
     /// What the user can do about it, if there is something that the message does not already say.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
+            Self::Cluster(_) => "check that kubectl get modelartifacts works, and KUBECONFIG".to_owned(),
+            Self::NoSuchArtifact { .. } => "kubectl get modelartifacts --all-namespaces lists them".to_owned(),
             Self::State(StateError::Locked { .. }) => {
                 "wait for it, stop it, or use another folder with --state-dir".to_owned()
             }

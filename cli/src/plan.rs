@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-use sensorium_operator::plan::{Lifetime, MountSource, Role, WorkloadPlan, order};
+use sensorium_operator::plan::{Lifetime, MountSource, Role, RunPolicy, WorkloadPlan, order};
 
 use crate::args::{PlanArgs, PlanFormat};
 use crate::error::Error;
@@ -44,8 +44,9 @@ fn text(plan: &WorkloadPlan) -> String {
         line("ports", &role.ports.iter().map(|(name, port)| format!("{name} {port}")).collect::<Vec<_>>().join(", "));
         line("volumes", &volumes(role));
     }
-    match plan.lifetime {
-        Lifetime::RunToCompletion { max_restarts, active_deadline_seconds } => {
+    match &plan.lifetime {
+        Lifetime::RunToCompletion(RunPolicy { failure, active_deadline_seconds, .. }) => {
+            let max_restarts = failure.max_restarts;
             let deadline = active_deadline_seconds.map(|seconds| format!(", within {seconds} s"));
             line("until", &format!("it is done; at most {max_restarts} restarts{}", deadline.unwrap_or_default()));
         }

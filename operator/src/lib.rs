@@ -1,4 +1,8 @@
-//! The operator library: pure plans of what each custom resource needs to run.
+//! The operator: from custom resources to what runs, and back to their status.
+//!
+//! Three modules are pure, and most decisions are in them: [`plan`] (what a resource needs to run), [`render`] (a plan as
+//! Kubernetes objects) and [`status`] (from what a cluster shows to what is done next and what is said). [`controller`]
+//! does the rest: it watches, calls them, and writes.
 //!
 //! [`plan`] turns a checked resource into a [`plan::WorkloadPlan`]: which programs, how many, with which arguments,
 //! environment, files and storage. Whoever runs it, a cluster or one machine, fills in the addresses. It knows no
@@ -18,4 +22,17 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod controller;
 pub mod plan;
+pub mod render;
+pub mod status;
+
+/// An error and its causes in one line, as logs want them.
+pub(crate) fn error_line(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |line, cause| {
+        let cause = cause.to_string();
+        // Some errors repeat their cause in their own words.
+        if line.contains(&cause) { line } else { format!("{line}: {cause}") }
+    })
+}

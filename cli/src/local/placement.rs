@@ -189,12 +189,12 @@ impl Resolve for Place<'_> {
         mount.map(|mount| self.folder(&mount.source).display().to_string()).unwrap_or_default()
     }
 
-    fn rank(&self) -> u32 {
-        self.process.rank
+    fn rank(&self) -> String {
+        self.process.rank.to_string()
     }
 
-    fn local_rank(&self) -> u32 {
-        self.process.local_rank
+    fn local_rank(&self) -> String {
+        self.process.local_rank.to_string()
     }
 
     fn result_file(&self) -> String {

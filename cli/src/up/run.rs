@@ -128,13 +128,13 @@ impl<'a> Run<'a> {
     }
 
     async fn attempts(&self, job: &Job) -> Result<Finished, Error> {
-        let Lifetime::RunToCompletion { max_restarts, active_deadline_seconds } = job.plan.lifetime else {
+        let Lifetime::RunToCompletion(policy) = &job.plan.lifetime else {
             // Only reached for a service of a kind that is not served; there is none.
             return Err(Error::Job(Box::new(JobFailure::new("it does not end by itself".to_owned()))));
         };
         let budget = Budget {
-            max_restarts,
-            deadline: active_deadline_seconds.map(Duration::from_secs),
+            max_restarts: policy.failure.max_restarts,
+            deadline: policy.active_deadline_seconds.map(Duration::from_secs),
             grace: GRACE,
             pause: RESTART_PAUSE,
         };

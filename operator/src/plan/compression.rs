@@ -5,16 +5,19 @@ use std::collections::BTreeMap;
 use sensorium_api::run::{JobKey, JobKind};
 use sensorium_api::{CompressionJob, CompressionStep};
 
-use super::PlanError;
 use super::config::{PROGRESS, PROGRESS_PORT, common_env, config_args, config_files, report_args};
 use super::spec_hash;
 use super::storage::Claims;
 use super::template::Template;
-use super::workload::{Lifetime, Program, Role, WorkloadPlan};
+use super::workload::{Lifetime, Program, Role, RunPolicy, WorkloadPlan};
+use super::{Pins, PlanError};
 
-pub(super) fn plan_compression(object: &CompressionJob) -> Result<WorkloadPlan, PlanError> {
+pub(super) fn plan_compression(object: &CompressionJob, pins: &Pins) -> Result<WorkloadPlan, PlanError> {
     let job = JobKey::of(object, JobKind::CompressionJob);
-    let spec = &object.spec;
+    let spec_hash = spec_hash::compression(&object.spec);
+    let requires = vec![object.spec.source.artifact.clone()];
+    let mut spec = object.spec.clone();
+    pins.pin(&mut spec.source.artifact);
     let claims = spec
         .steps
         .iter()
@@ -24,12 +27,11 @@ pub(super) fn plan_compression(object: &CompressionJob) -> Result<WorkloadPlan, 
         .read(&spec.source.store)
         .read(&spec.acceptance.data)
         .write(&spec.output.store);
-    let spec_hash = spec_hash::compression(spec);
     Ok(WorkloadPlan {
-        files: config_files(&job, &spec_hash, spec)?,
+        files: config_files(&job, &spec_hash, &spec)?,
         job,
         spec_hash,
-        requires: vec![spec.source.artifact.clone()],
+        requires,
         produces: Some(spec.output.artifact.clone()),
         suspended: spec.suspend,
         roles: vec![Role {
@@ -45,9 +47,13 @@ pub(super) fn plan_compression(object: &CompressionJob) -> Result<WorkloadPlan, 
             result: true,
             readiness: None,
         }],
-        lifetime: Lifetime::RunToCompletion {
-            max_restarts: spec.failure_policy.max_restarts,
+        lifetime: Lifetime::RunToCompletion(RunPolicy {
+            failure: spec.failure_policy,
             active_deadline_seconds: spec.active_deadline_seconds,
-        },
+            pre_running_deadline_seconds: spec.pre_running_deadline_seconds,
+            ttl_seconds_after_finished: spec.ttl_seconds_after_finished,
+        }),
+        scheduling: spec.scheduling,
+        pods: spec.pods,
     })
 }

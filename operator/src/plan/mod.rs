@@ -14,7 +14,9 @@ mod workload;
 pub use order::{OrderError, order};
 pub use ranks::Process;
 pub use template::{Part, Resolve, Template};
-pub use workload::{HttpProbe, Lifetime, Mount, MountSource, Program, Role, WorkloadPlan};
+pub use workload::{HttpProbe, Lifetime, Mount, MountSource, Program, Role, RunPolicy, WorkloadPlan};
+
+use std::collections::BTreeMap;
 
 use sensorium_api::Resource;
 
@@ -37,15 +39,41 @@ pub enum PlanError {
     },
 }
 
+/// What is known at the start of a run and not when its manifest is written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pins {
+    /// `sha256:` digests of artifacts that the manifest names, by that name. The run reads exactly these, whatever the
+    /// names point to later.
+    pub artifacts: BTreeMap<String, String>,
+    /// Workers to start, where they are not as many as the manifest says; only data parallelism changes.
+    pub workers: Option<u32>,
+}
+
+impl Pins {
+    fn pin(&self, artifact: &mut String) {
+        if let Some(digest) = self.artifacts.get(artifact) {
+            digest.clone_into(artifact);
+        }
+    }
+}
+
 /// What `resource` needs to run.
 ///
 /// # Errors
 /// [`PlanError::RunsNothing`] for a ModelArtifact.
 pub fn plan(resource: &Resource) -> Result<WorkloadPlan, PlanError> {
+    plan_pinned(resource, &Pins::default())
+}
+
+/// [`plan`], for a run of which more is known. Its spec hash is that of the manifest.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_pinned(resource: &Resource, pins: &Pins) -> Result<WorkloadPlan, PlanError> {
     match resource {
-        Resource::TrainingJob(job) => training::plan_training(job),
-        Resource::CompressionJob(job) => compression::plan_compression(job),
-        Resource::ServingJob(job) => serving::plan_serving(job),
+        Resource::TrainingJob(job) => training::plan_training(job, pins),
+        Resource::CompressionJob(job) => compression::plan_compression(job, pins),
+        Resource::ServingJob(job) => serving::plan_serving(job, pins),
         Resource::ModelArtifact(_) => Err(PlanError::RunsNothing { name: resource.name() }),
     }
 }

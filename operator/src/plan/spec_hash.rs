@@ -17,10 +17,15 @@ pub(super) fn training(spec: &TrainingJobSpec) -> String {
         parallelism,
         workers: _,
         processes_per_worker: _,
+        elastic: _,
         checkpoint: _,
         failure_policy: _,
         suspend: _,
         active_deadline_seconds: _,
+        pre_running_deadline_seconds: _,
+        ttl_seconds_after_finished: _,
+        scheduling: _,
+        pods: _,
         resources: _,
         output: _,
     } = spec;
@@ -45,6 +50,10 @@ pub(super) fn compression(spec: &CompressionJobSpec) -> String {
         failure_policy: _,
         suspend: _,
         active_deadline_seconds: _,
+        pre_running_deadline_seconds: _,
+        ttl_seconds_after_finished: _,
+        scheduling: _,
+        pods: _,
         resources: _,
         output: _,
     } = spec;
@@ -53,7 +62,23 @@ pub(super) fn compression(spec: &CompressionJobSpec) -> String {
 
 /// Serving: everything that a server's answers, or the way it gives them, depend on.
 pub(super) fn serving(spec: &ServingJobSpec) -> String {
-    let ServingJobSpec { model, engine, replicas: _, batching, ports: _, limits, verification: _, resources: _ } = spec;
+    let ServingJobSpec {
+        model,
+        engine,
+        batching,
+        limits,
+        replicas: _,
+        autoscaling: _,
+        rollout: _,
+        ports: _,
+        verification: _,
+        resources: _,
+        service: _,
+        network_access: _,
+        disruption_max_unavailable: _,
+        scheduling: _,
+        pods: _,
+    } = spec;
     digest(&json!({"kind": "ServingJob", "model": model, "engine": engine, "batching": batching, "limits": limits}))
 }
 

@@ -55,10 +55,10 @@ pub trait Resolve {
     fn listen(&self, name: &str) -> String;
     /// Path of the mount `name`.
     fn mount_path(&self, name: &str) -> String;
-    /// This process among all of its role.
-    fn rank(&self) -> u32;
+    /// This process among all of its role; in a pod a reference to where the number will be found.
+    fn rank(&self) -> String;
     /// This process among those of its replica.
-    fn local_rank(&self) -> u32;
+    fn local_rank(&self) -> String;
     /// Where the result is written.
     fn result_file(&self) -> String;
 }
@@ -93,8 +93,8 @@ impl Part {
             Self::Port { role, name } => resolve.port(role, name).to_string(),
             Self::Listen { name } => resolve.listen(name),
             Self::MountPath(name) => resolve.mount_path(name),
-            Self::Rank => resolve.rank().to_string(),
-            Self::LocalRank => resolve.local_rank().to_string(),
+            Self::Rank => resolve.rank(),
+            Self::LocalRank => resolve.local_rank(),
             Self::ResultFile => resolve.result_file(),
         }
     }
@@ -147,11 +147,11 @@ mod tests {
         fn mount_path(&self, name: &str) -> String {
             format!("/mnt/{name}")
         }
-        fn rank(&self) -> u32 {
-            3
+        fn rank(&self) -> String {
+            "3".to_owned()
         }
-        fn local_rank(&self) -> u32 {
-            1
+        fn local_rank(&self) -> String {
+            "1".to_owned()
         }
         fn result_file(&self) -> String {
             "/out/result.json".to_owned()

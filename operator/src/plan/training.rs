@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use sensorium_api::run::{JobKey, JobKind};
 use sensorium_api::{ModelSource, TrainingJob};
 
-use super::PlanError;
 use super::config::{PROGRESS, PROGRESS_PORT, common_env, config_args, config_files, report_args};
 use super::spec_hash;
 use super::storage::Claims;
 use super::template::{Part, Template};
-use super::workload::{Lifetime, Program, Role, WorkloadPlan};
+use super::workload::{Lifetime, Program, Role, RunPolicy, WorkloadPlan};
+use super::{Pins, PlanError};
 
 const WORKER: &str = "worker";
 /// Name of the port on which rank 0 gathers the others.
@@ -18,9 +18,23 @@ const RENDEZVOUS: &str = "rendezvous";
 /// torchrun's.
 const RENDEZVOUS_PORT: u16 = 29_500;
 
-pub(super) fn plan_training(object: &TrainingJob) -> Result<WorkloadPlan, PlanError> {
+pub(super) fn plan_training(object: &TrainingJob, pins: &Pins) -> Result<WorkloadPlan, PlanError> {
     let job = JobKey::of(object, JobKind::TrainingJob);
+    // Of the spec as it was written: a run of another width, or of a name that was looked up, is the same run.
+    let spec_hash = spec_hash::training(&object.spec);
+    let requires = match &object.spec.model {
+        ModelSource::Architecture(_) => Vec::new(),
+        ModelSource::Artifact(artifact) => vec![artifact.clone()],
+    };
     let mut spec = object.spec.clone();
+    if let ModelSource::Artifact(artifact) = &mut spec.model {
+        pins.pin(artifact);
+    }
+    if let Some(workers) = pins.workers {
+        spec.workers = workers;
+        let layout = &mut spec.parallelism;
+        layout.data = workers * spec.processes_per_worker / (layout.tensor * layout.pipeline);
+    }
     let checkpoints = object.checkpoint_uri();
     spec.checkpoint.uri = Some(checkpoints.clone());
     let claims = Claims::default()
@@ -28,15 +42,11 @@ pub(super) fn plan_training(object: &TrainingJob) -> Result<WorkloadPlan, PlanEr
         .read(&spec.data.evaluation)
         .write(&checkpoints)
         .write(&spec.output.store);
-    let spec_hash = spec_hash::training(&spec);
     Ok(WorkloadPlan {
         files: config_files(&job, &spec_hash, &spec)?,
         job,
         spec_hash,
-        requires: match &spec.model {
-            ModelSource::Architecture(_) => Vec::new(),
-            ModelSource::Artifact(artifact) => vec![artifact.clone()],
-        },
+        requires,
         produces: Some(spec.output.artifact.clone()),
         suspended: spec.suspend,
         roles: vec![Role {
@@ -52,10 +62,14 @@ pub(super) fn plan_training(object: &TrainingJob) -> Result<WorkloadPlan, PlanEr
             result: true,
             readiness: None,
         }],
-        lifetime: Lifetime::RunToCompletion {
-            max_restarts: spec.failure_policy.max_restarts,
+        lifetime: Lifetime::RunToCompletion(RunPolicy {
+            failure: spec.failure_policy,
             active_deadline_seconds: spec.active_deadline_seconds,
-        },
+            pre_running_deadline_seconds: spec.pre_running_deadline_seconds,
+            ttl_seconds_after_finished: spec.ttl_seconds_after_finished,
+        }),
+        scheduling: spec.scheduling,
+        pods: spec.pods,
     })
 }
 

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use sensorium_api::Resources;
 use sensorium_api::run::JobKey;
+use sensorium_api::{FailurePolicy, PodSettings, Resources, Scheduling};
 use serde::Serialize;
 
 use super::template::Template;
@@ -30,6 +30,17 @@ pub struct WorkloadPlan {
     pub roles: Vec<Role>,
     /// How long it runs.
     pub lifetime: Lifetime,
+    /// Where pods may run; of no concern on one machine.
+    #[serde(skip_serializing_if = "is_default")]
+    pub scheduling: Scheduling,
+    /// What pods are made of.
+    #[serde(skip_serializing_if = "is_default")]
+    pub pods: PodSettings,
+}
+
+/// What a manifest leaves out is left out of a printed plan.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Equal processes, in `replicas` pods (on one machine: groups) of `processes` each.
@@ -110,14 +121,7 @@ pub enum MountSource {
 #[serde(rename_all = "camelCase")]
 pub enum Lifetime {
     /// Until every process has ended well.
-    #[serde(rename_all = "camelCase")]
-    RunToCompletion {
-        /// How often all processes are started again after one failed.
-        max_restarts: u32,
-        /// Seconds after which the job has failed, restarts included.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        active_deadline_seconds: Option<u64>,
-    },
+    RunToCompletion(RunPolicy),
     /// Until it is deleted.
     Service,
 }
@@ -130,4 +134,20 @@ pub struct HttpProbe {
     pub port: String,
     /// Path of the URL.
     pub path: String,
+}
+
+/// How a workload that ends by itself may fail, wait and be cleaned up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RunPolicy {
+    /// What a failed process means, and how often all of them are started again.
+    pub failure: FailurePolicy,
+    /// Seconds after which the job has failed, restarts included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub active_deadline_seconds: Option<u64>,
+    /// Seconds within which every replica has to run.
+    pub pre_running_deadline_seconds: u64,
+    /// Seconds after its end when the job is deleted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl_seconds_after_finished: Option<u64>,
 }

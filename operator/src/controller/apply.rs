@@ -1,0 +1,248 @@
+//! Writes: each can be repeated, and each is left out when it would change nothing.
+
+use std::fmt::Debug;
+
+use k8s_openapi::NamespaceResourceScope;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions, PropagationPolicy};
+use kube::{Api, Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::Error;
+use super::context::Context;
+
+/// The name under which the operator owns the fields that it sets.
+const MANAGER: &str = "sensorium-operator";
+
+fn named<K: Resource<DynamicType = ()>>(name: &str) -> String {
+    format!("{}/{name}", K::kind(&()))
+}
+
+/// Creates `object` unless it is there; what is there stays as it is. Says whether it was created.
+pub(super) async fn create<K>(context: &Context, owner: &'static str, object: &K) -> Result<bool, Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
+{
+    let api: Api<K> = context.api_in(&object.namespace().unwrap_or_default());
+    match api.create(&PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() }, object).await {
+        Ok(_) => {
+            context.health.wrote(owner, "create");
+            Ok(true)
+        }
+        Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(false),
+        Err(error) => Err(Error::api("create", named::<K>(&object.name_any()))(error)),
+    }
+}
+
+/// Makes the live object have every field of `desired`. Fields that others set stay theirs.
+pub(super) async fn apply<K>(
+    context: &Context,
+    owner: &'static str,
+    desired: &K,
+    actual: Option<&K>,
+) -> Result<bool, Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
+{
+    let json = |object: &K| serde_json::to_value(object).map_err(|error| Error::Object(error.to_string()));
+    let mut wanted = json(desired)?;
+    if let Some(actual) = actual
+        && covers(&json(actual)?, &wanted)
+    {
+        return Ok(false);
+    }
+    wanted["apiVersion"] = json!(K::api_version(&()));
+    wanted["kind"] = json!(K::kind(&()));
+    let api: Api<K> = context.api_in(&desired.namespace().unwrap_or_default());
+    let name = desired.name_any();
+    api.patch(&name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&wanted))
+        .await
+        .map_err(Error::api("apply", named::<K>(&name)))?;
+    context.health.wrote(owner, "apply");
+    Ok(true)
+}
+
+/// Changes part of an object.
+pub(super) async fn merge<K>(context: &Context, owner: &'static str, object: &K, change: &Value) -> Result<(), Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
+{
+    let api: Api<K> = context.api_in(&object.namespace().unwrap_or_default());
+    let name = object.name_any();
+    api.patch(
+        &name,
+        &PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() },
+        &Patch::Merge(change),
+    )
+    .await
+    .map_err(Error::api("change", named::<K>(&name)))?;
+    context.health.wrote(owner, "merge");
+    Ok(())
+}
+
+/// Deletes exactly this object; what it owns follows.
+pub(super) async fn delete<K>(context: &Context, owner: &'static str, object: &K) -> Result<(), Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
+{
+    delete_with(context, owner, object, PropagationPolicy::Background).await
+}
+
+/// Deletes exactly this object, what it owns first: as long as it is there, so may they be.
+pub(super) async fn delete_last<K>(context: &Context, owner: &'static str, object: &K) -> Result<(), Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
+{
+    delete_with(context, owner, object, PropagationPolicy::Foreground).await
+}
+
+async fn delete_with<K>(
+    context: &Context,
+    owner: &'static str,
+    object: &K,
+    propagation: PropagationPolicy,
+) -> Result<(), Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
+{
+    if object.meta().deletion_timestamp.is_some() {
+        return Ok(());
+    }
+    let api: Api<K> = context.api_in(&object.namespace().unwrap_or_default());
+    let params = DeleteParams {
+        propagation_policy: Some(propagation),
+        preconditions: Some(Preconditions { uid: object.uid(), resource_version: None }),
+        ..DeleteParams::default()
+    };
+    match api.delete(&object.name_any(), &params).await {
+        Ok(_) => {
+            context.health.wrote(owner, "delete");
+            Ok(())
+        }
+        // Gone, or another one of the same name has taken its place.
+        Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(()),
+        Err(error) => Err(Error::api("delete", named::<K>(&object.name_any()))(error)),
+    }
+}
+
+/// Writes `status` if it differs from `old`, and only onto the version that was read: a decision made on old news is not
+/// written over a newer one.
+pub(super) async fn write_status<K, S>(
+    context: &Context,
+    owner: &'static str,
+    object: &K,
+    old: Option<&S>,
+    status: &S,
+) -> Result<bool, Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
+    S: Serialize + PartialEq,
+{
+    if old == Some(status) {
+        return Ok(false);
+    }
+    let value = |status: &S| serde_json::to_value(status).map_err(|error| Error::Object(error.to_string()));
+    let mut wanted = value(status)?;
+    // A merge keeps what is not mentioned, so what is no longer said has to be taken back.
+    if let (Some(old), Value::Object(wanted)) = (old.map(value).transpose()?, &mut wanted) {
+        erase(&old, wanted);
+    }
+    let change = json!({"metadata": {"resourceVersion": object.resource_version()}, "status": wanted});
+    let api: Api<K> = context.api_in(&object.namespace().unwrap_or_default());
+    let name = object.name_any();
+    let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
+    match api.patch_status(&name, &params, &Patch::Merge(&change)).await {
+        Ok(_) => {
+            context.health.wrote(owner, "status");
+            Ok(true)
+        }
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(false),
+        Err(error) => Err(Error::api("write the status of", named::<K>(&name))(error)),
+    }
+}
+
+/// Adds a null for every key of `old` that `wanted` lacks, at every depth.
+fn erase(old: &Value, wanted: &mut serde_json::Map<String, Value>) {
+    let Value::Object(old) = old else { return };
+    for (key, value) in old {
+        match wanted.get_mut(key) {
+            None => {
+                wanted.insert(key.clone(), Value::Null);
+            }
+            Some(Value::Object(inner)) => erase(value, inner),
+            Some(_) => {}
+        }
+    }
+}
+
+/// Whether `actual` has everything that `desired` says. The server adds defaults, so more is fine; it also rewrites
+/// quantities (`1000m` becomes `1`), so these are compared by value.
+fn covers(actual: &Value, desired: &Value) -> bool {
+    match (actual, desired) {
+        (Value::Object(actual), Value::Object(desired)) => desired.iter().all(|(key, wanted)| match actual.get(key) {
+            Some(found) => covers(found, wanted),
+            // The server drops what is empty.
+            None => wanted.is_null() || wanted.as_object().is_some_and(serde_json::Map::is_empty),
+        }),
+        (Value::Array(actual), Value::Array(desired)) => {
+            actual.len() == desired.len() && actual.iter().zip(desired).all(|(found, wanted)| covers(found, wanted))
+        }
+        (Value::String(found), Value::String(wanted)) => found == wanted || same_quantity(found, wanted),
+        _ => actual == desired,
+    }
+}
+
+fn same_quantity(one: &str, other: &str) -> bool {
+    matches!((quantity(one), quantity(other)), (Some(one), Some(other)) if (one - other).abs() <= 1e-9 * one.abs())
+}
+
+/// The value of a quantity such as `500m`, `2`, `8Gi`.
+fn quantity(text: &str) -> Option<f64> {
+    const SUFFIXES: [(&str, f64); 14] = [
+        ("Ki", 1024.0),
+        ("Mi", 1_048_576.0),
+        ("Gi", 1_073_741_824.0),
+        ("Ti", 1_099_511_627_776.0),
+        ("Pi", 1_125_899_906_842_624.0),
+        ("n", 1e-9),
+        ("u", 1e-6),
+        ("m", 1e-3),
+        ("k", 1e3),
+        ("M", 1e6),
+        ("G", 1e9),
+        ("T", 1e12),
+        ("P", 1e15),
+        ("", 1.0),
+    ];
+    SUFFIXES.iter().find_map(|(suffix, factor)| {
+        let number = text.strip_suffix(suffix)?;
+        // `parse` would read words such as `inf` too.
+        number
+            .starts_with(|c: char| c.is_ascii_digit())
+            .then(|| number.parse::<f64>().ok())?
+            .map(|value| value * factor)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_that_the_server_adds_are_no_difference_and_lost_fields_are() {
+        let desired = json!({"spec": {"ports": [{"port": 1}], "limits": {"cpu": "1000m"}, "labels": {}}});
+        let actual =
+            json!({"spec": {"ports": [{"port": 1, "protocol": "TCP"}], "limits": {"cpu": "1"}, "type": "ClusterIP"}});
+        assert!(covers(&actual, &desired));
+        assert!(!covers(&json!({"spec": {"ports": []}}), &desired));
+        assert!(!covers(&json!({"spec": {"ports": [{"port": 2}], "limits": {"cpu": "1"}}}), &desired));
+    }
+
+    #[test]
+    fn what_is_no_longer_said_is_taken_back() {
+        let mut wanted = json!({"a": {"x": 1}}).as_object().unwrap().clone();
+        erase(&json!({"a": {"x": 1, "y": 2}, "b": 3}), &mut wanted);
+        assert_eq!(Value::Object(wanted), json!({"a": {"x": 1, "y": null}, "b": null}));
+    }
+}

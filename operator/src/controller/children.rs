@@ -1,0 +1,137 @@
+//! Watches: caches of what exists, and news of whom it concerns.
+//!
+//! Every watch has a back-off of its own, so that one kind that cannot be listed holds up no other. What vanished while
+//! a watch was down is news too: the new list is compared with the old one.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Debug;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use futures::{Stream, StreamExt as _};
+use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::{Api, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+
+use super::health::Watch;
+
+/// Namespace and name of an object.
+pub(super) type Key = (String, String);
+
+/// The children of one kind, by their owners.
+#[derive(Debug)]
+pub(super) struct Children<K> {
+    state: Arc<RwLock<State<K>>>,
+}
+
+impl<K> Clone for Children<K> {
+    fn clone(&self) -> Self {
+        Self { state: Arc::clone(&self.state) }
+    }
+}
+
+#[derive(Debug)]
+struct State<K> {
+    by_owner: HashMap<Key, BTreeMap<String, Arc<K>>>,
+    /// Whether a first list is complete.
+    listed: bool,
+}
+
+impl<K> Children<K> {
+    /// The children of `owner`, by name.
+    pub(super) fn of(&self, owner: &Key) -> Vec<Arc<K>> {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        state.by_owner.get(owner).map(|children| children.values().cloned().collect()).unwrap_or_default()
+    }
+
+    /// The child of `owner` with this name.
+    pub(super) fn get(&self, owner: &Key, name: &str) -> Option<Arc<K>> {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        state.by_owner.get(owner)?.get(name).cloned()
+    }
+
+    /// Whether all that exist are known.
+    pub(super) fn listed(&self) -> bool {
+        self.state.read().unwrap_or_else(PoisonError::into_inner).listed
+    }
+}
+
+/// Watches `api`; `owner_of` tells whom an object concerns, `prune` drops what nobody looks at. The stream gives the owners
+/// of what changed.
+pub(super) fn watch<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    health: Watch,
+    owner_of: impl Fn(&K) -> Option<Key> + Send + 'static,
+    prune: impl Fn(&mut K) + Send + 'static,
+) -> (Children<K>, impl Stream<Item = Key> + Send + 'static)
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+{
+    let state = Arc::new(RwLock::new(State { by_owner: HashMap::new(), listed: false }));
+    let children = Children { state: Arc::clone(&state) };
+    let mut listing: HashMap<Key, BTreeMap<String, Arc<K>>> = HashMap::new();
+    let stream = watcher(api, config)
+        .inspect(move |event| health.note(event.as_ref().err()))
+        .default_backoff()
+        .flat_map(move |event| {
+            let Ok(event) = event else { return futures::stream::iter(Vec::new()) };
+            let mut touched = Vec::new();
+            let write = || state.write().unwrap_or_else(PoisonError::into_inner);
+            match event {
+                watcher::Event::Init => listing.clear(),
+                watcher::Event::InitApply(mut object) => {
+                    prune(&mut object);
+                    if let Some(owner) = owner_of(&object) {
+                        listing.entry(owner).or_default().insert(object.name_any(), Arc::new(object));
+                    }
+                }
+                watcher::Event::InitDone => {
+                    let mut state = write();
+                    let old = std::mem::replace(&mut state.by_owner, std::mem::take(&mut listing));
+                    state.listed = true;
+                    touched.extend(state.by_owner.keys().cloned());
+                    touched.extend(old.into_keys().filter(|owner| !state.by_owner.contains_key(owner)));
+                }
+                watcher::Event::Apply(mut object) => {
+                    prune(&mut object);
+                    if let Some(owner) = owner_of(&object) {
+                        write().by_owner.entry(owner.clone()).or_default().insert(object.name_any(), Arc::new(object));
+                        touched.push(owner);
+                    }
+                }
+                watcher::Event::Delete(object) => {
+                    if let Some(owner) = owner_of(&object) {
+                        let mut state = write();
+                        if let Some(children) = state.by_owner.get_mut(&owner) {
+                            children.remove(&object.name_any());
+                            if children.is_empty() {
+                                state.by_owner.remove(&owner);
+                            }
+                        }
+                        touched.push(owner);
+                    }
+                }
+            }
+            futures::stream::iter(touched)
+        });
+    (children, stream)
+}
+
+/// The owner that an object's reference names.
+pub(super) fn owner_by_reference<K: ResourceExt>(kind: &'static str) -> impl Fn(&K) -> Option<Key> + Send + 'static {
+    move |object| {
+        let owner = object.owner_references().iter().find(|owner| owner.kind == kind)?;
+        Some((object.namespace()?, owner.name.clone()))
+    }
+}
+
+/// The owner that a pod's annotation names: its own reference is to a Job or a ReplicaSet.
+pub(super) fn owner_by_annotation<K: ResourceExt>(object: &K) -> Option<Key> {
+    Some((object.namespace()?, object.annotations().get(crate::render::OWNER_ANNOTATION)?.clone()))
+}
+
+/// Drops what the API server keeps for itself.
+pub(super) fn prune_metadata<K: ResourceExt>(object: &mut K) {
+    object.managed_fields_mut().clear();
+    object.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
+}

@@ -1,0 +1,214 @@
+//! What every controller works with.
+
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures::{Stream, StreamExt as _};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::core::DeserializeGuard;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::runtime::reflector::{self, Store};
+use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::{Api, Client, Resource};
+use serde::de::DeserializeOwned;
+
+use super::children::{self, Children, Key, prune_metadata};
+use super::health::Health;
+use super::pods::Pods;
+use crate::render::{Images, KIND_LABEL, MANAGED_BY};
+use crate::status::Note;
+
+/// What the operator is told when it starts.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where the pods' programs come from.
+    pub images: Images,
+    /// The one namespace to look at, or all of them.
+    pub namespace: Option<String>,
+    /// Objects of one kind that are visited at the same time.
+    pub concurrency: u16,
+    /// Who writes events; the pod's name.
+    pub identity: String,
+    /// Whether PodMonitors can be made: whether the cluster knows the kind.
+    pub pod_monitors: bool,
+}
+
+/// Shared by all controllers.
+pub struct Context {
+    pub(super) client: Client,
+    pub(super) settings: Settings,
+    pub(super) health: Arc<Health>,
+    pub(super) pods: Pods,
+    recorder: Recorder,
+    /// How often each object has failed since it last did not.
+    failures: Mutex<HashMap<String, u32>>,
+}
+
+impl Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+/// How long the visits of an object that has just changed are put together.
+pub(super) const DEBOUNCE: Duration = Duration::from_millis(250);
+/// Bounds of the wait after a failed visit.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+
+impl Context {
+    pub(super) fn new(client: Client, settings: Settings, health: Arc<Health>) -> Self {
+        let reporter = Reporter { controller: "sensorium-operator".into(), instance: Some(settings.identity.clone()) };
+        let recorder = Recorder::new(client.clone(), reporter);
+        Self { client, settings, health, pods: Pods::default(), recorder, failures: Mutex::default() }
+    }
+
+    /// The objects of kind `K` that the operator looks at.
+    pub(super) fn api<K>(&self) -> Api<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        match &self.settings.namespace {
+            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
+            None => Api::all(self.client.clone()),
+        }
+    }
+
+    /// The objects of kind `K` in one namespace.
+    pub(super) fn api_in<K>(&self, namespace: &str) -> Api<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    /// Watches the objects of a kind of our own. One that cannot be read, because another version wrote it, is passed on
+    /// as such and holds up no other.
+    pub(super) fn watch_main<K>(
+        &self,
+    ) -> (Store<DeserializeGuard<K>>, impl Stream<Item = Result<DeserializeGuard<K>, watcher::Error>> + Send + use<K>)
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned
+            + Send
+            + Sync
+            + 'static,
+    {
+        let api: Api<DeserializeGuard<K>> = match &self.settings.namespace {
+            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
+            None => Api::all(self.client.clone()),
+        };
+        let health = self.health.watch(K::kind(&()).to_string());
+        let (reader, writer) = reflector::store();
+        let stream = watcher(api, watcher::Config::default())
+            .inspect(move |event| health.note(event.as_ref().err()))
+            .default_backoff()
+            .modify(prune_metadata)
+            .reflect(writer)
+            .touched_objects()
+            .filter_map(|object| futures::future::ready(object.ok().map(Ok)));
+        (reader, stream)
+    }
+
+    /// Watches the children of kind `K` of all objects of kind `owner`.
+    pub(super) fn watch_children<K>(
+        &self,
+        owner: &'static str,
+        owner_of: impl Fn(&K) -> Option<Key> + Send + 'static,
+        prune: impl Fn(&mut K) + Send + 'static,
+    ) -> (Children<K>, impl Stream<Item = Key> + Send + 'static)
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned
+            + Send
+            + Sync
+            + 'static,
+    {
+        let labels = format!("app.kubernetes.io/managed-by={MANAGED_BY},{KIND_LABEL}={owner}");
+        let health = self.health.watch(format!("{}/{owner}", K::kind(&())));
+        let prune = move |object: &mut K| {
+            prune_metadata(object);
+            prune(object);
+        };
+        children::watch(self.api(), watcher::Config::default().labels(&labels), health, owner_of, prune)
+    }
+
+    /// Publishes events. One that cannot be written is logged: nothing depends on it.
+    pub(super) async fn publish(&self, about: &ObjectReference, notes: &[Note]) {
+        for note in notes {
+            let event = Event {
+                type_: if note.warning { EventType::Warning } else { EventType::Normal },
+                reason: note.reason.to_owned(),
+                // Kubernetes allows a kilobyte.
+                note: Some(note.message.chars().take(1000).collect()),
+                action: note.reason.to_owned(),
+                secondary: None,
+            };
+            if let Err(error) = self.recorder.publish(&event, about).await {
+                tracing::warn!(
+                    error = crate::error_line(&error),
+                    reason = note.reason,
+                    "an event could not be written"
+                );
+            }
+        }
+    }
+
+    /// The wait after yet another failed visit of `object`: doubles up to five minutes, with jitter.
+    pub(super) fn retry_delay(&self, object: String) -> Duration {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = failures.entry(object.clone()).or_default();
+        *count = count.saturating_add(1);
+        let doubled = RETRY.0.saturating_mul(2_u32.saturating_pow(*count - 1)).min(RETRY.1);
+        crate::status::backoff::jitter(doubled, &format!("{object}/{count}"))
+    }
+
+    /// A visit of `object` went well.
+    pub(super) fn succeeded(&self, object: &str) {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner).remove(object);
+    }
+}
+
+/// When to visit an object again whose visit failed.
+pub(super) fn again_after(
+    context: &Context,
+    object: String,
+    error: &super::Error,
+) -> kube::runtime::controller::Action {
+    // Somebody wrote in between, or the caches are being filled: nothing is wrong, and news is on its way.
+    if error.is_conflict() || matches!(error, super::Error::NotReady) {
+        return kube::runtime::controller::Action::requeue(Duration::from_millis(500));
+    }
+    let wait = context.retry_delay(object.clone());
+    tracing::warn!(object, error = crate::error_line(error), again_in_seconds = wait.as_secs(), "a visit failed");
+    kube::runtime::controller::Action::requeue(wait)
+}
+
+/// Measures one visit.
+pub(super) struct Visit<'a> {
+    health: &'a Health,
+    kind: &'static str,
+    began: Instant,
+}
+
+impl<'a> Visit<'a> {
+    pub(super) fn begin(health: &'a Health, kind: &'static str) -> Self {
+        Self { health, kind, began: Instant::now() }
+    }
+
+    pub(super) fn end<T>(self, result: &Result<T, super::Error>) {
+        let outcome = match result {
+            Ok(_) => "ok",
+            Err(error) if error.is_conflict() => "conflict",
+            Err(super::Error::NotReady) => "not_ready",
+            Err(_) => "error",
+        };
+        self.health.visited(self.kind, outcome, self.began.elapsed());
+    }
+}

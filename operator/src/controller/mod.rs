@@ -1,0 +1,73 @@
+//! The part that talks to a cluster: watches, and a controller for each kind.
+//!
+//! A reconciler reads from caches that the watches fill, asks the pure modules what to do, does it, and writes what there
+//! is to say. Every visit may be the first one after a crash. Writes can be repeated: what may change is applied, what
+//! may not is created unless it is there, and a status is written only if it still is the one that was read.
+
+mod apply;
+mod artifact;
+mod children;
+mod context;
+mod health;
+mod pods;
+mod run;
+mod serving;
+
+pub use context::{Context, Settings};
+pub use health::Health;
+
+use std::sync::Arc;
+
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, Shared};
+use kube::Client;
+use sensorium_api::{CompressionJob, TrainingJob};
+
+/// A future that ends when everything should; every controller waits for its own copy.
+pub type Stop = Shared<BoxFuture<'static, ()>>;
+
+/// Runs the controllers of all kinds until `stop` ends; visits that have begun are finished.
+pub async fn run(client: Client, settings: Settings, health: Arc<Health>, stop: Stop) {
+    let context = Arc::new(Context::new(client, settings, health));
+    let kinds: Vec<BoxFuture<'static, ()>> = vec![
+        run::control::<TrainingJob>(Arc::clone(&context), stop.clone()).boxed(),
+        run::control::<CompressionJob>(Arc::clone(&context), stop.clone()).boxed(),
+        serving::control(Arc::clone(&context), stop.clone()).boxed(),
+        artifact::control(context, stop).boxed(),
+    ];
+    futures::future::join_all(kinds).await;
+}
+
+/// Why a visit could not be finished; it is repeated later.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The API server refused, or was not reached.
+    #[error("could not {action} {object}")]
+    Api {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        object: String,
+        /// What came back.
+        #[source]
+        source: Box<kube::Error>,
+    },
+    /// The caches are not filled yet.
+    #[error("not all objects are known yet")]
+    NotReady,
+    /// An object that cannot be planned or written as JSON.
+    #[error("{0}")]
+    Object(String),
+}
+
+impl Error {
+    fn api(action: &'static str, object: impl Into<String>) -> impl FnOnce(kube::Error) -> Self {
+        let object = object.into();
+        move |source| Self::Api { action, object, source: Box::new(source) }
+    }
+
+    /// Whether somebody else changed the object in between: the next visit sees the change.
+    fn is_conflict(&self) -> bool {
+        matches!(self, Self::Api { source, .. } if matches!(&**source, kube::Error::Api(status) if status.code == 409))
+    }
+}

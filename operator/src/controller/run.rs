@@ -1,0 +1,386 @@
+//! TrainingJobs and CompressionJobs: one controller for jobs that come to an end.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use jiff::Timestamp;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use kube::core::DeserializeGuard;
+use kube::runtime::Controller;
+use kube::runtime::controller::{Action as Again, Config};
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::{Resource, ResourceExt};
+use sensorium_api::manifest::Resource as Manifest;
+use sensorium_api::run::{ArtifactResult, JobKey, JobKind};
+use sensorium_api::{CompressionJob, JobStatus, LineageJob, ModelArtifact, ModelArtifactSpec, TrainingJob};
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+use super::apply;
+use super::children::{Children, Key, owner_by_annotation, owner_by_reference};
+use super::context::{Context, DEBOUNCE, Visit};
+use super::{Error, Stop};
+use crate::plan::{Pins, WorkloadPlan, plan_pinned};
+use crate::render::{Owner, attempt_of, render_run};
+use crate::status::conditions::is_true;
+use crate::status::{ARTIFACT_LABEL, Action, Decision, Observed, References, decide};
+
+/// A kind whose jobs come to an end.
+pub(super) trait Run:
+    Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned + Send + Sync + 'static
+{
+    /// The kind.
+    const KIND: JobKind;
+    /// The resource, as the planner takes it.
+    fn manifest(&self) -> Manifest;
+    /// What was said last.
+    fn status(&self) -> Option<&JobStatus>;
+    /// Numbers of workers that are possible, from the fewest; none where there is no choice.
+    fn widths(&self) -> Vec<u32>;
+}
+
+impl Run for TrainingJob {
+    const KIND: JobKind = JobKind::TrainingJob;
+
+    fn manifest(&self) -> Manifest {
+        Manifest::TrainingJob(self.clone())
+    }
+    fn status(&self) -> Option<&JobStatus> {
+        self.status.as_ref()
+    }
+    fn widths(&self) -> Vec<u32> {
+        let (spec, layout) = (&self.spec, &self.spec.parallelism);
+        let Some(elastic) = &spec.elastic else { return Vec::new() };
+        let replica = layout.tensor * layout.pipeline;
+        let fits = |workers: &u32| {
+            let processes = workers * spec.processes_per_worker;
+            processes.is_multiple_of(replica) && spec.training.batch.images.is_multiple_of(processes / replica)
+        };
+        (elastic.min_workers..=elastic.max_workers).filter(fits).collect()
+    }
+}
+
+impl Run for CompressionJob {
+    const KIND: JobKind = JobKind::CompressionJob;
+
+    fn manifest(&self) -> Manifest {
+        Manifest::CompressionJob(self.clone())
+    }
+    fn status(&self) -> Option<&JobStatus> {
+        self.status.as_ref()
+    }
+    fn widths(&self) -> Vec<u32> {
+        Vec::new()
+    }
+}
+
+/// The controller of one kind, with its caches.
+struct Runs {
+    context: Arc<Context>,
+    jobs: Children<Job>,
+    pods: Children<Pod>,
+    services: Children<Service>,
+    configs: Children<ConfigMap>,
+    policies: Children<NetworkPolicy>,
+    artifacts: Store<DeserializeGuard<ModelArtifact>>,
+}
+
+/// Runs the controller until `stop` ends.
+pub(super) async fn control<K: Run>(context: Arc<Context>, stop: Stop) {
+    let kind = K::KIND.as_str();
+    let (store, objects) = context.watch_main::<K>();
+    let (artifacts, artifact_news) = context.watch_main::<ModelArtifact>();
+    let (jobs, job_news) = context.watch_children(kind, owner_by_reference(kind), |job: &mut Job| {
+        // The pods' template is never looked at again, and it is most of a Job.
+        if let Some(spec) = &mut job.spec {
+            spec.template = Default::default();
+        }
+    });
+    let (pods, pod_news) = context.watch_children(kind, owner_by_annotation, |pod: &mut Pod| pod.spec = None);
+    let (services, service_news) = context.watch_children(kind, owner_by_reference(kind), |_: &mut Service| {});
+    let (configs, config_news) = context.watch_children(kind, owner_by_reference(kind), |config: &mut ConfigMap| {
+        // It can't change, so that it is there is all there is to know.
+        config.data = None;
+    });
+    let (policies, policy_news) = context.watch_children(kind, owner_by_reference(kind), |_: &mut NetworkPolicy| {});
+    let news = futures::stream::select_all([
+        job_news.boxed(),
+        pod_news.boxed(),
+        service_news.boxed(),
+        config_news.boxed(),
+        policy_news.boxed(),
+    ])
+    .map(|(namespace, name): Key| ObjectRef::new(&name).within(&namespace));
+
+    let counted = store.clone();
+    context.health.count(kind, move || {
+        let objects = counted.state();
+        let statuses = objects.iter().filter_map(|object| object.0.as_ref().ok()?.status()?.state);
+        statuses.map(|state| format!("{state:?}")).collect()
+    });
+
+    // An artifact concerns every job that waits for one of its name.
+    let waiting = store.clone();
+    let interested = move |artifact: DeserializeGuard<ModelArtifact>| -> Vec<ObjectRef<DeserializeGuard<K>>> {
+        let Ok(artifact) = artifact.0 else { return Vec::new() };
+        let objects = waiting.state();
+        let concerned = objects.iter().filter_map(|object| object.0.as_ref().ok()).filter(|object| {
+            object.namespace() == artifact.namespace() && References::of(&object.manifest()).mention(&artifact)
+        });
+        concerned.map(|object| reference(object)).collect()
+    };
+    let runs = Arc::new(Runs { context: Arc::clone(&context), jobs, pods, services, configs, policies, artifacts });
+    Controller::for_stream(objects, store)
+        .with_config(Config::default().concurrency(context.settings.concurrency).debounce(DEBOUNCE))
+        .reconcile_on(news)
+        .watches_stream(artifact_news, interested)
+        .graceful_shutdown_on(stop)
+        .run(reconcile::<K>, on_error::<K>, runs)
+        .for_each(|_| std::future::ready(()))
+        .await;
+}
+
+fn reference<K: Run>(object: &K) -> ObjectRef<DeserializeGuard<K>> {
+    ObjectRef::new(&object.name_any()).within(&object.namespace().unwrap_or_default())
+}
+
+async fn reconcile<K: Run>(object: Arc<DeserializeGuard<K>>, runs: Arc<Runs>) -> Result<Again, Error> {
+    let visit = Visit::begin(&runs.context.health, K::KIND.as_str());
+    let result = match &object.0 {
+        Ok(object) => runs.visit(object).await,
+        Err(error) => {
+            let object = error.metadata.name.clone().unwrap_or_default();
+            tracing::warn!(
+                kind = K::KIND.as_str(),
+                object,
+                error = crate::error_line(error),
+                "cannot be read; left alone"
+            );
+            Ok(Again::await_change())
+        }
+    };
+    visit.end(&result);
+    if result.is_ok() {
+        runs.context.succeeded(&object_id::<K>(&object));
+    }
+    result
+}
+
+fn object_id<K: Run>(object: &DeserializeGuard<K>) -> String {
+    let meta = object.meta();
+    format!(
+        "{}/{}/{}",
+        K::KIND,
+        meta.namespace.as_deref().unwrap_or_default(),
+        meta.name.as_deref().unwrap_or_default()
+    )
+}
+
+fn on_error<K: Run>(object: Arc<DeserializeGuard<K>>, error: &Error, runs: Arc<Runs>) -> Again {
+    let id = object_id::<K>(&object);
+    super::context::again_after(&runs.context, id, error)
+}
+
+impl Runs {
+    async fn visit<K: Run>(&self, object: &K) -> Result<Again, Error> {
+        let caches = [
+            self.jobs.listed(),
+            self.pods.listed(),
+            self.services.listed(),
+            self.configs.listed(),
+            self.policies.listed(),
+        ];
+        if caches.contains(&false) {
+            return Err(Error::NotReady);
+        }
+        if object.meta().deletion_timestamp.is_some() {
+            self.context.pods.forget(&object.uid().unwrap_or_default());
+            return Ok(Again::await_change());
+        }
+        let manifest = object.manifest();
+        let key: Key = (object.namespace().unwrap_or_default(), object.name_any());
+        let old = object.status();
+        let before = old.cloned().unwrap_or_default();
+        let declared = plan_pinned(&manifest, &Pins::default());
+        let jobs: Vec<Job> = self.jobs.of(&key).iter().map(|job| Job::clone(job)).collect();
+        let pods: Vec<Pod> = self.pods.of(&key).iter().map(|pod| Pod::clone(pod)).collect();
+        let references = References::of(&manifest);
+        let known = if references.0.is_empty() { Vec::new() } else { self.artifacts.state() };
+        let readable = || {
+            let here = known.iter().filter_map(|artifact| artifact.0.as_ref().ok());
+            here.filter(|artifact| artifact.namespace().as_deref() == Some(&key.0))
+        };
+        let uid = object.uid().unwrap_or_default();
+        let (progress, poll) = self.progress(&uid, &before, declared.as_ref().ok(), &pods).await;
+        let widths = object.widths();
+        let decision = decide(&Observed {
+            now: Timestamp::now(),
+            uid: &uid,
+            generation: object.meta().generation,
+            plan: declared.as_ref().map_err(ToString::to_string),
+            inputs: references.resolve(readable),
+            status: &before,
+            jobs: &jobs,
+            pods: &pods,
+            progress,
+            widths: &widths,
+        });
+        self.carry_out(object, &manifest, &key, old, &jobs, &decision).await?;
+        let again = match (decision.again, poll) {
+            (Some(again), Some(poll)) => Some(again.min(poll)),
+            (again, poll) => again.or(poll),
+        };
+        Ok(again.map_or_else(Again::await_change, |again| Again::requeue(again.max(Duration::from_millis(100)))))
+    }
+
+    /// Asks rank 0 how far it is, if the job runs and it is its turn; and when it is again.
+    async fn progress(
+        &self,
+        uid: &str,
+        status: &JobStatus,
+        plan: Option<&WorkloadPlan>,
+        pods: &[Pod],
+    ) -> (Option<sensorium_api::run::Progress>, Option<Duration>) {
+        if !is_true(&status.conditions, "PodsReady") {
+            self.context.pods.forget(uid);
+            return (None, None);
+        }
+        let (turn, again) = self.context.pods.turn(uid);
+        let port = plan.and_then(|plan| plan.roles.first()?.ports.get("progress").copied());
+        let newest = format!("{}", status.attempt);
+        let first = pods.iter().find(|pod| {
+            pod.labels().get(crate::render::ATTEMPT_LABEL) == Some(&newest)
+                && pod.annotations().get("batch.kubernetes.io/job-completion-index").is_some_and(|index| index == "0")
+        });
+        match (turn, port, first) {
+            (true, Some(port), Some(pod)) => (self.context.pods.progress(pod, port).await, Some(again)),
+            _ => (None, Some(again)),
+        }
+    }
+
+    async fn carry_out<K: Run>(
+        &self,
+        object: &K,
+        manifest: &Manifest,
+        key: &Key,
+        old: Option<&JobStatus>,
+        jobs: &[Job],
+        decision: &Decision,
+    ) -> Result<(), Error> {
+        let (context, kind) = (&*self.context, K::KIND.as_str());
+        let status = &decision.status;
+        match &decision.action {
+            Action::Expire => return apply::delete(context, kind, object).await,
+            Action::Ensure { attempt, workers } => {
+                self.ensure(object, manifest, key, *attempt, *workers, &status.inputs, jobs).await?;
+            }
+            Action::Suspend { attempt, hold } => {
+                for job in jobs.iter().filter(|job| attempt_of(job) == Some(*attempt)) {
+                    apply::merge(context, kind, job, &json!({"spec": {"suspend": hold}})).await?;
+                }
+            }
+            Action::None | Action::Remove => {}
+        }
+        let ended_now =
+            is_true(&status.conditions, "Complete") && !old.is_some_and(|old| is_true(&old.conditions, "Complete"));
+        // The record is written first: a job that says it is complete has one.
+        if let (true, Some(artifact)) = (ended_now, &status.artifact)
+            && status.gate.as_ref().is_none_or(|gate| gate.promoted)
+        {
+            self.record(object, manifest, artifact).await?;
+        }
+        // What a failure was is written before its traces are removed.
+        apply::write_status(context, kind, object, old, status).await?;
+        if decision.action == Action::Remove {
+            for job in jobs {
+                apply::delete_last(context, kind, job).await?;
+            }
+        }
+        context.publish(&object.object_ref(&()), &decision.notes).await;
+        Ok(())
+    }
+
+    /// Makes sure that all objects of an attempt are there.
+    async fn ensure<K: Run>(
+        &self,
+        object: &K,
+        manifest: &Manifest,
+        key: &Key,
+        attempt: u32,
+        workers: u32,
+        inputs: &std::collections::BTreeMap<String, String>,
+        jobs: &[Job],
+    ) -> Result<(), Error> {
+        let (context, kind) = (&*self.context, K::KIND.as_str());
+        let pins = Pins { artifacts: inputs.clone(), workers: Some(workers) };
+        let plan = plan_pinned(manifest, &pins).map_err(|error| Error::Object(error.to_string()))?;
+        let Some(role) = plan.roles.first() else { return Ok(()) };
+        let Some(reference) = object.controller_owner_ref(&()) else { return Err(Error::NotReady) };
+        let owner = Owner { job: JobKey::of(object, K::KIND), reference };
+        let objects = render_run(&owner, &plan, role, attempt, &context.settings.images);
+        if self.configs.get(key, &objects.config.name_any()).is_none() {
+            apply::create(context, kind, &objects.config).await?;
+        }
+        let live = self.services.get(key, &objects.service.name_any());
+        apply::apply(context, kind, &objects.service, live.as_deref()).await?;
+        let live = self.policies.get(key, &objects.network.name_any());
+        apply::apply(context, kind, &objects.network, live.as_deref()).await?;
+        if !jobs.iter().any(|job| job.name_any() == objects.job.name_any()) {
+            apply::create(context, kind, &objects.job).await?;
+        }
+        // Each attempt has a file of its own; those of earlier ones have no reader any more.
+        for config in self.configs.of(key) {
+            if config.name_any() != objects.config.name_any() && is_older(&config, attempt) {
+                apply::delete(context, kind, &*config).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Creates the ModelArtifact of what the job made.
+    async fn record<K: Run>(&self, object: &K, manifest: &Manifest, artifact: &ArtifactResult) -> Result<(), Error> {
+        let plan = plan_pinned(manifest, &Pins::default()).map_err(|error| Error::Object(error.to_string()))?;
+        let record = artifact.record.clone().unwrap_or_default();
+        let job = JobKey::of(object, K::KIND);
+        let lineage = sensorium_api::Lineage {
+            job: Some(LineageJob {
+                kind: job.kind,
+                namespace: job.namespace,
+                name: job.name,
+                spec_hash: plan.spec_hash,
+            }),
+            parents: record.parents,
+            data: record.data,
+            steps: record.steps,
+        };
+        let spec = ModelArtifactSpec {
+            uri: artifact.uri.clone(),
+            digest: artifact.digest.clone(),
+            format: Default::default(),
+            signature: record.signature,
+            modalities: record.modalities,
+            metrics: record.metrics,
+            lineage,
+        };
+        let short: String = artifact.digest.trim_start_matches("sha256:").chars().take(10).collect();
+        let mut created = ModelArtifact::new(&format!("{}-{short}", artifact.name), spec);
+        created.metadata.namespace = object.namespace();
+        created.metadata.labels = Some(
+            [(ARTIFACT_LABEL, artifact.name.as_str()), ("app.kubernetes.io/managed-by", crate::render::MANAGED_BY)]
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .into(),
+        );
+        apply::create(&self.context, K::KIND.as_str(), &created).await?;
+        Ok(())
+    }
+}
+
+fn is_older(config: &ConfigMap, attempt: u32) -> bool {
+    let number = config.labels().get(crate::render::ATTEMPT_LABEL).and_then(|number| number.parse::<u32>().ok());
+    number.is_some_and(|number| number < attempt)
+}

@@ -1,0 +1,378 @@
+//! ServingJobs: servers that stay up while their model changes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use jiff::Timestamp;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::api::{DynamicObject, Patch, PatchParams};
+use kube::core::{ApiResource, DeserializeGuard, GroupVersionKind};
+use kube::runtime::Controller;
+use kube::runtime::controller::{Action as Again, Config};
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::{Api, Resource, ResourceExt};
+use sensorium_api::manifest::Resource as Manifest;
+use sensorium_api::run::{JobKey, JobKind};
+use sensorium_api::{ModelArtifact, ServingJob, ServingJobStatus};
+use serde_json::json;
+
+use super::apply;
+use super::children::{Children, Key, owner_by_annotation, owner_by_reference};
+use super::context::{Context, DEBOUNCE, Visit};
+use super::{Error, Stop};
+use crate::plan::{Pins, Role, plan_pinned};
+use crate::render::{NAME_LABEL, Owner, Servers, Track, deployment_name, render_servers, render_serving, selector};
+use crate::status::{Measured, Note, References, ServingObserved, ServingPlan, rollout, serving_status};
+
+const KIND: &str = "ServingJob";
+/// How often a rollout that goes on is looked at.
+const ROLLOUT_INTERVAL: Duration = Duration::from_secs(5);
+
+struct Servings {
+    context: Arc<Context>,
+    deployments: Children<Deployment>,
+    services: Children<Service>,
+    configs: Children<ConfigMap>,
+    budgets: Children<PodDisruptionBudget>,
+    policies: Children<NetworkPolicy>,
+    autoscalers: Children<HorizontalPodAutoscaler>,
+    pods: Children<Pod>,
+    slices: Children<EndpointSlice>,
+    artifacts: Store<DeserializeGuard<ModelArtifact>>,
+}
+
+/// Runs the controller until `stop` ends.
+pub(super) async fn control(context: Arc<Context>, stop: Stop) {
+    let (store, objects) = context.watch_main::<ServingJob>();
+    let (artifacts, artifact_news) = context.watch_main::<ModelArtifact>();
+    let (deployments, deployment_news) =
+        context.watch_children(KIND, owner_by_reference(KIND), |_: &mut Deployment| {});
+    let (services, service_news) = context.watch_children(KIND, owner_by_reference(KIND), |_: &mut Service| {});
+    let (configs, config_news) =
+        context.watch_children(KIND, owner_by_reference(KIND), |config: &mut ConfigMap| config.data = None);
+    let (budgets, budget_news) =
+        context.watch_children(KIND, owner_by_reference(KIND), |_: &mut PodDisruptionBudget| {});
+    let (policies, policy_news) = context.watch_children(KIND, owner_by_reference(KIND), |_: &mut NetworkPolicy| {});
+    let (autoscalers, autoscaler_news) =
+        context.watch_children(KIND, owner_by_reference(KIND), |_: &mut HorizontalPodAutoscaler| {});
+    let (pods, pod_news) = context.watch_children(KIND, owner_by_annotation, |pod: &mut Pod| pod.spec = None);
+    let (slices, slice_news) = context.watch_children(KIND, owner_by_label, |_: &mut EndpointSlice| {});
+    let news = futures::stream::select_all([
+        deployment_news.boxed(),
+        service_news.boxed(),
+        config_news.boxed(),
+        budget_news.boxed(),
+        policy_news.boxed(),
+        autoscaler_news.boxed(),
+        pod_news.boxed(),
+        slice_news.boxed(),
+    ])
+    .map(|(namespace, name): Key| ObjectRef::new(&name).within(&namespace));
+
+    let counted = store.clone();
+    context.health.count(KIND, move || {
+        let objects = counted.state();
+        let statuses = objects.iter().filter_map(|object| object.0.as_ref().ok()?.status.as_ref()?.state);
+        statuses.map(|state| format!("{state:?}")).collect()
+    });
+    let served = store.clone();
+    let interested = move |artifact: DeserializeGuard<ModelArtifact>| -> Vec<ObjectRef<DeserializeGuard<ServingJob>>> {
+        let Ok(artifact) = artifact.0 else { return Vec::new() };
+        let objects = served.state();
+        let concerned = objects.iter().filter_map(|object| object.0.as_ref().ok()).filter(|object| {
+            object.namespace() == artifact.namespace()
+                && References::of(&Manifest::ServingJob(ServingJob::clone(object))).mention(&artifact)
+        });
+        concerned
+            .map(|object| ObjectRef::new(&object.name_any()).within(&object.namespace().unwrap_or_default()))
+            .collect()
+    };
+    let servings = Arc::new(Servings {
+        context: Arc::clone(&context),
+        deployments,
+        services,
+        configs,
+        budgets,
+        policies,
+        autoscalers,
+        pods,
+        slices,
+        artifacts,
+    });
+    Controller::for_stream(objects, store)
+        .with_config(Config::default().concurrency(context.settings.concurrency).debounce(DEBOUNCE))
+        .reconcile_on(news)
+        .watches_stream(artifact_news, interested)
+        .graceful_shutdown_on(stop)
+        .run(reconcile, on_error, servings)
+        .for_each(|_| std::future::ready(()))
+        .await;
+}
+
+/// EndpointSlices take the labels of their Service.
+fn owner_by_label(slice: &EndpointSlice) -> Option<Key> {
+    Some((slice.namespace()?, slice.labels().get(NAME_LABEL)?.clone()))
+}
+
+fn id(object: &DeserializeGuard<ServingJob>) -> String {
+    let meta = object.meta();
+    format!("{KIND}/{}/{}", meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
+}
+
+async fn reconcile(object: Arc<DeserializeGuard<ServingJob>>, servings: Arc<Servings>) -> Result<Again, Error> {
+    let visit = Visit::begin(&servings.context.health, KIND);
+    let result = match &object.0 {
+        Ok(object) => servings.visit(object).await,
+        Err(error) => {
+            let object = error.metadata.name.clone().unwrap_or_default();
+            tracing::warn!(kind = KIND, object, error = crate::error_line(error), "cannot be read; left alone");
+            Ok(Again::await_change())
+        }
+    };
+    visit.end(&result);
+    if result.is_ok() {
+        servings.context.succeeded(&id(&object));
+    }
+    result
+}
+
+fn on_error(object: Arc<DeserializeGuard<ServingJob>>, error: &Error, servings: Arc<Servings>) -> Again {
+    super::context::again_after(&servings.context, id(&object), error)
+}
+
+impl Servings {
+    fn listed(&self) -> bool {
+        self.deployments.listed()
+            && self.services.listed()
+            && self.configs.listed()
+            && self.budgets.listed()
+            && self.policies.listed()
+            && self.autoscalers.listed()
+            && self.pods.listed()
+            && self.slices.listed()
+    }
+
+    async fn visit(&self, object: &ServingJob) -> Result<Again, Error> {
+        if !self.listed() {
+            return Err(Error::NotReady);
+        }
+        if object.meta().deletion_timestamp.is_some() {
+            return Ok(Again::await_change());
+        }
+        let key: Key = (object.namespace().unwrap_or_default(), object.name_any());
+        let manifest = Manifest::ServingJob(object.clone());
+        let known = self.artifacts.state();
+        let readable = || {
+            let here = known.iter().filter_map(|artifact| artifact.0.as_ref().ok());
+            here.filter(|artifact| artifact.namespace().as_deref() == Some(&key.0))
+        };
+        let resolved = References::of(&manifest).resolve(readable);
+        let job = JobKey::of(object, JobKind::ServingJob);
+        let stable = self.deployments.get(&key, &deployment_name(&job, Track::Stable));
+        let mut before = object.status.clone().unwrap_or_default();
+
+        let mut plan = None;
+        match &resolved {
+            Ok(artifacts) => {
+                let digest = artifacts.values().next().cloned().unwrap_or_default();
+                plan = Some(self.serve(object, &manifest, &key, &job, artifacts, &digest, &before).await?);
+            }
+            // What serves goes on serving, with the model that it has.
+            Err(_) => before.rollout = None,
+        }
+        let digest = resolved.as_ref().map(|artifacts| artifacts.values().next().map_or("", String::as_str));
+        let pods: Vec<Pod> = self.pods.of(&key).iter().map(|pod| Pod::clone(pod)).collect();
+        let (rollout, notes) = plan.map_or_else(Default::default, |plan| (plan.rollout, plan.notes));
+        let label = selector(&job);
+        let slices_key = (key.0.clone(), label.get(NAME_LABEL).cloned().unwrap_or_default());
+        let again = rollout.as_ref().is_some_and(|rollout| rollout.failed.is_none());
+        let status = serving_status(&ServingObserved {
+            now: Timestamp::now(),
+            generation: object.meta().generation,
+            status: &before,
+            artifact: digest.map_err(Clone::clone),
+            stable: stable.as_deref(),
+            pods: &pods,
+            endpoints: self.slices.of(&slices_key).iter().map(|slice| ready_addresses(slice)).sum(),
+            rollout,
+            selector: label.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(","),
+        });
+        self.write(object, &status, notes).await?;
+        Ok(if again { Again::requeue(ROLLOUT_INTERVAL) } else { Again::await_change() })
+    }
+
+    async fn write(&self, object: &ServingJob, status: &ServingJobStatus, mut notes: Vec<Note>) -> Result<(), Error> {
+        let old = object.status.as_ref();
+        let (was, is) = (old.is_some_and(crate::status::is_ready), crate::status::is_ready(status));
+        let message = status.message.clone().unwrap_or_default();
+        match (was, is) {
+            (false, true) => notes.push(Note::normal("Ready", message)),
+            (true, false) => notes.push(Note::warning("NotReady", message)),
+            _ => {}
+        }
+        apply::write_status(&self.context, KIND, object, old, status).await?;
+        self.context.publish(&object.object_ref(&()), &notes).await;
+        Ok(())
+    }
+
+    /// Makes the children what they should be, and says where the rollout is.
+    async fn serve(
+        &self,
+        object: &ServingJob,
+        manifest: &Manifest,
+        key: &Key,
+        job: &JobKey,
+        artifacts: &std::collections::BTreeMap<String, String>,
+        digest: &str,
+        status: &ServingJobStatus,
+    ) -> Result<ServingPlan, Error> {
+        let context = &*self.context;
+        let pins = Pins { artifacts: artifacts.clone(), workers: None };
+        let plan = plan_pinned(manifest, &pins).map_err(|error| Error::Object(error.to_string()))?;
+        let Some(role) = plan.roles.first() else { return Err(Error::Object("a plan without a role".to_owned())) };
+        let Some(reference) = object.controller_owner_ref(&()) else { return Err(Error::NotReady) };
+        let owner = Owner { job: job.clone(), reference };
+        let spec = &object.spec;
+        let scaled = spec.autoscaling.is_some();
+        let replicas = (!scaled).then_some(role.replicas);
+        let images = &context.settings.images;
+        let stable = render_servers(&owner, spec, &plan, role, digest, Track::Stable, replicas, images);
+        let live = self.deployments.get(key, &stable.deployment.name_any());
+        let live_canary = self.deployments.get(key, &deployment_name(job, Track::Canary));
+        let measured = self.measure(key, role, status).await;
+        let decided = rollout(
+            spec,
+            &stable.revision,
+            status,
+            live.as_deref(),
+            live_canary.as_deref(),
+            &measured,
+            Timestamp::now(),
+        );
+
+        self.around(object, &owner, role, key).await?;
+        if decided.apply {
+            self.apply_servers(key, &stable, live.as_deref()).await?;
+        } else if let (Some(live), Some(replicas)) = (&live, replicas)
+            && live.spec.replicas != i32::try_from(replicas).ok()
+        {
+            // The old revision stays while the new one is tried; its number may change all the same.
+            apply::merge(context, KIND, &**live, &json!({"spec": {"replicas": replicas}})).await?;
+        }
+        match (decided.canaries, live_canary) {
+            (Some(count), live) => {
+                let canary = render_servers(&owner, spec, &plan, role, digest, Track::Canary, Some(count), images);
+                self.apply_servers(key, &canary, live.as_deref()).await?;
+            }
+            (None, Some(live)) => apply::delete(context, KIND, &*live).await?,
+            (None, None) => {}
+        }
+        self.sweep(key, &stable).await?;
+        Ok(decided)
+    }
+
+    async fn apply_servers(&self, key: &Key, servers: &Servers, live: Option<&Deployment>) -> Result<(), Error> {
+        if self.configs.get(key, &servers.config.name_any()).is_none() {
+            apply::create(&self.context, KIND, &servers.config).await?;
+        }
+        apply::apply(&self.context, KIND, &servers.deployment, live).await?;
+        Ok(())
+    }
+
+    /// The objects that do not depend on a revision.
+    async fn around(&self, object: &ServingJob, owner: &Owner, role: &Role, key: &Key) -> Result<(), Error> {
+        let context = &*self.context;
+        let objects = render_serving(owner, &object.spec, role);
+        let live = self.services.get(key, &objects.service.name_any());
+        apply::apply(context, KIND, &objects.service, live.as_deref()).await?;
+        let live = self.budgets.get(key, &objects.budget.name_any());
+        apply::apply(context, KIND, &objects.budget, live.as_deref()).await?;
+        match &objects.network {
+            Some(network) => {
+                let live = self.policies.get(key, &network.name_any());
+                apply::apply(context, KIND, network, live.as_deref()).await?;
+            }
+            None => {
+                for live in self.policies.of(key) {
+                    apply::delete(context, KIND, &*live).await?;
+                }
+            }
+        }
+        match &objects.autoscaler {
+            Some(autoscaler) => {
+                let live = self.autoscalers.get(key, &autoscaler.name_any());
+                apply::apply(context, KIND, autoscaler, live.as_deref()).await?;
+            }
+            None => {
+                for live in self.autoscalers.of(key) {
+                    apply::delete(context, KIND, &*live).await?;
+                }
+            }
+        }
+        // Applied once per generation: the kind is not ours to watch.
+        let seen = object.status.as_ref().and_then(|status| status.observed_generation);
+        if context.settings.pod_monitors && seen != object.meta().generation {
+            let gvk = GroupVersionKind::gvk("monitoring.coreos.com", "v1", "PodMonitor");
+            let api: Api<DynamicObject> =
+                Api::namespaced_with(context.client.clone(), &key.0, &ApiResource::from_gvk(&gvk));
+            let name = objects.monitor["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+            let params = PatchParams::apply("sensorium-operator").force();
+            api.patch(&name, &params, &Patch::Apply(&objects.monitor))
+                .await
+                .map_err(Error::api("apply", format!("PodMonitor/{name}")))?;
+            context.health.wrote(KIND, "apply");
+        }
+        Ok(())
+    }
+
+    /// Removes files that no server reads any more.
+    async fn sweep(&self, key: &Key, stable: &Servers) -> Result<(), Error> {
+        let deployments = self.deployments.of(key);
+        let read = |name: &str| {
+            deployments.iter().any(|deployment| {
+                let volumes = deployment.spec.template.spec.as_ref().and_then(|pod| pod.volumes.as_ref());
+                volumes
+                    .into_iter()
+                    .flatten()
+                    .any(|volume| volume.config_map.as_ref().is_some_and(|map| map.name == name))
+            })
+        };
+        for config in self.configs.of(key) {
+            let name = config.name_any();
+            if name != stable.config.name_any() && !deployments.is_empty() && !read(&name) {
+                apply::delete(&self.context, KIND, &*config).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What both tracks have done, while a canary is being judged.
+    async fn measure(&self, key: &Key, role: &Role, status: &ServingJobStatus) -> Measured {
+        let judged = status.rollout.as_ref().is_some_and(|rollout| rollout.failed.is_none());
+        let Some(port) = role.ports.get("metrics").copied().filter(|_| judged) else { return Measured::default() };
+        let pods = self.pods.of(key);
+        let track = |track: &str| {
+            let of = |pod: &&Arc<Pod>| pod.labels().get("sensorium.dev/track").is_some_and(|label| label == track);
+            pods.iter().filter(of).map(|pod| &**pod).collect::<Vec<&Pod>>()
+        };
+        let (stable, canary) = (track("server"), track("canary"));
+        if canary.is_empty() {
+            return Measured::default();
+        }
+        let asked = &self.context.pods;
+        let (stable, canary) = futures::future::join(asked.load(&stable, port), asked.load(&canary, port)).await;
+        Measured { stable, canary }
+    }
+}
+
+fn ready_addresses(slice: &EndpointSlice) -> usize {
+    let endpoints = slice.endpoints.iter().flatten();
+    let ready = endpoints.filter(|endpoint| endpoint.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true));
+    ready.map(|endpoint| endpoint.addresses.len()).sum()
+}

@@ -1,0 +1,73 @@
+//! Who may reach pods. Ways out are left open: stores and data sets can be anywhere.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::networking::v1::{
+    NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use sensorium_api::ServingJobSpec;
+use sensorium_api::run::JobKey;
+
+use super::names::selector;
+use crate::plan::Role;
+
+/// Labels of the operator's own pods, in whatever namespace it runs.
+const OPERATOR: (&str, &str) = ("app.kubernetes.io/name", "sensorium-operator");
+
+/// Workers: each other on every port (the collectives choose theirs as they go), the operator on the declared ones.
+pub(super) fn workers(job: &JobKey, role: &Role) -> NetworkPolicySpec {
+    policy(
+        job,
+        vec![
+            NetworkPolicyIngressRule { from: Some(vec![pods(selector(job))]), ports: None },
+            NetworkPolicyIngressRule { from: Some(vec![operator()]), ports: Some(ports(role)) },
+        ],
+    )
+}
+
+/// Servers: the pods of their namespace, those of the namespaces that the spec names, and the operator.
+pub(super) fn servers(job: &JobKey, spec: &ServingJobSpec, role: &Role) -> NetworkPolicySpec {
+    let mut from = vec![pods(BTreeMap::new()), operator()];
+    if !spec.network_access.from_namespaces.is_empty() {
+        let namespaces = matching(spec.network_access.from_namespaces.clone());
+        from.push(NetworkPolicyPeer { namespace_selector: Some(namespaces), ..NetworkPolicyPeer::default() });
+    }
+    policy(job, vec![NetworkPolicyIngressRule { from: Some(from), ports: Some(ports(role)) }])
+}
+
+fn policy(job: &JobKey, ingress: Vec<NetworkPolicyIngressRule>) -> NetworkPolicySpec {
+    NetworkPolicySpec {
+        pod_selector: Some(matching(selector(job))),
+        policy_types: Some(vec!["Ingress".to_owned()]),
+        ingress: Some(ingress),
+        egress: None,
+    }
+}
+
+fn pods(labels: BTreeMap<String, String>) -> NetworkPolicyPeer {
+    NetworkPolicyPeer { pod_selector: Some(matching(labels)), ..NetworkPolicyPeer::default() }
+}
+
+fn operator() -> NetworkPolicyPeer {
+    let labels = BTreeMap::from([(OPERATOR.0.to_owned(), OPERATOR.1.to_owned())]);
+    NetworkPolicyPeer {
+        pod_selector: Some(matching(labels)),
+        namespace_selector: Some(LabelSelector::default()),
+        ip_block: None,
+    }
+}
+
+fn matching(labels: BTreeMap<String, String>) -> LabelSelector {
+    LabelSelector { match_labels: (!labels.is_empty()).then_some(labels), match_expressions: None }
+}
+
+fn ports(role: &Role) -> Vec<NetworkPolicyPort> {
+    let port = |number: &u16| NetworkPolicyPort {
+        port: Some(IntOrString::Int(i32::from(*number))),
+        protocol: Some("TCP".to_owned()),
+        end_port: None,
+    };
+    role.ports.values().map(port).collect()
+}

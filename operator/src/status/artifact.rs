@@ -1,0 +1,146 @@
+//! Which recorded model a name means, and whether a record can be trusted.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use k8s_openapi::api::batch::v1::Job;
+use kube::ResourceExt;
+use sensorium_api::manifest::Resource;
+use sensorium_api::{ModelArtifact, ModelArtifactStatus, ModelSource};
+
+use super::Note;
+use super::conditions::{Conditions, Truth, is_true};
+
+/// Label with the name under which a job left an artifact.
+pub const ARTIFACT_LABEL: &str = "sensorium.dev/artifact";
+
+/// The artifacts that a resource reads, each with the store that it is looked for in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct References(pub Vec<(String, String)>);
+
+impl References {
+    /// Those of `resource`.
+    pub fn of(resource: &Resource) -> Self {
+        let source = match resource {
+            Resource::TrainingJob(job) => match &job.spec.model {
+                ModelSource::Artifact(name) => Some((name.clone(), job.spec.output.store.clone())),
+                ModelSource::Architecture(_) => None,
+            },
+            Resource::CompressionJob(job) => Some((job.spec.source.artifact.clone(), job.spec.source.store.clone())),
+            Resource::ServingJob(job) => Some((job.spec.model.artifact.clone(), job.spec.model.store.clone())),
+            Resource::ModelArtifact(_) => None,
+        };
+        Self(source.into_iter().collect())
+    }
+
+    /// Whether news of `artifact` concern whoever has these references.
+    pub fn mention(&self, artifact: &ModelArtifact) -> bool {
+        self.0.iter().any(|(reference, _)| is_meant(artifact, reference))
+    }
+
+    /// The digest of each, or the first one that is missing.
+    pub fn resolve<'a, I>(&self, artifacts: impl Fn() -> I) -> Result<BTreeMap<String, String>, String>
+    where
+        I: Iterator<Item = &'a ModelArtifact>,
+    {
+        let digest = |(name, store): &(String, String)| match resolve(name, store, artifacts()) {
+            Resolution::Found(digest) => Ok((name.clone(), digest)),
+            Resolution::Missing(why) => Err(why),
+        };
+        self.0.iter().map(digest).collect()
+    }
+}
+
+/// What a reference means now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// The artifact with this digest.
+    Found(String),
+    /// Nothing that can be used, and why.
+    Missing(String),
+}
+
+fn is_meant(artifact: &ModelArtifact, reference: &str) -> bool {
+    artifact.spec.digest == reference
+        || artifact.labels().get(ARTIFACT_LABEL).is_some_and(|name| name == reference)
+        || artifact.name_any() == reference
+}
+
+/// The newest verified artifact that `reference` (a name or a digest) means and that lies in `store`.
+pub fn resolve<'a>(reference: &str, store: &str, artifacts: impl Iterator<Item = &'a ModelArtifact>) -> Resolution {
+    let mut known: Vec<&ModelArtifact> = artifacts
+        .filter(|artifact| artifact.metadata.deletion_timestamp.is_none() && is_meant(artifact, reference))
+        .collect();
+    known.sort_by_key(|artifact| {
+        (artifact.metadata.creation_timestamp.as_ref().map(|time| time.0), artifact.name_any())
+    });
+    let here = |artifact: &&&ModelArtifact| {
+        artifact.spec.uri.strip_prefix(store).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
+    let verified = |artifact: &&ModelArtifact| {
+        artifact.status.as_ref().is_some_and(|status| is_true(&status.conditions, "Verified"))
+    };
+    if let Some(found) = known.iter().filter(here).rev().find(|artifact| verified(artifact)) {
+        return Resolution::Found(found.spec.digest.clone());
+    }
+    let newest_here = known.iter().filter(here).next_back();
+    Resolution::Missing(match (newest_here, known.last()) {
+        (Some(artifact), _) => {
+            let conditions = artifact.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+            let failed = conditions.iter().find(|c| c.type_ == "Verified" && c.status == "False");
+            match failed {
+                Some(condition) => format!(
+                    "artifact {reference} (ModelArtifact/{}) cannot be used: {}",
+                    artifact.name_any(),
+                    condition.message
+                ),
+                None => format!("waits until the files of ModelArtifact/{} are verified", artifact.name_any()),
+            }
+        }
+        (None, Some(elsewhere)) => {
+            format!("artifact {reference} is at {}, not in store {store}; correct the store", elsewhere.spec.uri)
+        }
+        (None, None) => format!(
+            "waits for artifact {reference}; it comes when the job whose spec.output.artifact is {reference} has ended \
+             well (kubectl get modelartifacts lists what there is)"
+        ),
+    })
+}
+
+/// The status of a ModelArtifact, given the Job that checks it; `problem` says why there can be none.
+pub fn verification(
+    artifact: &ModelArtifact,
+    job: Option<&Job>,
+    problem: Option<&str>,
+    now: Timestamp,
+) -> (ModelArtifactStatus, Vec<Note>) {
+    let mut status = artifact.status.clone().unwrap_or_default();
+    let before = is_true(&status.conditions, "Verified");
+    status.observed_generation = artifact.metadata.generation;
+    let mut notes = Vec::new();
+    let mut conditions = Conditions::new(&mut status.conditions, &["Verified"], artifact.metadata.generation, now);
+    let ended = |name: &str| {
+        let conditions = job.and_then(|job| job.status.as_ref()).and_then(|status| status.conditions.as_ref());
+        conditions.and_then(|list| list.iter().find(|c| c.type_ == name && c.status == "True"))
+    };
+    if let Some(problem) = problem {
+        conditions.set("Verified", false, "InvalidUri", problem);
+    } else if ended("Complete").is_some() {
+        conditions.set("Verified", true, "DigestsMatch", "every file has the digest that the manifest lists");
+        if !before {
+            notes.push(Note::normal("Verified", "every file has the digest that the manifest lists"));
+        }
+    } else if let Some(condition) = ended("Failed") {
+        let job = job.map(ResourceExt::name_any).unwrap_or_default();
+        let why = condition.message.as_deref().unwrap_or_default();
+        let message = format!(
+            "the stored files could not be verified ({why}); kubectl logs job/{job} says which; restore them, then delete \
+             the Job and it is tried again"
+        );
+        conditions.set("Verified", false, "VerificationFailed", &message);
+        notes.push(Note::warning("VerificationFailed", message));
+    } else if !before {
+        conditions.set("Verified", Truth::Unknown, "Verifying", "the stored files are being read");
+    }
+    (status, notes)
+}

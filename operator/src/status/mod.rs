@@ -1,0 +1,38 @@
+//! From what a cluster shows to what is done next and what is said about it. Pure: the time is an argument.
+
+mod artifact;
+pub mod backoff;
+pub mod conditions;
+mod failure;
+mod run;
+mod serving;
+
+pub use artifact::{ARTIFACT_LABEL, References, Resolution, resolve, verification};
+pub use failure::{Cause, Failure};
+pub use run::{Action, Decision, Observed, decide};
+pub use serving::{
+    Measured, Observed as ServingObserved, Plan as ServingPlan, TrackLoad, is_ready, rollout, serving_status,
+};
+
+/// Something that happened, for a person who reads the object's events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// Whether somebody should look.
+    pub warning: bool,
+    /// One word in CamelCase.
+    pub reason: &'static str,
+    /// One sentence.
+    pub message: String,
+}
+
+impl Note {
+    /// All as it should be.
+    pub fn normal(reason: &'static str, message: impl Into<String>) -> Self {
+        Self { warning: false, reason, message: message.into() }
+    }
+
+    /// Somebody should look.
+    pub fn warning(reason: &'static str, message: impl Into<String>) -> Self {
+        Self { warning: true, reason, message: message.into() }
+    }
+}

@@ -1,0 +1,517 @@
+//! A job that comes to an end: what to do next, given what the cluster shows, and what to say about it.
+//!
+//! Nothing is remembered but the status, and every visit may be the first after a crash: a decision depends on what is
+//! there, and what is done can be done again. An attempt's failure is written into the status before its Job is removed,
+//! and it is written once, because it names the attempt.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::ResourceExt;
+use sensorium_api::run::{Progress, RunState};
+use sensorium_api::{AttemptFailure, JobState, JobStatus};
+
+use super::conditions::{Conditions, Truth, is_true};
+use super::failure::{self, Cause, Failure};
+use super::{Note, backoff};
+use crate::plan::{RunPolicy, WorkloadPlan};
+use crate::render::attempt_of;
+
+const TYPES: [&str; 7] = ["Admitted", "ArtifactsReady", "PodsReady", "Suspended", "Restarting", "Complete", "Failed"];
+
+/// All that a decision depends on.
+#[derive(Debug)]
+pub struct Observed<'a> {
+    /// The time.
+    pub now: Timestamp,
+    /// Something that tells this job from all others; it decides on jitter only.
+    pub uid: &'a str,
+    /// Generation of the spec.
+    pub generation: Option<i64>,
+    /// What the spec asks for, or why it cannot be had.
+    pub plan: Result<&'a WorkloadPlan, String>,
+    /// Digests of the artifacts that the job reads, by name, or what is missing. Not looked at once they are in the
+    /// status.
+    pub inputs: Result<BTreeMap<String, String>, String>,
+    /// What was said last.
+    pub status: &'a JobStatus,
+    /// The job's attempts that exist.
+    pub jobs: &'a [Job],
+    /// The pods of all of them.
+    pub pods: &'a [Pod],
+    /// What rank 0 says, if it was asked.
+    pub progress: Option<Progress>,
+    /// Whether the number of workers can be changed: the widths that are possible, from the smallest.
+    pub widths: &'a [u32],
+}
+
+/// What to do, what to say, and when to look again if nothing happens until then.
+#[derive(Debug, PartialEq)]
+pub struct Decision {
+    /// What to do.
+    pub action: Action,
+    /// What to say. Written before a [`Action::Remove`], after anything else.
+    pub status: JobStatus,
+    /// What is worth an event.
+    pub notes: Vec<Note>,
+    /// When to look again.
+    pub again: Option<Duration>,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Nothing.
+    None,
+    /// Make sure that this attempt's objects are there, with so many workers.
+    Ensure {
+        /// Number of the attempt.
+        attempt: u32,
+        /// Its workers.
+        workers: u32,
+    },
+    /// Hold the attempt, or let it go on.
+    Suspend {
+        /// Number of the attempt.
+        attempt: u32,
+        /// Whether to hold it.
+        hold: bool,
+    },
+    /// Remove all attempts.
+    Remove,
+    /// Delete the job itself: its time has come.
+    Expire,
+}
+
+/// Decides.
+pub fn decide(observed: &Observed<'_>) -> Decision {
+    let mut status = observed.status.clone();
+    status.observed_generation = observed.generation;
+    let visit = Visit { observed, status, notes: Vec::new() };
+    visit.decide()
+}
+
+struct Visit<'a> {
+    observed: &'a Observed<'a>,
+    status: JobStatus,
+    notes: Vec<Note>,
+}
+
+impl Visit<'_> {
+    fn decide(mut self) -> Decision {
+        self.conditions();
+        if is_true(&self.status.conditions, "Complete") || is_true(&self.status.conditions, "Failed") {
+            return self.finished();
+        }
+        let plan = match &self.observed.plan {
+            Ok(plan) => *plan,
+            Err(reason) => {
+                let reason = reason.clone();
+                self.conditions().set("Admitted", false, "InvalidSpec", &reason);
+                self.say(JobState::Failed, reason);
+                return self.end(Action::None, None);
+            }
+        };
+        let crate::plan::Lifetime::RunToCompletion(policy) = &plan.lifetime else {
+            return self.end(Action::None, None);
+        };
+        self.conditions().set("Admitted", true, "Valid", "the spec can be run");
+        self.settle(plan, policy)
+    }
+
+    /// A job that has not ended yet.
+    fn settle(mut self, plan: &WorkloadPlan, policy: &RunPolicy) -> Decision {
+        let current = self.observed.jobs.iter().filter_map(|job| Some((attempt_of(job)?, job))).max_by_key(|(n, _)| *n);
+        let ending = self.observed.jobs.iter().any(|job| job.metadata.deletion_timestamp.is_some());
+        if let Some((attempt, _)) = current {
+            self.status.attempt = self.status.attempt.max(attempt);
+        }
+        if plan.suspended {
+            return self.hold(plan, current);
+        }
+        let was_held = is_true(&self.status.conditions, "Suspended");
+        self.conditions().set("Suspended", false, "NotAsked", "spec.suspend is false");
+        if was_held {
+            self.notes.push(Note::normal("Resumed", "goes on from its newest checkpoint"));
+        }
+
+        if self.status.inputs.is_empty() && !plan.requires.is_empty() {
+            match &self.observed.inputs {
+                Ok(inputs) => self.status.inputs.clone_from(inputs),
+                Err(missing) => {
+                    let missing = missing.clone();
+                    self.conditions().set("ArtifactsReady", false, "ArtifactNotReady", &missing);
+                    self.say(JobState::Pending, missing);
+                    // A new artifact wakes us up; this is for one whose news got lost.
+                    return self.end(Action::None, Some(Duration::from_secs(300)));
+                }
+            }
+        }
+        let message = if plan.requires.is_empty() { "the job reads no artifact" } else { "every artifact is there" };
+        self.conditions().set("ArtifactsReady", true, "Resolved", message);
+
+        match current {
+            Some((attempt, job)) if !ending => {
+                // An attempt whose failure is in the status already, or which a newer one has replaced, is left over.
+                let failed = self.status.last_failure.as_ref().is_some_and(|failure| failure.attempt >= attempt);
+                if failed || self.observed.jobs.len() > 1 {
+                    return self.end(Action::Remove, None);
+                }
+                if self.suspended_without_queue(plan, job) {
+                    self.status.start_time = None;
+                    return self.end(Action::Suspend { attempt, hold: false }, None);
+                }
+                self.attempt(plan, policy, attempt, job)
+            }
+            Some(_) => {
+                self.conditions().set("PodsReady", false, "Ending", "the pods of the last attempt are being removed");
+                self.end(Action::None, Some(Duration::from_secs(60)))
+            }
+            None => self.next(plan, policy),
+        }
+    }
+
+    /// Whether the attempt waits for us, and not for a queue, to go on.
+    fn suspended_without_queue(&self, plan: &WorkloadPlan, job: &Job) -> bool {
+        plan.scheduling.queue_name.is_none() && job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true)
+    }
+
+    fn hold(mut self, plan: &WorkloadPlan, current: Option<(u32, &Job)>) -> Decision {
+        if !is_true(&self.status.conditions, "Suspended") {
+            self.notes.push(Note::normal("Suspended", "all workers are stopped after a checkpoint"));
+        }
+        let message = "held by spec.suspend; set it to false to go on from the newest checkpoint";
+        let mut conditions = self.conditions();
+        conditions.set("Suspended", true, "Asked", message);
+        conditions.set("PodsReady", false, "Suspended", "held by spec.suspend");
+        self.status.start_time = None;
+        self.say(JobState::Suspended, message.to_owned());
+        let action = match current {
+            // The queue owns `suspend` of its Jobs, so holding one means taking it away.
+            Some(_) if plan.scheduling.queue_name.is_some() => Action::Remove,
+            Some((attempt, job)) if job.spec.as_ref().and_then(|spec| spec.suspend) != Some(true) => {
+                Action::Suspend { attempt, hold: true }
+            }
+            _ => Action::None,
+        };
+        self.end(action, None)
+    }
+
+    /// No attempt exists: the first one, one that somebody deleted, or the one after a failure.
+    fn next(mut self, plan: &WorkloadPlan, policy: &RunPolicy) -> Decision {
+        let attempt = match &self.status.last_failure {
+            Some(failure) if failure.attempt >= self.status.attempt => {
+                let failures = self.status.restarts + self.status.disruptions;
+                let due = failure.time.0 + as_signed(backoff::delay(failures, self.observed.uid));
+                if let Some(wait) = until(self.observed.now, due) {
+                    let seconds = wait.as_secs();
+                    self.say(JobState::Pending, format!("starts again in {seconds} s: {}", failure_text(&self.status)));
+                    return self.end(Action::None, Some(wait));
+                }
+                failure.attempt + 1
+            }
+            _ => self.status.attempt.max(1),
+        };
+        if let Some(decision) = self.deadline(policy) {
+            return decision;
+        }
+        let declared = plan.roles.first().map_or(1, |role| role.replicas);
+        let workers = match (self.status.workers, attempt) {
+            // The width that the last failure left us with; see `whole`.
+            (Some(workers), 2..) => workers,
+            _ => declared,
+        };
+        if self.status.attempt != attempt || attempt == 1 {
+            self.notes.push(Note::normal("Started", format!("attempt {attempt} with {workers} workers")));
+        }
+        self.status.attempt = attempt;
+        self.status.workers = Some(workers);
+        self.conditions().set("PodsReady", false, "Starting", format!("0 of {workers} workers run"));
+        self.say(JobState::Pending, format!("starting {workers} workers"));
+        self.end(Action::Ensure { attempt, workers }, None)
+    }
+
+    /// The newest attempt exists and nothing speaks against it.
+    fn attempt(mut self, plan: &WorkloadPlan, policy: &RunPolicy, attempt: u32, job: &Job) -> Decision {
+        let pods: Vec<Pod> = self.pods_of(job);
+        if has(job, "Complete") || has(job, "SuccessCriteriaMet") {
+            return self.complete(attempt, &pods, policy);
+        }
+        if has(job, "Failed") {
+            return self.failed(attempt, failure::judge(job, &pods, &policy.failure), policy);
+        }
+        let workers = job.spec.as_ref().and_then(|spec| spec.completions).map_or(1, |n| u32::try_from(n).unwrap_or(1));
+        self.status.workers = Some(workers);
+        if job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true) {
+            let queue = plan.scheduling.queue_name.as_deref().unwrap_or_default();
+            let message = format!("waits for Kueue to let it in through queue {queue}");
+            self.conditions().set("PodsReady", false, "Queued", &message);
+            self.say(JobState::Pending, message);
+            return self.end(Action::Ensure { attempt, workers }, None);
+        }
+        if let Some(decision) = self.deadline(policy) {
+            return decision;
+        }
+        let running = pods.iter().filter(|pod| phase(pod) == "Running" || phase(pod) == "Succeeded").count() as u32;
+        if running >= workers {
+            return self.running(policy, attempt, workers);
+        }
+        // The Job's own clock: it has none while it is held, and starts anew when it is let go on.
+        let since =
+            job.status.as_ref().and_then(|status| status.start_time.as_ref()).map_or(self.observed.now, |time| time.0);
+        let due =
+            since + SignedDuration::from_secs(i64::try_from(policy.pre_running_deadline_seconds).unwrap_or(i64::MAX));
+        let obstacle = pods.iter().find_map(obstacle);
+        let because = obstacle.map(|text| format!(": {text}")).unwrap_or_default();
+        match until(self.observed.now, due) {
+            Some(wait) => {
+                let message = format!("{running} of {workers} workers run{because}");
+                self.conditions().set("PodsReady", false, "Starting", &message);
+                self.say(JobState::Pending, message);
+                let wait = self.nearest(policy, wait);
+                self.end(Action::Ensure { attempt, workers }, Some(wait))
+            }
+            None => self.whole(attempt, running, workers, policy, &because),
+        }
+    }
+
+    fn running(mut self, policy: &RunPolicy, attempt: u32, workers: u32) -> Decision {
+        if self.status.start_time.is_none() {
+            self.status.start_time = Some(Time(self.observed.now));
+        }
+        if !is_true(&self.status.conditions, "PodsReady") {
+            self.notes.push(Note::normal("Running", format!("all {workers} workers run")));
+        }
+        let mut conditions = self.conditions();
+        conditions.set("PodsReady", true, "Running", format!("all {workers} workers run"));
+        conditions.set("Restarting", false, "Running", "the workers run");
+        if let Some(progress) = &self.observed.progress {
+            self.status.progress = Some(progress.clone());
+        }
+        let message = self.status.progress.as_ref().map_or_else(|| "the workers run".to_owned(), in_words);
+        self.say(JobState::Running, message);
+        let wait = self.nearest(policy, Duration::from_secs(600));
+        self.end(Action::Ensure { attempt, workers }, Some(wait))
+    }
+
+    /// The group was not whole in time: it makes room for others and comes back, narrower if it may.
+    fn whole(self, attempt: u32, running: u32, workers: u32, policy: &RunPolicy, because: &str) -> Decision {
+        let narrower = self.observed.widths.iter().rev().find(|width| **width <= running.max(1) && **width < workers);
+        let seconds = policy.pre_running_deadline_seconds;
+        let mut message = format!("only {running} of {workers} workers ran within {seconds} s{because}");
+        let width = narrower.copied().unwrap_or(workers);
+        if width < workers {
+            message += &format!("; goes on with {width}");
+        }
+        let failure = Failure { cause: Cause::Disruption, message, result: None };
+        let mut decision = self.failed(attempt, failure, policy);
+        decision.status.workers = Some(width);
+        decision
+    }
+
+    fn complete(mut self, attempt: u32, pods: &[Pod], policy: &RunPolicy) -> Decision {
+        let Some(result) = failure::result_of(pods).filter(|result| result.state == RunState::Succeeded) else {
+            let message = "the workers ended well, but their pods are gone and the result with them; \
+                           a new attempt goes on from the last checkpoint and reports it"
+                .to_owned();
+            return self.failed(attempt, Failure { cause: Cause::Disruption, message, result: None }, policy);
+        };
+        self.status.artifact.clone_from(&result.artifact);
+        self.status.gate.clone_from(&result.gate);
+        self.status.completion_time = Some(Time(self.observed.now));
+        if let Some(progress) = &mut self.status.progress {
+            "done".clone_into(&mut progress.state);
+            progress.step = progress.steps;
+            progress.eta_seconds = None;
+        }
+        if let (Some(progress), Some(accuracy)) = (&mut self.status.progress, result.metrics.get("vqa_accuracy")) {
+            progress.accuracy = Some(*accuracy);
+        }
+        let mut conditions = self.conditions();
+        conditions.set("Complete", true, "Succeeded", &result.message);
+        conditions.set("Failed", false, "Succeeded", "");
+        conditions.set("Restarting", false, "Succeeded", "");
+        conditions.set("PodsReady", false, "Succeeded", "the workers have ended");
+        self.notes.push(Note::normal("Completed", result.message.clone()));
+        self.say(JobState::Succeeded, result.message);
+        let again = policy.ttl_seconds_after_finished.map(Duration::from_secs);
+        self.end(Action::None, again)
+    }
+
+    /// Writes the failure down; starts again unless that is over.
+    fn failed(mut self, attempt: u32, failure: Failure, policy: &RunPolicy) -> Decision {
+        let Failure { cause, message, result } = failure;
+        let time = Time(self.observed.now);
+        let disruption = cause == Cause::Disruption;
+        self.status.last_failure = Some(AttemptFailure { attempt, disruption, message: message.clone(), time });
+        if let Some(result) = result {
+            self.status.gate = result.gate.or(self.status.gate.take());
+            self.status.artifact = result.artifact.or(self.status.artifact.take());
+        }
+        let spent = cause == Cause::Program && self.status.restarts >= policy.failure.max_restarts;
+        if cause == Cause::Job || spent {
+            let refused = self.status.gate.as_ref().is_some_and(|gate| !gate.promoted);
+            let reason = match cause {
+                _ if refused => "GateRefused",
+                Cause::Job => "JobFailed",
+                _ => "RestartsExhausted",
+            };
+            let tried = if spent { format!(" (after {} restarts)", self.status.restarts) } else { String::new() };
+            return self.give_up(reason, &format!("{message}{tried}"), Action::None, policy);
+        }
+        match cause {
+            Cause::Disruption => self.status.disruptions += 1,
+            _ => self.status.restarts += 1,
+        }
+        if !self.observed.widths.is_empty() && cause == Cause::Disruption {
+            // A cluster that took a worker away may have room for more by now.
+            self.status.workers = self.observed.widths.last().copied();
+        }
+        let mut conditions = self.conditions();
+        let reason = if disruption { "Disrupted" } else { "WorkerFailed" };
+        conditions.set("Restarting", true, reason, &message);
+        conditions.set("PodsReady", false, reason, "all workers are started again from the newest checkpoint");
+        self.notes.push(Note::warning(reason, format!("attempt {attempt}: {message}")));
+        self.say(JobState::Pending, format!("starts again: {message}"));
+        self.end(Action::Remove, None)
+    }
+
+    fn give_up(mut self, reason: &'static str, message: &str, action: Action, policy: &RunPolicy) -> Decision {
+        self.status.completion_time = Some(Time(self.observed.now));
+        let mut conditions = self.conditions();
+        conditions.set("Failed", true, reason, message);
+        conditions.set("Complete", false, reason, "");
+        conditions.set("Restarting", false, reason, "");
+        conditions.set("PodsReady", false, reason, "the workers have ended");
+        self.notes.push(Note::warning(reason, message));
+        self.say(JobState::Failed, message.to_owned());
+        self.end(action, policy.ttl_seconds_after_finished.map(Duration::from_secs))
+    }
+
+    /// Fails the job if it has run for longer than it may.
+    fn deadline(&mut self, policy: &RunPolicy) -> Option<Decision> {
+        let (limit, start) = (policy.active_deadline_seconds?, self.status.start_time.as_ref()?.0);
+        let due = start + SignedDuration::from_secs(i64::try_from(limit).ok()?);
+        if self.observed.now < due {
+            return None;
+        }
+        let visit =
+            Visit { observed: self.observed, status: self.status.clone(), notes: std::mem::take(&mut self.notes) };
+        let message = format!("ran for longer than activeDeadlineSeconds allows ({limit} s)");
+        Some(visit.give_up("DeadlineExceeded", &message, Action::Remove, policy))
+    }
+
+    /// `wait`, or the time until the deadline if that comes first.
+    fn nearest(&self, policy: &RunPolicy, wait: Duration) -> Duration {
+        let due = policy.active_deadline_seconds.zip(self.status.start_time.as_ref()).and_then(|(limit, start)| {
+            until(self.observed.now, start.0 + SignedDuration::from_secs(i64::try_from(limit).ok()?))
+        });
+        due.map_or(wait, |due| due.min(wait))
+    }
+
+    fn finished(mut self) -> Decision {
+        // The verdict stands; only the generation that it speaks of may be newer.
+        let ttl = self.observed.plan.as_ref().ok().and_then(|plan| match &plan.lifetime {
+            crate::plan::Lifetime::RunToCompletion(policy) => policy.ttl_seconds_after_finished,
+            crate::plan::Lifetime::Service => None,
+        });
+        let ended = self.status.completion_time.as_ref().map(|time| time.0);
+        if let (Some(ttl), Some(ended)) = (ttl, ended) {
+            let due = ended + SignedDuration::from_secs(i64::try_from(ttl).unwrap_or(i64::MAX));
+            return match until(self.observed.now, due) {
+                Some(wait) => self.end(Action::None, Some(wait)),
+                None => self.end(Action::Expire, None),
+            };
+        }
+        // What ran past its deadline has been told to go; see that it went.
+        let overdue = self.status.conditions.iter().any(|c| c.type_ == "Failed" && c.reason == "DeadlineExceeded");
+        let left = self.observed.jobs.iter().any(|job| job.metadata.deletion_timestamp.is_none());
+        self.notes.clear();
+        self.end(if overdue && left { Action::Remove } else { Action::None }, None)
+    }
+
+    fn pods_of(&self, job: &Job) -> Vec<Pod> {
+        let name = job.name_any();
+        let of = |pod: &&Pod| pod.labels().get("batch.kubernetes.io/job-name").is_some_and(|owner| *owner == name);
+        self.observed.pods.iter().filter(of).cloned().collect()
+    }
+
+    fn conditions(&mut self) -> Conditions<'_> {
+        Conditions::new(&mut self.status.conditions, &TYPES, self.observed.generation, self.observed.now)
+    }
+
+    fn say(&mut self, state: JobState, message: String) {
+        self.status.state = Some(state);
+        self.status.message = Some(message);
+    }
+
+    fn end(mut self, action: Action, again: Option<Duration>) -> Decision {
+        let ended = is_true(&self.status.conditions, "Complete") || is_true(&self.status.conditions, "Failed");
+        if !ended {
+            let mut conditions = self.conditions();
+            conditions.set("Complete", false, "NotEnded", "the job has not ended");
+            conditions.set("Failed", false, "NotEnded", "the job has not ended");
+            if self.status.attempt <= 1 && self.status.last_failure.is_none() {
+                self.conditions().set("Restarting", false, "FirstAttempt", "");
+            }
+            let unknown = |c: &k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition| {
+                c.type_ == "PodsReady" && c.status == "Unknown"
+            };
+            if self.status.conditions.iter().any(unknown) {
+                self.conditions().set("PodsReady", Truth::False, "NotStarted", "no worker has been started");
+            }
+        }
+        Decision { action, status: self.status, notes: self.notes, again }
+    }
+}
+
+fn has(job: &Job, name: &str) -> bool {
+    let conditions = job.status.as_ref().and_then(|status| status.conditions.as_ref());
+    conditions.is_some_and(|list| list.iter().any(|c| c.type_ == name && c.status == "True"))
+}
+
+fn phase(pod: &Pod) -> &str {
+    pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
+}
+
+/// What keeps a pod from running, in Kubernetes' words.
+pub(super) fn obstacle(pod: &Pod) -> Option<String> {
+    let status = pod.status.as_ref()?;
+    let unscheduled = status.conditions.iter().flatten().find(|c| c.type_ == "PodScheduled" && c.status == "False");
+    if let Some(message) = unscheduled.and_then(|condition| condition.message.clone()) {
+        return Some(message);
+    }
+    let waiting =
+        status.container_statuses.iter().flatten().find_map(|status| status.state.as_ref()?.waiting.as_ref())?;
+    let reason =
+        waiting.reason.as_deref().filter(|reason| !["ContainerCreating", "PodInitializing"].contains(reason))?;
+    Some(format!("{}: {reason}: {}", pod.name_any(), waiting.message.as_deref().unwrap_or_default()))
+}
+
+fn in_words(progress: &Progress) -> String {
+    let mut text = progress.state.clone();
+    if progress.steps > 0 {
+        text += &format!(", step {} of {}", progress.step, progress.steps);
+    }
+    text
+}
+
+fn failure_text(status: &JobStatus) -> &str {
+    status.last_failure.as_ref().map_or("", |failure| &failure.message)
+}
+
+fn as_signed(duration: Duration) -> SignedDuration {
+    SignedDuration::try_from(duration).unwrap_or(SignedDuration::MAX)
+}
+
+/// The time from `now` to `due`, if that lies ahead.
+fn until(now: Timestamp, due: Timestamp) -> Option<Duration> {
+    (due > now).then(|| due.duration_since(now).unsigned_abs())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,377 @@
+//! A ServingJob: which servers there should be while a new model takes the place of an old one, and whether the whole
+//! answers.
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::ResourceExt;
+use sensorium_api::{Canary, JobState, RolloutStatus, ServingJobSpec, ServingJobStatus};
+
+use super::Note;
+use super::conditions::{Conditions, is_true};
+use crate::render::{ARTIFACT_ANNOTATION, REVISION_ANNOTATION};
+
+const TYPES: [&str; 6] = ["ArtifactsReady", "WorkloadsReady", "RouteReady", "Progressing", "Degraded", "Ready"];
+
+/// What is measured of one track's servers since they started, all of them together.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TrackLoad {
+    /// Requests that were answered, well or badly.
+    pub requests: f64,
+    /// Those that failed for reasons of the server's.
+    pub failures: f64,
+    /// Sum of the time they took, in seconds.
+    pub seconds: f64,
+}
+
+impl TrackLoad {
+    fn mean(&self) -> Option<f64> {
+        (self.requests > 0.0).then(|| self.seconds / self.requests)
+    }
+}
+
+/// Both tracks, where they could be measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Measured {
+    /// The servers that serve for good.
+    pub stable: TrackLoad,
+    /// The servers that are tried.
+    pub canary: TrackLoad,
+}
+
+/// Which servers there should be.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// Whether the stable servers take the wanted revision; otherwise they stay as they are.
+    pub apply: bool,
+    /// Number of canaries with the wanted revision; none: no canary Deployment.
+    pub canaries: Option<u32>,
+    /// Where the rollout is, for the status.
+    pub rollout: Option<RolloutStatus>,
+    /// What is worth an event.
+    pub notes: Vec<Note>,
+}
+
+/// The revision that a Deployment's pods are made of.
+fn revision(deployment: &Deployment) -> Option<&str> {
+    let template = deployment.spec.template.metadata.as_ref()?;
+    template.annotations.as_ref()?.get(REVISION_ANNOTATION).map(String::as_str)
+}
+
+fn digest(deployment: &Deployment) -> Option<&String> {
+    deployment.spec.template.metadata.as_ref()?.annotations.as_ref()?.get(ARTIFACT_ANNOTATION)
+}
+
+fn wanted(deployment: &Deployment) -> i32 {
+    deployment.spec.replicas.unwrap_or(1)
+}
+
+/// Servers of the newest template that have been ready for a while.
+fn available(deployment: &Deployment) -> i32 {
+    deployment.status.as_ref().and_then(|status| status.available_replicas).unwrap_or(0)
+}
+
+/// Whether the controller has seen the newest template and every server is of it.
+fn is_rolled_out(deployment: &Deployment) -> bool {
+    let Some(status) = &deployment.status else { return false };
+    let wanted = wanted(deployment);
+    status.observed_generation >= deployment.metadata.generation
+        && status.updated_replicas.unwrap_or(0) >= wanted
+        && status.available_replicas.unwrap_or(0) >= wanted
+        && status.replicas.unwrap_or(0) == status.updated_replicas.unwrap_or(0)
+}
+
+/// Decides on the servers. `revision` is the one that the spec and its artifact ask for.
+pub fn rollout(
+    spec: &ServingJobSpec,
+    wanted_revision: &str,
+    status: &ServingJobStatus,
+    stable: Option<&Deployment>,
+    canary: Option<&Deployment>,
+    measured: &Measured,
+    now: Timestamp,
+) -> Plan {
+    let plan = |apply, canaries, rollout, notes| Plan { apply, canaries, rollout, notes };
+    let Some(stable) = stable else { return plan(true, None, None, Vec::new()) };
+    let current = revision(stable);
+    let known = status.rollout.clone().filter(|rollout| rollout.revision == wanted_revision);
+    let start = || RolloutStatus {
+        revision: wanted_revision.to_owned(),
+        previous: current.map(str::to_owned),
+        step: 0,
+        step_ready: None,
+        started: Time(now),
+        failed: None,
+    };
+    if current == Some(wanted_revision) {
+        if is_rolled_out(stable) {
+            let done = known.is_some_and(|rollout| rollout.failed.is_none());
+            let note = Note::normal("RolledOut", format!("every server is of revision {wanted_revision}"));
+            return plan(true, None, None, if done { vec![note] } else { Vec::new() });
+        }
+        // Canaries stay until the stable servers have taken over.
+        let canaries = canary.map(|canary| u32::try_from(wanted(canary)).unwrap_or(0)).filter(|count| *count > 0);
+        let canaries = canaries.filter(|_| canary.and_then(revision) == Some(wanted_revision));
+        return plan(true, canaries, known, Vec::new());
+    }
+    let Some(strategy) = &spec.rollout.canary else {
+        let note = Note::normal("RollingOut", format!("revision {wanted_revision} takes the place of the old servers"));
+        let notes = if known.is_none() { vec![note] } else { Vec::new() };
+        return plan(true, None, Some(known.unwrap_or_else(start)), notes);
+    };
+    match known {
+        Some(failed) if failed.failed.is_some() => plan(false, None, Some(failed), Vec::new()),
+        Some(rollout) => step(spec, strategy, rollout, stable, canary, measured, now),
+        None => {
+            let rollout = start();
+            let canaries = canaries_of(strategy, 0, stable);
+            let note = Note::normal("CanaryStarted", format!("{canaries} servers of revision {wanted_revision}"));
+            plan(false, Some(canaries), Some(rollout), vec![note])
+        }
+    }
+}
+
+/// The stable servers all stay, so a weight of w percent takes stable * w / (100 - w) canaries.
+fn canaries_of(strategy: &Canary, step: u32, stable: &Deployment) -> u32 {
+    let servers = u32::try_from(wanted(stable)).unwrap_or(1).max(1);
+    let weight = strategy.steps.get(step as usize).map_or(100, |step| step.weight);
+    if weight >= 100 { servers } else { (servers * weight).div_ceil(100 - weight).max(1) }
+}
+
+fn step(
+    spec: &ServingJobSpec,
+    strategy: &Canary,
+    mut rollout: RolloutStatus,
+    stable: &Deployment,
+    canary: Option<&Deployment>,
+    measured: &Measured,
+    now: Timestamp,
+) -> Plan {
+    let canaries = canaries_of(strategy, rollout.step, stable);
+    let ready = canary.is_some_and(|canary| {
+        revision(canary) == Some(&rollout.revision) && is_rolled_out(canary) && available(canary) >= canaries as i32
+    });
+    let fail = |mut rollout: RolloutStatus, why: String| {
+        let note = Note::warning("RolledBack", format!("revision {}: {why}", rollout.revision));
+        rollout.failed = Some(why);
+        Plan { apply: false, canaries: None, rollout: Some(rollout), notes: vec![note] }
+    };
+    if let Some(why) = verdict(strategy, measured) {
+        return fail(rollout, why);
+    }
+    let Some(since) = rollout.step_ready.as_ref().map(|time| time.0) else {
+        let due = rollout.started.0 + SignedDuration::from_secs(spec.rollout.progress_deadline_seconds.into());
+        if ready {
+            rollout.step_ready = Some(Time(now));
+        } else if now >= due {
+            let seconds = spec.rollout.progress_deadline_seconds;
+            return fail(rollout, format!("its servers did not answer within {seconds} s"));
+        }
+        return Plan { apply: false, canaries: Some(canaries), rollout: Some(rollout), notes: Vec::new() };
+    };
+    let pause = strategy.steps.get(rollout.step as usize).map_or(0, |step| step.pause_seconds);
+    if now < since + SignedDuration::from_secs(i64::try_from(pause).unwrap_or(i64::MAX)) || !ready {
+        return Plan { apply: false, canaries: Some(canaries), rollout: Some(rollout), notes: Vec::new() };
+    }
+    rollout.step += 1;
+    rollout.step_ready = None;
+    rollout.started = Time(now);
+    if rollout.step as usize >= strategy.steps.len() {
+        let note = Note::normal("Promoted", format!("revision {} takes over", rollout.revision));
+        return Plan { apply: true, canaries: Some(canaries), rollout: Some(rollout), notes: vec![note] };
+    }
+    let canaries = canaries_of(strategy, rollout.step, stable);
+    let note = Note::normal(
+        "CanaryStep",
+        format!("step {} of {}: {canaries} canaries", rollout.step + 1, strategy.steps.len()),
+    );
+    Plan { apply: false, canaries: Some(canaries), rollout: Some(rollout), notes: vec![note] }
+}
+
+/// Why the canaries are no good, if they are not.
+fn verdict(strategy: &Canary, measured: &Measured) -> Option<String> {
+    let (analysis, canary) = (&strategy.analysis, &measured.canary);
+    if canary.requests < analysis.min_requests as f64 || canary.requests == 0.0 {
+        return None;
+    }
+    let rate = canary.failures / canary.requests;
+    if rate > analysis.max_error_rate {
+        return Some(format!(
+            "{} of {} requests failed ({:.1} %), and maxErrorRate allows {:.1} %",
+            canary.failures,
+            canary.requests,
+            rate * 100.0,
+            analysis.max_error_rate * 100.0
+        ));
+    }
+    let ratio = canary.mean()? / measured.stable.mean().filter(|mean| *mean > 0.0)?;
+    (ratio > analysis.max_latency_ratio).then(|| {
+        format!(
+            "a request took {ratio:.1} times as long as with the old servers, and maxLatencyRatio allows {}",
+            analysis.max_latency_ratio
+        )
+    })
+}
+
+/// All that a ServingJob's status depends on.
+#[derive(Debug)]
+pub struct Observed<'a> {
+    /// The time.
+    pub now: Timestamp,
+    /// Generation of the spec.
+    pub generation: Option<i64>,
+    /// What was said last.
+    pub status: &'a ServingJobStatus,
+    /// Digest of the artifact to serve, or what is missing.
+    pub artifact: Result<&'a str, String>,
+    /// The stable servers.
+    pub stable: Option<&'a Deployment>,
+    /// All of the job's pods.
+    pub pods: &'a [Pod],
+    /// Addresses that the Service sends requests to.
+    pub endpoints: usize,
+    /// Where the rollout is.
+    pub rollout: Option<RolloutStatus>,
+    /// The pods' labels, as a selector in text.
+    pub selector: String,
+}
+
+/// What to say about a ServingJob.
+pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
+    let mut status = observed.status.clone();
+    status.observed_generation = observed.generation;
+    status.rollout.clone_from(&observed.rollout);
+    status.selector = Some(observed.selector.clone());
+    let (wanted, available, ready, replicas) = observed.stable.map_or((0, 0, 0, 0), |stable| {
+        let live = stable.status.as_ref();
+        let count =
+            |get: fn(&k8s_openapi::api::apps::v1::DeploymentStatus) -> Option<i32>| live.and_then(get).unwrap_or(0);
+        (wanted(stable), available(stable), count(|status| status.ready_replicas), count(|status| status.replicas))
+    });
+    status.replicas = u32::try_from(replicas).unwrap_or(0);
+    status.ready_replicas = u32::try_from(ready).unwrap_or(0);
+    let rolled_out = observed.stable.is_some_and(is_rolled_out);
+    if rolled_out {
+        status.digest = observed.stable.and_then(digest).cloned();
+    }
+    let serves = status.digest.is_some();
+    let crash = observed.pods.iter().find_map(crash);
+    let mut conditions = Conditions::new(&mut status.conditions, &TYPES, observed.generation, observed.now);
+
+    match &observed.artifact {
+        Ok(digest) => conditions.set("ArtifactsReady", true, "Resolved", *digest),
+        Err(missing) => conditions.set("ArtifactsReady", false, "ArtifactNotReady", missing),
+    }
+    let servers = format!("{available} of {wanted} servers answer");
+    let workloads = observed.stable.is_some() && available >= wanted && wanted > 0;
+    match (observed.stable, wanted) {
+        (None, _) => conditions.set("WorkloadsReady", false, "NotStarted", "no server has been started"),
+        (Some(_), 0) => conditions.set("WorkloadsReady", false, "ScaledToZero", "no server is wanted"),
+        (Some(_), _) if workloads => conditions.set("WorkloadsReady", true, "Available", &servers),
+        (Some(_), _) => conditions.set("WorkloadsReady", false, "Unavailable", &servers),
+    }
+    let route = observed.endpoints > 0;
+    let routed = format!("the Service has {} ready addresses", observed.endpoints);
+    conditions.set("RouteReady", route, if route { "Endpoints" } else { "NoEndpoints" }, &routed);
+
+    let failed = observed.rollout.as_ref().and_then(|rollout| rollout.failed.clone());
+    let progressing = observed.stable.is_some() && (!rolled_out || observed.rollout.is_some()) && failed.is_none();
+    let stuck = observed.stable.and_then(stuck);
+    let progress = match &observed.rollout {
+        Some(rollout) => format!("revision {}, step {}", rollout.revision, rollout.step + 1),
+        None => servers.clone(),
+    };
+    match (progressing && stuck.is_none(), &failed) {
+        (true, _) => conditions.set("Progressing", true, "RollingOut", &progress),
+        (false, Some(why)) => conditions.set("Progressing", false, "RolledBack", why),
+        (false, None) if stuck.is_some() => {
+            conditions.set("Progressing", false, "DeadlineExceeded", stuck.clone().unwrap_or_default());
+        }
+        (false, None) => conditions.set("Progressing", false, "Settled", &servers),
+    }
+    let degraded = match (&crash, &failed, &stuck) {
+        (Some(crash), ..) => Some(("PodsCrash", crash.clone())),
+        (None, Some(why), _) => Some(("RolledBack", format!("the last rollout was taken back: {why}"))),
+        (None, None, Some(why)) => Some(("DeadlineExceeded", why.clone())),
+        (None, None, None) if serves && !workloads && wanted > 0 && rolled_out => {
+            Some(("Unavailable", servers.clone()))
+        }
+        _ => None,
+    };
+    match &degraded {
+        Some((reason, message)) => conditions.set("Degraded", true, reason, message),
+        None => conditions.set("Degraded", false, "AsWanted", ""),
+    }
+    // Old servers may answer while new ones crash; whoever waits for Ready waits for what the spec asks for.
+    let answers = available > 0 && route && serves && crash.is_none();
+    let (state, message) = match (&crash, &observed.artifact) {
+        _ if answers => (
+            JobState::Ready,
+            failed.map_or(servers.clone(), |why| format!("{servers}; the last rollout was taken back: {why}")),
+        ),
+        (Some(crash), _) => (JobState::Running, crash.clone()),
+        (None, Err(missing)) => (JobState::Pending, missing.clone()),
+        (None, Ok(_)) if observed.stable.is_none() => (JobState::Pending, "starting the servers".to_owned()),
+        (None, Ok(_)) => (
+            JobState::Running,
+            observed.pods.iter().find_map(obstacle).map_or(servers.clone(), |text| format!("{servers}: {text}")),
+        ),
+    };
+    let reason = if answers {
+        "Answering"
+    } else if crash.is_some() {
+        "PodsCrash"
+    } else {
+        "NotAnswering"
+    };
+    conditions.set("Ready", answers, reason, &message);
+    status.state = Some(state);
+    status.message = Some(message);
+    status
+}
+
+/// Whether `status` says that the job answers.
+pub fn is_ready(status: &ServingJobStatus) -> bool {
+    is_true(&status.conditions, "Ready")
+}
+
+/// Why the Deployment gave up waiting for its servers.
+fn stuck(deployment: &Deployment) -> Option<String> {
+    let conditions = deployment.status.as_ref()?.conditions.as_ref()?;
+    let stuck = conditions
+        .iter()
+        .find(|c| c.type_.as_deref() == Some("Progressing") && c.status.as_deref() == Some("False"))?;
+    Some(stuck.message.clone().unwrap_or_else(|| "the new servers did not answer in time".to_owned()))
+}
+
+/// How a pod crashes, if it does.
+fn crash(pod: &Pod) -> Option<String> {
+    if pod.metadata.deletion_timestamp.is_some() {
+        return None;
+    }
+    let crashed = |status: &&ContainerStatus| {
+        let waiting = status
+            .state
+            .as_ref()
+            .and_then(|state| state.waiting.as_ref())
+            .and_then(|waiting| waiting.reason.as_deref());
+        let ended = status.state.as_ref().is_some_and(|state| state.terminated.is_some());
+        waiting == Some("CrashLoopBackOff") || ended || (status.restart_count > 0 && !status.ready)
+    };
+    let status = pod.status.as_ref()?.container_statuses.iter().flatten().find(crashed)?;
+    let last = status.state.as_ref().and_then(|state| state.terminated.as_ref());
+    let last = last.or_else(|| status.last_state.as_ref()?.terminated.as_ref());
+    let why = last.map_or_else(String::new, |last| {
+        let text = last.message.as_deref().map(str::trim).filter(|text| !text.is_empty()).or(last.reason.as_deref());
+        format!(": exit code {}{}", last.exit_code, text.map(|text| format!(", {text}")).unwrap_or_default())
+    });
+    Some(format!("pod {} crashes (started again {} times){why}", pod.name_any(), status.restart_count))
+}
+
+fn obstacle(pod: &Pod) -> Option<String> {
+    super::run::obstacle(pod)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,171 @@
+//! A rollout's decisions, case by case.
+
+use k8s_openapi::api::apps::v1::{DeploymentSpec, DeploymentStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde_json::json;
+
+use super::*;
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(1_800_000_000 + second).unwrap()
+}
+
+fn spec(rollout: serde_json::Value) -> ServingJobSpec {
+    serde_json::from_value(json!({"model": {"artifact": "m"}, "rollout": rollout})).unwrap()
+}
+
+fn canary_spec() -> ServingJobSpec {
+    spec(json!({"canary": {"steps": [{"weight": 20, "pauseSeconds": 60}, {"weight": 50, "pauseSeconds": 60}]}}))
+}
+
+/// A Deployment of which all servers answer.
+fn deployment(revision: &str, replicas: i32) -> Deployment {
+    let annotations = [(REVISION_ANNOTATION, revision), (ARTIFACT_ANNOTATION, "sha256:x")];
+    let annotations = annotations.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+    let mut spec = DeploymentSpec { replicas: Some(replicas), ..DeploymentSpec::default() };
+    spec.template.metadata = Some(ObjectMeta { annotations: Some(annotations), ..ObjectMeta::default() });
+    let status = DeploymentStatus {
+        observed_generation: Some(1),
+        replicas: Some(replicas),
+        updated_replicas: Some(replicas),
+        available_replicas: Some(replicas),
+        ready_replicas: Some(replicas),
+        ..DeploymentStatus::default()
+    };
+    Deployment { metadata: ObjectMeta { generation: Some(1), ..ObjectMeta::default() }, spec, status: Some(status) }
+}
+
+fn load(requests: f64, failures: f64, seconds: f64) -> TrackLoad {
+    TrackLoad { requests, failures, seconds }
+}
+
+fn decide(
+    spec: &ServingJobSpec,
+    status: &ServingJobStatus,
+    canary: Option<&Deployment>,
+    measured: Measured,
+    second: i64,
+) -> Plan {
+    rollout(spec, "new", status, Some(&deployment("old", 4)), canary, &measured, at(second))
+}
+
+#[test]
+fn the_first_servers_are_simply_started() {
+    let plan = rollout(&canary_spec(), "new", &Default::default(), None, None, &Measured::default(), at(0));
+    assert_eq!((plan.apply, plan.canaries, plan.rollout), (true, None, None));
+}
+
+#[test]
+fn without_a_canary_the_stable_servers_roll() {
+    let plan = decide(&spec(json!({})), &Default::default(), None, Measured::default(), 0);
+    assert!(plan.apply && plan.canaries.is_none());
+    assert_eq!(plan.rollout.unwrap().previous.as_deref(), Some("old"));
+}
+
+#[test]
+fn a_canary_goes_through_its_steps_and_then_the_stable_servers_follow() {
+    let spec = canary_spec();
+    let mut status = ServingJobStatus::default();
+    let mut canary = None;
+    let mut seen = Vec::new();
+    for second in (0..200).step_by(5) {
+        let plan = decide(&spec, &status, canary.as_ref(), Measured::default(), second);
+        seen.push((plan.apply, plan.canaries));
+        if plan.apply {
+            break;
+        }
+        canary = plan.canaries.map(|count| deployment("new", count as i32));
+        status.rollout = plan.rollout;
+    }
+    seen.dedup();
+    assert_eq!(seen, [(false, Some(1)), (false, Some(4)), (true, Some(4))]);
+}
+
+#[test]
+fn canaries_that_fail_more_than_they_may_are_taken_back_for_good() {
+    let spec = canary_spec();
+    let mut status = ServingJobStatus::default();
+    status.rollout = decide(&spec, &status, None, Measured::default(), 0).rollout;
+    let canary = deployment("new", 1);
+    let bad = Measured { stable: load(1000.0, 0.0, 10.0), canary: load(100.0, 2.0, 1.0) };
+    let plan = decide(&spec, &status, Some(&canary), bad, 5);
+    assert_eq!((plan.apply, plan.canaries), (false, None));
+    let why = plan.rollout.as_ref().unwrap().failed.clone().unwrap();
+    assert_eq!(why, "2 of 100 requests failed (2.0 %), and maxErrorRate allows 1.0 %");
+    status.rollout = plan.rollout;
+    let later = decide(&spec, &status, None, Measured::default(), 10_000);
+    assert_eq!((later.apply, later.canaries), (false, None), "it is not tried again");
+    let other = rollout(&spec, "newer", &status, Some(&deployment("old", 4)), None, &Measured::default(), at(10_001));
+    assert_eq!(other.canaries, Some(1), "another revision is");
+}
+
+#[test]
+fn slow_canaries_are_taken_back_and_few_requests_decide_nothing() {
+    let spec = canary_spec();
+    let mut status = ServingJobStatus::default();
+    status.rollout = decide(&spec, &status, None, Measured::default(), 0).rollout;
+    let canary = deployment("new", 1);
+    let few = Measured { stable: load(1000.0, 0.0, 10.0), canary: load(19.0, 19.0, 100.0) };
+    assert!(decide(&spec, &status, Some(&canary), few, 5).rollout.unwrap().failed.is_none());
+    let slow = Measured { stable: load(1000.0, 0.0, 10.0), canary: load(100.0, 0.0, 2.5) };
+    let why = decide(&spec, &status, Some(&canary), slow, 5).rollout.unwrap().failed.unwrap();
+    assert!(why.starts_with("a request took 2.5 times as long"), "{why}");
+}
+
+#[test]
+fn canaries_that_do_not_answer_in_time_are_taken_back() {
+    let spec = spec(json!({"progressDeadlineSeconds": 30, "canary": {"steps": [{"weight": 20, "pauseSeconds": 60}]}}));
+    let mut status = ServingJobStatus::default();
+    status.rollout = decide(&spec, &status, None, Measured::default(), 0).rollout;
+    let mut canary = deployment("new", 1);
+    canary.status.as_mut().unwrap().available_replicas = Some(0);
+    assert_eq!(decide(&spec, &status, Some(&canary), Measured::default(), 29).canaries, Some(1));
+    let plan = decide(&spec, &status, Some(&canary), Measured::default(), 30);
+    assert_eq!(plan.canaries, None);
+    assert_eq!(plan.rollout.unwrap().failed.unwrap(), "its servers did not answer within 30 s");
+}
+
+#[test]
+fn canaries_stay_until_the_stable_servers_have_taken_over() {
+    let spec = canary_spec();
+    let mut stable = deployment("new", 4);
+    stable.status.as_mut().unwrap().updated_replicas = Some(1);
+    let canary = deployment("new", 4);
+    let status = ServingJobStatus::default();
+    let plan = rollout(&spec, "new", &status, Some(&stable), Some(&canary), &Measured::default(), at(0));
+    assert_eq!((plan.apply, plan.canaries), (true, Some(4)));
+    stable.status.as_mut().unwrap().updated_replicas = Some(4);
+    let plan = rollout(&spec, "new", &status, Some(&stable), Some(&canary), &Measured::default(), at(0));
+    assert_eq!((plan.apply, plan.canaries), (true, None));
+}
+
+#[test]
+fn old_servers_that_answer_do_not_make_a_job_ready_whose_new_ones_crash() {
+    let pod: Pod = serde_json::from_value(json!({
+        "metadata": {"name": "vqa-server-x"},
+        "status": {"containerStatuses": [{
+            "name": "main", "image": "", "imageID": "", "ready": false, "restartCount": 2,
+            "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+            "lastState": {"terminated": {"exitCode": 1, "message": "no such file"}},
+        }]},
+    }))
+    .unwrap();
+    let stable = deployment("old", 2);
+    let observed = |pods: &[Pod]| {
+        serving_status(&Observed {
+            now: at(0),
+            generation: Some(1),
+            status: &ServingJobStatus::default(),
+            artifact: Ok("sha256:x"),
+            stable: Some(&stable),
+            pods,
+            endpoints: 2,
+            rollout: None,
+            selector: String::new(),
+        })
+    };
+    assert!(is_ready(&observed(&[])));
+    let status = observed(&[pod]);
+    assert!(!is_ready(&status) && is_true(&status.conditions, "Degraded"));
+    assert_eq!(status.message.unwrap(), "pod vqa-server-x crashes (started again 2 times): exit code 1, no such file");
+}

@@ -1,0 +1,106 @@
+//! Whole objects, as a cluster gets them.
+
+use insta::assert_yaml_snapshot;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use sensorium_api::manifest::{Resource, parse_documents};
+use sensorium_operator::plan::{Pins, plan_pinned};
+use sensorium_operator::render::{Images, Owner, Track, render_run, render_servers, render_serving};
+use serde_json::{Value, json};
+
+const TRAINING: &str = include_str!("../../../examples/easy-vqa/training.yaml");
+const COMPRESSION: &str = include_str!("../../../examples/easy-vqa/compression.yaml");
+const SERVING: &str = include_str!("../../../examples/easy-vqa/serving.yaml");
+
+fn images() -> Images {
+    Images {
+        trainer: "registry.example/trainer:1".to_owned(),
+        server: "registry.example/server:1".to_owned(),
+        cli: "registry.example/cli:1".to_owned(),
+        pull_policy: "IfNotPresent".to_owned(),
+        pull_secrets: vec!["registry".to_owned()],
+    }
+}
+
+fn resource(text: &str, changes: &[(&str, Value)]) -> Resource {
+    let mut document: Value = serde_yaml_ng::from_str(text).unwrap();
+    for (pointer, value) in changes {
+        let (parent, name) = pointer.rsplit_once('/').unwrap();
+        document.pointer_mut(parent).unwrap()[name] = value.clone();
+    }
+    parse_documents(&document.to_string(), "test.yaml").unwrap_or_else(|error| panic!("{error}")).remove(0)
+}
+
+fn owner(resource: &Resource) -> Owner {
+    let reference = OwnerReference {
+        api_version: "sensorium.dev/v1alpha1".to_owned(),
+        kind: resource.kind().to_owned(),
+        name: resource.name(),
+        uid: "0000".to_owned(),
+        controller: Some(true),
+        block_owner_deletion: Some(true),
+    };
+    Owner { job: resource.job().unwrap(), reference }
+}
+
+fn run(text: &str, changes: &[(&str, Value)], attempt: u32) -> Value {
+    let resource = resource(text, changes);
+    let plan = plan_pinned(&resource, &Pins::default()).unwrap();
+    let mut objects = render_run(&owner(&resource), &plan, &plan.roles[0], attempt, &images());
+    // An example's learning rate is not what these tests watch.
+    objects.config.data.as_mut().unwrap().values_mut().for_each(|text| *text = "...".to_owned());
+    json!([objects.config, objects.service, objects.network, objects.job])
+}
+
+#[test]
+fn the_first_attempt_of_a_training_job() {
+    assert_yaml_snapshot!(run(TRAINING, &[], 1));
+}
+
+#[test]
+fn two_processes_with_a_gpu_each_in_a_queue_on_certain_nodes() {
+    let changes = [
+        ("/spec/processesPerWorker", json!(2)),
+        ("/spec/parallelism/data", json!(4)),
+        ("/spec/resources", json!({"limits": {"nvidia.com/gpu": "2", "cpu": "8"}})),
+        (
+            "/spec/scheduling",
+            json!({
+                "queueName": "team-a", "priorityClassName": "high", "runtimeClassName": "nvidia",
+                "gpuProduct": "NVIDIA-H100-80GB-HBM3", "topology": {"key": "topology.kubernetes.io/zone", "mode": "pack"},
+            }),
+        ),
+        ("/spec/pods", json!({"env": {"NCCL_DEBUG": "INFO"}, "envFromSecrets": ["s3"]})),
+    ];
+    let objects = run(TRAINING, &changes, 3);
+    assert_yaml_snapshot!(objects[3]["spec"]["template"]["spec"]);
+}
+
+#[test]
+fn a_compression_job() {
+    assert_yaml_snapshot!(run(COMPRESSION, &[], 1)[3]);
+}
+
+#[test]
+fn a_serving_job_with_everything() {
+    let changes = [
+        ("/spec/autoscaling", json!({"maxReplicas": 4, "metric": "queueDepth", "target": 10})),
+        ("/spec/networkAccess", json!({"fromNamespaces": {"team": "web"}})),
+    ];
+    let resource = resource(SERVING, &changes);
+    let digest = format!("sha256:{}", "a".repeat(64));
+    let pins = Pins { artifacts: [("vqa-int8".to_owned(), digest.clone())].into(), workers: None };
+    let plan = plan_pinned(&resource, &pins).unwrap();
+    let owner = owner(&resource);
+    let Resource::ServingJob(job) = &resource else { panic!("it is a ServingJob") };
+    let around = render_serving(&owner, &job.spec, &plan.roles[0]);
+    let servers = render_servers(&owner, &job.spec, &plan, &plan.roles[0], &digest, Track::Stable, None, &images());
+    assert!(servers.config.data.unwrap()["job.json"].contains(&digest), "the servers read exactly this artifact");
+    assert_yaml_snapshot!(json!([
+        servers.deployment,
+        around.service,
+        around.budget,
+        around.network,
+        around.autoscaler,
+        around.monitor
+    ]));
+}
