@@ -8,10 +8,10 @@ SHELL := bash
 CARGO_FLAGS := --release --locked
 BIN := target/release/sensorium
 
-.PHONY: help setup build quickstart test test-env lint fmt generate clean
+.PHONY: help setup build quickstart test test-env test-node cluster-binaries images lint chart-lint fmt generate clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{ printf "  make %-16s %s\n", $$1, $$2 }'
 
 setup: ## Fetch libtorch, onnxruntime and the example data into the cache (idempotent)
 	@scripts/setup
@@ -26,20 +26,33 @@ quickstart: build ## Train, compress and serve a multimodal model on this machin
 test-env: setup ## Make the Python environment of the client tests (the programs need no Python)
 	@scripts/test-env >/dev/null
 
-test: test-env ## Run everything that CI runs
+cluster-binaries: ## Build etcd and Kubernetes for the tests of the operator, once (needs Go)
+	@scripts/cluster-binaries api >/dev/null
+
+test: test-env cluster-binaries ## Run everything that CI runs
 	cargo fmt --all --check
 	cargo build $(CARGO_FLAGS) --workspace --all-targets
 	cargo test $(CARGO_FLAGS) --workspace
+
+test-node: build test-env ## Run the tests on a real node alone (root; installs containerd on Debian)
+	cargo test $(CARGO_FLAGS) --workspace --test node_lane -- --nocapture
+
+images: build ## Build the container images into the cache (root; installs buildah and mmdebstrap on Debian)
+	@scripts/images
 
 lint: setup ## Check format and lints; warnings are errors
 	cargo fmt --all --check
 	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
 
+chart-lint: cluster-binaries ## Check the Helm chart as far as that can be done without a cluster
+	@"$$(scripts/cluster-binaries api)/helm" lint --strict charts/sensorium
+
 fmt: ## Format the code
 	cargo fmt --all
 
-generate: setup ## Write the generated files: the CRDs
+generate: setup ## Write the generated files: the CRDs, and the chart's copies of them
 	cargo run $(CARGO_FLAGS) --package sensorium-api --example crdgen
+	cp crds/*.yaml charts/sensorium/files/crds/
 
 clean: ## Remove what was built and run here; the cache stays
 	cargo clean
