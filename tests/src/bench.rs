@@ -78,22 +78,57 @@ impl Bench {
     /// # Errors
     /// When the data is not there or the import fails.
     pub fn import_easy_vqa(&self, train: u64, test: u64) -> Result<()> {
-        let source = std::env::var("SENSORIUM_EASY_VQA").ok().or(option_env!("SENSORIUM_EASY_VQA").map(str::to_owned));
-        let source = PathBuf::from(source.context("SENSORIUM_EASY_VQA is not set: run scripts/setup")?);
+        self.import_easy_vqa_where(train, test, |_| true)
+    }
+
+    /// The same with those questions that `keep` keeps.
+    ///
+    /// # Errors
+    /// As [`Self::import_easy_vqa`].
+    pub fn import_easy_vqa_where(&self, train: u64, test: u64, keep: impl Fn(&str) -> bool) -> Result<()> {
+        let source = easy_vqa()?;
         let subset = self.path().join("easy-vqa");
         for (split, images) in [("train", train), ("test", test)] {
             fs::create_dir_all(subset.join(split))?;
             symlink(source.join(split).join("images"), subset.join(split).join("images"))?;
-            let questions: Vec<Value> = serde_json::from_slice(&fs::read(source.join(split).join("questions.json"))?)?;
-            let kept: Vec<Value> =
-                questions.into_iter().filter(|row| row[2].as_u64().is_some_and(|id| id < images)).collect();
-            ensure!(!kept.is_empty(), "no questions on the first {images} images of {split}");
+            let kept: Vec<Value> = rows(&source, split)?
+                .into_iter()
+                .filter(|row| row[2].as_u64().is_some_and(|id| id < images) && row[0].as_str().is_some_and(&keep))
+                .collect();
+            ensure!(!kept.is_empty(), "no such questions on the first {images} images of {split}");
             fs::write(subset.join(split).join("questions.json"), serde_json::to_vec(&kept)?)?;
         }
         fs::copy(source.join("answers.txt"), subset.join("answers.txt"))?;
         let from = subset.display().to_string();
         let finished = self.run(&["data", "import", "easy-vqa", "--from", &from], Duration::from_mins(1))?;
         finished.success().map(|_| ())
+    }
+
+    /// `count` of a split's questions that `keep` keeps, one per image: the image's file, the question, its answer.
+    ///
+    /// # Errors
+    /// When the data is not there.
+    pub fn easy_vqa_questions(
+        &self,
+        split: &str,
+        count: usize,
+        keep: impl Fn(&str) -> bool,
+    ) -> Result<Vec<(PathBuf, String, String)>> {
+        let source = easy_vqa()?;
+        let mut found: Vec<(PathBuf, String, String)> = Vec::new();
+        for row in rows(&source, split)? {
+            let (Some(question), Some(answer), Some(id)) = (row[0].as_str(), row[1].as_str(), row[2].as_u64()) else {
+                bail!("{row} is not a question, its answer and its image");
+            };
+            let image = source.join(split).join("images").join(format!("{id}.png"));
+            if keep(question) && found.last().is_none_or(|(last, ..)| *last != image) {
+                found.push((image, question.to_owned(), answer.to_owned()));
+            }
+            if found.len() == count {
+                return Ok(found);
+            }
+        }
+        bail!("{split} has only {} such questions", found.len())
     }
 
     /// The report of the last run.
@@ -141,4 +176,14 @@ impl Bench {
         names.sort();
         names
     }
+}
+
+/// Where `scripts/setup` put the data.
+fn easy_vqa() -> Result<PathBuf> {
+    let source = std::env::var("SENSORIUM_EASY_VQA").ok().or(option_env!("SENSORIUM_EASY_VQA").map(str::to_owned));
+    Ok(PathBuf::from(source.context("SENSORIUM_EASY_VQA is not set: run scripts/setup")?))
+}
+
+fn rows(source: &Path, split: &str) -> Result<Vec<Value>> {
+    Ok(serde_json::from_slice(&fs::read(source.join(split).join("questions.json"))?)?)
 }

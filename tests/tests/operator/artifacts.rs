@@ -1,0 +1,114 @@
+//! ModelArtifacts: immutable, and trusted only once their files have been read.
+
+use anyhow::Result;
+use kube::ResourceExt;
+use sensorium_api::ModelArtifact;
+use sensorium_tests::refusal;
+use serde_json::json;
+
+use crate::common::{Case, LIMIT, compression, reason_of};
+
+fn reason(artifact: &ModelArtifact) -> Option<&str> {
+    reason_of(artifact.status.as_ref().map(|status| &status.conditions[..]), "Verified")
+}
+
+#[tokio::test]
+async fn an_artifact_never_changes_and_can_always_be_labelled_and_deleted() -> Result<()> {
+    let case = Case::start("artifact").await?;
+    case.artifact("base", 'a').await?;
+    let change = json!({"spec": {"digest": crate::common::digest('b')}});
+    let error = case.patch::<ModelArtifact>("base-a", change).await.unwrap_err();
+    assert!(refusal(&error).unwrap().contains("never changes"), "{error}");
+    case.patch::<ModelArtifact>("base-a", json!({"metadata": {"labels": {"team": "a"}}})).await?;
+    case.delete::<ModelArtifact>("base-a").await?;
+    case.namespace.eventually_gone::<ModelArtifact>("base-a", LIMIT).await
+}
+
+#[tokio::test]
+async fn an_artifact_whose_files_do_not_match_is_used_by_nobody() -> Result<()> {
+    let case = Case::start("broken").await?;
+    let manifest = json!({
+        "apiVersion": "sensorium.dev/v1alpha1",
+        "kind": "ModelArtifact",
+        "metadata": {"name": "base"},
+        "spec": {
+            "uri": "pvc://artifacts/objects/1",
+            "digest": crate::common::digest('a'),
+            "signature": [{"name": "fusion", "inputs": [], "outputs": []}],
+        },
+    });
+    case.apply(&manifest).await?;
+    case.apply(&compression("small", "base")).await?;
+    // The Job tries four times.
+    let failed = tokio::time::timeout(LIMIT * 3, async {
+        loop {
+            let selector = "sensorium.dev/kind=ModelArtifact";
+            for pod in case
+                .namespace
+                .api::<k8s_openapi::api::core::v1::Pod>()
+                .list(&kube::api::ListParams::default().labels(selector))
+                .await?
+            {
+                if pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Pending") {
+                    case.kubelet.fail(&pod.name_any(), 1, "a digest differs").await?;
+                }
+            }
+            let artifact = case.namespace.api::<ModelArtifact>().get("base").await?;
+            if reason(&artifact) == Some("VerificationFailed") {
+                return anyhow::Ok(());
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        }
+    });
+    failed.await??;
+    let told = |job: &sensorium_api::CompressionJob| {
+        let message = job.status.as_ref().and_then(|status| status.message.clone()).unwrap_or_default();
+        message.contains("cannot be used")
+    };
+    case.compression("small", "to say why it waits", told).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_artifact_at_a_place_that_is_none_says_what_would_be_right() -> Result<()> {
+    let case = Case::start("place").await?;
+    let manifest = json!({
+        "apiVersion": "sensorium.dev/v1alpha1",
+        "kind": "ModelArtifact",
+        "metadata": {"name": "base"},
+        "spec": {
+            "uri": "pvc://artifacts",
+            "digest": crate::common::digest('a'),
+            "signature": [{"name": "fusion", "inputs": [], "outputs": []}],
+        },
+    });
+    case.apply(&manifest).await?;
+    let artifact = case
+        .namespace
+        .eventually::<ModelArtifact>("base", "to be refused", LIMIT, |artifact| reason(artifact) == Some("InvalidUri"))
+        .await?;
+    assert!(artifact.status.unwrap().conditions[0].message.contains("STORE/objects/DIGEST"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn kubectl_sensorium_draws_what_an_artifact_was_made_from() -> Result<()> {
+    let case = Case::start("tree").await?;
+    let pods = case.running("vqa", |_| {}).await?;
+    case.succeed(&pods, "base", 'a').await?;
+    case.training("vqa", "to be complete", |job| crate::common::holds(job, "Complete")).await?;
+    let program = std::env::var_os("SENSORIUM_BIN_DIR")
+        .map_or_else(|| std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release"), Into::into);
+    let folder = tempfile::tempdir()?;
+    let plugin = folder.path().join("kubectl-sensorium");
+    std::os::unix::fs::symlink(program.join("sensorium"), &plugin)?;
+    let output = std::process::Command::new(plugin)
+        .args(["artifact", "tree", "base", "--namespace", case.namespace.name()])
+        .env("KUBECONFIG", sensorium_tests::ApiCluster::shared()?.kubeconfig())
+        .current_dir(folder.path())
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(said, "base aaaaaaaaaaaa  TrainingJob/vqa: train\n└─ pvc://datasets/train\n");
+    Ok(())
+}

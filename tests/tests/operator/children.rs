@@ -1,0 +1,111 @@
+//! Whatever is deleted or changed by hand comes back, and what nothing needs any more goes.
+
+use anyhow::Result;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, Service};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::ResourceExt;
+use kube::api::ListParams;
+use sensorium_api::{ServingJob, TrainingJob};
+use serde_json::json;
+
+use crate::common::{Case, LIMIT, serving, training};
+
+/// Deletes a child and waits until another one of its name is there.
+async fn deleted_and_back<K>(case: &Case, name: &str) -> Result<()>
+where
+    K: kube::Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
+        + Clone
+        + std::fmt::Debug
+        + serde::Serialize
+        + serde::de::DeserializeOwned,
+{
+    let old = case.namespace.eventually::<K>(name, "to exist", LIMIT, |_| true).await?.uid();
+    case.delete::<K>(name).await?;
+    case.namespace.eventually::<K>(name, "to be back", LIMIT, |child| child.uid() != old).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn every_child_of_a_training_job_comes_back() -> Result<()> {
+    let case = Case::start("children-train").await?;
+    case.running("vqa", |_| {}).await?;
+    deleted_and_back::<Service>(&case, "vqa-worker").await?;
+    deleted_and_back::<ConfigMap>(&case, "vqa-worker-1").await?;
+    deleted_and_back::<NetworkPolicy>(&case, "vqa-worker").await?;
+    deleted_and_back::<Job>(&case, "vqa-worker-1").await?;
+    let job = case.training("vqa", "to be there", |_| true).await?.status.unwrap();
+    assert_eq!((job.attempt, job.restarts, job.disruptions), (1, 0, 0), "it costs nothing");
+    Ok(())
+}
+
+#[tokio::test]
+async fn every_child_of_a_serving_job_comes_back() -> Result<()> {
+    let case = Case::start("children-serve").await?;
+    case.artifact("model", 'a').await?;
+    case.apply(&serving("vqa", "model")).await?;
+    deleted_and_back::<Service>(&case, "vqa").await?;
+    deleted_and_back::<Deployment>(&case, "vqa-server").await?;
+    deleted_and_back::<PodDisruptionBudget>(&case, "vqa-server").await?;
+    deleted_and_back::<NetworkPolicy>(&case, "vqa-server").await?;
+    let configs =
+        case.namespace.api::<ConfigMap>().list(&ListParams::default().labels("sensorium.dev/name=vqa")).await?;
+    deleted_and_back::<ConfigMap>(&case, &configs.items[0].name_any()).await
+}
+
+#[tokio::test]
+async fn a_child_that_was_changed_by_hand_is_put_right() -> Result<()> {
+    let case = Case::start("drift").await?;
+    case.artifact("model", 'a').await?;
+    case.apply(&serving("vqa", "model")).await?;
+    case.namespace.eventually::<Deployment>("vqa-server", "to exist", LIMIT, |_| true).await?;
+    case.patch::<Deployment>("vqa-server", json!({"spec": {"replicas": 7}})).await?;
+    case.namespace
+        .eventually::<Deployment>("vqa-server", "to be put right", LIMIT, |d| d.spec.replicas == Some(2))
+        .await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_deleted_job_takes_its_children_along() -> Result<()> {
+    let case = Case::start("gone").await?;
+    case.apply(&training("vqa")).await?;
+    case.workers("vqa", 1, 2).await?;
+    case.delete::<TrainingJob>("vqa").await?;
+    case.namespace.eventually_gone::<Job>("vqa-worker-1", LIMIT).await?;
+    case.namespace.eventually_gone::<ConfigMap>("vqa-worker-1", LIMIT).await?;
+    case.namespace.eventually_gone::<Service>("vqa-worker", LIMIT).await
+}
+
+#[tokio::test]
+async fn a_visit_that_changes_nothing_writes_nothing() -> Result<()> {
+    let mut case = Case::start("quiet").await?;
+    case.artifact("model", 'a').await?;
+    case.apply(&serving("srv", "model")).await?;
+    let pods = case.kubelet.run_all("sensorium.dev/kind=ServingJob");
+    case.serving("srv", "to be ready", |job| {
+        crate::common::holds_of(job.status.as_ref().map(|status| &status.conditions[..]), "Ready")
+    })
+    .await?;
+    case.running("vqa", |_| {}).await?;
+    drop(pods);
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    let versions = async || {
+        let one = case.namespace.api::<TrainingJob>().get("vqa").await?.resource_version();
+        let other = case.namespace.api::<ServingJob>().get("srv").await?.resource_version();
+        let third = case.namespace.api::<Deployment>().get("srv-server").await?.resource_version();
+        anyhow::Ok((one, other, third))
+    };
+    let before = versions().await?;
+    case.operator.kill()?;
+    case.operator.restart()?;
+    case.operator.wait_until_ready(LIMIT)?;
+    tokio::time::sleep(std::time::Duration::from_secs(5)).await;
+    assert_eq!(versions().await?, before);
+    let (_, metrics) = case.operator.get("/metrics")?;
+    let writes: Vec<&str> = metrics.lines().filter(|line| line.starts_with("sensorium_writes_total{")).collect();
+    assert!(writes.iter().all(|line| line.ends_with(" 0")), "{writes:?}");
+    Ok(())
+}

@@ -1,0 +1,172 @@
+//! ServingJobs: servers, routes, rollouts, canaries.
+
+use anyhow::Result;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
+use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::ResourceExt;
+use kube::api::{Patch, PatchParams};
+use sensorium_api::ServingJob;
+use serde_json::json;
+
+use crate::common::{Case, LIMIT, digest, holds_of, reason_of, serving};
+
+fn conditions(job: &ServingJob) -> Option<&[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition]> {
+    job.status.as_ref().map(|status| &status.conditions[..])
+}
+
+fn is_ready(job: &ServingJob) -> bool {
+    holds_of(conditions(job), "Ready")
+}
+
+const SERVERS: &str = "sensorium.dev/kind=ServingJob";
+
+async fn ready(name: &str) -> Result<Case> {
+    let case = Case::start(name).await?;
+    case.artifact("model", 'a').await?;
+    case.apply(&serving("vqa", "model")).await?;
+    for pod in case.kubelet.pods(SERVERS, 2, LIMIT).await? {
+        case.kubelet.run(&pod.name_any()).await?;
+    }
+    case.serving("vqa", "to be ready", is_ready).await?;
+    Ok(case)
+}
+
+#[tokio::test]
+async fn a_job_is_ready_when_its_servers_answer_and_not_before() -> Result<()> {
+    let case = Case::start("serve").await?;
+    case.apply(&serving("vqa", "model")).await?;
+    case.serving("vqa", "to wait", |job| reason_of(conditions(job), "ArtifactsReady") == Some("ArtifactNotReady"))
+        .await?;
+    case.artifact("model", 'a').await?;
+    let pods = case.kubelet.pods(SERVERS, 2, LIMIT).await?;
+    case.kubelet.run_unready(&pods[0].name_any()).await?;
+    let job = case.serving("vqa", "to start", |job| holds_of(conditions(job), "ArtifactsReady")).await?;
+    assert!(!is_ready(&job));
+    for pod in &pods {
+        case.kubelet.run(&pod.name_any()).await?;
+    }
+    let job = case.serving("vqa", "to be ready", is_ready).await?;
+    let status = job.status.unwrap();
+    assert_eq!((status.ready_replicas, status.digest), (2, Some(digest('a'))));
+    let service = case.namespace.api::<Service>().get("vqa").await?;
+    let ports: Vec<i32> = service.spec.unwrap().ports.unwrap().iter().map(|port| port.port).collect();
+    assert_eq!(ports, [8001, 8000, 8002]);
+    case.namespace.api::<PodDisruptionBudget>().get("vqa-server").await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_job_whose_pods_crash_is_not_ready_and_says_how_they_crash() -> Result<()> {
+    let case = ready("crash").await?;
+    let pods = case.kubelet.pods(SERVERS, 2, LIMIT).await?;
+    case.kubelet.crash_loop(&pods[0].name_any(), 1, "cannot open the model", 3).await?;
+    let job = case.serving("vqa", "to notice", |job| !is_ready(job)).await?;
+    assert_eq!(reason_of(conditions(&job), "Ready"), Some("PodsCrash"));
+    assert!(job.status.unwrap().message.unwrap().contains("cannot open the model"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_newer_artifact_of_the_name_rolls_out_by_itself_before_an_old_server_stops() -> Result<()> {
+    let case = ready("rollout").await?;
+    case.artifact("model", 'b').await?;
+    let running = case.kubelet.run_all(SERVERS);
+    let rolled = |job: &ServingJob| {
+        job.status.as_ref().is_some_and(|status| status.digest == Some(digest('b'))) && is_ready(job)
+    };
+    let watched = async {
+        loop {
+            // Never fewer than the two that are wanted.
+            let deployment = case.namespace.api::<Deployment>().get("vqa-server").await?;
+            let available = deployment.status.and_then(|status| status.available_replicas).unwrap_or(0);
+            anyhow::ensure!(available >= 2, "only {available} servers were available during the rollout");
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+    };
+    tokio::select! {
+        outcome = case.serving("vqa", "to serve the newer one", rolled) => { outcome?; }
+        outcome = watched => { let never: Result<()> = outcome; never?; }
+    }
+    drop(running);
+    Ok(())
+}
+
+#[tokio::test]
+async fn kubectl_scale_changes_the_number_of_servers() -> Result<()> {
+    let case = ready("scale").await?;
+    let scale = json!({"spec": {"replicas": 3}});
+    let api = case.namespace.api::<ServingJob>();
+    api.patch_scale("vqa", &PatchParams::default(), &Patch::Merge(&scale)).await?;
+    case.kubelet.pods(SERVERS, 3, LIMIT).await?;
+    let scale = api.get_scale("vqa").await?;
+    assert!(scale.status.unwrap().selector.unwrap().contains("sensorium.dev/name=vqa"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_autoscaled_job_leaves_the_number_to_the_autoscaler() -> Result<()> {
+    let case = Case::start("hpa").await?;
+    case.artifact("model", 'a').await?;
+    let mut manifest = serving("vqa", "model");
+    manifest["spec"].as_object_mut().unwrap().remove("replicas");
+    manifest["spec"]["autoscaling"] = json!({"minReplicas": 1, "maxReplicas": 5});
+    manifest["spec"]["resources"] = json!({"requests": {"cpu": "100m"}});
+    case.apply(&manifest).await?;
+    case.namespace.eventually::<HorizontalPodAutoscaler>("vqa-server", "to exist", LIMIT, |_| true).await?;
+    case.namespace.eventually::<Deployment>("vqa-server", "to exist", LIMIT, |_| true).await?;
+    case.patch::<Deployment>("vqa-server", json!({"spec": {"replicas": 3}})).await?;
+    case.patch::<ServingJob>("vqa", json!({"spec": {"batching": {"maxBatchSize": 8}}})).await?;
+    let changed = |deployment: &Deployment| deployment.metadata.generation > Some(2);
+    let deployment = case.namespace.eventually::<Deployment>("vqa-server", "to change", LIMIT, changed).await?;
+    assert_eq!(deployment.spec.replicas, Some(3), "the operator does not take the number back");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_canary_goes_step_by_step_and_then_takes_over() -> Result<()> {
+    let case = Case::start("canary").await?;
+    case.artifact("model", 'a').await?;
+    let mut manifest = serving("vqa", "model");
+    manifest["spec"]["rollout"] =
+        json!({"canary": {"steps": [{"weight": 30, "pauseSeconds": 1}, {"weight": 50, "pauseSeconds": 1}]}});
+    case.apply(&manifest).await?;
+    let running = case.kubelet.run_all(SERVERS);
+    case.serving("vqa", "to be ready", is_ready).await?;
+    case.artifact("model", 'b').await?;
+    let canary = case.namespace.eventually::<Deployment>("vqa-canary", "to exist", LIMIT, |_| true).await?;
+    assert_eq!(canary.spec.replicas, Some(1), "30 % beside two servers");
+    let stable = case.namespace.api::<Deployment>().get("vqa-server").await?;
+    let annotation = |deployment: &Deployment| {
+        deployment.spec.template.metadata.as_ref().unwrap().annotations.as_ref().unwrap()["sensorium.dev/artifact-digest"].clone()
+    };
+    assert_eq!((annotation(&stable), annotation(&canary)), (digest('a'), digest('b')));
+    case.namespace.eventually::<Deployment>("vqa-canary", "to be two", LIMIT, |d| d.spec.replicas == Some(2)).await?;
+    let rolled = |job: &ServingJob| {
+        job.status.as_ref().is_some_and(|status| status.digest == Some(digest('b'))) && is_ready(job)
+    };
+    case.serving("vqa", "to serve the newer one", rolled).await?;
+    case.namespace.eventually_gone::<Deployment>("vqa-canary", LIMIT).await?;
+    drop(running);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_canary_that_does_not_answer_is_rolled_back_and_the_old_servers_stay() -> Result<()> {
+    let case = Case::start("rollback").await?;
+    case.artifact("model", 'a').await?;
+    let mut manifest = serving("vqa", "model");
+    manifest["spec"]["rollout"] =
+        json!({"progressDeadlineSeconds": 10, "canary": {"steps": [{"weight": 50, "pauseSeconds": 1}]}});
+    case.apply(&manifest).await?;
+    let running = case.kubelet.run_all(SERVERS);
+    case.serving("vqa", "to be ready", is_ready).await?;
+    drop(running);
+    case.artifact("model", 'b').await?;
+    let back = |job: &ServingJob| reason_of(conditions(job), "Progressing") == Some("RolledBack");
+    let job = case.serving("vqa", "to roll back", back).await?;
+    assert!(holds_of(conditions(&job), "Degraded") && is_ready(&job), "the old servers answer");
+    assert_eq!(job.status.unwrap().digest, Some(digest('a')));
+    case.namespace.eventually_gone::<Deployment>("vqa-canary", LIMIT).await
+}
