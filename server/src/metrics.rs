@@ -300,7 +300,10 @@ mod tests {
         metrics.request("m", Code::Ok, Duration::from_micros(90));
         metrics.request("m", Code::ResourceExhausted, Duration::ZERO);
         let text = metrics.encode().unwrap();
-        for metric in names::ALL.iter().filter(|metric| !metric.name.starts_with("sensorium_trainer_")) {
+        for metric in names::ALL
+            .iter()
+            .filter(|metric| ["sensorium_server_", "nv_"].iter().any(|own| metric.name.starts_with(own)))
+        {
             let suffix = if metric.kind == names::Kind::Histogram { "_count" } else { "" };
             let labels = if metric.labels.is_empty() { " " } else { "{" };
             assert!(text.contains(&format!("\n{}{suffix}{labels}", metric.name)), "{} is not in\n{text}", metric.name);

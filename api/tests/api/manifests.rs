@@ -21,12 +21,12 @@ fn a_problem_names_file_document_resource_field_value_and_what_would_be_right() 
 
 #[test]
 fn all_problems_of_a_file_are_told_at_once() {
-    let bad = with(with(serving(), "/spec/replicas", json!(0)), "/spec/engine", json!("tensorflow"));
+    let bad = with(with(serving(), "/spec/replicas", json!(-1)), "/spec/engine", json!("tensorflow"));
     let text = format!("{}---\n{}", serde_yaml_ng::to_string(&bad).unwrap(), "kind: Pod\n");
     assert_eq!(
         parse_documents(&text, "f").unwrap_err().to_string(),
         "f: document 1 (ServingJob/vqa): spec.engine: is \"tensorflow\", must be onnxruntime\n\
-         f: document 1 (ServingJob/vqa): spec.replicas: is 0, must be at least 1\n\
+         f: document 1 (ServingJob/vqa): spec.replicas: is -1, must be at least 0\n\
          f: document 2 (Pod): apiVersion: is missing: write \"sensorium.dev/v1alpha1\""
     );
 }

@@ -26,6 +26,30 @@ fn cases() -> Vec<Case> {
             "every rank takes an equal part (training.batch.images is 97, parallelism.data is 2)",
         ),
         (contrastive, "spec.model.architecture", "set embeddingDim"),
+        (
+            with(training(), "/spec/elastic", json!({"minWorkers": 3, "maxWorkers": 4})),
+            "spec.elastic",
+            "workers must lie between minWorkers and maxWorkers",
+        ),
+        (
+            with(
+                with(serving(), "/spec/replicas", json!(2)),
+                "/spec/autoscaling",
+                json!({"maxReplicas": 3, "metric": "queueDepth"}),
+            ),
+            "spec.replicas",
+            "set replicas or autoscaling, not both",
+        ),
+        (
+            with(serving(), "/spec/autoscaling", json!({"maxReplicas": 3})),
+            "spec.autoscaling",
+            "set resources.requests.cpu",
+        ),
+        (
+            with(serving(), "/spec/autoscaling", json!({"minReplicas": 4, "maxReplicas": 3, "metric": "queueDepth"})),
+            "spec.autoscaling.maxReplicas",
+            "must be at least minReplicas",
+        ),
         (with(training(), "/spec/tasks/0/weight", json!(0)), "spec.tasks", "the weights are all 0"),
         (
             with(training(), "/spec/model/architecture/fusion/heads", json!(5)),
@@ -101,9 +125,6 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// The only rules that no single document can break: they compare it with what it was.
-const TRANSITIONS: [&str; 1] = ["self == oldSelf"];
-
 #[test]
 fn a_broken_rule_names_the_field_the_value_and_what_would_be_right() {
     for (document, field, message) in cases() {
@@ -122,7 +143,9 @@ fn every_rule_of_every_kind_is_broken_by_one_of_these_documents() {
             unbroken.remove(&broken);
         }
     }
-    assert_eq!(unbroken.into_iter().collect::<Vec<_>>(), TRANSITIONS);
+    // No single document can break a rule that compares it with what it was; the operator's tests do, on an API server.
+    unbroken.retain(|rule| !rule.contains("oldSelf"));
+    assert_eq!(unbroken.into_iter().collect::<Vec<_>>(), Vec::<String>::new());
 }
 
 #[test]

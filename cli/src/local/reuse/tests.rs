@@ -77,6 +77,7 @@ impl Fixture {
             digest: output.digest.to_string(),
             bytes: output.manifest.total_bytes(),
             uri: output.uri,
+            record: None,
         };
         let record = JobRecord {
             phase: Phase::Succeeded,
