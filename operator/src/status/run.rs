@@ -230,8 +230,10 @@ impl Visit<'_> {
         }
         self.status.attempt = attempt;
         self.status.workers = Some(workers);
-        self.conditions().set("PodsReady", false, "Starting", format!("0 of {workers} workers run"));
-        self.say(JobState::Pending, format!("starting {workers} workers"));
+        // The same words as when its pods are first seen, so that nothing is written in between.
+        let message = format!("0 of {workers} workers run");
+        self.conditions().set("PodsReady", false, "Starting", &message);
+        self.say(JobState::Pending, message);
         self.end(Action::Ensure { attempt, workers }, None)
     }
 

@@ -1,0 +1,429 @@
+//! Measures the operator beside its limits and its peer.
+//! How fast the operator is, and what it needs, with many jobs on a real API server without a node.
+//!
+//! The job controller of Kubernetes is the peer where it has something like the same to do. Both are timed with all their
+//! work there from the start: while jobs are created, the one is not running and the other is stopped.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Parser;
+use futures::{StreamExt as _, TryStreamExt as _};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{ListParams, Patch, PatchParams, PostParams, WatchEvent, WatchParams};
+use kube::{Api, Resource, ResourceExt};
+use rustix::process::{Pid, Signal, kill_process};
+use sensorium_api::{ServingJob, TrainingJob};
+use sensorium_bench::{Better, Report};
+use sensorium_tests::{ApiCluster, Namespace, Operator};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+/// Requests that are under way at the same time while objects are created.
+const CREATORS: usize = 32;
+/// Changes per second, and the time between two of them.
+const CHANGES_PER_SECOND: usize = 20;
+const CHANGE_INTERVAL: Duration = Duration::from_millis(50);
+/// From one changed job to the next: a prime, so that each has its turn.
+const STRIDE: usize = 7919;
+/// A change that has had no effect after so long never will.
+const EFFECT_LIMIT: Duration = Duration::from_secs(60);
+/// How often counts are looked at; short beside the times that are measured.
+const POLL: Duration = Duration::from_millis(50);
+/// Nothing happens any more when no write has been counted for so long. Longer than the job controller's batching.
+const QUIET: Duration = Duration::from_secs(3);
+/// The longest watch that kube allows; the changes and what follows them take less.
+const WATCH_SECONDS: u32 = 294;
+/// Something is wrong when a step takes longer.
+const LIMIT: Duration = Duration::from_secs(900);
+
+/// The limits that were set before anything was measured.
+mod limits {
+    /// MiB of memory.
+    pub(crate) const MEMORY: f64 = 300.0;
+    /// Writes per TrainingJob: four objects and one status.
+    pub(crate) const WRITES: f64 = 5.0;
+    /// Seconds from a change to the write that it asks for.
+    pub(crate) const CHANGE: f64 = 1.0;
+    /// Cores, at twenty changes a second.
+    pub(crate) const CORES: f64 = 0.25;
+    /// Seconds until another operator has taken over.
+    pub(crate) const TAKE_OVER: f64 = 20.0;
+}
+
+/// Measures the operator on a real API server
+#[derive(Debug, Parser)]
+struct Options {
+    /// TrainingJobs
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(200..))]
+    jobs: u32,
+    /// ServingJobs, which wait for a model; a tenth of --jobs by default
+    #[arg(long)]
+    servings: Option<u32>,
+    /// Seconds of twenty changes each
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=200))]
+    seconds: u32,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let options = Options::parse();
+    let (jobs, servings) = (options.jobs as usize, options.servings.unwrap_or(options.jobs / 10) as usize);
+    let mut report = Report::new("operator")?;
+    let case = |name: &str| format!("{jobs}-jobs/{name}");
+
+    let cluster = ApiCluster::shared()?;
+    let controllers = Controllers::of(cluster)?;
+    let namespace = cluster.namespace("bench").await?;
+    let kubeconfig = cluster.kubeconfig();
+
+    controllers.stop()?;
+    step(&format!("creating {jobs} TrainingJobs and {servings} ServingJobs"));
+    create::<TrainingJob>(&namespace, (0..jobs).map(|index| training(&format!("j{index}")))).await?;
+    create::<ServingJob>(&namespace, (0..servings).map(|index| serving(&format!("s{index}")))).await?;
+
+    step("the first pass");
+    let start = Instant::now();
+    let mut operator = Operator::start(&kubeconfig, namespace.name(), &[])?;
+    until_count::<Job>(&namespace, jobs).await?;
+    let ours = jobs as f64 / start.elapsed().as_secs_f64();
+    until_quiet(&operator).await?;
+    let (writes, first_memory) = (Metrics::of(&operator)?, memory(&operator)?);
+    eprintln!("  writes by kind and verb: {}", writes.list("sensorium_writes_total"));
+
+    step("the job controller joins in");
+    controllers.go_on()?;
+    until_count::<Pod>(&namespace, jobs).await?;
+    until_quiet(&operator).await?;
+
+    step(&format!("{} s of changes", options.seconds));
+    let steady = change(&namespace, &operator, jobs, options.seconds).await?;
+    let steady_memory = memory(&operator)?;
+    eprintln!("  memory in MiB: {first_memory:.0} after the first pass, {steady_memory:.0} after the changes");
+
+    step("a restart without changes");
+    operator.kill()?;
+    let start = Instant::now();
+    operator.restart()?;
+    until_visited(&operator, jobs).await?;
+    let restart = start.elapsed().as_secs_f64();
+    until_quiet(&operator).await?;
+    let restarted = Metrics::of(&operator)?;
+    eprintln!("  all visited after {restart:.2} s; writes: {}", restarted.list("sensorium_writes_total"));
+    drop(operator);
+
+    step("another leader");
+    let take_over = take_over(&kubeconfig, &namespace, jobs).await?;
+
+    step("the same Jobs by the job controller alone");
+    let peer = job_controller(cluster, &controllers, &namespace, jobs).await?;
+
+    let per_second = "objects/s";
+    report.row(case("first-pass/objects-per-second"), per_second, Better::Higher, ours, ("job-controller", peer));
+    report.row(case("memory"), "MiB", Better::Lower, steady_memory, ("limit", limits::MEMORY));
+    let writes = writes.sum("sensorium_writes_total", &["kind=\"TrainingJob\""]) / jobs as f64;
+    report.row(case("writes-per-object"), "writes", Better::Lower, writes, ("least", limits::WRITES));
+    report.row(case("change-to-write/p50"), "s", Better::Lower, steady.median, ("limit", limits::CHANGE));
+    report.row(case("change-to-write/p99"), "s", Better::Lower, steady.p99, ("limit", limits::CHANGE));
+    report.row(case("cpu"), "cores", Better::Lower, steady.cores, ("limit", limits::CORES));
+    let resync = restarted.sum("sensorium_writes_total", &[]);
+    report.row(case("no-change-resync/writes"), "writes", Better::Lower, resync, ("limit", 0.0));
+    report.row(case("leader-killed/resync"), "s", Better::Lower, take_over, ("limit", limits::TAKE_OVER));
+    report.finish()
+}
+
+fn step(what: &str) {
+    eprintln!("{} {what}", jiff::Timestamp::now().strftime("%H:%M:%S"));
+}
+
+/// A TrainingJob of one worker.
+fn training(name: &str) -> Value {
+    json!({
+        "apiVersion": "sensorium.dev/v1alpha1",
+        "kind": "TrainingJob",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"architecture": {
+                "width": 8,
+                "text": {"layers": 1, "width": 8, "heads": 1, "maxLength": 4},
+                "image": {"size": 8, "stem": [{"channels": 8, "kernel": 8, "stride": 8}], "layers": 1, "width": 8, "heads": 1},
+                "fusion": {"layers": 1, "heads": 1},
+            }},
+            "data": {"train": "pvc://datasets/train", "evaluation": "pvc://datasets/test"},
+            "tasks": [{"type": "vqa"}],
+            "training": {"steps": 10, "batch": {"images": 12}},
+            "parallelism": {"data": 1},
+            "workers": 1,
+            "output": {"artifact": format!("{name}-model")},
+        },
+    })
+}
+
+/// A ServingJob of a model that nobody has made yet.
+fn serving(name: &str) -> Value {
+    json!({
+        "apiVersion": "sensorium.dev/v1alpha1",
+        "kind": "ServingJob",
+        "metadata": {"name": name},
+        "spec": {"model": {"artifact": "nothing"}, "replicas": 2},
+    })
+}
+
+/// Creates objects, many at a time.
+async fn create<K>(namespace: &Namespace, manifests: impl Iterator<Item = Value>) -> Result<()>
+where
+    K: Resource<Scope = NamespaceResourceScope> + Clone + std::fmt::Debug + Serialize + DeserializeOwned,
+    K::DynamicType: Default,
+{
+    let api = &namespace.api::<K>();
+    let creation = |manifest| async move {
+        let object: K = serde_json::from_value(manifest)?;
+        api.create(&PostParams::default(), &object).await?;
+        anyhow::Ok(())
+    };
+    futures::stream::iter(manifests).map(creation).buffer_unordered(CREATORS).try_collect().await
+}
+
+/// How many objects of a kind there are, and the version of the list. Costs the API server next to nothing.
+async fn count<K>(namespace: &Namespace) -> Result<(usize, String)>
+where
+    K: Resource<Scope = NamespaceResourceScope> + Clone + std::fmt::Debug + DeserializeOwned,
+    K::DynamicType: Default,
+{
+    let list = namespace.api::<K>().list_metadata(&ListParams::default().limit(1)).await?;
+    let remaining = list.metadata.remaining_item_count.unwrap_or_default();
+    Ok((list.items.len() + usize::try_from(remaining)?, list.metadata.resource_version.unwrap_or_default()))
+}
+
+async fn until_count<K>(namespace: &Namespace, wanted: usize) -> Result<()>
+where
+    K: Resource<Scope = NamespaceResourceScope> + Clone + std::fmt::Debug + DeserializeOwned,
+    K::DynamicType: Default,
+{
+    let deadline = Instant::now() + LIMIT;
+    while count::<K>(namespace).await?.0 < wanted {
+        ensure!(Instant::now() < deadline, "there are not {wanted} {}s", K::kind(&K::DynamicType::default()));
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
+}
+
+/// The metrics of an operator.
+struct Metrics(String);
+
+impl Metrics {
+    fn of(operator: &Operator) -> Result<Self> {
+        let (status, text) = operator.get("/metrics")?;
+        ensure!(status == 200, "/metrics answers with {status}");
+        Ok(Self(text))
+    }
+
+    /// The series of a metric: labels and value.
+    fn series(&self, name: &str) -> impl Iterator<Item = (&str, f64)> {
+        let lines = self.0.lines().filter_map(move |line| line.strip_prefix(name)?.rsplit_once(' '));
+        lines.filter_map(|(labels, value)| Some((labels, value.parse().ok()?)))
+    }
+
+    /// The sum of the series that have all these labels.
+    fn sum(&self, name: &str, labels: &[&str]) -> f64 {
+        let wanted = |found: &str| labels.iter().all(|label| found.contains(label));
+        // Not `sum()`, which is -0 where there is nothing.
+        self.series(name).filter(|(found, _)| wanted(found)).fold(0.0, |sum, (_, value)| sum + value)
+    }
+
+    fn list(&self, name: &str) -> String {
+        let all: Vec<String> = self.series(name).map(|(labels, value)| format!("{labels} {value}")).collect();
+        if all.is_empty() { "none".to_owned() } else { all.join(", ") }
+    }
+}
+
+/// Waits until the operator leads and has seen to `jobs` TrainingJobs.
+async fn until_visited(operator: &Operator, jobs: usize) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    let visited = |metrics: &Metrics| {
+        let visits = metrics.sum("sensorium_reconcile_total", &["kind=\"TrainingJob\"", "outcome=\"ok\""]);
+        metrics.sum("sensorium_leader", &[]) == 1.0 && visits >= jobs as f64
+    };
+    // It does not listen in its first moments.
+    while !Metrics::of(operator).is_ok_and(|metrics| visited(&metrics)) {
+        ensure!(Instant::now() < deadline, "the operator does not visit its jobs:\n{}", operator.log());
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
+}
+
+/// Waits until the operator has nothing to do any more.
+async fn until_quiet(operator: &Operator) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    let (mut last, mut since) = (f64::NAN, Instant::now());
+    while since.elapsed() < QUIET {
+        ensure!(Instant::now() < deadline, "the operator never comes to rest:\n{}", operator.log());
+        tokio::time::sleep(POLL).await;
+        let visits = Metrics::of(operator)?.sum("sensorium_reconcile_total", &[]);
+        if visits != last {
+            (last, since) = (visits, Instant::now());
+        }
+    }
+    Ok(())
+}
+
+/// The most memory that the operator ever had, in MiB.
+fn memory(operator: &Operator) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{}/status", operator.id()))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("the kernel tells no VmHWM")?;
+    let kibibytes: f64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kibibytes / 1024.0)
+}
+
+/// The seconds for which the operator has had a core.
+fn cpu_seconds(operator: &Operator) -> Result<f64> {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", operator.id()))?;
+    let fields: Vec<&str> = stat.rsplit_once(") ").context("a name in parentheses")?.1.split(' ').collect();
+    // Fields 14 and 15 of proc(5), which counts from 1 and has two before these.
+    let ticks = fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
+    // Linux counts these in hundredths of a second on every machine that we run on.
+    Ok(ticks as f64 / 100.0)
+}
+
+/// What a phase of changes showed.
+struct Steady {
+    median: f64,
+    p99: f64,
+    cores: f64,
+}
+
+/// Suspends jobs and lets them go on, and takes the time until their batch Job says so.
+async fn change(namespace: &Namespace, operator: &Operator, jobs: usize, seconds: u32) -> Result<Steady> {
+    let (_, version) = count::<Job>(namespace).await?;
+    let (send, mut seen) = mpsc::unbounded_channel();
+    let watcher = tokio::spawn(watch(namespace.api(), version, send));
+    let (before, start) = (cpu_seconds(operator)?, Instant::now());
+    let mut interval = tokio::time::interval(CHANGE_INTERVAL);
+    let mut patches = JoinSet::new();
+    for round in 0..seconds as usize * CHANGES_PER_SECOND {
+        interval.tick().await;
+        // At the same time as others, so that a slow answer does not make the changes fewer. A job is changed again after
+        // all others only: its last change must have had its effect.
+        patches.spawn(patch(namespace.api(), round * STRIDE % jobs, (round / jobs).is_multiple_of(2)));
+    }
+    let mut changes = patches.join_all().await.into_iter().collect::<Result<Vec<Change>>>()?;
+    let cores = (cpu_seconds(operator)? - before) / start.elapsed().as_secs_f64();
+    let mut latencies = Vec::new();
+    while !changes.is_empty() {
+        let next = tokio::time::timeout(EFFECT_LIMIT, seen.recv()).await;
+        let Ok(Some((job, suspend, at))) = next else { bail!("{} changes had no effect", changes.len()) };
+        let is_its = |change: &Change| change.job == job && change.suspend == suspend && change.asked < at;
+        if let Some(index) = changes.iter().position(is_its) {
+            let change = changes.swap_remove(index);
+            latencies.push(at.saturating_duration_since(change.answered).as_secs_f64());
+        }
+    }
+    watcher.abort();
+    until_quiet(operator).await?;
+    latencies.sort_by(f64::total_cmp);
+    let at = |share: f64| latencies[((latencies.len() - 1) as f64 * share).round() as usize];
+    eprintln!("  {} changes, at most {:.3} s", latencies.len(), at(1.0));
+    Ok(Steady { median: at(0.5), p99: at(0.99), cores })
+}
+
+/// A change that was made to a TrainingJob.
+struct Change {
+    job: String,
+    suspend: bool,
+    asked: Instant,
+    answered: Instant,
+}
+
+async fn patch(api: Api<TrainingJob>, job: usize, suspend: bool) -> Result<Change> {
+    let (job, asked) = (format!("j{job}"), Instant::now());
+    let change = Patch::Merge(json!({"spec": {"suspend": suspend}}));
+    api.patch(&job, &PatchParams::default(), &change).await?;
+    Ok(Change { job, suspend, asked, answered: Instant::now() })
+}
+
+/// Name of a TrainingJob, `spec.suspend` of its batch Job, and when that was seen.
+type Seen = (String, bool, Instant);
+
+/// Tells everything that happens to batch Jobs.
+async fn watch(api: Api<Job>, version: String, seen: mpsc::UnboundedSender<Seen>) -> Result<()> {
+    let parameters = WatchParams::default().disable_bookmarks().timeout(WATCH_SECONDS);
+    let mut events = api.watch(&parameters, &version).await?.boxed();
+    while let Some(event) = events.try_next().await? {
+        match event {
+            WatchEvent::Added(job) | WatchEvent::Modified(job) => {
+                let owner = job.owner_references().first().map(|owner| owner.name.clone()).unwrap_or_default();
+                let suspend = job.spec.and_then(|spec| spec.suspend).unwrap_or_default();
+                seen.send((owner, suspend, Instant::now()))?;
+            }
+            WatchEvent::Error(error) => bail!("the watch of Jobs ended: {error}"),
+            WatchEvent::Deleted(_) | WatchEvent::Bookmark(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Seconds from the end of a leader, by `kill -9`, until the other operator has seen to all jobs.
+async fn take_over(kubeconfig: &Path, namespace: &Namespace, jobs: usize) -> Result<f64> {
+    let start = |name: &str| {
+        Operator::start(kubeconfig, namespace.name(), &["--leader-elect=true", &format!("--identity={name}")])
+    };
+    let mut first = start("first")?;
+    until_visited(&first, jobs).await?;
+    let mut second = start("second")?;
+    second.wait_until_ready(LIMIT)?;
+    until_quiet(&first).await?;
+    first.kill()?;
+    let killed = Instant::now();
+    until_visited(&second, jobs).await?;
+    Ok(killed.elapsed().as_secs_f64())
+}
+
+/// Pods per second that the job controller makes of the Jobs that the operator made.
+async fn job_controller(cluster: &ApiCluster, controllers: &Controllers, ours: &Namespace, jobs: usize) -> Result<f64> {
+    let mut made = ours.api::<Job>().list(&ListParams::default().limit(1)).await?;
+    let mut spec = made.items.pop().and_then(|job| job.spec).context("there is no Job")?;
+    // The API server makes a selector for each Job and labels its pods accordingly.
+    spec.selector = None;
+    spec.suspend = None;
+    if let Some(metadata) = &mut spec.template.metadata {
+        metadata
+            .labels
+            .get_or_insert_default()
+            .retain(|label, _| !label.contains("controller-uid") && !label.contains("job-name"));
+    }
+    let namespace = cluster.namespace("peer").await?;
+    controllers.stop()?;
+    let job = |index| json!({"metadata": {"name": format!("j{index}")}, "spec": spec});
+    create::<Job>(&namespace, (0..jobs).map(job)).await?;
+    let start = Instant::now();
+    controllers.go_on()?;
+    until_count::<Pod>(&namespace, jobs).await?;
+    Ok(jobs as f64 / start.elapsed().as_secs_f64())
+}
+
+/// The controllers of Kubernetes, as a process that can be stopped for a while.
+struct Controllers(Pid);
+
+impl Controllers {
+    fn of(cluster: &ApiCluster) -> Result<Self> {
+        let path = cluster.logs().with_file_name("pids").join("kube-controller-manager");
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let id = text.split(' ').next().and_then(|id| id.parse().ok()).and_then(Pid::from_raw);
+        Ok(Self(id.context("a file of process ids begins with one")?))
+    }
+
+    fn stop(&self) -> Result<()> {
+        Ok(kill_process(self.0, Signal::STOP)?)
+    }
+
+    fn go_on(&self) -> Result<()> {
+        Ok(kill_process(self.0, Signal::CONT)?)
+    }
+}
