@@ -6,6 +6,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -14,6 +15,11 @@ use crate::path::join;
 
 /// Name of the folder, beside the folders that [`Dir`] commits, in which they are prepared. Skip it when listing.
 pub const TEMPORARY: &str = ".tmp";
+
+/// How the names of files begin that [`write`] has not finished.
+const PARTIAL: &str = ".partial-";
+/// A file that was not finished for this long never will be: its process is dead.
+const ABANDONED: Duration = Duration::from_hours(1);
 
 /// Held while temporary folders are made and swept, so that a sweep never meets one that is not locked yet.
 const SWEEP_LOCK: &str = ".lock";
@@ -44,10 +50,28 @@ pub fn write(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), Arti
     };
     create_folder(folder)?;
     let mut file =
-        tempfile::Builder::new().prefix(".partial-").permissions(readable()).tempfile_in(folder).map_err(failed)?;
+        tempfile::Builder::new().prefix(PARTIAL).permissions(readable()).tempfile_in(folder).map_err(failed)?;
     file.write_all(bytes.as_ref()).and_then(|()| file.as_file().sync_all()).map_err(failed)?;
     file.persist(path).map_err(|error| failed(error.error))?;
     sync(folder)
+}
+
+/// Removes what killed processes left in `folder` in the middle of a [`write`], an hour ago or more. Such files are in
+/// nobody's way, so what fails is logged and tried again by the next sweep.
+pub fn sweep(folder: impl AsRef<Path>) {
+    let is_abandoned = |entry: &fs::DirEntry| {
+        let partial = entry.file_name().to_str().is_some_and(|name| name.starts_with(PARTIAL));
+        let age = || entry.metadata().ok()?.modified().ok()?.elapsed().ok();
+        partial && age().is_some_and(|age| age >= ABANDONED)
+    };
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten().filter(is_abandoned) {
+        let path = entry.path();
+        match fs::remove_file(&path) {
+            Ok(()) => tracing::info!(file = %path.display(), "removed what a process left half-written when it died"),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {} // another sweep was faster
+            Err(error) => tracing::warn!(file = %path.display(), %error, "could not remove what a dead process left"),
+        }
+    }
 }
 
 /// A folder that appears under its name with all its files, or not at all: for checkpoints, for example.
@@ -293,6 +317,20 @@ mod tests {
         write(folder.path().join("ours"), b"x").unwrap();
         fs::write(folder.path().join("ordinary"), b"x").unwrap();
         assert_eq!(mode("ours"), mode("ordinary"));
+    }
+
+    #[test]
+    fn a_sweep_takes_partial_files_that_are_an_hour_old_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let aged = |name: &str, age| {
+            let file = File::create(folder.path().join(name)).unwrap();
+            file.set_modified(std::time::SystemTime::now() - age).unwrap();
+        };
+        aged(".partial-dead", ABANDONED * 2);
+        aged(".partial-living", Duration::ZERO);
+        aged("a.json", ABANDONED * 2);
+        sweep(folder.path());
+        assert_eq!(names(folder.path()), [".partial-living", "a.json"]);
     }
 
     #[test]

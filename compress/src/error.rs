@@ -100,3 +100,26 @@ pub enum CompressError {
     #[error("the job was cancelled before it was done")]
     Cancelled,
 }
+
+impl CompressError {
+    /// Whether the job itself, or what it names, is at fault: running it again unchanged ends the same way.
+    pub fn is_users(&self) -> bool {
+        match self {
+            Self::NoQuestions { .. }
+            | Self::ForeignData { .. }
+            | Self::UnknownExclude { .. }
+            | Self::NothingToQuantize { .. }
+            | Self::NotFinite { .. } => true,
+            Self::Artifact(_)
+            | Self::Data { .. }
+            | Self::NoRange { .. }
+            | Self::NoConstant { .. }
+            | Self::Onnx(_)
+            | Self::Engine { .. }
+            | Self::Pipeline(_)
+            | Self::Copy { .. }
+            | Self::Setup(_)
+            | Self::Cancelled => false,
+        }
+    }
+}

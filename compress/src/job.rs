@@ -19,6 +19,7 @@ use crate::gate::{Measured, decide};
 use crate::measure::measure;
 use crate::plan::{GraphPlan, plan_graph};
 use crate::questions::{Asked, Questions};
+use crate::result::artifact_result;
 use crate::rewrite::{Representation, rewrite};
 
 /// How `static-int8` represents numbers: what is accurate and fused on every x86 CPU.
@@ -314,10 +315,5 @@ fn commit(
     if gate.promoted {
         runtime.block_on(store.promote(&spec.output.artifact, &artifact.digest))?;
     }
-    Ok(ArtifactResult {
-        name: spec.output.artifact.clone(),
-        digest: artifact.digest.to_string(),
-        bytes: artifact.manifest.total_bytes(),
-        uri: artifact.uri,
-    })
+    Ok(artifact_result(&spec.output.artifact, &artifact))
 }

@@ -24,6 +24,7 @@ mod measure;
 mod observe;
 mod plan;
 mod questions;
+mod result;
 mod rewrite;
 
 pub use affine::{ActivationType, Affine, QuantizedWeight, Range, WeightRange, quantize_weight};
@@ -35,4 +36,5 @@ pub use histogram::Histogram;
 pub use job::{Control, run};
 pub use observe::{NotFinite, Observer};
 pub use plan::{GraphPlan, Target, plan_graph};
+pub use result::artifact_result;
 pub use rewrite::{Representation, rewrite};

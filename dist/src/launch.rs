@@ -5,7 +5,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::num::NonZeroU32;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::DistError;
 use crate::process_group::ProcessGroup;
@@ -76,7 +76,7 @@ impl Launch {
         };
         let interface = match self.interface {
             Some(interface) => interface,
-            None => local_address_towards(&self.master_addr, self.master_port).map_err(|error| {
+            None => local_address_towards(&self.master_addr, self.master_port, timeout).map_err(|error| {
                 let expected = format!("set, and no address of this machine leads to {}: {error}", self.master_addr);
                 environment("SENSORIUM_INTERFACE_ADDR", "", &expected)
             })?,
@@ -85,12 +85,23 @@ impl Launch {
     }
 }
 
-/// The address of this machine from which a host is reached.
-fn local_address_towards(host: &str, port: u16) -> io::Result<IpAddr> {
+/// Time between one look-up of a name and the next.
+const LOOKUP_PAUSE: Duration = Duration::from_millis(500);
+
+/// The address of this machine from which a host is reached. Where workers start together, a name may be known a little
+/// later than they are, so it is looked up until `timeout` has passed.
+fn local_address_towards(host: &str, port: u16, timeout: Duration) -> io::Result<IpAddr> {
     if let Some(loopback) = loopback(host) {
         return Ok(loopback);
     }
-    let mut addresses = (host, port).to_socket_addrs()?;
+    let deadline = Instant::now() + timeout;
+    let mut addresses = loop {
+        match (host, port).to_socket_addrs() {
+            Err(error) if Instant::now() + LOOKUP_PAUSE > deadline => return Err(error),
+            Err(_) => std::thread::sleep(LOOKUP_PAUSE),
+            Ok(addresses) => break addresses,
+        }
+    };
     let remote = addresses.next().ok_or_else(|| io::Error::other("the name has no address"))?;
     let any: IpAddr = match remote {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
@@ -188,7 +199,7 @@ mod tests {
     #[test]
     fn a_loopback_master_is_reached_from_loopback_only() {
         for (host, address) in [("localhost", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "::1")] {
-            assert_eq!(local_address_towards(host, 80).unwrap(), address.parse::<IpAddr>().unwrap());
+            assert_eq!(local_address_towards(host, 80, Duration::ZERO).unwrap(), address.parse::<IpAddr>().unwrap());
         }
     }
 }

@@ -244,6 +244,19 @@ impl ImageProcessor {
         }
         Ok(Tensor::from_vec([3, height, width], values)?)
     }
+
+    /// The same numbers as [`ImageProcessor::normalize`] gives, added to `into` pixel by pixel, `[height, width, 3]`: the
+    /// order in which libtorch convolves fastest.
+    pub fn normalize_interleaved(&self, image: &RgbImage, into: &mut Vec<f32>) {
+        let [red, green, blue] = &*self.table;
+        let (pixels, _) = image.as_raw().as_chunks::<3>();
+        let start = into.len();
+        into.resize(start + 3 * pixels.len(), 0.0);
+        let (rows, _) = into[start..].as_chunks_mut::<3>();
+        for (values, &[r, g, b]) in rows.iter_mut().zip(pixels) {
+            *values = [red[usize::from(r)], green[usize::from(g)], blue[usize::from(b)]];
+        }
+    }
 }
 
 impl Modality for ImageProcessor {

@@ -40,6 +40,18 @@ fn png_and_webp_are_decoded_to_the_pixel_and_jpeg_nearly() {
 }
 
 #[test]
+fn interleaved_pixels_are_the_planar_ones_in_another_order() {
+    let processor = ImageProcessor::new(config(8)).unwrap();
+    let image = gradient(8, 8);
+    let planar = processor.normalize(&image).unwrap();
+    let planar = planar.as_slice::<f32>().unwrap();
+    let mut interleaved = vec![7.0];
+    processor.normalize_interleaved(&image, &mut interleaved);
+    let expected = (0..64).flat_map(|pixel| (0..3).map(move |channel| planar[channel * 64 + pixel]));
+    assert_eq!(interleaved, [7.0].into_iter().chain(expected).collect::<Vec<_>>());
+}
+
+#[test]
 fn an_image_of_the_models_size_is_normalised_and_nothing_else() {
     let image = gradient(8, 8);
     let tensor = ImageProcessor::new(config(8)).unwrap().process(&encode(&image, ImageFormat::Png)).unwrap();

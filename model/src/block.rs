@@ -27,7 +27,7 @@ pub enum Slot {
     Image,
     /// Row of `Image` that belongs to each row of `Text`, `[N]`, i64; absent when they pair up one to one.
     ImageIndex,
-    /// Joint sequence `[N, 1 + L + P, D]`.
+    /// Joint sequence `[N, 1 + L + P, D]`, the class token first; after the last layer only that one, `[N, 1, D]`.
     Fused,
     /// Mask of the joint sequence `[N, 1 + L + P]`.
     FusedMask,
@@ -78,13 +78,21 @@ pub struct Block {
 enum Kind {
     TextEmbedding,
     Stem { layers: Vec<(i64, i64)>, patches: i64 },
-    Transformer { stream: Stream, heads: i64 },
+    Transformer { stream: Stream, heads: i64, keeps: Keeps },
     Project { stream: Stream },
     TextPool,
     ImagePool,
     Join,
     Answers,
     Temperature,
+}
+
+/// Which tokens a Transformer layer is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keeps {
+    All,
+    /// Nobody reads the others: they are keys and values of this one, and nothing else is computed for them.
+    First,
 }
 
 /// The token sequence a block works on.
@@ -186,7 +194,16 @@ impl Block {
             Stream::Image => "image",
             Stream::Fused => "fusion",
         };
-        Self::new(format!("{prefix}.layer{layer}"), stream.section(), Kind::Transformer { stream, heads }, params)
+        let kind = Kind::Transformer { stream, heads, keeps: Keeps::All };
+        Self::new(format!("{prefix}.layer{layer}"), stream.section(), kind, params)
+    }
+
+    /// The same layer for a sequence of which only the first token is read afterwards.
+    pub(crate) fn first_token_only(mut self) -> Self {
+        if let Kind::Transformer { keeps, .. } = &mut self.kind {
+            *keeps = Keeps::First;
+        }
+        self
     }
 
     /// Brings a modality to the shared width, with its type embedding and learned scale.
@@ -324,9 +341,9 @@ impl Block {
                 let tokens = ops.transpose(&x, &[0, 2, 1])?;
                 vec![(Slot::Image, ops.add_positions(&tokens, &p["positions"])?)]
             }
-            Kind::Transformer { stream, heads } => {
+            Kind::Transformer { stream, heads, keeps } => {
                 let keep = stream.mask().map(|slot| &acts[&slot]);
-                let x = transformer(ops, p, &acts[&stream.tokens()], keep, *heads)?;
+                let x = transformer(ops, p, &acts[&stream.tokens()], keep, *heads, *keeps)?;
                 vec![(stream.tokens(), x)]
             }
             Kind::Project { stream } => {
@@ -379,12 +396,21 @@ fn transformer<O: Ops>(
     x: &O::Value,
     keep: Option<&O::Value>,
     heads: i64,
+    keeps: Keeps,
 ) -> Result<O::Value, O::Error> {
     let normed = ops.layer_norm(x, &p["norm1.gain"], &p["norm1.bias"])?;
     let qkv = ops.linear(&normed, &p["qkv.weight"], Some(&p["qkv.bias"]))?;
+    let mut parts = ops.split_last(&qkv, 3)?;
+    let x = match keeps {
+        Keeps::All => ops.share(x),
+        Keeps::First => {
+            parts[0] = first_token(ops, &parts[0])?;
+            first_token(ops, x)?
+        }
+    };
     let mut by_head = Vec::with_capacity(3);
-    for part in ops.split_last(&qkv, 3)? {
-        let part = ops.reshape(&part, &[Size::Same, Size::Same, Size::Fixed(heads), Size::Rest])?;
+    for part in &parts {
+        let part = ops.reshape(part, &[Size::Same, Size::Same, Size::Fixed(heads), Size::Rest])?;
         by_head.push(ops.transpose(&part, &[0, 2, 1, 3])?);
     }
     let width = p.len_of("out.bias");
@@ -393,10 +419,16 @@ fn transformer<O: Ops>(
     let mixed = ops.transpose(&mixed, &[0, 2, 1, 3])?;
     let mixed = ops.reshape(&mixed, &[Size::Same, Size::Same, Size::Fixed(width)])?;
     let mixed = ops.linear(&mixed, &p["out.weight"], Some(&p["out.bias"]))?;
-    let x = ops.add(x, &mixed)?;
+    let x = ops.add(&x, &mixed)?;
     let hidden = ops.layer_norm(&x, &p["norm2.gain"], &p["norm2.bias"])?;
     let hidden = ops.linear(&hidden, &p["up.weight"], Some(&p["up.bias"]))?;
     let hidden = ops.gelu(&hidden)?;
     let hidden = ops.linear(&hidden, &p["down.weight"], Some(&p["down.bias"]))?;
     ops.add(&x, &hidden)
+}
+
+/// `[B, T, D]` to `[B, 1, D]`.
+fn first_token<O: Ops>(ops: &mut O, x: &O::Value) -> Result<O::Value, O::Error> {
+    let first = ops.first_token(x)?;
+    ops.reshape(&first, &[Size::Same, Size::Fixed(1), Size::Rest])
 }

@@ -8,6 +8,10 @@ use crate::ops::{LAYER_NORM_EPS, MASKED_SCORE, Ops, Size};
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Eager;
 
+/// Up to this many tokens, attention as three batched operations takes less time than libtorch's fused one, which is made
+/// for long sequences: half of it for ten tokens, about the same for thirty.
+const FEW_TOKENS: i64 = 32;
+
 type Result<T> = std::result::Result<T, TchError>;
 
 impl Ops for Eager {
@@ -28,6 +32,8 @@ impl Ops for Eager {
     }
 
     fn conv2d(&mut self, x: &Tensor, weight: &Tensor, bias: &Tensor, stride: i64, padding: i64) -> Result<Tensor> {
+        // Channels last in memory, in the same logical order: a first convolution takes a quarter of the time so.
+        let x = x.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])?;
         x.f_conv2d(weight, Some(bias), [stride, stride], [padding, padding], [1, 1], 1)
     }
 
@@ -48,7 +54,11 @@ impl Ops for Eager {
             }
             None => None,
         };
-        Tensor::f_scaled_dot_product_attention(q, k, v, bias, 0.0, false, scale, false)
+        if k.size()[2] <= FEW_TOKENS {
+            attention_in_batches(q, k, v, bias.as_ref(), scale)
+        } else {
+            Tensor::f_scaled_dot_product_attention(q, k, v, bias, 0.0, false, scale, false)
+        }
     }
 
     fn add(&mut self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -122,5 +132,43 @@ impl Ops for Eager {
     fn l2_normalise(&mut self, x: &Tensor) -> Result<Tensor> {
         let length = x.f_mul(x)?.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?.f_sqrt()?;
         x.f_div(&length)
+    }
+}
+
+/// `bias` `[B, 1, 1, T]` is added to the scores.
+fn attention_in_batches(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>, scale: f64) -> Result<Tensor> {
+    let size = q.size();
+    let (batch, heads, queries, tokens) = (size[0], size[1], size[2], k.size()[2]);
+    let flat = |x: &Tensor| x.f_reshape([batch * heads, -1, size[3]]);
+    let bias = match bias {
+        Some(bias) => bias.f_expand([batch, heads, 1, tokens], false)?.f_reshape([batch * heads, 1, tokens])?,
+        None => Tensor::f_zeros([1, 1, 1], (q.kind(), q.device()))?,
+    };
+    let scores = bias.f_baddbmm(&flat(q)?, &flat(k)?.f_transpose(1, 2)?, 1.0, scale)?;
+    let mixed = scores.f_softmax(-1, None)?.f_bmm(&flat(v)?)?;
+    mixed.f_view([batch, heads, queries, size[3]])
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    #[test]
+    fn both_ways_to_attend_agree() {
+        let random = |tokens| Tensor::randn([3, 2, tokens, 4], (Kind::Float, Device::Cpu));
+        let tokens = FEW_TOKENS + 3;
+        let (q, k, v) = (random(5), random(tokens), random(tokens));
+        let keep = Tensor::ones([3, tokens], (Kind::Float, Device::Cpu));
+        let _ = keep.get(1).narrow(0, 2, tokens - 2).fill_(0.0);
+        let fused = Eager.attention(&q, &k, &v, Some(&keep), 0.5).unwrap();
+        let hidden: Tensor = 1.0 - &keep;
+        let bias = (hidden * f64::from(MASKED_SCORE)).unsqueeze(1).unsqueeze(1);
+        let batched = attention_in_batches(&q, &k, &v, Some(&bias), 0.5).unwrap();
+        assert!((fused - batched).abs().max().double_value(&[]) < 1e-5);
+        let fused = Eager.attention(&q, &k, &v, None, 0.5).unwrap();
+        let batched = attention_in_batches(&q, &k, &v, None, 0.5).unwrap();
+        assert!((fused - batched).abs().max().double_value(&[]) < 1e-5);
     }
 }

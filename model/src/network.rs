@@ -57,7 +57,10 @@ impl Network {
         if let Some(answers) = config.answers {
             blocks.push(Block::join(config.width));
             for layer in 0..fusion.layers {
-                blocks.push(Block::transformer(Stream::Fused, layer, config.width, fusion.heads, fusion.mlp_ratio));
+                let block = Block::transformer(Stream::Fused, layer, config.width, fusion.heads, fusion.mlp_ratio);
+                // The answer is read off the class token.
+                let is_last = layer + 1 == fusion.layers;
+                blocks.push(if is_last { block.first_token_only() } else { block });
             }
             blocks.push(Block::answers(config.width, answers));
         }

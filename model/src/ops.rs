@@ -50,8 +50,8 @@ pub trait Ops {
     ) -> Result<Self::Value, Self::Error>;
     /// GELU by its tanh approximation (Hendrycks & Gimpel 2016).
     fn gelu(&mut self, x: &Self::Value) -> Result<Self::Value, Self::Error>;
-    /// `softmax(scale q k^T + mask) v` for `q`, `k`, `v` `[B, H, T, K]`; positions where `keep` `[B, T]` is zero are never
-    /// attended to.
+    /// `softmax(scale q k^T + mask) v` for `k`, `v` `[B, H, T, K]` and as many queries `q` as are asked for; positions
+    /// where `keep` `[B, T]` is zero are never attended to.
     fn attention(
         &mut self,
         q: &Self::Value,

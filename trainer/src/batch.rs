@@ -6,13 +6,14 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
 use sensorium_data::{Dataset, Sample, Sampler, choose, flip};
 use sensorium_modality::{
-    ImageLimits, ImageProcessor, PADDING_ID, TextProcessor, UNKNOWN_ID, decode_image, flip_horizontal,
+    ImageLimits, ImageProcessor, PADDING_ID, RgbImage, TextProcessor, UNKNOWN_ID, decode_image, flip_horizontal,
 };
 use tch::Tensor;
 
@@ -21,10 +22,14 @@ use crate::error::TrainError;
 /// Batches that are ready before they are asked for: one in work, one waiting.
 const PREFETCH: usize = 1;
 
+/// Memory for samples that are decoded and tokenised, so that later epochs find them so. Of a data set that needs more,
+/// the samples that come first stay: each epoch has another order, so any part of it serves as well.
+const CACHE_BYTES: usize = 256 << 20;
+
 /// This rank's share of one step.
 #[derive(Debug)]
 pub struct Batch {
-    /// `[B, 3, S, S]`, f32.
+    /// `[B, 3, S, S]`, f32; in memory the three channels come last.
     pub pixels: Tensor,
     /// Questions, when there is such a task.
     pub questions: Option<Questions>,
@@ -64,16 +69,11 @@ pub struct Preparation {
 }
 
 impl Preparation {
-    /// Pixels of one image, flipped left to right if asked.
-    pub fn pixels(&self, sample: &Sample, flipped: bool) -> Result<Vec<f32>, TrainError> {
+    /// One image, decoded and of the network's size.
+    pub fn image(&self, sample: &Sample) -> Result<RgbImage, TrainError> {
         let refused = |reason: String| TrainError::Sample { key: sample.key.clone(), reason };
         let image = decode_image(&sample.image, &ImageLimits::default()).map_err(|e| refused(e.to_string()))?;
-        let mut image = self.image.resize(image);
-        if flipped {
-            flip_horizontal(&mut image);
-        }
-        let row = self.image.normalize(&image)?;
-        Ok(row.as_slice::<f32>().map_err(|e| refused(e.to_string()))?.to_vec())
+        Ok(self.image.resize(image))
     }
 
     /// Token ids of a text, padded to the model's length.
@@ -103,10 +103,12 @@ impl Preparation {
         self.text.config().max_length as i64
     }
 
-    /// Rows of pixels as a tensor `[B, 3, S, S]`.
-    pub fn stack_pixels(&self, rows: &[f32]) -> Result<Tensor, TrainError> {
+    /// Images of the network's size as a tensor `[B, 3, S, S]`, channels last in memory.
+    pub fn stack_pixels<'a>(&self, images: impl IntoIterator<Item = &'a RgbImage>) -> Result<Tensor, TrainError> {
         let size = i64::from(self.image.config().size);
-        Ok(Tensor::f_from_slice(rows)?.f_view([-1, 3, size, size])?)
+        let mut values = Vec::new();
+        images.into_iter().for_each(|image| self.image.normalize_interleaved(image, &mut values));
+        Ok(Tensor::f_from_slice(&values)?.f_view([-1, size, size, 3])?.f_permute([0, 3, 1, 2])?)
     }
 
     /// Rows of ids as a tensor `[N, L]`.
@@ -152,8 +154,10 @@ impl Loader {
         let sampler = Sampler::new(dataset.len(), plan.seed, plan.images)?;
         let (send, batches) = sync_channel(PREFETCH);
         let work = move || {
+            let cache = Cache { samples: HashMap::new(), room: CACHE_BYTES };
+            let mut maker = BatchMaker { dataset, preparation, plan, sampler, cache };
             for step in steps {
-                let batch = prepare(&dataset, &preparation, &plan, &sampler, step);
+                let batch = maker.batch(step);
                 let failed = batch.is_err();
                 if send.send(batch).is_err() || failed {
                     return; // nobody waits any more, or nothing sensible can follow
@@ -170,54 +174,110 @@ impl Loader {
     }
 }
 
-fn prepare(
-    dataset: &Dataset,
-    preparation: &Preparation,
-    plan: &BatchPlan,
-    sampler: &Sampler,
-    step: u64,
-) -> Result<Batch, TrainError> {
-    let (rank, ranks) = plan.shard;
-    let indices = sampler.indices(step);
-    let (mut pixels, mut captions, mut present) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut ids, mut image_index, mut targets) = (Vec::new(), Vec::new(), Vec::new());
-    for (row, slot) in sampler.slots(rank, ranks).enumerate() {
-        let sample = dataset.sample(indices[slot])?;
-        let flipped = plan.horizontal_flip && flip(plan.seed, step, slot as u64);
-        pixels.extend(preparation.pixels(&sample, flipped)?);
-        if let Some(wanted) = plan.questions_per_image {
+/// What no step changes about a sample.
+struct Prepared {
+    image: RgbImage,
+    /// Token ids and class of each question; empty without a VQA task.
+    questions: Vec<(Vec<i64>, i64)>,
+    /// Token ids of the caption, if there is one and it is wanted.
+    caption: Option<Vec<i64>>,
+}
+
+impl Prepared {
+    fn new(preparation: &Preparation, plan: &BatchPlan, sample: &Sample) -> Result<Self, TrainError> {
+        let mut questions = Vec::new();
+        if plan.questions_per_image.is_some() {
             if sample.questions.is_empty() {
-                return Err(TrainError::Sample { key: sample.key, reason: "it has no questions".to_owned() });
+                return Err(TrainError::Sample { key: sample.key.clone(), reason: "it has no questions".to_owned() });
             }
-            for at in choose(plan.seed, step, slot as u64, sample.questions.len(), wanted) {
-                let question = &sample.questions[at];
-                ids.extend(preparation.ids(&sample, &question.question)?);
-                targets.push(preparation.target(&sample, &question.answer)?);
-                image_index.push(row as i64);
+            for pair in &sample.questions {
+                questions.push((preparation.ids(sample, &pair.question)?, preparation.target(sample, &pair.answer)?));
             }
         }
-        if plan.captions {
-            captions.extend(match &sample.caption {
-                Some(caption) => preparation.ids(&sample, caption)?,
-                None => preparation.no_caption(),
-            });
-            present.push(sample.caption.is_some());
-        }
+        let caption = sample.caption.as_ref().filter(|_| plan.captions);
+        let caption = caption.map(|caption| preparation.ids(sample, caption)).transpose()?;
+        Ok(Self { image: preparation.image(sample)?, questions, caption })
     }
-    let questions = match plan.questions_per_image {
-        Some(_) => Some(Questions {
-            ids: preparation.stack_ids(&ids)?,
-            image_index: Tensor::f_from_slice(&image_index)?,
-            targets: Tensor::f_from_slice(&targets)?,
-        }),
-        None => None,
-    };
-    let captions = if plan.captions {
-        Some(Captions { ids: preparation.stack_ids(&captions)?, present: Tensor::f_from_slice(&present)? })
-    } else {
-        None
-    };
-    Ok(Batch { pixels: preparation.stack_pixels(&pixels)?, questions, captions })
+
+    fn bytes(&self) -> usize {
+        let ids: usize = self.questions.iter().map(|(ids, _)| ids.len() + 4).sum();
+        let caption = self.caption.as_ref().map_or(0, Vec::len);
+        self.image.as_raw().len() + size_of::<i64>() * (ids + caption) + 2 * size_of::<Self>()
+    }
+}
+
+/// Prepared samples by number.
+struct Cache {
+    samples: HashMap<usize, Rc<Prepared>>,
+    /// Bytes that are left.
+    room: usize,
+}
+
+/// Where batches are made.
+struct BatchMaker {
+    dataset: Arc<Dataset>,
+    preparation: Arc<Preparation>,
+    plan: BatchPlan,
+    sampler: Sampler,
+    cache: Cache,
+}
+
+impl BatchMaker {
+    fn sample(&mut self, number: usize) -> Result<Rc<Prepared>, TrainError> {
+        if let Some(sample) = self.cache.samples.get(&number) {
+            return Ok(sample.clone());
+        }
+        let sample = Prepared::new(&self.preparation, &self.plan, &self.dataset.sample(number)?)?;
+        let sample = Rc::new(sample);
+        if let Some(room) = self.cache.room.checked_sub(sample.bytes()) {
+            self.cache.room = room;
+            self.cache.samples.insert(number, sample.clone());
+        }
+        Ok(sample)
+    }
+
+    fn batch(&mut self, step: u64) -> Result<Batch, TrainError> {
+        let (rank, ranks) = self.plan.shard;
+        let indices = self.sampler.indices(step);
+        let (mut pixels, mut captions, mut present) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut ids, mut image_index, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        for (row, slot) in self.sampler.slots(rank, ranks).enumerate() {
+            let sample = self.sample(indices[slot])?;
+            let BatchPlan { seed, questions_per_image, .. } = self.plan;
+            let mut image = sample.image.clone();
+            if self.plan.horizontal_flip && flip(seed, step, slot as u64) {
+                flip_horizontal(&mut image);
+            }
+            pixels.push(image);
+            if let Some(wanted) = questions_per_image {
+                for at in choose(seed, step, slot as u64, sample.questions.len(), wanted) {
+                    let (question, target) = &sample.questions[at];
+                    ids.extend(question);
+                    targets.push(*target);
+                    image_index.push(row as i64);
+                }
+            }
+            if self.plan.captions {
+                present.push(sample.caption.is_some());
+                captions.extend(sample.caption.clone().unwrap_or_else(|| self.preparation.no_caption()));
+            }
+        }
+        let preparation = &self.preparation;
+        let questions = match self.plan.questions_per_image {
+            Some(_) => Some(Questions {
+                ids: preparation.stack_ids(&ids)?,
+                image_index: Tensor::f_from_slice(&image_index)?,
+                targets: Tensor::f_from_slice(&targets)?,
+            }),
+            None => None,
+        };
+        let captions = if self.plan.captions {
+            Some(Captions { ids: preparation.stack_ids(&captions)?, present: Tensor::f_from_slice(&present)? })
+        } else {
+            None
+        };
+        Ok(Batch { pixels: preparation.stack_pixels(&pixels)?, questions, captions })
+    }
 }
 
 /// Opens a data set and says which field named it when that fails.

@@ -63,8 +63,12 @@ pub struct Checkpoints {
 impl Checkpoints {
     /// Those of the job with this spec, under `folder`. A job whose spec has changed starts anew beside the old ones.
     pub fn new(folder: &Path, spec_hash: &str, keep: u32) -> Self {
-        let short: String = spec_hash.trim_start_matches("sha256:").chars().take(12).collect();
-        Self { root: folder.join(short), spec_hash: spec_hash.to_owned(), keep: keep.max(1) as usize }
+        Self { root: folder.join(short(spec_hash)), spec_hash: spec_hash.to_owned(), keep: keep.max(1) as usize }
+    }
+
+    /// Where the vocabulary of the data set with this digest is kept.
+    pub fn vocabulary(&self, data: &str) -> PathBuf {
+        self.root.join(format!("vocabulary-{}.json", short(data)))
     }
 
     /// Writes a checkpoint and removes the oldest beyond the number to keep. Saving a step twice changes nothing.
@@ -166,6 +170,11 @@ impl Checkpoints {
     fn broken(&self, folder: &Path, reason: impl Into<String>) -> TrainError {
         TrainError::Checkpoint { folder: folder.to_owned(), reason: reason.into() }
     }
+}
+
+/// Enough of a digest to tell a few apart, and short enough for a file name.
+fn short(digest: &str) -> String {
+    digest.trim_start_matches("sha256:").chars().take(12).collect()
 }
 
 const PARTS: [&str; 3] = ["values", "mean", "square"];

@@ -36,7 +36,7 @@ pub fn vqa(
         let (mut pixels, mut ids, mut index, mut targets) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (row, &at) in chunk.iter().enumerate() {
             let sample = dataset.sample(at)?;
-            pixels.extend(preparation.pixels(&sample, false)?);
+            pixels.push(preparation.image(&sample)?);
             for question in &sample.questions {
                 ids.extend(preparation.ids(&sample, &question.question)?);
                 targets.push(preparation.target(&sample, &question.answer)?);
@@ -108,7 +108,7 @@ pub fn recall_at_1(
         for &at in chunk {
             let sample = dataset.sample(at)?;
             let Some(caption) = &sample.caption else { continue };
-            pixels.extend(preparation.pixels(&sample, false)?);
+            pixels.push(preparation.image(&sample)?);
             ids.extend(preparation.ids(&sample, caption)?);
             captions.push(caption.clone());
         }

@@ -20,6 +20,9 @@ pub struct History {
 impl History {
     /// Goes on with the curve in `folder` up to `first`, the steps that are done; what came after is forgotten.
     pub fn open(folder: &Path, first: u64, steps: u64, writes: bool) -> Self {
+        if writes {
+            atomic::sweep(folder);
+        }
         let text = if first > 0 {
             fs::read_to_string(folder.join("history.jsonl")).unwrap_or_default()
         } else {

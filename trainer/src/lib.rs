@@ -3,7 +3,7 @@
 //! A worker reads one configuration ([`setup`]), joins its group, resumes ([`checkpoint`]), and runs steps ([`train`]):
 //! a batch ([`batch`]) goes forward and backward block by block ([`executor`]), each block's flat gradient ([`flat`]) is
 //! averaged over the ranks as soon as it is whole, and AdamW updates it ([`optimizer`]). Losses live in [`task`].
-//! Afterwards rank 0 exports the network as an artifact ([`publish`]).
+//! Afterwards rank 0 exports the network as an artifact ([`publish`]). [`launch`] starts several workers in one pod.
 //!
 //! Same layout, same bits: batches, starting weights and updates are functions of the spec and the step, so a run that
 //! was killed and resumed ends with the weights of one that was not.
@@ -17,9 +17,11 @@ pub mod evaluate;
 pub mod executor;
 pub mod flat;
 pub mod history;
+pub mod launch;
 pub mod optimizer;
 pub mod progress;
 pub mod publish;
+pub mod result;
 pub mod setup;
 pub mod stop;
 pub mod task;

@@ -1,22 +1,25 @@
 //! `sensorium-trainer`: one worker of a training job, or a compression job.
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use sensorium_api::run::{ArtifactResult, RunResult, RunState};
-use sensorium_artifact::{Volume, Volumes, atomic};
+use sensorium_artifact::{Volume, Volumes};
 use sensorium_compress::{CompressError, Control};
 use sensorium_dist::Launch;
-use sensorium_trainer::TrainError;
+use sensorium_trainer::launch::launch;
 use sensorium_trainer::progress::Reporter;
 use sensorium_trainer::publish::publish;
 use sensorium_trainer::setup::{Setup, read_config};
 use sensorium_trainer::stop::Stop;
 use sensorium_trainer::train::{Run, Trained};
+use sensorium_trainer::{TrainError, result};
 
 /// How long workers wait for each other to start, and for each collective.
 const GROUP_TIMEOUT: Duration = Duration::from_mins(5);
@@ -39,6 +42,18 @@ enum Command {
     Train(RunArgs),
     /// Run a CompressionJob.
     Compress(RunArgs),
+    /// Start several workers in one pod: each runs the command after `--` with RANK and LOCAL_RANK of its own.
+    Launch(LaunchArgs),
+}
+
+#[derive(Debug, Args)]
+struct LaunchArgs {
+    /// How many workers; GROUP_RANK says which pod this is.
+    #[arg(long, value_name = "N")]
+    processes: NonZeroU32,
+    /// What each runs, such as `train --config job.json`.
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
 }
 
 /// What every job is started with.
@@ -64,17 +79,30 @@ fn main() -> ExitCode {
         eprintln!("sensorium-trainer: {error}");
         return ExitCode::from(2);
     }
-    let args = match &cli.command {
-        Command::Train(args) | Command::Compress(args) => args,
-    };
+    match cli.command {
+        Command::Train(args) => run(train, &args),
+        Command::Compress(args) => run(compress, &args),
+        Command::Launch(LaunchArgs { processes, command }) => {
+            match runtime().and_then(|runtime| runtime.block_on(launch(processes, &command))) {
+                Ok(code) => ExitCode::from(code),
+                Err(error) => {
+                    tracing::error!(error = format!("{error:#}"), "could not start the workers");
+                    ExitCode::FAILURE
+                }
+            }
+        }
+    }
+}
+
+/// Rank 0 returns the result, the others nothing.
+type Job = fn(&RunArgs, &Volumes, &tokio::runtime::Runtime) -> anyhow::Result<Option<RunResult>>;
+
+/// Runs a job, and tells how it ended by the result file and the exit code.
+fn run(job: Job, args: &RunArgs) -> ExitCode {
     let mut volumes = Volumes::default();
     args.volumes.iter().for_each(|volume| volumes.insert(volume.clone()));
     let started = Instant::now();
-    let outcome = runtime().and_then(|runtime| match cli.command {
-        Command::Train(_) => train(args, &volumes, &runtime),
-        Command::Compress(_) => compress(args, &volumes, &runtime),
-    });
-    let (result, code) = match outcome {
+    let (result, code) = match runtime().and_then(|runtime| job(args, &volumes, &runtime)) {
         // A candidate that the gate refused is a result, and a failed job.
         Ok(Some(result)) if result.state == RunState::Failed => (result, ExitCode::FAILURE),
         Ok(Some(result)) => (result, ExitCode::SUCCESS),
@@ -85,7 +113,8 @@ fn main() -> ExitCode {
             let message = format!("{error:#}");
             tracing::error!(error = message, "the job did not finish");
             let result = RunResult { state: RunState::Failed, message, ..empty() };
-            let hopeless = error.downcast_ref().is_some_and(TrainError::is_users);
+            let hopeless = error.downcast_ref().is_some_and(TrainError::is_users)
+                || error.downcast_ref().is_some_and(CompressError::is_users);
             let code = match (stopped, hopeless) {
                 (true, _) => ExitCode::from(STOPPED),
                 (_, true) => ExitCode::from(USAGE),
@@ -99,7 +128,7 @@ fn main() -> ExitCode {
         }
     };
     let result = RunResult { seconds: started.elapsed().as_secs_f64(), ..result };
-    match args.result_file.as_deref().map(|path| write_result(path, &result)) {
+    match args.result_file.as_deref().map(|path| result::write(path, &result)) {
         Some(Err(error)) => {
             tracing::error!(error = format!("{error:#}"), "could not write the result");
             ExitCode::FAILURE
@@ -119,21 +148,15 @@ fn empty() -> RunResult {
     }
 }
 
-fn write_result(path: &Path, result: &RunResult) -> anyhow::Result<()> {
-    let bytes = serde_json::to_vec_pretty(result)?;
-    // Kubernetes mounts the termination log as a file of its own, which can be written but not replaced.
-    atomic::write(path, &bytes).or_else(|_| std::fs::write(path, &bytes)).with_context(|| path.display().to_string())
-}
-
 /// One thread serves progress and stores artifacts; computing has threads of its own.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder.worker_threads(1).enable_all().build().context("could not start the async runtime")
 }
 
-/// Rank 0 returns the result, the others nothing.
 fn train(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -> anyhow::Result<Option<RunResult>> {
     let config = read_config(&args.config)?;
+    share_cores();
     let launch = Launch::from_env().map_err(TrainError::from)?;
     let (reporter, stop) = (Reporter::default(), Stop::default());
     let is_first = launch.rank == 0;
@@ -162,6 +185,18 @@ fn train(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -
     let ArtifactResult { name, digest, .. } = &artifact;
     let message = format!("trained {} steps; artifact {name} is {digest}", config.spec.training.steps);
     Ok(Some(RunResult { message, artifact: Some(artifact), metrics, ..empty() }))
+}
+
+/// Gives libtorch this process's part of the cores, unless the user has decided. By itself it takes a thread for every core
+/// that it sees, which in a container are more than it may use, and on a machine with several workers as many as all of
+/// them may.
+fn share_cores() {
+    if std::env::var_os("OMP_NUM_THREADS").is_none() {
+        let processes =
+            std::env::var("LOCAL_WORLD_SIZE").ok().and_then(|it| it.parse().ok()).unwrap_or(NonZeroUsize::MIN);
+        let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        tch::set_num_threads((cores.get() / processes.get()).max(1) as i32);
+    }
 }
 
 fn compress(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -> anyhow::Result<Option<RunResult>> {

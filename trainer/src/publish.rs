@@ -7,6 +7,7 @@ use sensorium_api::run::{ArtifactResult, RunConfig};
 use sensorium_artifact::{
     ArtifactError, DType, Format, Graph, Lineage, LineageJob, ManifestParts, Store, TensorSpec, Volumes, atomic,
 };
+use sensorium_compress::artifact_result;
 use sensorium_model::{Weights, export};
 use sensorium_onnx::{Model, ValueInfoProto};
 
@@ -61,12 +62,7 @@ pub async fn publish(
     };
     let artifact = store.commit(draft, parts).await?;
     store.promote(&output.artifact, &artifact.digest).await?;
-    Ok(ArtifactResult {
-        name: output.artifact.clone(),
-        digest: artifact.digest.to_string(),
-        bytes: artifact.manifest.total_bytes(),
-        uri: artifact.uri,
-    })
+    Ok(artifact_result(&output.artifact, &artifact))
 }
 
 fn describe(name: &str, file: String, model: &Model) -> Result<Graph, TrainError> {

@@ -15,6 +15,7 @@ use sensorium_model::{FusionConfig, Network, NetworkConfig, StemLayer, Task, Wei
 use sensorium_onnx::Model;
 
 use crate::batch::{self, Preparation};
+use crate::checkpoint::Checkpoints;
 use crate::error::TrainError;
 
 /// Where an artifact keeps its tokenizer.
@@ -40,8 +41,10 @@ pub struct Setup {
     pub answers: Vec<String>,
     /// Tasks with their weights; those of weight zero are left out.
     pub tasks: Vec<(Task, f64)>,
-    /// Where the checkpoints, the history and the evaluation go.
+    /// Where the history and the evaluation go, and the checkpoints below it.
     pub folder: PathBuf,
+    /// Of this job with this spec.
+    pub checkpoints: Checkpoints,
 }
 
 /// Reads the file that `--config` names.
@@ -75,9 +78,14 @@ impl Setup {
             let reason = format!("{} lists no answers, which the vqa task needs", spec.data.train);
             return Err(TrainError::Spec { field: "spec.data.train", reason });
         }
+        let uri = spec.checkpoint.uri.clone().unwrap_or_else(|| config.job.checkpoint_uri());
+        let folder = volumes.local_path(&uri)?;
+        let checkpoints = Checkpoints::new(&folder, &config.spec_hash, spec.checkpoint.keep);
         let started = match &spec.model {
             ModelSource::Architecture(architecture) => {
-                Started::anew(architecture, &train, &answers, spec.training.seed, has(Task::Contrastive))?
+                let max_length = architecture.text.max_length as usize;
+                let text = vocabulary(&checkpoints, &train, TextConfig { max_length }, has(Task::Contrastive))?;
+                Started::anew(architecture, text, &answers, spec.training.seed)?
             }
             ModelSource::Artifact(name) => Started::from_artifact(name, spec, volumes, &answers).await?,
         };
@@ -92,12 +100,8 @@ impl Setup {
         let classes: HashMap<String, i64> =
             answers.iter().enumerate().map(|(class, answer)| (answer.clone(), class as i64)).collect();
         let preparation = Arc::new(Preparation { image, text, answers: classes });
-        let job = &config.job;
-        let uri = spec.checkpoint.uri.clone();
-        let uri = uri.unwrap_or_else(|| format!("pvc://checkpoints/{}/{}", job.namespace, job.name));
-        let folder = volumes.local_path(&uri)?;
         let (train, evaluation) = (Arc::new(train), Arc::new(evaluation));
-        Ok(Self { network, weights, parent, preparation, train, evaluation, answers, tasks, folder })
+        Ok(Self { network, weights, parent, preparation, train, evaluation, answers, tasks, folder, checkpoints })
     }
 
     /// The weight of `task`, if the job has it.
@@ -128,22 +132,13 @@ struct Started {
 }
 
 impl Started {
-    /// Fresh weights, and the vocabulary of the training data.
+    /// Fresh weights.
     fn anew(
         architecture: &Architecture,
-        train: &Dataset,
+        text: TextProcessor,
         answers: &[String],
         seed: u64,
-        contrastive: bool,
     ) -> Result<Self, TrainError> {
-        let max_length = architecture.text.max_length as usize;
-        let mut texts = BTreeSet::new();
-        for sample in train.samples() {
-            let sample = sample?;
-            texts.extend(sample.questions.into_iter().map(|pair| pair.question));
-            texts.extend(sample.caption.filter(|_| contrastive));
-        }
-        let text = TextProcessor::train(&texts, TextConfig { max_length })?;
         let answers = (!answers.is_empty()).then_some(answers.len() as i64);
         let network = Network::new(network_config(architecture, text.vocabulary_size() as i64, answers))?;
         let weights = initialise(&network, seed);
@@ -191,6 +186,36 @@ impl Started {
         let weights = import(&network, &graphs, &initialise(&network, spec.training.seed))?;
         Ok(Self { network, weights, text, parent: Some(artifact.digest) })
     }
+}
+
+/// The vocabulary of the training data. It takes reading all of it, so it is kept beside the checkpoints for a run that
+/// goes on from one.
+fn vocabulary(
+    checkpoints: &Checkpoints,
+    train: &Dataset,
+    config: TextConfig,
+    contrastive: bool,
+) -> Result<TextProcessor, TrainError> {
+    let kept = checkpoints.vocabulary(train.digest());
+    // Not there, or half-written by another rank or a killed process: then it is made again, and the same.
+    if let Ok(text) = TextProcessor::load(&kept, config) {
+        return Ok(text);
+    }
+    let mut texts = BTreeSet::new();
+    for sample in train.samples() {
+        let sample = sample?;
+        texts.extend(sample.questions.into_iter().map(|pair| pair.question));
+        texts.extend(sample.caption.filter(|_| contrastive));
+    }
+    let text = TextProcessor::train(&texts, config)?;
+    // A disk that refuses it will be reported by the first checkpoint; the run itself has what it needs.
+    if let Some(folder) = kept.parent()
+        && std::fs::create_dir_all(folder).is_ok()
+        && let Err(error) = text.save(&kept)
+    {
+        tracing::warn!(error = &error as &dyn std::error::Error, "could not keep the vocabulary");
+    }
+    Ok(text)
 }
 
 fn network_config(architecture: &Architecture, vocabulary: i64, answers: Option<i64>) -> NetworkConfig {

@@ -10,7 +10,7 @@ use sensorium_model::{Acts, Slot, Task};
 use tch::Tensor;
 
 use crate::batch::{Batch, BatchPlan, Loader};
-use crate::checkpoint::{Checkpoints, TrainingState};
+use crate::checkpoint::TrainingState;
 use crate::error::TrainError;
 use crate::evaluate;
 use crate::executor::{Executor, Memory};
@@ -45,7 +45,6 @@ pub struct Run<'a> {
     group: &'a ProcessGroup,
     reporter: &'a Reporter,
     stop: &'a Stop,
-    checkpoints: Checkpoints,
     parameters: Parameters,
     optimizer: AdamW,
     /// Time spent training before this process started.
@@ -54,10 +53,11 @@ pub struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Lays out parameters; [`Run::train`] does the work.
+    /// Lays out parameters; [`Run::train`] does the work. The number of ranks need not be that of an earlier process whose
+    /// checkpoint this run goes on from: state is kept whole, and the batch is divided anew.
     ///
     /// # Errors
-    /// When the starting weights do not fit the network.
+    /// When the batch can't be divided by the number of ranks, or the starting weights do not fit the network.
     pub fn new(
         config: &'a RunConfig<TrainingJobSpec>,
         setup: &'a Setup,
@@ -65,11 +65,15 @@ impl<'a> Run<'a> {
         reporter: &'a Reporter,
         stop: &'a Stop,
     ) -> Result<Self, TrainError> {
+        let (images, ranks) = (config.spec.training.batch.images, group.size());
+        if images % ranks != 0 {
+            let reason = format!("{images} images can't be shared out evenly over {ranks} processes");
+            return Err(TrainError::Spec { field: "spec.training.batch.images", reason });
+        }
         let parameters = Parameters::new(&setup.network, &setup.weights)?;
         let optimizer = AdamW::new(config.spec.training.optimizer.clone(), &parameters)?;
-        let checkpoints = Checkpoints::new(&setup.folder, &config.spec_hash, config.spec.checkpoint.keep);
         let (seconds_before, started) = (0.0, Instant::now());
-        Ok(Self { config, setup, group, reporter, stop, checkpoints, parameters, optimizer, seconds_before, started })
+        Ok(Self { config, setup, group, reporter, stop, parameters, optimizer, seconds_before, started })
     }
 
     /// Trains to the last step, from the newest checkpoint if there is one, and evaluates on all held-out data.
@@ -191,7 +195,7 @@ impl<'a> Run<'a> {
     /// Goes on from the newest whole checkpoint. Rank 0 reads it and the others get it from there, so that all agree even
     /// if they see different disks. Returns the steps that are done.
     fn resume(&mut self) -> Result<u64, TrainError> {
-        let found = if self.group.rank() == 0 { self.checkpoints.newest() } else { None };
+        let found = if self.group.rank() == 0 { self.setup.checkpoints.newest() } else { None };
         let (step, seconds) = found.as_ref().map_or((0, 0.0), |state| (state.step, state.seconds));
         let cursor = Tensor::f_from_slice(&[step as f64, seconds])?;
         self.group.broadcast(&cursor, 0)?.wait()?;
@@ -233,7 +237,7 @@ impl<'a> Run<'a> {
             block.unflatten(mean, &mut state.mean)?;
             block.unflatten(square, &mut state.square)?;
         }
-        match self.checkpoints.save(&state) {
+        match self.setup.checkpoints.save(&state) {
             Ok(path) => {
                 tracing::info!(step, path = %path.display(), "saved a checkpoint");
                 self.reporter.update(|progress| progress.message = None);

@@ -61,6 +61,77 @@ fn a_run_killed_in_the_middle_and_resumed_ends_with_the_same_bits_as_one_never_k
 }
 
 #[test]
+fn a_run_that_goes_on_with_fewer_workers_keeps_the_loss_curve() {
+    let state = State::new();
+    let undisturbed = Job::new(&state, "run").steps(40).run(2).expect_success();
+    let job = Job::new(&state, "run").steps(40).checkpoint_every(10).checkpoints("narrowed");
+    let workers = job.start(2);
+    workers.wait_for_step(15);
+    workers.kill();
+    let narrowed = job.run(1).expect_success();
+    assert_eq!(narrowed.resumed_from(), Some(10));
+    support::assert_curves_agree(&undisturbed.losses(), &narrowed.losses(), 1e-5);
+}
+
+#[test]
+fn a_batch_that_the_workers_cannot_share_evenly_is_refused() {
+    let state = State::new();
+    let ended = Job::new(&state, "run").images(15).run(2);
+    assert_eq!(ended.exit_codes(), [Some(2), Some(2)]);
+    assert!(ended.result().message.contains("15 images"), "{}", ended.result().message);
+}
+
+#[test]
+fn workers_of_a_launcher_train_as_those_started_one_by_one() {
+    let state = State::new();
+    let by_hand = Job::new(&state, "run").steps(20).run(2).expect_success();
+    let launched = Job::new(&state, "run").steps(20).checkpoints("launched").launch(2).wait().expect_success();
+    assert_eq!(by_hand.losses(), launched.losses());
+    let artifact = |ended: &support::Ended| ended.result().artifact.unwrap();
+    assert_eq!(artifact(&by_hand), artifact(&launched));
+    let record = artifact(&launched).record.unwrap();
+    let graphs: Vec<_> = record.signature.iter().map(|graph| graph.name.as_str()).collect();
+    assert_eq!(graphs, ["text_encoder", "image_encoder", "fusion"]);
+    assert_eq!(record.modalities, ["text", "image"]);
+    assert!(record.metrics.contains_key("vqa_accuracy"));
+}
+
+#[test]
+fn a_launcher_whose_worker_is_killed_ends_the_others_and_says_how() {
+    let state = State::new();
+    let launcher = Job::new(&state, "run").steps(2_000).launch(2);
+    launcher.wait_for_step(5);
+    let workers = launcher.launched();
+    assert_eq!(workers.len(), 2);
+    support::kill(workers[1], "-KILL");
+    let ended = launcher.wait_at_most(Duration::from_secs(60));
+    assert_eq!(ended.exit_codes(), [Some(128 + 9)]);
+    support::wait_for_end(&workers);
+}
+
+#[test]
+fn a_launcher_asked_to_stop_passes_it_on_and_ends_as_its_workers_do() {
+    let state = State::new();
+    let launcher = Job::new(&state, "run").steps(2_000).checkpoint_every(1_000).launch(2);
+    launcher.wait_for_step(5);
+    launcher.terminate();
+    let ended = launcher.wait();
+    assert_eq!(ended.exit_codes(), [Some(143)]);
+    assert!(ended.result().message.contains("stopped at step"), "{}", ended.result().message);
+    assert_eq!(ended.checkpoints().len(), 1);
+}
+
+#[test]
+fn workers_do_not_outlive_a_killed_launcher() {
+    let state = State::new();
+    let launcher = Job::new(&state, "run").steps(2_000).launch(2);
+    launcher.wait_for_step(5);
+    let workers = launcher.launched();
+    launcher.kill();
+    support::wait_for_end(&workers);
+}
+
+#[test]
 fn a_worker_asked_to_stop_saves_its_step_and_says_so() {
     let state = State::new();
     let job = Job::new(&state, "run").steps(2_000).checkpoint_every(1_000);

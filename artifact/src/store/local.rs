@@ -29,6 +29,7 @@ impl LocalStore {
     }
 
     pub(crate) fn scratch(&self) -> Result<Scratch, ArtifactError> {
+        atomic::sweep(self.root.join(NAMES));
         Scratch::shared(&self.root.join(TMP))
     }
 

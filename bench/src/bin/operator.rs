@@ -1,4 +1,3 @@
-//! Measures the operator beside its limits and its peer.
 //! How fast the operator is, and what it needs, with many jobs on a real API server without a node.
 //!
 //! The job controller of Kubernetes is the peer where it has something like the same to do. Both are timed with all their

@@ -114,6 +114,10 @@ impl<'a> Job<'a> {
         self.spec(|spec| spec["tasks"] = tasks.into())
     }
 
+    pub fn images(self, images: u32) -> Self {
+        self.spec(|spec| spec["training"]["batch"]["images"] = images.into())
+    }
+
     /// Keeps checkpoints apart from those of a run with the same name.
     pub fn checkpoints(mut self, folder: &str) -> Self {
         folder.clone_into(&mut self.checkpoints);
@@ -132,51 +136,117 @@ impl<'a> Job<'a> {
     }
 
     pub fn start(&self, workers: u32) -> Workers {
-        let folder = self.state.folder.path();
-        let run = tempfile::Builder::new().prefix("run-").tempdir_in(folder).unwrap().keep();
-        let config = run.join("job.json");
+        let run = self.prepare(workers);
+        let master = free_port().to_string();
+        let workers = (0..workers).map(|rank| {
+            let mut command = self.command();
+            command
+                .args(run.train(rank == 0))
+                .env("RANK", rank.to_string())
+                .env("WORLD_SIZE", workers.to_string())
+                .env("MASTER_ADDR", "127.0.0.1")
+                .env("MASTER_PORT", &master)
+                .stdin(Stdio::null());
+            run.spawn(command, rank)
+        });
+        let children = workers.collect();
+        Workers { children, run }
+    }
+
+    /// One pod that starts all workers itself; its only process here is the launcher.
+    pub fn launch(&self, processes: u32) -> Workers {
+        let run = self.prepare(processes);
+        let mut command = self.command();
+        command
+            .args(["launch", "--processes", &processes.to_string(), "--"])
+            .args(run.train(true))
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", free_port().to_string())
+            .stdin(Stdio::null());
+        let children = vec![run.spawn(command, 0)];
+        Workers { children, run }
+    }
+
+    fn prepare(&self, workers: u32) -> Run {
+        let state = self.state.folder.path();
+        let folder = tempfile::Builder::new().prefix("run-").tempdir_in(state).unwrap().keep();
         let mut value = self.config.clone();
         value["spec"]["workers"] = workers.into();
         value["spec"]["parallelism"] = json!({ "data": workers });
-        fs::write(&config, value.to_string()).unwrap();
-        let (master, progress) = (free_port(), free_port());
-        let checkpoints = folder.join("checkpoints").join(&self.checkpoints);
-        let children = (0..workers)
-            .map(|rank| {
-                let mut command = match self.file_size_limit_kib {
-                    None => Command::new(env!("CARGO_BIN_EXE_sensorium-trainer")),
-                    Some(limit) => {
-                        // The signal that goes with the limit is ignored, as on a full disk: the write fails instead.
-                        let mut shell = Command::new("bash");
-                        let script = format!("trap '' XFSZ; ulimit -f {limit}; exec \"$@\"");
-                        shell.args(["-c", &script, "bash", env!("CARGO_BIN_EXE_sensorium-trainer")]);
-                        shell
-                    }
-                };
-                command
-                    .arg("train")
-                    .arg("--config")
-                    .arg(&config)
-                    .args(["--volume", &format!("datasets={}", datasets().display())])
-                    .args(["--volume", &format!("artifacts={}", folder.join("artifacts").display())])
-                    .args(["--volume", &format!("checkpoints={}", checkpoints.display())])
-                    .env("RANK", rank.to_string())
-                    .env("WORLD_SIZE", workers.to_string())
-                    .env("MASTER_ADDR", "127.0.0.1")
-                    .env("MASTER_PORT", master.to_string())
-                    .env("OMP_NUM_THREADS", "1")
-                    .stdin(Stdio::null())
-                    .stderr(fs::File::create(run.join(format!("{rank}.log"))).unwrap());
-                if rank == 0 {
-                    command.args(["--progress-addr", &format!("127.0.0.1:{progress}")]);
-                    command.arg("--result-file").arg(run.join("result.json"));
-                }
-                command.spawn().unwrap()
-            })
-            .collect();
-        let name = self.config["job"]["name"].as_str().unwrap();
-        let curves = checkpoints.join("default").join(name);
-        Workers { children, run, curves, progress }
+        fs::write(folder.join("job.json"), value.to_string()).unwrap();
+        let checkpoints = state.join("checkpoints").join(&self.checkpoints);
+        let curves = checkpoints.join("default").join(self.config["job"]["name"].as_str().unwrap());
+        Run { folder, artifacts: self.state.artifacts(), checkpoints, curves, progress: free_port() }
+    }
+
+    fn command(&self) -> Command {
+        let Some(limit) = self.file_size_limit_kib else {
+            return Command::new(env!("CARGO_BIN_EXE_sensorium-trainer"));
+        };
+        // The signal that goes with the limit is ignored, as on a full disk: the write fails instead.
+        let mut shell = Command::new("bash");
+        let script = format!("trap '' XFSZ; ulimit -f {limit}; exec \"$@\"");
+        shell.args(["-c", &script, "bash", env!("CARGO_BIN_EXE_sensorium-trainer")]);
+        shell
+    }
+}
+
+/// Files and ports of a job that was started.
+#[derive(Clone)]
+struct Run {
+    folder: PathBuf,
+    artifacts: PathBuf,
+    checkpoints: PathBuf,
+    curves: PathBuf,
+    progress: u16,
+}
+
+impl Run {
+    /// Arguments of a worker; one that may be rank 0 gets those that rank 0 alone uses.
+    fn train(&self, may_be_first: bool) -> Vec<String> {
+        let path = |path: &Path| path.display().to_string();
+        let volume = |claim: &str, folder: &Path| ["--volume".to_owned(), format!("{claim}={}", folder.display())];
+        let mut args = vec!["train".to_owned(), "--config".to_owned(), path(&self.folder.join("job.json"))];
+        args.extend(volume("datasets", datasets()));
+        args.extend(volume("artifacts", &self.artifacts));
+        args.extend(volume("checkpoints", &self.checkpoints));
+        if may_be_first {
+            args.extend(["--progress-addr".to_owned(), format!("127.0.0.1:{}", self.progress)]);
+            args.extend(["--result-file".to_owned(), path(&self.folder.join("result.json"))]);
+        }
+        args
+    }
+
+    fn spawn(&self, mut command: Command, rank: u32) -> Child {
+        let log = fs::File::create(self.folder.join(format!("{rank}.log"))).unwrap();
+        command.env("OMP_NUM_THREADS", "1").stderr(log).spawn().unwrap()
+    }
+}
+
+/// `kill -9` and the like, for a process that is not a child of this one.
+pub fn kill(pid: u32, signal: &str) {
+    assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
+}
+
+fn children_of(parent: u32) -> Vec<u32> {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let line = format!("PPid:\t{parent}");
+    let is_child = |id: &u32| {
+        fs::read_to_string(format!("/proc/{id}/status")).is_ok_and(|status| status.lines().any(|it| it == line))
+    };
+    ids.filter(is_child).collect()
+}
+
+/// Blocks until none of these processes is there any more.
+pub fn wait_for_end(processes: &[u32]) {
+    let deadline = Instant::now() + PATIENCE;
+    // An orphan may have been inherited by a process that never looks at its end: it stays as a zombie.
+    let lives =
+        |id: &u32| fs::read_to_string(format!("/proc/{id}/status")).is_ok_and(|status| !status.contains("State:\tZ"));
+    while processes.iter().any(lives) {
+        assert!(Instant::now() < deadline, "one of {processes:?} did not end");
+        sleep(Duration::from_millis(20));
     }
 }
 
@@ -187,9 +257,7 @@ fn free_port() -> u16 {
 /// Processes that run; dropping kills them.
 pub struct Workers {
     children: Vec<Child>,
-    run: PathBuf,
-    curves: PathBuf,
-    progress: u16,
+    run: Run,
 }
 
 impl Drop for Workers {
@@ -206,7 +274,9 @@ impl Workers {
     pub fn wait_for_step(&self, step: u64) {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            if support_http::get_json(self.progress, "/progress").is_some_and(|it| it["step"].as_u64() >= Some(step)) {
+            if support_http::get_json(self.run.progress, "/progress")
+                .is_some_and(|it| it["step"].as_u64() >= Some(step))
+            {
                 return;
             }
             assert!(Instant::now() < deadline, "step {step} never came: {}", self.log());
@@ -215,7 +285,7 @@ impl Workers {
     }
 
     fn log(&self) -> String {
-        fs::read_to_string(self.run.join("0.log")).unwrap_or_default()
+        fs::read_to_string(self.run.folder.join("0.log")).unwrap_or_default()
     }
 
     /// kill -9 for all.
@@ -233,8 +303,12 @@ impl Workers {
     }
 
     fn signal(&self, rank: usize, signal: &str) {
-        let pid = self.children[rank].id().to_string();
-        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        kill(self.children[rank].id(), signal);
+    }
+
+    /// Process ids of the workers that a launcher has started.
+    pub fn launched(&self) -> Vec<u32> {
+        children_of(self.children[0].id())
     }
 
     pub fn wait(self) -> Ended {
@@ -254,15 +328,14 @@ impl Workers {
                 sleep(Duration::from_millis(20));
             }
         }
-        Ended { codes, run: self.run.clone(), curves: self.curves.clone() }
+        Ended { codes, run: self.run.clone() }
     }
 }
 
 /// A job whose workers have ended.
 pub struct Ended {
     codes: Vec<Option<i32>>,
-    run: PathBuf,
-    curves: PathBuf,
+    run: Run,
 }
 
 impl Ended {
@@ -276,22 +349,22 @@ impl Ended {
     }
 
     pub fn result(&self) -> RunResult {
-        serde_json::from_slice(&fs::read(self.run.join("result.json")).unwrap()).unwrap()
+        serde_json::from_slice(&fs::read(self.run.folder.join("result.json")).unwrap()).unwrap()
     }
 
     pub fn log(&self) -> String {
-        fs::read_to_string(self.run.join("0.log")).unwrap()
+        fs::read_to_string(self.run.folder.join("0.log")).unwrap()
     }
 
     /// The loss of every step.
     pub fn losses(&self) -> Vec<f64> {
-        let text = fs::read_to_string(self.curves.join("history.jsonl")).unwrap();
+        let text = fs::read_to_string(self.run.curves.join("history.jsonl")).unwrap();
         text.lines().map(|line| serde_json::from_str::<HistoryPoint>(line).unwrap().loss).collect()
     }
 
     /// Committed checkpoints.
     pub fn checkpoints(&self) -> Vec<PathBuf> {
-        let Ok(specs) = fs::read_dir(&self.curves) else { return Vec::new() };
+        let Ok(specs) = fs::read_dir(&self.run.curves) else { return Vec::new() };
         let folders = specs.flatten().filter(|entry| entry.path().is_dir());
         let steps = folders.flat_map(|entry| fs::read_dir(entry.path()).unwrap().flatten());
         let mut steps: Vec<_> = steps.map(|step| step.path()).filter(|path| path.join("index.json").exists()).collect();
