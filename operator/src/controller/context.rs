@@ -56,7 +56,7 @@ impl Debug for Context {
 /// How long the visits of an object that has just changed are put together.
 pub(super) const DEBOUNCE: Duration = Duration::from_millis(250);
 /// Bounds of the wait after a failed visit.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 impl Context {
     pub(super) fn new(client: Client, settings: Settings, health: Arc<Health>) -> Self {
@@ -160,7 +160,7 @@ impl Context {
         }
     }
 
-    /// The wait after yet another failed visit of `object`: doubles up to five minutes, with jitter.
+    /// The wait after yet another failed visit of `object`: doubles up to half a minute, with jitter.
     pub(super) fn retry_delay(&self, object: String) -> Duration {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let count = failures.entry(object.clone()).or_default();

@@ -11,7 +11,7 @@ use sensorium_tests::{ApiCluster, Kubelet, Namespace, Operator};
 use serde_json::{Value, json};
 
 /// Long enough for a busy machine; nothing here takes so long otherwise.
-pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(180);
 
 /// A namespace with an operator that looks after it.
 pub(crate) struct Case {

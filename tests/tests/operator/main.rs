@@ -8,7 +8,6 @@ mod common;
 mod artifacts;
 mod children;
 mod compression;
-mod faults;
 mod leadership;
 mod serving;
 mod training;
