@@ -19,6 +19,9 @@
 //! ```
 
 pub mod codec;
+mod reflect;
+
+pub use reflect::{FILE_DESCRIPTOR_SET, descriptor_pool, to_json};
 
 /// The Open Inference Protocol v2 (package `inference`): a superset of Triton's and KServe's dialects.
 #[allow(
