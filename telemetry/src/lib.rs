@@ -1,6 +1,7 @@
-//! Logs and metric names of every Sensorium program, set up in one place.
+//! Logs, traces and metric names of every Sensorium program, set up in one place.
 //!
-//! A program calls [`init`] once, first thing in `main`. Its metrics are declared by the [`metrics`] table, which
+//! A program calls [`init`] once, first thing in `main`; one that exports traces or changes its log level while it runs
+//! calls [`start`] and keeps the [`Telemetry`] that it returns. Metrics are declared by the [`metrics`] table, which
 //! `docs/metrics.md` describes; a test holds the two together.
 //!
 //! ```
@@ -11,5 +12,93 @@
 
 mod logs;
 pub mod metrics;
+mod sampling;
+mod traces;
 
-pub use logs::{InitError, init};
+use tracing_subscriber::{
+    Layer as _,
+    layer::SubscriberExt as _,
+    util::{SubscriberInitExt as _, TryInitError},
+};
+
+pub use logs::{FilterError, LogControl};
+pub use sampling::{Sampling, TraceControl};
+pub use traces::Parent;
+
+/// Why telemetry could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum InitError {
+    /// `SENSORIUM_LOG` does not parse.
+    #[error("the environment variable {variable} cannot be used", variable = logs::FILTER_VARIABLE)]
+    Filter(#[from] FilterError),
+    /// The exporter of traces refuses its endpoint.
+    #[error("traces cannot be exported to {endpoint:?}; write an OTLP gRPC endpoint such as http://127.0.0.1:4317")]
+    Exporter {
+        /// As configured.
+        endpoint: String,
+        /// What is wrong with it.
+        source: opentelemetry_otlp::ExporterBuildError,
+    },
+    /// Telemetry was set up before in this process, or another subscriber is installed.
+    #[error("logging is set up already")]
+    AlreadySet(#[source] TryInitError),
+}
+
+/// What [`start`] sets up.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Names the program in every line and span.
+    pub service: &'static str,
+    /// Where spans go by OTLP over gRPC, such as `http://127.0.0.1:4317`; `None` exports nothing and costs nothing.
+    pub otlp_endpoint: Option<String>,
+    /// Which requests are traced.
+    pub sampling: Sampling,
+}
+
+/// What can be changed while the program runs, and must be ended with it.
+#[derive(Debug)]
+pub struct Telemetry {
+    /// The log level.
+    pub logs: LogControl,
+    /// Which requests are traced.
+    pub traces: TraceControl,
+    exporter: Option<opentelemetry_sdk::trace::SdkTracerProvider>,
+}
+
+impl Telemetry {
+    /// Sends the spans that are waiting to be exported. Blocks for up to five seconds when nobody takes them.
+    pub fn shutdown(self) {
+        if let Some(exporter) = self.exporter
+            && let Err(error) = exporter.shutdown()
+        {
+            tracing::warn!(%error, "the last spans could not be exported");
+        }
+    }
+}
+
+/// Sends the logs of this process to stderr: one JSON object per line that names `service`, or, where stderr is a
+/// terminal, lines for people. `SENSORIUM_LOG` chooses the levels, `info` by default. Exports no traces.
+///
+/// # Errors
+/// [`InitError::Filter`] when `SENSORIUM_LOG` does not parse; [`InitError::AlreadySet`] on a second call.
+pub fn init(service: &'static str) -> Result<(), InitError> {
+    start(Options { service, otlp_endpoint: None, sampling: Sampling::default() }).map(drop)
+}
+
+/// As [`init`], and sends spans to a collector. With an endpoint this must run inside a Tokio runtime, which carries
+/// the connection.
+///
+/// # Errors
+/// As [`init`], and [`InitError::Exporter`].
+pub fn start(options: Options) -> Result<Telemetry, InitError> {
+    let (filter, logs) = logs::filter(std::env::var(logs::FILTER_VARIABLE).ok())?;
+    let exporter = options.otlp_endpoint.map(|endpoint| traces::exporter(options.service, endpoint)).transpose()?;
+    let spans = exporter.as_ref().map(traces::layer);
+    tracing_subscriber::registry()
+        .with(logs::lines(options.service).with_filter(filter))
+        .with(spans)
+        .try_init()
+        .map_err(InitError::AlreadySet)?;
+    let traces = TraceControl::new(exporter.is_some(), options.sampling);
+    Ok(Telemetry { logs, traces, exporter })
+}

@@ -1,65 +1,89 @@
-//! Where log lines go and what they look like.
+//! Where log lines go, what they look like, and which of them are written.
 
-use std::{fmt, io::IsTerminal as _};
+use std::{
+    fmt,
+    io::IsTerminal as _,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use tracing::{Event, Subscriber};
 use tracing_subscriber::{
-    EnvFilter, Layer as _,
+    EnvFilter, Layer, Registry,
     filter::ParseError,
     fmt::{
         FmtContext, FormatEvent, FormatFields,
         format::{Format, Json, JsonFields, Writer},
     },
-    layer::SubscriberExt as _,
     registry::LookupSpan,
-    util::{SubscriberInitExt as _, TryInitError},
+    reload,
 };
 
+use crate::traces::TraceId;
+
 /// The environment variable that chooses what is logged.
-const FILTER_VARIABLE: &str = "SENSORIUM_LOG";
+pub(crate) const FILTER_VARIABLE: &str = "SENSORIUM_LOG";
 const DEFAULT_FILTER: &str = "info";
 
-/// Why logging could not be set up.
+/// Text that chooses no log lines.
 #[derive(Debug, thiserror::Error)]
-pub enum InitError {
-    /// `SENSORIUM_LOG` does not parse.
-    #[error(
-        "{FILTER_VARIABLE}={value:?} is not a log filter; write a level (debug) or levels by target (info,sensorium_server=debug)"
-    )]
-    Filter {
-        /// What the variable holds.
-        value: String,
-        /// What is wrong with it.
-        source: ParseError,
-    },
-    /// `init` ran before in this process, or another subscriber is installed.
-    #[error("logging is set up already")]
-    AlreadySet(#[source] TryInitError),
+#[error("{value:?} is not a log filter; write a level (debug) or levels by target (info,sensorium_server=debug)")]
+pub struct FilterError {
+    /// As it was given.
+    value: String,
+    /// What is wrong with it.
+    source: ParseError,
 }
 
-/// Sends the logs of this process to stderr: one JSON object per line that names `service`, or, where stderr is a
-/// terminal, lines for people. `SENSORIUM_LOG` chooses the levels, `info` by default.
-///
-/// # Errors
-/// [`InitError::Filter`] when `SENSORIUM_LOG` does not parse; [`InitError::AlreadySet`] on a second call.
-pub fn init(service: &'static str) -> Result<(), InitError> {
-    let filter = filter(std::env::var(FILTER_VARIABLE).ok())?;
+/// Changes which lines are written while the program runs. Clones change the same.
+#[derive(Clone, Debug)]
+pub struct LogControl {
+    reload: reload::Handle<EnvFilter, Registry>,
+    current: Arc<Mutex<String>>,
+}
+
+impl LogControl {
+    /// What is written now.
+    pub fn filter(&self) -> String {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Writes what `value` chooses from now on: a level, or levels by target, as in `SENSORIUM_LOG`.
+    ///
+    /// # Errors
+    /// [`FilterError`], and nothing changes.
+    pub fn set(&self, value: &str) -> Result<(), FilterError> {
+        let filter = parse(value)?;
+        // Fails only when the subscriber is gone, and then there is nothing to write.
+        let _ = self.reload.reload(filter);
+        value.clone_into(&mut self.current.lock().unwrap_or_else(PoisonError::into_inner));
+        Ok(())
+    }
+}
+
+/// The filter that a variable's value stands for, and its control. An unset or empty variable means the default, as
+/// with most programs.
+pub(crate) fn filter(value: Option<String>) -> Result<(reload::Layer<EnvFilter, Registry>, LogControl), FilterError> {
+    let value = value.filter(|value| !value.is_empty()).unwrap_or_else(|| DEFAULT_FILTER.to_owned());
+    let (filter, reload) = reload::Layer::new(parse(&value)?);
+    Ok((filter, LogControl { reload, current: Arc::new(Mutex::new(value)) }))
+}
+
+fn parse(value: &str) -> Result<EnvFilter, FilterError> {
+    EnvFilter::builder().parse(value).map_err(|source| FilterError { value: value.to_owned(), source })
+}
+
+/// JSON to stderr, or lines for people where it is a terminal.
+pub(crate) fn lines(service: &'static str) -> Box<dyn Layer<Registry> + Send + Sync> {
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    let lines = if std::io::stderr().is_terminal() {
+    if std::io::stderr().is_terminal() {
         lines.with_target(false).boxed()
     } else {
         lines.fmt_fields(JsonFields::new()).event_format(JsonLine::new(service)).boxed()
-    };
-    tracing_subscriber::registry().with(filter).with(lines).try_init().map_err(InitError::AlreadySet)
+    }
 }
 
-/// An unset or empty variable means the default, as with most programs.
-fn filter(value: Option<String>) -> Result<EnvFilter, InitError> {
-    let value = value.filter(|value| !value.is_empty()).unwrap_or_else(|| DEFAULT_FILTER.to_owned());
-    EnvFilter::builder().parse(&value).map_err(|source| InitError::Filter { value, source })
-}
-
-/// The JSON format of `tracing-subscriber` with the event's fields at the top level, led by the service's name.
+/// The JSON format of `tracing-subscriber` with the event's fields at the top level, led by the service's name and, in a
+/// request that is traced, the trace's id.
 struct JsonLine {
     service: &'static str,
     inner: Format<Json>,
@@ -79,20 +103,31 @@ where
     fn format_event(&self, context: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         let mut line = String::new();
         self.inner.format_event(context, Writer::new(&mut line), event)?;
-        // The formatter has no place for constant fields, so the first one goes in behind its opening brace.
+        // The formatter has no place for constant fields, so the first ones go in behind its opening brace.
         let rest = line.strip_prefix('{').ok_or(fmt::Error)?;
-        write!(writer, "{{\"service\":\"{}\",{rest}", self.service)
+        write!(writer, "{{\"service\":\"{}\",", self.service)?;
+        let mut spans = context.event_scope().into_iter().flatten();
+        if let Some(id) = spans.find_map(|span| span.extensions().get::<TraceId>().copied()) {
+            write!(writer, "\"trace_id\":\"{id}\",")?;
+        }
+        writer.write_str(rest)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use tracing_subscriber::layer::SubscriberExt as _;
 
     use super::*;
 
     #[derive(Clone, Default)]
     struct Captured(Arc<Mutex<Vec<u8>>>);
+
+    impl Captured {
+        fn text(&self) -> String {
+            String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+        }
+    }
 
     impl std::io::Write for Captured {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
@@ -105,19 +140,21 @@ mod tests {
         }
     }
 
+    fn layer(captured: &Captured) -> Box<dyn Layer<Registry> + Send + Sync> {
+        let writer = captured.clone();
+        let lines = tracing_subscriber::fmt::layer().fmt_fields(JsonFields::new());
+        lines.event_format(JsonLine::new("sensorium-test")).with_writer(move || writer.clone()).boxed()
+    }
+
     #[test]
     fn a_line_is_one_json_object_with_service_fields_and_spans() {
         let captured = Captured::default();
-        let writer = captured.clone();
-        let layer = tracing_subscriber::fmt::layer()
-            .fmt_fields(JsonFields::new())
-            .event_format(JsonLine::new("sensorium-test"))
-            .with_writer(move || writer.clone());
-        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+        let subscriber = tracing_subscriber::registry().with(layer(&captured));
+        tracing::subscriber::with_default(subscriber, || {
             let _span = tracing::info_span!("infer", model = "vqa").entered();
             tracing::warn!(step = 7, "two\nlines");
         });
-        let text = String::from_utf8(captured.0.lock().unwrap().clone()).unwrap();
+        let text = captured.text();
         assert_eq!(text.lines().count(), 1, "{text}");
         let line: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(line["service"], "sensorium-test");
@@ -128,14 +165,32 @@ mod tests {
     }
 
     #[test]
+    fn the_level_can_be_changed_while_the_program_runs() {
+        let captured = Captured::default();
+        let (filter, control) = filter(None).unwrap();
+        let subscriber = tracing_subscriber::registry().with(layer(&captured).with_filter(filter));
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::debug!("before");
+            control.set("debug").unwrap();
+            tracing::debug!("between");
+            assert!(control.set("info,=,=").is_err());
+            control.set("off").unwrap();
+            tracing::error!("after");
+        });
+        assert_eq!(control.filter(), "off");
+        let text = captured.text();
+        assert!(text.contains("between") && !text.contains("before") && !text.contains("after"), "{text}");
+    }
+
+    #[test]
     fn an_empty_variable_means_the_default() {
-        assert_eq!(filter(Some(String::new())).unwrap().to_string(), DEFAULT_FILTER);
-        assert_eq!(filter(None).unwrap().to_string(), DEFAULT_FILTER);
+        assert_eq!(filter(Some(String::new())).unwrap().1.filter(), DEFAULT_FILTER);
+        assert_eq!(filter(None).unwrap().1.filter(), DEFAULT_FILTER);
     }
 
     #[test]
     fn a_filter_that_does_not_parse_is_named() {
         let error = filter(Some("info,=,=".to_owned())).unwrap_err();
-        assert!(matches!(&error, InitError::Filter { value, .. } if value == "info,=,="), "{error:?}");
+        assert!(error.to_string().starts_with("\"info,=,=\" is not a log filter"), "{error}");
     }
 }

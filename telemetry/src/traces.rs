@@ -1,0 +1,177 @@
+//! Spans of requests, sent to a collector by OTLP.
+
+use std::{fmt, str::FromStr as _};
+
+use opentelemetry::{
+    Context, KeyValue, SpanId, TraceFlags,
+    trace::{Link, SpanContext, SpanKind, TraceContextExt as _, TraceState, TracerProvider as _},
+};
+use opentelemetry_otlp::{SpanExporter, WithExportConfig as _};
+use opentelemetry_sdk::{
+    Resource,
+    trace::{SamplingDecision, SamplingResult, SdkTracerProvider, ShouldSample},
+};
+use tracing::{Level, Span, Subscriber};
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
+use tracing_subscriber::{Layer, Registry, filter::Targets, registry::LookupSpan};
+
+use crate::{InitError, TraceControl};
+
+/// The name of the span of a request, with which a trace begins here.
+const REQUEST: &str = "infer";
+
+/// The trace of whoever sent a request, as its `traceparent` says (W3C Trace Context, level 1).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parent(SpanContext);
+
+impl Parent {
+    /// Reads the headers `traceparent` and `tracestate`; `None` for a `traceparent` that is none, which the standard
+    /// says to ignore.
+    pub fn parse(traceparent: &str, tracestate: Option<&str>) -> Option<Self> {
+        let mut fields = traceparent.trim().split('-');
+        let (version, trace, span, flags) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+        let lowercase_hex = |text: &str, length: usize| {
+            text.len() == length && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+        };
+        let whole = [(version, 2), (trace, 32), (span, 16), (flags, 2)];
+        // Later versions may append fields; version 0 has none, and ff is no version.
+        if !whole.iter().all(|(field, length)| lowercase_hex(field, *length))
+            || version == "ff"
+            || (version == "00" && fields.next().is_some())
+        {
+            return None;
+        }
+        let trace = opentelemetry::TraceId::from_hex(trace).ok()?;
+        let span = SpanId::from_hex(span).ok()?;
+        let flags = TraceFlags::new(u8::from_str_radix(flags, 16).ok()?) & TraceFlags::SAMPLED;
+        let state = tracestate.and_then(|state| TraceState::from_str(state).ok()).unwrap_or_default();
+        let context = SpanContext::new(trace, span, flags, true, state);
+        context.is_valid().then_some(Self(context))
+    }
+
+    pub(crate) fn is_sampled(&self) -> bool {
+        self.0.is_sampled()
+    }
+}
+
+/// The id of a request's trace, kept with its span for log lines.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TraceId(opentelemetry::TraceId);
+
+impl fmt::Display for TraceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl TraceControl {
+    /// The span of a request to `model`: one that is exported if this request is traced, else one that does nothing.
+    pub fn request_span(&self, model: &str, id: &str, parent: Option<&Parent>) -> Span {
+        if !self.sample(model, parent) {
+            return Span::none();
+        }
+        let span =
+            tracing::info_span!("infer", model, id, otel.kind = "server", otel.status_code = tracing::field::Empty);
+        if let Some(parent) = parent {
+            // Fails only for a span that nobody exports.
+            let _ = span.set_parent(Context::new().with_remote_span_context(parent.0.clone()));
+        }
+        let trace = TraceId(span.context().span().span_context().trace_id());
+        span.with_subscriber(|(id, dispatch)| {
+            if let Some(span) = dispatch.downcast_ref::<Registry>().and_then(|registry| registry.span(id)) {
+                span.extensions_mut().insert(trace);
+            }
+        });
+        span
+    }
+}
+
+/// Batches of finished spans to `endpoint`, from a thread of its own.
+pub(crate) fn exporter(service: &'static str, endpoint: String) -> Result<SdkTracerProvider, InitError> {
+    let exporter = SpanExporter::builder().with_tonic().with_endpoint(&endpoint).build();
+    let exporter = exporter.map_err(|source| InitError::Exporter { endpoint, source })?;
+    let resource = Resource::builder().with_service_name(service).build();
+    Ok(SdkTracerProvider::builder()
+        .with_batch_exporter(exporter)
+        .with_resource(resource)
+        .with_sampler(TracedRequests)
+        .build())
+}
+
+/// Hands spans to the exporter.
+pub(crate) fn layer<S>(provider: &SdkTracerProvider) -> impl Layer<S> + use<S>
+where
+    S: Subscriber + for<'span> LookupSpan<'span>,
+{
+    tracing_opentelemetry::layer()
+        .with_tracer(provider.tracer("sensorium"))
+        .with_location(false)
+        .with_threads(false)
+        .with_tracked_inactivity(false)
+        // What happens below our own spans is not about requests.
+        .with_filter(Targets::new().with_target("sensorium", Level::INFO))
+}
+
+/// Keeps the spans of requests, which are only made when they are traced, what is below them, and what links to them.
+/// Anything else in the program that happens to be a span is no trace.
+#[derive(Clone, Debug)]
+struct TracedRequests;
+
+impl ShouldSample for TracedRequests {
+    fn should_sample(
+        &self,
+        parent: Option<&Context>,
+        _: opentelemetry::TraceId,
+        name: &str,
+        _: &SpanKind,
+        _: &[KeyValue],
+        links: &[Link],
+    ) -> SamplingResult {
+        let parent = parent.map(|parent| parent.span().span_context().clone()).filter(SpanContext::is_valid);
+        let kept = match &parent {
+            Some(parent) => parent.is_sampled(),
+            None => name == REQUEST || links.iter().any(|link| link.span_context.is_sampled()),
+        };
+        let decision = if kept { SamplingDecision::RecordAndSample } else { SamplingDecision::Drop };
+        let trace_state = parent.map(|parent| parent.trace_state().clone()).unwrap_or_default();
+        SamplingResult { decision, attributes: Vec::new(), trace_state }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+    const SPAN: &str = "b7ad6b7169203331";
+
+    #[test]
+    fn a_traceparent_is_read_as_the_standard_writes_it() {
+        let parent = Parent::parse(&format!("00-{TRACE}-{SPAN}-01"), Some("vendor=1")).unwrap();
+        assert_eq!(parent.0.trace_id().to_string(), TRACE);
+        assert_eq!(parent.0.span_id().to_string(), SPAN);
+        assert!(parent.is_sampled() && parent.0.is_remote());
+        assert_eq!(parent.0.trace_state().header(), "vendor=1");
+        assert!(!Parent::parse(&format!("00-{TRACE}-{SPAN}-00"), None).unwrap().is_sampled());
+        assert!(Parent::parse(&format!("01-{TRACE}-{SPAN}-01-more"), None).is_some(), "a later version");
+    }
+
+    #[test]
+    fn what_is_no_traceparent_is_ignored() {
+        let zeros = "0".repeat(32);
+        for text in [
+            String::new(),
+            "00".to_owned(),
+            format!("00-{TRACE}-{SPAN}"),
+            format!("00-{TRACE}-{SPAN}-01-more"),
+            format!("ff-{TRACE}-{SPAN}-01"),
+            format!("00-{}-{SPAN}-01", TRACE.to_uppercase()),
+            format!("00-{zeros}-{SPAN}-01"),
+            format!("00-{TRACE}-0000000000000000-01"),
+            format!("00-{}-{SPAN}-01", &TRACE[1..]),
+            "é".repeat(30),
+        ] {
+            assert_eq!(Parent::parse(&text, None), None, "{text}");
+        }
+    }
+}
