@@ -1,9 +1,11 @@
 //! The part of a node: where there is none, a test says what its pods do.
 
 use std::net::UdpSocket;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use futures::StreamExt;
 use k8s_openapi::api::core::v1::{
     Binding, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus,
     Node, ObjectReference, Pod, PodCondition, PodIP, PodStatus,
@@ -11,6 +13,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::core::Status;
+use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
 use tokio::task::JoinHandle;
 
@@ -22,19 +25,29 @@ const POLL: Duration = Duration::from_millis(50);
 /// The one node that there seems to be.
 const NODE: &str = "test-node";
 
-/// Says what happens to the pods of a namespace, as the kubelet of their node would.
+/// Says what happens to the pods of a namespace, as the kubelet of their node would. A pod that it ran and that is deleted
+/// stops at once.
 #[derive(Clone)]
 pub struct Kubelet {
     pods: Api<Pod>,
+    _stops: Arc<Background>,
 }
 
 /// Pods run for as long as this lives.
-pub struct RunAll(JoinHandle<()>);
+pub struct RunAll(#[expect(dead_code, reason = "held until it is dropped")] Background);
+
+/// A task that ends with the value.
+struct Background(JoinHandle<()>);
 
 impl Kubelet {
     /// Of the pods of this namespace.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
     pub fn new(namespace: &Namespace) -> Self {
-        Self { pods: namespace.api() }
+        let pods: Api<Pod> = namespace.api();
+        let stops = Background(tokio::spawn(stop_deleted(pods.clone())));
+        Self { pods, _stops: Arc::new(stops) }
     }
 
     /// Waits until exactly `count` pods that are not being deleted match a label selector; sorted by name.
@@ -173,7 +186,7 @@ impl Kubelet {
     /// Runs every pending pod that matches a label selector, now and later, until the value is dropped.
     pub fn run_all(&self, selector: &str) -> RunAll {
         let (kubelet, pending) = (self.clone(), ListParams::default().labels(selector).fields("status.phase=Pending"));
-        RunAll(tokio::spawn(async move {
+        RunAll(Background(tokio::spawn(async move {
             loop {
                 // A pod may be deleted meanwhile, and the next round asks again.
                 for pod in kubelet.pods.list(&pending).await.into_iter().flatten() {
@@ -181,7 +194,7 @@ impl Kubelet {
                 }
                 tokio::time::sleep(POLL).await;
             }
-        }))
+        })))
     }
 
     /// Puts the pod on a node, as the scheduler would: a Service sends nothing to a pod without one.
@@ -205,30 +218,58 @@ impl Kubelet {
     }
 
     async fn end(&self, pod: &str, phase: &str, exit_code: i32, reason: &str, message: &str) -> Result<Pod> {
-        self.change(pod, |status, names| {
-            status.phase = Some(phase.to_owned());
-            set_containers(status, names, &terminated(exit_code, reason, message), false, 0);
-            set_conditions(status, "False");
-        })
-        .await
+        end(&self.pods, pod, phase, terminated(exit_code, reason, message)).await
     }
 
-    /// Changes a pod's status, again when somebody else has written the pod since it was read.
-    async fn change(&self, pod: &str, change: impl Fn(&mut PodStatus, &[String])) -> Result<Pod> {
-        loop {
-            let mut object = self.pods.get_status(pod).await?;
-            let spec = object.spec.as_ref().context("a pod has a spec")?;
-            let names: Vec<String> = spec.containers.iter().map(|container| container.name.clone()).collect();
-            change(object.status.get_or_insert_default(), &names);
-            match self.pods.replace_status(pod, &PostParams::default(), &object).await {
-                Err(kube::Error::Api(status)) if status.code == 409 => {}
-                answer => return Ok(answer?),
-            }
+    async fn change(&self, pod: &str, by: impl Fn(&mut PodStatus, &[String])) -> Result<Pod> {
+        change(&self.pods, pod, by).await
+    }
+}
+
+/// Its containers end, for good.
+async fn end(pods: &Api<Pod>, pod: &str, phase: &str, state: ContainerState) -> Result<Pod> {
+    change(pods, pod, |status, names| {
+        status.phase = Some(phase.to_owned());
+        set_containers(status, names, &state, false, 0);
+        set_conditions(status, "False");
+    })
+    .await
+}
+
+/// Changes a pod's status, again when somebody else has written the pod since it was read.
+async fn change(pods: &Api<Pod>, pod: &str, by: impl Fn(&mut PodStatus, &[String])) -> Result<Pod> {
+    loop {
+        let mut object = pods.get_status(pod).await?;
+        let spec = object.spec.as_ref().context("a pod has a spec")?;
+        let names: Vec<String> = spec.containers.iter().map(|container| container.name.clone()).collect();
+        by(object.status.get_or_insert_default(), &names);
+        match pods.replace_status(pod, &PostParams::default(), &object).await {
+            Err(kube::Error::Api(status)) if status.code == 409 => {}
+            answer => return Ok(answer?),
         }
     }
 }
 
-impl Drop for RunAll {
+/// Ends and removes what is deleted. The API server waits for the kubelet before it removes a pod that has a node, and the
+/// Job controller waits for a phase that says that the pod has ended.
+async fn stop_deleted(pods: Api<Pod>) {
+    let changed = watcher(pods.clone(), watcher::Config::default()).default_backoff().applied_objects();
+    let mut deleted = std::pin::pin!(changed.filter_map(async |pod| {
+        let pod = pod.ok()?;
+        let has_node = pod.spec.as_ref().is_some_and(|spec| spec.node_name.is_some());
+        (has_node && pod.metadata.deletion_timestamp.is_some()).then_some(pod)
+    }));
+    while let Some(pod) = deleted.next().await {
+        let (name, phase) = (pod.name_any(), pod.status.and_then(|status| status.phase).unwrap_or_default());
+        // Whatever fails here does so because the pod is gone.
+        if phase != "Failed" && phase != "Succeeded" {
+            let _ = end(&pods, &name, "Failed", terminated(143, "Error", "")).await;
+        }
+        let _ = pods.delete(&name, &DeleteParams::default().grace_period(0)).await;
+    }
+}
+
+impl Drop for Background {
     fn drop(&mut self) {
         self.0.abort();
     }
