@@ -1,5 +1,7 @@
 use sensorium_modality::Tensor;
 
+use crate::raw::RawTensor;
+use crate::signature::dtype_name;
 use crate::{EngineError, Signature};
 
 /// Tensors by the name of a graph's input or output.
@@ -11,10 +13,45 @@ pub trait Engine: Send {
     /// What the graph takes and gives.
     fn signature(&self) -> &Signature;
 
+    /// Runs the graph once on tensors that [`Signature::validate`] accepts: `inputs` in the signature's order. `outputs`
+    /// are indices of the signature's outputs; the answer has those, in that order. Neither inputs nor outputs are copied
+    /// where the engine can read and share their memory.
+    ///
+    /// # Errors
+    /// [`EngineError::Run`], or [`EngineError::NotUtf8`] for text that is none.
+    fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError>;
+
     /// Runs the graph once. `inputs` must have every input of the signature, in any order; `outputs` names the
     /// wanted outputs, and none means all. The answer has them in the order of `outputs`, or of the signature.
     ///
     /// # Errors
-    /// As [`Signature::validate`], before anything runs; [`EngineError::UnknownOutput`]; [`EngineError::Run`].
-    fn run(&mut self, inputs: Named, outputs: &[String]) -> Result<Named, EngineError>;
+    /// Inputs that are missing, unknown or refused by [`Signature::validate`], before anything runs;
+    /// [`EngineError::UnknownOutput`]; [`EngineError::Run`].
+    fn run(&mut self, inputs: Named, outputs: &[String]) -> Result<Named, EngineError> {
+        let signature = self.signature();
+        let inputs = signature.place(inputs)?;
+        signature.validate(&inputs)?;
+        let names: Vec<String> = signature.outputs().iter().map(|output| output.name.clone()).collect();
+        let index = |wanted: &String| {
+            let found = names.iter().position(|name| name == wanted);
+            found.ok_or_else(|| EngineError::UnknownOutput { output: wanted.clone(), known: names.clone() })
+        };
+        let indices: Vec<usize> = match outputs {
+            [] => (0..names.len()).collect(),
+            outputs => outputs.iter().map(index).collect::<Result<_, _>>()?,
+        };
+        let found = self.run_raw(&inputs, &indices)?;
+        let typed = |(index, raw): (usize, RawTensor)| {
+            let name = names[index].clone();
+            match Tensor::try_from(raw) {
+                Ok(tensor) => Ok((name, tensor)),
+                Err(dtype) => Err(EngineError::UnsupportedType {
+                    origin: "its result".to_owned(),
+                    tensor: name,
+                    found: dtype_name(dtype).to_owned(),
+                }),
+            }
+        };
+        indices.into_iter().zip(found).map(typed).collect()
+    }
 }

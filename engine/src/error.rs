@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use sensorium_modality::{DType, ModalityError, TensorError};
+use sensorium_modality::{ModalityError, TensorError};
 
 use crate::signature::Shape;
 
@@ -35,7 +35,7 @@ pub enum EngineError {
         /// What the engine said.
         reason: String,
     },
-    /// A graph has an input or output that no [`DType`] stands for.
+    /// A graph has an input or output of a type that tensors do not have, or that this caller cannot take.
     #[error("{origin} cannot be used: `{tensor}` is {found}")]
     UnsupportedType {
         /// The file, or what the bytes are called.
@@ -51,7 +51,7 @@ pub enum EngineError {
         /// The input.
         input: String,
         /// Its element type.
-        wanted: DType,
+        wanted: &'static str,
         /// Its shape.
         wanted_shape: Shape,
     },
@@ -69,11 +69,11 @@ pub enum EngineError {
         /// The input.
         input: String,
         /// Its element type.
-        got: DType,
+        got: &'static str,
         /// Its shape.
-        got_shape: Vec<usize>,
+        got_shape: Vec<i64>,
         /// The element type it must have.
-        wanted: DType,
+        wanted: &'static str,
         /// The shape it must have.
         wanted_shape: Shape,
     },
@@ -85,11 +85,11 @@ pub enum EngineError {
         /// The input that came first.
         first: String,
         /// Its size.
-        first_size: usize,
+        first_size: i64,
         /// The input that disagrees.
         second: String,
         /// Its size.
-        second_size: usize,
+        second_size: i64,
     },
     /// A text input holds bytes that are not UTF-8.
     #[error("input `{input}` has bytes that are not UTF-8 in element {index}")]

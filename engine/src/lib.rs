@@ -2,6 +2,7 @@
 //!
 //! * [`Engine`] runs one graph. [`OnnxRuntime`] is the one there is: a session of the onnxruntime library, which is
 //!   loaded when the first graph is opened, so that programs start, and say what is missing, without it.
+//! * [`RawTensor`] is what goes in and out: bytes as they come from the wire, shared and not copied.
 //! * [`Signature`] is what a graph takes and gives. Inputs are held against it before an engine sees them, so a caller
 //!   reads which input was wrong and how, not what some kernel made of it.
 //! * [`Pipeline`] knows which graphs of an artifact turn an image and a question into an answer. It runs nothing
@@ -17,6 +18,7 @@ mod error;
 pub mod fixture;
 pub mod onnxruntime;
 mod pipeline;
+mod raw;
 mod signature;
 
 pub use engine::{Engine, Named};
@@ -24,4 +26,6 @@ pub use error::{EngineError, PipelineError};
 pub use onnxruntime::{OnnxRuntime, Options};
 pub use pipeline::{Encoded, GraphRunner, LocalPipeline, Pipeline, VqaAnswer, VqaInput, open_graph, rank_answers};
 pub use sensorium_artifact::TensorSpec;
-pub use signature::{Signature, artifact_dtype, host_dtype};
+pub use raw::{RawTensor, RawTensorError, Strings, element_size};
+pub use sensorium_artifact::DType;
+pub use signature::{Signature, artifact_dtype, dtype_name};

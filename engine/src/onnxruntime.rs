@@ -2,19 +2,24 @@
 
 use std::borrow::Cow;
 use std::env;
+use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use bytemuck::{AnyBitPattern, NoUninit};
+use bytes::Bytes;
+use half::{bf16, f16};
 use ort::environment::Environment;
 use ort::logging::LogLevel;
 use ort::session::builder::SessionBuilder;
 use ort::session::{OutputSelector, RunOptions, Session, SessionInputValue};
-use ort::value::{DynValue, Outlet, TensorElementType, TensorRef, ValueType};
-use sensorium_modality::{DType, Element, Tensor, TensorData};
+use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType};
+use sensorium_artifact::DType;
 
 use crate::EngineError;
-use crate::engine::{Engine, Named};
+use crate::engine::Engine;
+use crate::raw::{RawTensor, RawTensorError};
 use crate::signature::{Dim, Shape, Signature};
 
 /// Environment variable with the path of the library; read when it is loaded, and at build time for a default.
@@ -122,7 +127,7 @@ impl OnnxRuntime {
             .map_err(|error| EngineError::Open { origin: origin.to_owned(), reason: error.message().to_owned() })?;
         let read =
             |outlets: &[Outlet]| outlets.iter().map(|outlet| declared(origin, outlet)).collect::<Result<Vec<_>, _>>();
-        let signature = Signature::new(read(session.inputs())?, &read(session.outputs())?);
+        let signature = Signature::new(read(session.inputs())?, read(session.outputs())?);
         Ok(Self { session, signature })
     }
 }
@@ -142,103 +147,116 @@ impl Engine for OnnxRuntime {
         &self.signature
     }
 
-    fn run(&mut self, inputs: Named, outputs: &[String]) -> Result<Named, EngineError> {
-        self.signature.validate(&inputs)?;
-        let outputs = self.outputs_wanted(outputs)?;
-        let mut values: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::with_capacity(inputs.len());
-        for (name, tensor) in &inputs {
-            values.push((Cow::Borrowed(name.as_str()), to_value(name, tensor)?));
+    fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
+        let specs = self.signature.inputs();
+        let mut values = Vec::with_capacity(inputs.len());
+        for (spec, tensor) in specs.iter().zip(inputs) {
+            values.push((Cow::Borrowed(spec.name.as_str()), to_value(&spec.name, tensor)?));
         }
-        let selected = outputs.iter().fold(OutputSelector::no_default(), OutputSelector::with);
+        let names = || outputs.iter().filter_map(|&index| Some(self.signature.outputs().get(index)?.name.as_str()));
+        let selected = names().fold(OutputSelector::no_default(), OutputSelector::with);
         let options = RunOptions::new().map_err(failed)?.with_outputs(selected);
-        let found = self.session.run_with_options(values, &options).map_err(failed)?;
-        outputs
-            .into_iter()
-            .map(|name| {
-                let value = found
-                    .get(&name)
-                    .ok_or_else(|| EngineError::Run { reason: format!("output `{name}` was not computed") })?;
-                let tensor = from_value(value)?;
-                Ok((name, tensor))
-            })
-            .collect()
+        let mut found = self.session.run_with_options(values, &options).map_err(failed)?;
+        let take = |name: &str| match found.remove(name) {
+            Some(value) => from_value(value),
+            None => Err(EngineError::Run { reason: format!("output `{name}` was not computed") }),
+        };
+        names().map(take).collect()
     }
 }
 
-impl OnnxRuntime {
-    fn outputs_wanted(&self, wanted: &[String]) -> Result<Vec<String>, EngineError> {
-        let known: Vec<String> = self.signature.outputs().iter().map(|output| output.name.clone()).collect();
-        if wanted.is_empty() {
-            return Ok(known);
+/// A view of the tensor's own memory; only strings and what lies at an odd address are copied.
+fn to_value<'a>(name: &str, tensor: &'a RawTensor) -> Result<SessionInputValue<'a>, EngineError> {
+    Ok(match tensor.dtype() {
+        DType::Fp32 => view::<f32>(tensor)?,
+        DType::Fp64 => view::<f64>(tensor)?,
+        DType::Fp16 => view::<f16>(tensor)?,
+        DType::Bf16 => view::<bf16>(tensor)?,
+        DType::Int64 => view::<i64>(tensor)?,
+        DType::Int32 => view::<i32>(tensor)?,
+        DType::Int16 => view::<i16>(tensor)?,
+        DType::Int8 => view::<i8>(tensor)?,
+        DType::Uint64 => view::<u64>(tensor)?,
+        DType::Uint32 => view::<u32>(tensor)?,
+        DType::Uint16 => view::<u16>(tensor)?,
+        DType::Uint8 => view::<u8>(tensor)?,
+        DType::Bool => {
+            let elements: &[bool] = bytemuck::checked::try_cast_slice(tensor.data())
+                .map_err(|_| EngineError::Run { reason: format!("input `{name}` has a boolean that is not 0 or 1") })?;
+            TensorRef::from_array_view((tensor.shape(), elements)).map_err(failed)?.into()
         }
-        match wanted.iter().find(|output| !known.contains(output)) {
-            Some(output) => Err(EngineError::UnknownOutput { output: output.clone(), known }),
-            None => Ok(wanted.to_vec()),
-        }
-    }
-}
-
-/// A view of the tensor's own memory; only strings are copied.
-fn to_value<'a>(name: &str, tensor: &'a Tensor) -> Result<SessionInputValue<'a>, EngineError> {
-    let shape = tensor.shape();
-    Ok(match tensor.data() {
-        TensorData::F32(elements) => view(shape, elements)?,
-        TensorData::F64(elements) => view(shape, elements)?,
-        TensorData::I64(elements) => view(shape, elements)?,
-        TensorData::I32(elements) => view(shape, elements)?,
-        TensorData::I8(elements) => view(shape, elements)?,
-        TensorData::U8(elements) => view(shape, elements)?,
-        TensorData::Bool(elements) => view(shape, elements)?,
-        TensorData::Bytes(elements) => {
-            let texts = elements
-                .iter()
-                .enumerate()
-                .map(|(index, bytes)| {
-                    String::from_utf8(bytes.clone()).map_err(|_| EngineError::NotUtf8 { input: name.to_owned(), index })
-                })
-                .collect::<Result<Vec<String>, _>>()?;
-            ort::value::Tensor::from_string_array((shape, texts.as_slice())).map_err(failed)?.into()
+        DType::Bytes => {
+            let text = |(index, bytes): (usize, &[u8])| {
+                let text = String::from_utf8(bytes.to_vec());
+                text.map_err(|_| EngineError::NotUtf8 { input: name.to_owned(), index })
+            };
+            let texts = tensor.strings().enumerate().map(text).collect::<Result<Vec<String>, _>>()?;
+            ort::value::Tensor::from_string_array((tensor.shape(), texts.as_slice())).map_err(failed)?.into()
         }
     })
 }
 
-fn view<'a, T>(shape: &'a [usize], elements: &'a [T]) -> Result<SessionInputValue<'a>, EngineError>
+fn view<T>(tensor: &RawTensor) -> Result<SessionInputValue<'_>, EngineError>
 where
-    T: ort::value::PrimitiveTensorElementType + Clone + std::fmt::Debug + 'static,
+    T: PrimitiveTensorElementType + AnyBitPattern + NoUninit + std::fmt::Debug,
 {
-    Ok(TensorRef::from_array_view((shape, elements)).map_err(failed)?.into())
+    Ok(match tensor.numbers::<T>() {
+        Cow::Borrowed(elements) => TensorRef::from_array_view((tensor.shape(), elements)).map_err(failed)?.into(),
+        Cow::Owned(elements) => {
+            ort::value::Tensor::from_array((tensor.shape(), elements.into_boxed_slice())).map_err(failed)?.into()
+        }
+    })
 }
 
-fn from_value(value: &DynValue) -> Result<Tensor, EngineError> {
-    fn copy<T: Element + ort::value::PrimitiveTensorElementType>(
-        value: &DynValue,
-    ) -> Result<(Vec<usize>, TensorData), EngineError> {
-        let (shape, elements) = value.try_extract_tensor::<T>().map_err(failed)?;
-        Ok((sizes(shape), T::wrap(elements.to_vec())))
-    }
-    let dtype = match value.dtype() {
-        ValueType::Tensor { ty, .. } => element_type(*ty),
+/// Takes the engine's own memory; only strings are copied.
+fn from_value(value: DynValue) -> Result<RawTensor, EngineError> {
+    let unfit = |error: RawTensorError| EngineError::Run { reason: error.to_string() };
+    let found = match value.dtype() {
+        ValueType::Tensor { ty, shape, .. } => element_type(*ty).map(|dtype| (dtype, shape.to_vec())),
         _ => None,
     };
-    let (shape, data) = match dtype {
-        Some(DType::F32) => copy::<f32>(value)?,
-        Some(DType::F64) => copy::<f64>(value)?,
-        Some(DType::I64) => copy::<i64>(value)?,
-        Some(DType::I32) => copy::<i32>(value)?,
-        Some(DType::I8) => copy::<i8>(value)?,
-        Some(DType::U8) => copy::<u8>(value)?,
-        Some(DType::Bool) => copy::<bool>(value)?,
-        Some(DType::Bytes) => {
-            let (shape, texts) = value.try_extract_strings().map_err(failed)?;
-            (sizes(shape), TensorData::Bytes(texts.into_iter().map(String::into_bytes).collect()))
-        }
-        None => return Err(EngineError::Run { reason: format!("an output is {:?}", value.dtype()) }),
+    let Some((dtype, shape)) = found else {
+        return Err(EngineError::Run { reason: format!("an output is {:?}", value.dtype()) });
     };
-    Tensor::new(shape, data).map_err(|error| EngineError::Run { reason: error.to_string() })
+    let data = match dtype {
+        DType::Fp32 => Output::<f32>::share(value)?,
+        DType::Fp64 => Output::<f64>::share(value)?,
+        DType::Fp16 => Output::<f16>::share(value)?,
+        DType::Bf16 => Output::<bf16>::share(value)?,
+        DType::Int64 => Output::<i64>::share(value)?,
+        DType::Int32 => Output::<i32>::share(value)?,
+        DType::Int16 => Output::<i16>::share(value)?,
+        DType::Int8 => Output::<i8>::share(value)?,
+        DType::Uint64 => Output::<u64>::share(value)?,
+        DType::Uint32 => Output::<u32>::share(value)?,
+        DType::Uint16 => Output::<u16>::share(value)?,
+        DType::Uint8 => Output::<u8>::share(value)?,
+        DType::Bool => Output::<bool>::share(value)?,
+        DType::Bytes => {
+            let (_, texts) = value.try_extract_strings().map_err(failed)?;
+            return RawTensor::from_strings(shape, &texts).map_err(unfit);
+        }
+    };
+    RawTensor::new(dtype, shape, data).map_err(unfit)
 }
 
-fn sizes(shape: &[i64]) -> Vec<usize> {
-    shape.iter().map(|&size| usize::try_from(size).unwrap_or(0)).collect()
+/// An output that stays in the engine's memory until nobody reads it any more.
+struct Output<T> {
+    value: DynValue,
+    element: PhantomData<T>,
+}
+
+impl<T: PrimitiveTensorElementType + NoUninit + Send> Output<T> {
+    fn share(value: DynValue) -> Result<Bytes, EngineError> {
+        value.try_extract_tensor::<T>().map_err(failed)?; // what `as_ref` does, where an error can be told
+        Ok(Bytes::from_owner(Self { value, element: PhantomData }))
+    }
+}
+
+impl<T: PrimitiveTensorElementType + NoUninit> AsRef<[u8]> for Output<T> {
+    fn as_ref(&self) -> &[u8] {
+        self.value.try_extract_tensor::<T>().map_or(&[], |(_, elements)| bytemuck::cast_slice(elements))
+    }
 }
 
 fn declared(origin: &str, outlet: &Outlet) -> Result<(String, DType, Shape), EngineError> {
@@ -259,12 +277,18 @@ fn declared(origin: &str, outlet: &Outlet) -> Result<(String, DType, Shape), Eng
 
 fn element_type(found: TensorElementType) -> Option<DType> {
     Some(match found {
-        TensorElementType::Float32 => DType::F32,
-        TensorElementType::Float64 => DType::F64,
-        TensorElementType::Int64 => DType::I64,
-        TensorElementType::Int32 => DType::I32,
-        TensorElementType::Int8 => DType::I8,
-        TensorElementType::Uint8 => DType::U8,
+        TensorElementType::Float32 => DType::Fp32,
+        TensorElementType::Float64 => DType::Fp64,
+        TensorElementType::Float16 => DType::Fp16,
+        TensorElementType::Bfloat16 => DType::Bf16,
+        TensorElementType::Int64 => DType::Int64,
+        TensorElementType::Int32 => DType::Int32,
+        TensorElementType::Int16 => DType::Int16,
+        TensorElementType::Int8 => DType::Int8,
+        TensorElementType::Uint64 => DType::Uint64,
+        TensorElementType::Uint32 => DType::Uint32,
+        TensorElementType::Uint16 => DType::Uint16,
+        TensorElementType::Uint8 => DType::Uint8,
         TensorElementType::Bool => DType::Bool,
         TensorElementType::String => DType::Bytes,
         _ => return None,

@@ -1,22 +1,24 @@
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fmt;
 
-use sensorium_artifact::{DType as ArtifactDType, TensorSpec};
-use sensorium_modality::{DType, Tensor};
+use sensorium_artifact::{DType, TensorSpec};
+use sensorium_modality::{DType as HostDType, Tensor};
 
-use crate::EngineError;
+use crate::raw::RawTensor;
+use crate::{EngineError, Named};
 
 /// What a graph takes and gives.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Signature {
-    inputs: Vec<Input>,
-    outputs: Vec<TensorSpec>,
+    inputs: Vec<Port>,
+    outputs: Vec<Port>,
     input_specs: Vec<TensorSpec>,
+    output_specs: Vec<TensorSpec>,
 }
 
-/// An input with the names of its sizes.
+/// An input or output with the names of its sizes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Input {
+struct Port {
     name: String,
     dtype: DType,
     shape: Shape,
@@ -53,12 +55,22 @@ impl Shape {
     }
 
     /// A size the request decides may be anything but zero: no kernel has work to do for nothing.
-    fn accepts(&self, shape: &[usize]) -> bool {
+    fn accepts(&self, shape: &[i64]) -> bool {
         self.0.len() == shape.len()
             && self.0.iter().zip(shape).all(|(dim, &size)| match dim {
-                Dim::Fixed(fixed) => *fixed == size as u64,
+                Dim::Fixed(fixed) => u64::try_from(size) == Ok(*fixed),
                 Dim::Symbol(_) | Dim::Any => size > 0,
             })
+    }
+}
+
+impl Shape {
+    /// The name of an axis whose size a request decides, where it has one.
+    fn symbol(&self, axis: usize) -> Option<&str> {
+        match self.0.get(axis)? {
+            Dim::Symbol(symbol) => Some(symbol),
+            Dim::Fixed(_) | Dim::Any => None,
+        }
     }
 }
 
@@ -78,16 +90,17 @@ impl fmt::Display for Shape {
 }
 
 impl Signature {
-    pub(crate) fn new(inputs: Vec<(String, DType, Shape)>, outputs: &[(String, DType, Shape)]) -> Self {
-        let spec = |(name, dtype, shape): &(String, DType, Shape)| TensorSpec {
-            name: name.clone(),
-            dtype: artifact_dtype(*dtype),
-            shape: shape.sizes(),
+    /// From names, types and shapes, in the graph's order.
+    pub(crate) fn new(inputs: Vec<(String, DType, Shape)>, outputs: Vec<(String, DType, Shape)>) -> Self {
+        let ports = |ports: Vec<(String, DType, Shape)>| -> Vec<Port> {
+            ports.into_iter().map(|(name, dtype, shape)| Port { name, dtype, shape }).collect()
         };
+        let (inputs, outputs) = (ports(inputs), ports(outputs));
         Self {
-            input_specs: inputs.iter().map(spec).collect(),
-            outputs: outputs.iter().map(spec).collect(),
-            inputs: inputs.into_iter().map(|(name, dtype, shape)| Input { name, dtype, shape }).collect(),
+            input_specs: inputs.iter().map(Port::spec).collect(),
+            output_specs: outputs.iter().map(Port::spec).collect(),
+            inputs,
+            outputs,
         }
     }
 
@@ -98,37 +111,35 @@ impl Signature {
 
     /// What it gives, in order.
     pub fn outputs(&self) -> &[TensorSpec] {
-        &self.outputs
+        &self.output_specs
     }
 
-    /// Whether `inputs` are what the graph takes: each of its inputs once, with its type and shape, and the same size
-    /// wherever two of them share one by name.
+    /// The name that the graph gives to a size of input `input` that a request decides, if it has one. Equal names mean
+    /// equal sizes.
+    pub fn input_symbol(&self, input: usize, axis: usize) -> Option<&str> {
+        self.inputs.get(input)?.shape.symbol(axis)
+    }
+
+    /// As [`Signature::input_symbol`], of an output.
+    pub fn output_symbol(&self, output: usize, axis: usize) -> Option<&str> {
+        self.outputs.get(output)?.shape.symbol(axis)
+    }
+
+    /// Whether `inputs`, in the graph's order, are what it takes: types, shapes, and the same size wherever two of them
+    /// share one by name.
     ///
     /// # Errors
     /// The first that is wrong, with what it is and what it must be.
-    pub fn validate(&self, inputs: &[(String, Tensor)]) -> Result<(), EngineError> {
-        let mut seen = HashSet::new();
-        for (name, _) in inputs {
-            if !seen.insert(name.as_str()) || !self.inputs.iter().any(|input| input.name == *name) {
-                let known = self.inputs.iter().map(|input| input.name.clone()).collect();
-                return Err(EngineError::UnknownInput { input: name.clone(), known });
-            }
-        }
-        let mut sizes = BTreeMap::new();
-        for wanted in &self.inputs {
-            let Some((_, got)) = inputs.iter().find(|(name, _)| *name == wanted.name) else {
-                return Err(EngineError::MissingInput {
-                    input: wanted.name.clone(),
-                    wanted: wanted.dtype,
-                    wanted_shape: wanted.shape.clone(),
-                });
-            };
+    pub fn validate(&self, inputs: &[RawTensor]) -> Result<(), EngineError> {
+        let mut sizes = Vec::new();
+        for (index, wanted) in self.inputs.iter().enumerate() {
+            let got = inputs.get(index).ok_or_else(|| wanted.missing())?;
             if got.dtype() != wanted.dtype || !wanted.shape.accepts(got.shape()) {
                 return Err(EngineError::WrongInput {
                     input: wanted.name.clone(),
-                    got: got.dtype(),
+                    got: dtype_name(got.dtype()),
                     got_shape: got.shape().to_vec(),
-                    wanted: wanted.dtype,
+                    wanted: dtype_name(wanted.dtype),
                     wanted_shape: wanted.shape.clone(),
                 });
             }
@@ -137,27 +148,60 @@ impl Signature {
         Ok(())
     }
 
+    /// Named tensors in the order of the graph's inputs, each of which must come once.
+    ///
+    /// # Errors
+    /// [`EngineError::UnknownInput`], [`EngineError::MissingInput`].
+    pub fn place(&self, inputs: Named) -> Result<Vec<RawTensor>, EngineError> {
+        let mut named: BTreeMap<String, Tensor> = BTreeMap::new();
+        for (name, tensor) in inputs {
+            if named.contains_key(&name) || !self.inputs.iter().any(|input| input.name == name) {
+                let known = self.inputs.iter().map(|input| input.name.clone()).collect();
+                return Err(EngineError::UnknownInput { input: name, known });
+            }
+            named.insert(name, tensor);
+        }
+        let take = |input: &Port| named.remove(&input.name).map(RawTensor::from).ok_or_else(|| input.missing());
+        self.inputs.iter().map(take).collect()
+    }
+
     /// The first difference to what a manifest says about the graph, if there is one. A size that one of them leaves
     /// open is no difference.
     pub(crate) fn difference(&self, inputs: &[TensorSpec], outputs: &[TensorSpec]) -> Option<String> {
-        compare("input", &self.input_specs, inputs).or_else(|| compare("output", &self.outputs, outputs))
+        compare("input", &self.input_specs, inputs).or_else(|| compare("output", &self.output_specs, outputs))
     }
 }
 
-impl Input {
+impl Port {
+    fn spec(&self) -> TensorSpec {
+        TensorSpec { name: self.name.clone(), dtype: self.dtype, shape: self.shape.sizes() }
+    }
+
+    fn missing(&self) -> EngineError {
+        EngineError::MissingInput {
+            input: self.name.clone(),
+            wanted: dtype_name(self.dtype),
+            wanted_shape: self.shape.clone(),
+        }
+    }
+
     /// Notes the sizes that `got` gives to names, and compares them with those noted before.
-    fn agree<'a>(&'a self, got: &[usize], sizes: &mut BTreeMap<&'a str, (&'a str, usize)>) -> Result<(), EngineError> {
+    fn agree<'a>(&'a self, got: &[i64], sizes: &mut Vec<(&'a str, &'a str, i64)>) -> Result<(), EngineError> {
         for (dim, &size) in self.shape.0.iter().zip(got) {
             let Dim::Symbol(symbol) = dim else { continue };
-            let &mut (first, first_size) = sizes.entry(symbol).or_insert((&self.name, size));
-            if first_size != size {
-                return Err(EngineError::SizesDisagree {
-                    symbol: symbol.clone(),
-                    first: first.to_owned(),
-                    first_size,
-                    second: self.name.clone(),
-                    second_size: size,
-                });
+            // A graph has a handful of names: looking through them is faster than hashing them.
+            match sizes.iter().find(|(known, ..)| known == symbol) {
+                None => sizes.push((symbol, &self.name, size)),
+                Some((_, _, first_size)) if *first_size == size => {}
+                Some((_, first, first_size)) => {
+                    return Err(EngineError::SizesDisagree {
+                        symbol: symbol.clone(),
+                        first: (*first).to_owned(),
+                        first_size: *first_size,
+                        second: self.name.clone(),
+                        second_size: size,
+                    });
+                }
             }
         }
         Ok(())
@@ -186,36 +230,36 @@ fn compare(kind: &str, found: &[TensorSpec], wanted: &[TensorSpec]) -> Option<St
     })
 }
 
-/// How a manifest spells a tensor's element type.
-pub fn artifact_dtype(dtype: DType) -> ArtifactDType {
+/// How a manifest spells the element type of a typed tensor.
+pub fn artifact_dtype(dtype: HostDType) -> DType {
     match dtype {
-        DType::F32 => ArtifactDType::Fp32,
-        DType::F64 => ArtifactDType::Fp64,
-        DType::I64 => ArtifactDType::Int64,
-        DType::I32 => ArtifactDType::Int32,
-        DType::I8 => ArtifactDType::Int8,
-        DType::U8 => ArtifactDType::Uint8,
-        DType::Bool => ArtifactDType::Bool,
-        DType::Bytes => ArtifactDType::Bytes,
+        HostDType::F32 => DType::Fp32,
+        HostDType::F64 => DType::Fp64,
+        HostDType::I64 => DType::Int64,
+        HostDType::I32 => DType::Int32,
+        HostDType::I8 => DType::Int8,
+        HostDType::U8 => DType::Uint8,
+        HostDType::Bool => DType::Bool,
+        HostDType::Bytes => DType::Bytes,
     }
 }
 
-/// The element type of host tensors that a manifest's stands for; `None` for those that hosts do not hold.
-pub fn host_dtype(dtype: ArtifactDType) -> Option<DType> {
+/// The inference protocol's name of an element type, such as `FP32`.
+pub fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
-        ArtifactDType::Fp32 => Some(DType::F32),
-        ArtifactDType::Fp64 => Some(DType::F64),
-        ArtifactDType::Int64 => Some(DType::I64),
-        ArtifactDType::Int32 => Some(DType::I32),
-        ArtifactDType::Int8 => Some(DType::I8),
-        ArtifactDType::Uint8 => Some(DType::U8),
-        ArtifactDType::Bool => Some(DType::Bool),
-        ArtifactDType::Bytes => Some(DType::Bytes),
-        ArtifactDType::Uint16
-        | ArtifactDType::Uint32
-        | ArtifactDType::Uint64
-        | ArtifactDType::Int16
-        | ArtifactDType::Fp16
-        | ArtifactDType::Bf16 => None,
+        DType::Bool => "BOOL",
+        DType::Uint8 => "UINT8",
+        DType::Uint16 => "UINT16",
+        DType::Uint32 => "UINT32",
+        DType::Uint64 => "UINT64",
+        DType::Int8 => "INT8",
+        DType::Int16 => "INT16",
+        DType::Int32 => "INT32",
+        DType::Int64 => "INT64",
+        DType::Fp16 => "FP16",
+        DType::Bf16 => "BF16",
+        DType::Fp32 => "FP32",
+        DType::Fp64 => "FP64",
+        DType::Bytes => "BYTES",
     }
 }

@@ -14,7 +14,7 @@ use sensorium_artifact::{Volume, Volumes};
 use sensorium_engine::Options;
 use sensorium_modality::Limits;
 
-use crate::{model::ModelSource, scheduler::Batching};
+use crate::{repository::ModelSource, scheduler::Batching};
 
 /// Serves models over gRPC: the Open Inference Protocol v2 and sensorium.v1.MultimodalService.
 #[derive(Clone, Debug, Parser)]

@@ -9,7 +9,8 @@ use tokio::{sync::watch, task::JoinSet, time};
 
 use crate::{
     metrics::Metrics,
-    model::{GraphModel, Repository},
+    model::Graph,
+    repository::Registry,
 };
 
 /// How long an engine may be without proof before it is probed.
@@ -22,17 +23,18 @@ const TRUST: Duration = Duration::from_secs(30);
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Keeps `ready` true while every engine of `repository` proves itself. Never returns; dropping it is safe anywhere.
-pub async fn watch(repository: &Repository, ready: &watch::Sender<bool>, metrics: &Metrics) -> ! {
+pub async fn watch(repository: &Registry, ready: &watch::Sender<bool>, metrics: &Metrics) -> ! {
     let mut ticks = time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         let mut probes = JoinSet::new();
-        for graph in repository.graphs() {
+        let graphs = repository.graphs();
+        for graph in &graphs {
             probes.spawn(probe(graph.clone()));
         }
         probes.join_all().await;
-        let unproven = repository.graphs().iter().find(|graph| graph.last_success().is_none_or(|ago| ago > TRUST));
+        let unproven = graphs.iter().find(|graph| graph.last_success().is_none_or(|ago| ago > TRUST));
         let is_ready = unproven.is_none();
         metrics.set_ready(is_ready);
         let changed = ready.send_if_modified(|ready| std::mem::replace(ready, is_ready) != is_ready);
@@ -46,7 +48,7 @@ pub async fn watch(repository: &Repository, ready: &watch::Sender<bool>, metrics
     }
 }
 
-async fn probe(graph: Arc<GraphModel>) {
+async fn probe(graph: Arc<Graph>) {
     match time::timeout(PROBE_TIMEOUT, graph.probe(PROBE_AGE)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {

@@ -3,7 +3,7 @@
 //! A request passes through one module after the other:
 //!
 //! ```text
-//! service    finds the model, counts and traces the call
+//! service    finds the model in the repository, counts and traces the call
 //! wire       decodes and validates tensors against the model's signature; encodes the answer
 //! model      prepares images and texts on CPU threads, and calls graphs in order
 //! scheduler  admits or refuses, batches with other requests, runs on the engine's own thread, splits the answer
@@ -21,6 +21,7 @@ pub mod http;
 pub mod metrics;
 pub mod model;
 pub mod pool;
+pub mod repository;
 pub mod scheduler;
 pub mod serve;
 pub mod service;

@@ -1,152 +1,153 @@
-//! The models that are served, by name.
-//!
-//! An artifact gives several: each of its graphs as `NAME.GRAPH`, which takes tensors, and, where it answers questions,
-//! the whole of it as `NAME`, which takes encoded images and texts. All of them are called in the same way.
+//! Models as clients call them: tensors in, tensors out, whatever runs behind.
 
-mod load;
+mod fit;
+mod graph;
 mod multimodal;
-mod probe;
+mod request;
+mod statistics;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Instant};
 
 use sensorium_artifact::TensorSpec;
-use sensorium_engine::{Named, Signature};
+use sensorium_proto::inference::{ModelConfig, ModelStatistics};
 
 pub use self::{
-    load::{LoadError, ModelSource, Opening, load},
+    fit::{Fitted, Interface},
+    graph::Graph,
     multimodal::{Item, Multimodal, Task},
+    request::{NamedTensor, Parameter, Request, Response, Sequence, SequenceId, Timings},
+    statistics::Statistics,
 };
-use crate::{
-    error::InferError,
-    metrics::VERSION,
-    scheduler::{Scheduler, Work},
-    wire::excerpt,
-};
+use crate::error::InferError;
 
-/// A graph with its signature and its engine.
+/// One version of a model, loaded and ready to be called.
 #[derive(Debug)]
-pub struct GraphModel {
+pub struct ModelVersion {
     name: String,
-    signature: Signature,
-    scheduler: Scheduler,
-    max_rows: usize,
+    version: String,
+    config: ModelConfig,
+    interface: Interface,
+    statistics: Arc<Statistics>,
+    runs: Runs,
 }
 
-impl GraphModel {
-    /// Runs `work` in a batch.
-    async fn run(&self, work: Work) -> Result<Named, InferError> {
-        // What contradicts itself across inputs must not meet other requests in a batch.
-        self.signature.validate(&work.inputs).map_err(|source| InferError::engine(&self.name, source))?;
-        Ok(self.scheduler.run(work).await?)
+/// What runs a model.
+#[derive(Clone, Debug)]
+pub(crate) enum Runs {
+    Graph(Arc<Graph>),
+    Multimodal(Arc<Multimodal>),
+}
+
+impl ModelVersion {
+    /// A version whose work `runs` does; `statistics` are those that its scheduler counts into.
+    pub(crate) fn new(
+        version: String,
+        config: ModelConfig,
+        interface: Interface,
+        statistics: Arc<Statistics>,
+        runs: Runs,
+    ) -> Self {
+        Self { name: config.name.clone(), version, config, interface, statistics, runs }
     }
 
-    /// As a runner calls it: all outputs.
-    async fn run_all(&self, inputs: Named) -> Result<Named, InferError> {
-        let rows = inputs.first().and_then(|(_, tensor)| tensor.row_count()).unwrap_or(1);
-        let outputs = self.signature.outputs().iter().map(|spec| spec.name.clone()).collect();
-        self.run(Work { inputs, rows, outputs }).await
-    }
-
-    /// Runs one row of zeros, unless the engine has proven itself in the last `age`.
-    pub async fn probe(&self, age: Duration) -> Result<(), InferError> {
-        if self.scheduler.last_success().is_some_and(|ago| ago < age) {
-            return Ok(());
-        }
-        self.run_all(probe::inputs(&self.signature)).await.map(drop)
-    }
-
-    /// Its name, `MODEL.GRAPH`.
+    /// The model's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Time since the engine last ran without failing.
-    pub fn last_success(&self) -> Option<Duration> {
-        self.scheduler.last_success()
+    /// Which version of it.
+    pub fn version(&self) -> &str {
+        &self.version
     }
-}
 
-/// Something that can be called with tensors.
-#[derive(Clone, Debug)]
-pub struct Model {
-    /// What it takes; the first dimension of each input is the batch.
-    pub inputs: Vec<TensorSpec>,
-    /// What it gives.
-    pub outputs: Vec<TensorSpec>,
-    /// Rows that it takes at once.
-    pub max_rows: usize,
     /// What runs it, in Triton's words.
-    pub platform: &'static str,
-    runs: Runs,
-}
+    pub fn platform(&self) -> &str {
+        &self.config.platform
+    }
 
-#[derive(Clone, Debug)]
-enum Runs {
-    Graph(Arc<GraphModel>),
-    Multimodal(Arc<Multimodal>),
-}
+    /// What it takes; where it batches, the first size of each is the batch.
+    pub fn inputs(&self) -> &[TensorSpec] {
+        &self.interface.inputs
+    }
 
-impl Model {
-    /// Runs work that was decoded for this model.
-    ///
-    /// # Errors
-    /// [`InferError`].
-    pub async fn infer(&self, work: Work) -> Result<Named, InferError> {
+    /// What it gives.
+    pub fn outputs(&self) -> &[TensorSpec] {
+        &self.interface.outputs
+    }
+
+    /// What a request is held against.
+    pub fn interface(&self) -> &Interface {
+        &self.interface
+    }
+
+    /// Its configuration, complete.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Whether a request may have any number of answers, so that only a stream can carry them.
+    pub fn is_decoupled(&self) -> bool {
+        self.config.model_transaction_policy.is_some_and(|policy| policy.decoupled)
+    }
+
+    /// The graph that it is, where it is one.
+    pub(crate) fn graph(&self) -> Option<&Arc<Graph>> {
         match &self.runs {
-            Runs::Graph(graph) => graph.run(work).await,
-            Runs::Multimodal(multimodal) => multimodal.infer(work).await,
+            Runs::Graph(graph) => Some(graph),
+            Runs::Multimodal(_) => None,
         }
     }
-}
 
-/// All models of a server. Built once, then shared.
-#[derive(Debug, Default)]
-pub struct Repository {
-    models: BTreeMap<String, Model>,
-    multimodal: BTreeMap<String, Arc<Multimodal>>,
-    graphs: Vec<Arc<GraphModel>>,
-}
-
-impl Repository {
-    /// The model called `name`; `version` may be empty.
+    /// Answers one request. Dropping the future takes the request back: it leaves its queue in that moment.
     ///
     /// # Errors
-    /// [`InferError::UnknownModel`], [`InferError::UnknownVersion`].
-    pub fn model(&self, name: &str, version: &str) -> Result<&Model, InferError> {
-        let model = self.models.get(name).ok_or_else(|| unknown(name, self.models.keys()))?;
-        if !version.is_empty() && version != VERSION {
-            let (model, version) = (name.to_owned(), excerpt(version));
-            return Err(InferError::UnknownVersion { model, version, known: VERSION });
-        }
-        Ok(model)
+    /// [`InferError`], which says whose fault it is.
+    pub async fn infer(&self, request: Request) -> Result<Response, InferError> {
+        let mut counted = Counted { statistics: &self.statistics, started: Instant::now(), is_answered: false };
+        let fitted = self.interface.fit(request.inputs, &request.outputs)?;
+        let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
+        let (outputs, timings) = match &self.runs {
+            Runs::Graph(graph) => {
+                let done = graph.run(fitted).await?;
+                (done.outputs, done.timings)
+            }
+            Runs::Multimodal(multimodal) => {
+                let outputs = multimodal.infer(&fitted).await?;
+                self.statistics.composed();
+                (outputs, Timings { compute_infer: counted.started.elapsed(), ..Timings::default() })
+            }
+        };
+        counted.is_answered = true;
+        self.statistics.succeeded(counted.started.elapsed(), rows, &timings);
+        let named = wanted.into_iter().zip(outputs);
+        let named = named.map(|(output, tensor)| NamedTensor { name: self.outputs()[output].name.clone(), tensor });
+        Ok(Response { outputs: named.collect(), timings })
     }
 
-    /// The model called `name`, for typed parts.
-    ///
-    /// # Errors
-    /// [`InferError::UnknownModel`].
-    pub fn multimodal(&self, name: &str) -> Result<&Arc<Multimodal>, InferError> {
-        self.multimodal.get(name).ok_or_else(|| unknown(name, self.multimodal.keys()))
+    /// What it has done since it was loaded.
+    pub fn statistics(&self) -> ModelStatistics {
+        self.statistics.report(&self.name, &self.version)
     }
 
-    /// Every graph, for health and for the end.
-    pub fn graphs(&self) -> &[Arc<GraphModel>] {
-        &self.graphs
-    }
-
-    /// Names of all models, sorted.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.models.keys().map(String::as_str)
-    }
-
-    /// Lets every engine finish what waits, and closes it.
+    /// Runs what waits and gives the engine's memory back.
     pub async fn stop(&self) {
-        for graph in &self.graphs {
-            graph.scheduler.stop().await;
+        if let Some(graph) = self.graph() {
+            graph.stop().await;
         }
     }
 }
 
-fn unknown<'a>(name: &str, known: impl Iterator<Item = &'a String>) -> InferError {
-    InferError::UnknownModel { model: excerpt(name), known: known.cloned().collect() }
+/// Counts a failure unless the request was answered: also of one whose caller leaves, which is dropped in the middle.
+struct Counted<'a> {
+    statistics: &'a Statistics,
+    started: Instant,
+    is_answered: bool,
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        if !self.is_answered {
+            self.statistics.failed(self.started.elapsed());
+        }
+    }
 }

@@ -4,14 +4,13 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
 use sensorium_artifact::{DType, TensorSpec};
-use sensorium_engine::{GraphRunner, Named, Pipeline, PipelineError, VqaAnswer, VqaInput};
-use sensorium_modality::{Tensor, TensorData};
+use sensorium_engine::{GraphRunner, Named, Pipeline, PipelineError, RawTensor, VqaAnswer, VqaInput};
+use sensorium_modality::Tensor;
 
-use super::GraphModel;
+use super::{Fitted, Graph, Interface};
 use crate::{
     error::{InferError, PartsError},
     pool::CpuPool,
-    scheduler::Work,
     wire::excerpt,
 };
 
@@ -61,7 +60,7 @@ pub struct Multimodal {
 
 /// The graphs of one artifact, by their names in it.
 #[derive(Debug)]
-struct Graphs(BTreeMap<String, Arc<GraphModel>>);
+struct Graphs(BTreeMap<String, Arc<Graph>>);
 
 impl GraphRunner for Graphs {
     type Error = InferError;
@@ -72,16 +71,16 @@ impl GraphRunner for Graphs {
             output: "every output".to_owned(),
             reason: "is missing: the artifact has no such graph".to_owned(),
         })?;
-        graph.run_all(inputs).await
+        graph.run_named(inputs).await
     }
 }
 
 impl Multimodal {
-    pub(super) fn new(
+    pub(crate) fn new(
         name: String,
         digest: String,
         pipeline: Pipeline,
-        graphs: BTreeMap<String, Arc<GraphModel>>,
+        graphs: BTreeMap<String, Arc<Graph>>,
         pool: CpuPool,
         max_rows: usize,
     ) -> Self {
@@ -161,33 +160,36 @@ impl Multimodal {
         Ok(embeddings)
     }
 
-    /// Inputs and outputs as a model of tensors, where it answers questions.
-    pub(super) fn signature(&self) -> Option<(Vec<TensorSpec>, Vec<TensorSpec>)> {
+    /// What it takes and gives as a model of tensors, where it answers questions.
+    pub(crate) fn interface(&self) -> Option<Interface> {
         self.pipeline.spec().vqa_answers()?;
         let column = |name: &str, dtype| TensorSpec { name: name.to_owned(), dtype, shape: vec![None] };
-        let inputs = vec![column(IMAGE, DType::Bytes), column(TEXT, DType::Bytes)];
-        let outputs = vec![column(ANSWER, DType::Bytes), column(SCORE, DType::Fp32)];
-        Some((inputs, outputs))
+        Some(Interface {
+            inputs: vec![column(IMAGE, DType::Bytes), column(TEXT, DType::Bytes)],
+            outputs: vec![column(ANSWER, DType::Bytes), column(SCORE, DType::Fp32)],
+            max_rows: Some(self.max_rows),
+        })
     }
 
-    /// Runs work that was decoded for [`Multimodal::signature`].
-    pub(super) async fn infer(&self, work: Work) -> Result<Named, InferError> {
-        let mut columns: BTreeMap<String, Tensor> = work.inputs.into_iter().collect();
-        let mut column = |name: &'static str| match columns.remove(name).map(Tensor::into_parts) {
-            Some((_, TensorData::Bytes(items))) => Ok(items.into_iter().map(Bytes::from).collect()),
-            _ => Err(no_row(name)),
+    /// Runs a request that fits [`Multimodal::interface`].
+    pub(super) async fn infer(&self, request: &Fitted) -> Result<Vec<RawTensor>, InferError> {
+        let column = |input: usize, name| match request.inputs.get(input) {
+            Some(tensor) => Ok(tensor.strings().map(|item| tensor.data().slice_ref(item)).collect()),
+            None => Err(no_row(name)),
         };
-        let (images, texts): (Vec<Bytes>, Vec<Bytes>) = (column(IMAGE)?, column(TEXT)?);
+        let (images, texts): (Vec<Bytes>, Vec<Bytes>) = (column(0, IMAGE)?, column(1, TEXT)?);
         let answers = self.vqa(images, texts).await?;
-        let output = |name: String| {
-            let tensor = if name == SCORE {
-                Tensor::from_vec([answers.len()], answers.iter().map(|answer| answer.score).collect::<Vec<f32>>())
+        let shape = vec![answers.len() as i64];
+        let output = |&output: &usize| {
+            let tensor = if output == 0 {
+                let texts: Vec<&str> = answers.iter().map(|answer| answer.answer.as_str()).collect();
+                RawTensor::from_strings(shape.clone(), &texts)
             } else {
-                Ok(Tensor::from_bytes(answers.iter().map(|answer| answer.answer.as_bytes())))
+                RawTensor::from_vec(DType::Fp32, shape.clone(), answers.iter().map(|answer| answer.score).collect())
             };
-            Ok((name, tensor.map_err(PipelineError::from)?))
+            tensor.map_err(|_| no_row(ANSWER))
         };
-        work.outputs.into_iter().map(output).collect()
+        request.outputs.iter().map(output).collect()
     }
 
     /// Answers question `i` about image `i`.

@@ -9,15 +9,14 @@ use std::{
     time::Instant,
 };
 
-use sensorium_engine::Named;
 use tokio::sync::oneshot;
 use tracing::Span;
 
-use super::{Batching, ScheduleError, Work, batch};
-use crate::metrics::GraphMetrics;
+use super::{Batching, Done, ScheduleError, Work, batch};
+use crate::{metrics::GraphMetrics, model::Statistics};
 
-pub(super) type Reply = oneshot::Sender<Result<Named, ScheduleError>>;
-pub(super) type Answer = oneshot::Receiver<Result<Named, ScheduleError>>;
+pub(super) type Reply = oneshot::Sender<Result<Done, ScheduleError>>;
+pub(super) type Answer = oneshot::Receiver<Result<Done, ScheduleError>>;
 
 /// Work that waits or runs.
 #[derive(Debug)]
@@ -35,6 +34,7 @@ pub(super) struct Queue {
     pub(super) graph: String,
     pub(super) batching: Batching,
     pub(super) metrics: GraphMetrics,
+    pub(super) statistics: Arc<Statistics>,
     state: Mutex<State>,
     /// Signalled when work arrives and when the queue is closed.
     changed: Condvar,
@@ -59,8 +59,8 @@ pub(super) struct Place {
 }
 
 impl Queue {
-    pub(super) fn new(graph: String, batching: Batching, metrics: GraphMetrics) -> Self {
-        Self { graph, batching, metrics, state: Mutex::default(), changed: Condvar::new() }
+    pub(super) fn new(graph: String, batching: Batching, metrics: GraphMetrics, statistics: Arc<Statistics>) -> Self {
+        Self { graph, batching, metrics, statistics, state: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Puts work at the end of the line.

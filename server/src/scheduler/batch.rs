@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use sensorium_engine::Named;
-use sensorium_modality::{Tensor, TensorError};
+use sensorium_engine::{RawTensor, RawTensorError};
 
 use super::{Work, admit::Job};
 
@@ -27,39 +26,29 @@ pub(super) fn take(waiting: &mut BTreeMap<u64, Job>, max_rows: usize) -> Vec<Job
     jobs
 }
 
-/// One piece of work with the rows of all, one after the other, and every output that any of them wants.
-pub(super) fn join(works: &[&Work]) -> Result<Work, TensorError> {
-    let first = works.first().ok_or(TensorError::Nothing)?;
-    let column = |(index, (name, _)): (usize, &(String, Tensor))| {
-        let parts: Vec<&Tensor> = works.iter().map(|work| &work.inputs[index].1).collect();
-        Ok((name.clone(), Tensor::concat(&parts)?))
-    };
-    let inputs = first.inputs.iter().enumerate().map(column).collect::<Result<_, TensorError>>()?;
-    let mut outputs = first.outputs.clone();
-    for output in works.iter().flat_map(|work| &work.outputs) {
-        if !outputs.contains(output) {
-            outputs.push(output.clone());
-        }
-    }
-    Ok(Work { inputs, rows: works.iter().map(|work| work.rows).sum(), outputs })
+/// The rows of all, one after the other, and every output that any of them wants.
+pub(super) fn join(works: &[&Work]) -> Result<(Vec<RawTensor>, Vec<usize>), RawTensorError> {
+    let inputs = works.first().map_or(0, |work| work.inputs.len());
+    let column = |index: usize| RawTensor::concat(&works.iter().map(|work| &work.inputs[index]).collect::<Vec<_>>());
+    let inputs = (0..inputs).map(column).collect::<Result<_, RawTensorError>>()?;
+    let mut outputs: Vec<usize> = works.iter().flat_map(|work| &work.outputs).copied().collect();
+    outputs.sort_unstable();
+    outputs.dedup();
+    Ok((inputs, outputs))
 }
 
-/// What each of `works` gets of the outputs of their common run: its own rows of the outputs that it wants.
-pub(super) fn split(works: &[&Work], outputs: &Named) -> Result<Vec<Named>, TensorError> {
-    let rows: usize = works.iter().map(|work| work.rows).sum();
-    if let Some((_, tensor)) = outputs.iter().find(|(_, tensor)| tensor.row_count() != Some(rows)) {
-        return Err(TensorError::NoSuchRow { row: rows, shape: tensor.shape().to_vec() });
-    }
-    let mut start = 0;
-    let mut answers = Vec::with_capacity(works.len());
-    for work in works {
-        let range = start..start + work.rows;
-        start = range.end;
-        let own = |name: &String| {
-            let (_, tensor) = outputs.iter().find(|(output, _)| output == name).ok_or(TensorError::Nothing)?;
-            Ok((name.clone(), tensor.rows(range.clone())?))
-        };
-        answers.push(work.outputs.iter().map(own).collect::<Result<_, TensorError>>()?);
-    }
-    Ok(answers)
+/// What each of `works` gets of `found`, the outputs `indices` of their common run: its own rows of those it wants.
+/// `None` when the rows of an output are not theirs.
+pub(super) fn split(works: &[&Work], indices: &[usize], found: &[RawTensor]) -> Option<Vec<Vec<RawTensor>>> {
+    // Alone, there is nothing to split, and the outputs of a model without a batch axis could not be.
+    let split = |tensor: &RawTensor| match works {
+        [_] => Some(vec![tensor.clone()]),
+        works => tensor.split(works.iter().map(|work| work.rows)),
+    };
+    let columns: Vec<Vec<RawTensor>> = found.iter().map(split).collect::<Option<_>>()?;
+    let answer = |(member, work): (usize, &&Work)| {
+        let own = |output: &usize| Some(columns[indices.binary_search(output).ok()?][member].clone());
+        work.outputs.iter().map(own).collect()
+    };
+    works.iter().enumerate().map(answer).collect()
 }

@@ -20,34 +20,40 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sensorium_engine::{Engine, EngineError, Named};
-use sensorium_modality::{Tensor, TensorError};
+use sensorium_engine::{Engine, EngineError, RawTensor};
 use tokio_util::sync::CancellationToken;
 
 use self::admit::Queue;
-use crate::metrics::GraphMetrics;
+use crate::{metrics::GraphMetrics, model::{Statistics, Timings}};
 
 /// What to run: tensors that fit the engine's signature.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Work {
     /// In the order of the signature; the first dimension of each is the batch.
-    pub inputs: Named,
+    pub inputs: Vec<RawTensor>,
     /// That dimension.
     pub rows: usize,
-    /// Names of the outputs to return.
-    pub outputs: Vec<String>,
+    /// Indices of the signature's outputs to return.
+    pub outputs: Vec<usize>,
+}
+
+/// What came of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Done {
+    /// In the order of [`Work::outputs`].
+    pub outputs: Vec<RawTensor>,
+    /// Where the time went.
+    pub timings: Timings,
 }
 
 impl Work {
     /// Whether rows of both can stand in one batch: everything but the first dimension is the same.
     fn joins(&self, other: &Self) -> bool {
-        let tail = |tensor: &Tensor| tensor.shape().get(1..).map(<[usize]>::to_vec);
         self.inputs.len() == other.inputs.len()
-            && self.inputs.iter().zip(&other.inputs).all(|((name, tensor), (other_name, other))| {
-                name == other_name
-                    && tensor.dtype() == other.dtype()
-                    && tail(tensor).is_some()
-                    && tail(tensor) == tail(other)
+            && self.inputs.iter().zip(&other.inputs).all(|(tensor, other)| {
+                tensor.dtype() == other.dtype()
+                    && !tensor.shape().is_empty()
+                    && tensor.shape().get(1..) == other.shape().get(1..)
             })
     }
 }
@@ -98,8 +104,6 @@ pub enum ScheduleError {
         graph: String,
         /// Rows of the batch.
         rows: usize,
-        /// What does not fit.
-        source: TensorError,
     },
 }
 
@@ -123,9 +127,10 @@ impl Scheduler {
         engine: Box<dyn Engine>,
         batching: Batching,
         metrics: GraphMetrics,
+        statistics: Arc<Statistics>,
         lost: CancellationToken,
     ) -> std::io::Result<Self> {
-        let queue = Arc::new(Queue::new(graph, batching, metrics));
+        let queue = Arc::new(Queue::new(graph, batching, metrics, statistics));
         let thread = {
             let queue = queue.clone();
             // Linux cuts thread names at 15 bytes.
@@ -139,7 +144,7 @@ impl Scheduler {
     ///
     /// # Errors
     /// [`ScheduleError`].
-    pub async fn run(&self, work: Work) -> Result<Named, ScheduleError> {
+    pub async fn run(&self, work: Work) -> Result<Done, ScheduleError> {
         let (answer, _place) = self.queue.admit(work)?;
         answer.await.unwrap_or_else(|_| Err(ScheduleError::Stopped { graph: self.queue.graph.clone() }))
     }

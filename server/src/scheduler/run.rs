@@ -2,14 +2,15 @@
 
 use std::time::Instant;
 
-use sensorium_engine::{Engine, EngineError, Named};
+use sensorium_engine::Engine;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ScheduleError, Work,
+    Done, ScheduleError, Work,
     admit::{Job, Queue},
     batch,
 };
+use crate::model::Timings;
 
 /// Runs batches until the queue is closed and empty.
 pub(super) fn serve(mut engine: Box<dyn Engine>, queue: &Queue, lost: CancellationToken) {
@@ -37,66 +38,71 @@ impl Drop for Watch<'_> {
 }
 
 fn run_batch(engine: &mut dyn Engine, queue: &Queue, jobs: Vec<Job>) {
+    let taken = Instant::now();
     for job in &jobs {
-        queue.metrics.queued(job.admitted.elapsed());
+        queue.metrics.queued(taken.saturating_duration_since(job.admitted));
     }
-    if jobs.len() > 1 {
-        match run_together(engine, queue, &jobs) {
-            Ok(answers) => {
-                for (job, answer) in jobs.into_iter().zip(answers) {
-                    // A caller that left does not want its answer.
-                    let _ = job.reply.send(Ok(answer));
+    match run_together(engine, queue, &jobs, taken) {
+        Ok(answers) => {
+            for (job, answer) in jobs.into_iter().zip(answers) {
+                // A caller that left does not want its answer.
+                let _ = job.reply.send(Ok(answer));
+            }
+        }
+        Err(error) if jobs.len() == 1 => {
+            if let Some(job) = jobs.into_iter().next() {
+                let _ = job.reply.send(Err(error));
+            }
+        }
+        // One member's values may have failed all of them, and only a run of its own shows whose.
+        Err(error) => {
+            tracing::debug!(graph = queue.graph, requests = jobs.len(), %error, "batch failed, running each alone");
+            for job in jobs {
+                if !job.reply.is_closed() {
+                    let answer = run_together(engine, queue, std::slice::from_ref(&job), taken);
+                    let _ = job.reply.send(answer.map(|mut answers| answers.remove(0)));
                 }
-                return;
-            }
-            // One member's values may have failed all of them, and only a run of its own shows whose.
-            Err(error) => {
-                tracing::debug!(graph = queue.graph, requests = jobs.len(), %error, "batch failed, running each alone");
             }
         }
     }
-    for job in jobs {
-        if job.reply.is_closed() {
-            continue;
-        }
-        let answer = run_one(engine, queue, job.work, &[&job.span]);
-        let answer =
-            answer.map_err(|source| ScheduleError::Engine { graph: queue.graph.clone(), source: Box::new(source) });
-        let _ = job.reply.send(answer);
-    }
 }
 
-fn run_together(engine: &mut dyn Engine, queue: &Queue, jobs: &[Job]) -> Result<Vec<Named>, ScheduleError> {
-    let works: Vec<&Work> = jobs.iter().map(|job| &job.work).collect();
-    let unfit = |source| ScheduleError::Outputs {
-        graph: queue.graph.clone(),
-        rows: works.iter().map(|work| work.rows).sum(),
-        source,
-    };
-    let joined = batch::join(&works).map_err(unfit)?;
-    let spans: Vec<_> = jobs.iter().map(|job| &job.span).collect();
-    let outputs = run_one(engine, queue, joined, &spans)
-        .map_err(|source| ScheduleError::Engine { graph: queue.graph.clone(), source: Box::new(source) })?;
-    batch::split(&works, &outputs).map_err(unfit)
-}
-
-fn run_one(
+/// Runs the rows of all jobs at once: an answer for each.
+fn run_together(
     engine: &mut dyn Engine,
     queue: &Queue,
-    work: Work,
-    members: &[&tracing::Span],
-) -> Result<Named, EngineError> {
-    let rows = work.rows;
-    let span = tracing::info_span!(parent: None, "batch", model = queue.graph, rows, requests = members.len());
-    for member in members {
-        span.follows_from(*member);
+    jobs: &[Job],
+    taken: Instant,
+) -> Result<Vec<Done>, ScheduleError> {
+    let works: Vec<&Work> = jobs.iter().map(|job| &job.work).collect();
+    let rows = works.iter().map(|work| work.rows).sum();
+    let failed = |source| ScheduleError::Engine { graph: queue.graph.clone(), source: Box::new(source) };
+    let unfit = || ScheduleError::Outputs { graph: queue.graph.clone(), rows };
+
+    let span = tracing::info_span!(parent: None, "batch", model = queue.graph, rows, requests = jobs.len());
+    for job in jobs {
+        span.follows_from(&job.span);
     }
     let _entered = span.entered();
     let started = Instant::now();
-    let outputs = engine.run(work.inputs, &work.outputs);
-    if outputs.is_ok() {
-        queue.metrics.ran(rows, members.len(), started.elapsed());
-        queue.note_success();
-    }
-    outputs
+    let (inputs, wanted) = batch::join(&works).map_err(|_| unfit())?;
+    let joined = Instant::now();
+    let found = engine.run_raw(&inputs, &wanted).map_err(failed)?;
+    let ran = Instant::now();
+    let outputs = batch::split(&works, &wanted, &found).ok_or_else(unfit)?;
+    let timings = Timings {
+        compute_input: joined - started,
+        compute_infer: ran - joined,
+        compute_output: ran.elapsed(),
+        batch_size: rows,
+        ..Timings::default()
+    };
+    queue.metrics.ran(rows, jobs.len(), timings.compute_infer);
+    queue.statistics.executed(rows, &timings);
+    queue.note_success();
+    let done = |(outputs, job): (Vec<_>, &Job)| Done {
+        outputs,
+        timings: Timings { queue: taken.saturating_duration_since(job.admitted), ..timings },
+    };
+    Ok(outputs.into_iter().zip(jobs).map(done).collect())
 }

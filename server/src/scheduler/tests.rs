@@ -5,13 +5,12 @@ use std::{
     time::Duration,
 };
 
-use sensorium_engine::{Engine, EngineError, Named, Signature};
-use sensorium_modality::Tensor;
+use sensorium_engine::{DType, Engine, EngineError, RawTensor, Signature};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::{Batching, ScheduleError, Scheduler, Work};
-use crate::metrics::Metrics;
+use super::{Batching, Done, ScheduleError, Scheduler, Work};
+use crate::{metrics::Metrics, model::Statistics};
 
 /// Doubles `x`. Fails on a negative number, dies of a NaN, and says beforehand what it was given.
 struct Doubler {
@@ -25,23 +24,27 @@ impl Engine for Doubler {
         unreachable!("the scheduler takes work that was validated")
     }
 
-    fn run(&mut self, inputs: Named, outputs: &[String]) -> Result<Named, EngineError> {
-        let (_, x) = &inputs[0];
-        let values = x.as_slice::<f32>().unwrap();
+    fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
+        let x = &inputs[0];
+        let values = x.numbers::<f32>();
         self.runs.lock().unwrap().push(values.to_vec());
         let _ = self.gate.recv();
         assert!(values.iter().all(|value| !value.is_nan()), "on purpose");
         if values.iter().any(|value| *value < 0.0) {
             return Err(EngineError::Run { reason: "negative".to_owned() });
         }
-        let result = |name: &String| {
-            let factor = if name == "twice" { 2.0 } else { 3.0 };
+        let result = |output: &usize| {
+            let factor = if *output == TWICE { 2.0 } else { 3.0 };
             let values: Vec<f32> = values.iter().map(|value| value * factor).collect();
-            (name.clone(), Tensor::from_vec(x.shape(), values).unwrap())
+            RawTensor::from_vec(DType::Fp32, x.shape().to_vec(), values).unwrap()
         };
         Ok(outputs.iter().map(result).collect())
     }
 }
+
+/// The engine's outputs.
+const TWICE: usize = 0;
+const THRICE: usize = 1;
 
 struct Bench {
     scheduler: Arc<Scheduler>,
@@ -58,7 +61,7 @@ impl Bench {
         let lost = CancellationToken::new();
         let batching = Batching { max_rows, max_waiting_rows, max_delay };
         let metrics = Metrics::new().graph("m");
-        let scheduler = Scheduler::start("m".to_owned(), engine, batching, metrics, lost.clone()).unwrap();
+        let scheduler = Scheduler::start("m".to_owned(), engine, batching, metrics, Arc::new(Statistics::default()), lost.clone()).unwrap();
         Self { scheduler: Arc::new(scheduler), runs, gate, lost }
     }
 
@@ -97,7 +100,7 @@ impl Bench {
     }
 }
 
-type Caller = JoinHandle<Result<Named, ScheduleError>>;
+type Caller = JoinHandle<Result<Done, ScheduleError>>;
 
 /// Work of one number per row.
 fn rows(values: &[f32]) -> Work {
@@ -106,12 +109,12 @@ fn rows(values: &[f32]) -> Work {
 
 fn wide_rows(width: usize, values: &[f32]) -> Work {
     let rows = values.len() / width;
-    let x = Tensor::from_vec([rows, width], values.to_vec()).unwrap();
-    Work { inputs: vec![("x".to_owned(), x)], rows, outputs: vec!["twice".to_owned()] }
+    let x = RawTensor::from_vec(DType::Fp32, vec![rows as i64, width as i64], values.to_vec()).unwrap();
+    Work { inputs: vec![x], rows, outputs: vec![TWICE] }
 }
 
-fn values(answer: &Named) -> Vec<(&str, &[f32])> {
-    answer.iter().map(|(name, tensor)| (name.as_str(), tensor.as_slice::<f32>().unwrap())).collect()
+fn values(answer: &Done) -> Vec<Vec<f32>> {
+    answer.outputs.iter().map(|tensor| tensor.numbers().into_owned()).collect()
 }
 
 #[tokio::test]
@@ -119,12 +122,12 @@ async fn what_arrives_while_the_engine_is_busy_forms_one_batch_and_each_gets_its
     let mut bench = Bench::new(8, 100, Duration::ZERO);
     let first = bench.occupy().await;
     let two = bench.send(rows(&[2.0, 3.0])).await;
-    let both = Work { outputs: vec!["thrice".to_owned(), "twice".to_owned()], ..rows(&[4.0]) };
+    let both = Work { outputs: vec![THRICE, TWICE], ..rows(&[4.0]) };
     let both = bench.send(both).await;
     bench.open_gate();
-    assert_eq!(values(&first.await.unwrap().unwrap()), [("twice", &[2.0][..])]);
-    assert_eq!(values(&two.await.unwrap().unwrap()), [("twice", &[4.0, 6.0][..])]);
-    assert_eq!(values(&both.await.unwrap().unwrap()), [("thrice", &[12.0][..]), ("twice", &[8.0][..])]);
+    assert_eq!(values(&first.await.unwrap().unwrap()), [vec![2.0]]);
+    assert_eq!(values(&two.await.unwrap().unwrap()), [vec![4.0, 6.0]]);
+    assert_eq!(values(&both.await.unwrap().unwrap()), [vec![12.0], vec![8.0]]);
     assert_eq!(bench.runs(), [vec![1.0], vec![2.0, 3.0, 4.0]]);
 }
 
@@ -166,7 +169,7 @@ async fn a_full_queue_refuses_at_once_and_names_its_limit() {
     bench.open_gate();
     first.await.unwrap().unwrap();
     waiting.await.unwrap().unwrap();
-    assert_eq!(bench.scheduler.run(rows(&[5.0, 6.0])).await.unwrap().len(), 1, "there is room again");
+    assert_eq!(bench.scheduler.run(rows(&[5.0, 6.0])).await.unwrap().outputs.len(), 1, "there is room again");
 }
 
 #[tokio::test]
@@ -192,7 +195,7 @@ async fn a_member_whose_values_fail_the_batch_fails_alone() {
     let bad = bench.send(rows(&[-1.0])).await;
     bench.open_gate();
     first.await.unwrap().unwrap();
-    assert_eq!(values(&good.await.unwrap().unwrap()), [("twice", &[4.0][..])]);
+    assert_eq!(values(&good.await.unwrap().unwrap()), [vec![4.0]]);
     let error = bad.await.unwrap().unwrap_err();
     let ScheduleError::Engine { source, .. } = error else { panic!("{error:?}") };
     assert!(matches!(*source, EngineError::Run { .. }), "{source:?}");

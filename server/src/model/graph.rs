@@ -1,0 +1,93 @@
+//! One graph behind its queue.
+
+use std::{sync::Arc, time::Duration};
+
+use sensorium_engine::{EngineError, Named, RawTensor, Signature, dtype_name};
+use sensorium_modality::Tensor;
+
+use super::Fitted;
+use crate::{
+    error::InferError,
+    scheduler::{Done, Scheduler, Work},
+};
+
+/// A graph with its signature and its engine.
+#[derive(Debug)]
+pub struct Graph {
+    name: String,
+    signature: Signature,
+    scheduler: Scheduler,
+}
+
+impl Graph {
+    /// A graph called `name` whose engine `scheduler` owns.
+    pub(crate) fn new(name: String, signature: Signature, scheduler: Scheduler) -> Arc<Self> {
+        Arc::new(Self { name, signature, scheduler })
+    }
+
+    /// Its name, that of the model it is or is part of.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it takes and gives.
+    pub fn signature(&self) -> &Signature {
+        &self.signature
+    }
+
+    /// Time since the engine last ran without failing.
+    pub fn last_success(&self) -> Option<Duration> {
+        self.scheduler.last_success()
+    }
+
+    /// Runs what fits the signature, in a batch.
+    pub(super) async fn run(&self, request: Fitted) -> Result<Done, InferError> {
+        // What contradicts itself across inputs must not meet other requests in a batch.
+        self.signature.validate(&request.inputs).map_err(|source| InferError::engine(&self.name, source))?;
+        let Fitted { inputs, rows, outputs } = request;
+        Ok(self.scheduler.run(Work { inputs, rows, outputs }).await?)
+    }
+
+    /// As a pipeline calls it: typed tensors by name in, all outputs out.
+    pub(super) async fn run_named(&self, inputs: Named) -> Result<Named, InferError> {
+        let inputs = self.signature.place(inputs).map_err(|source| InferError::engine(&self.name, source))?;
+        let rows = inputs.first().and_then(RawTensor::row_count).unwrap_or(1);
+        let specs = self.signature.outputs();
+        let done = self.run(Fitted { inputs, rows, outputs: (0..specs.len()).collect() }).await?;
+        let typed = |(spec, raw): (&sensorium_artifact::TensorSpec, RawTensor)| {
+            let unsupported = |dtype| {
+                let (origin, found) = (self.name.clone(), dtype_name(dtype).to_owned());
+                InferError::engine(&self.name, EngineError::UnsupportedType { origin, tensor: spec.name.clone(), found })
+            };
+            Ok((spec.name.clone(), Tensor::try_from(raw).map_err(unsupported)?))
+        };
+        specs.iter().zip(done.outputs).map(typed).collect()
+    }
+
+    /// Runs one row of zeros, unless the engine has proven itself in the last `age`.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub async fn probe(&self, age: Duration) -> Result<(), InferError> {
+        if self.scheduler.last_success().is_some_and(|ago| ago < age) {
+            return Ok(());
+        }
+        let outputs = (0..self.signature.outputs().len()).collect();
+        self.run(Fitted { inputs: zeros(&self.signature), rows: 1, outputs }).await.map(drop)
+    }
+
+    /// Runs what waits and closes the engine.
+    pub async fn stop(&self) {
+        self.scheduler.stop().await;
+    }
+}
+
+/// The smallest request that a graph takes: sizes that a request chooses are 1. Zero is an index that every lookup table
+/// has. An input that cannot be made is left out, and the signature names it.
+fn zeros(signature: &Signature) -> Vec<RawTensor> {
+    let zeros = |spec: &sensorium_artifact::TensorSpec| {
+        let shape = spec.shape.iter().map(|size| size.map_or(1, |size| size as i64)).collect();
+        RawTensor::zeros(spec.dtype, shape).ok()
+    };
+    signature.inputs().iter().filter_map(zeros).collect()
+}

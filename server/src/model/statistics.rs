@@ -1,0 +1,169 @@
+//! What a model version has done since it was loaded, as `ModelStatistics` reports it.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use sensorium_proto::inference::{InferBatchStatistics, InferStatistics, ModelStatistics, StatisticDuration};
+
+use super::Timings;
+
+/// Counters of one model version.
+#[derive(Debug, Default)]
+pub struct Statistics(Mutex<Counters>);
+
+#[derive(Clone, Debug, Default)]
+struct Counters {
+    /// Rows that were inferred; those of cache hits are not among them.
+    inferences: u64,
+    /// Batches that an engine ran.
+    executions: u64,
+    /// Milliseconds since 1970; 0 before the first.
+    last_inference: u64,
+    success: Sum,
+    fail: Sum,
+    queue: Sum,
+    compute_input: Sum,
+    compute_infer: Sum,
+    compute_output: Sum,
+    cache_hit: Sum,
+    cache_miss: Sum,
+    batches: BTreeMap<u64, [Sum; 3]>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Sum {
+    count: u64,
+    nanoseconds: u64,
+}
+
+impl Sum {
+    fn add(&mut self, took: Duration) {
+        self.count += 1;
+        self.nanoseconds = self.nanoseconds.saturating_add(nanoseconds(took));
+    }
+}
+
+impl From<Sum> for Option<StatisticDuration> {
+    fn from(sum: Sum) -> Self {
+        Some(StatisticDuration { count: sum.count, ns: sum.nanoseconds })
+    }
+}
+
+impl Statistics {
+    /// A request of `rows` rows was answered after `took`. An answer from the cache counts as a success of its own kind:
+    /// no inference, no queue, no computing.
+    pub fn succeeded(&self, took: Duration, rows: usize, timings: &Timings) {
+        self.change(|counters| {
+            counters.last_inference = now();
+            counters.success.add(took);
+            if timings.cache_hit {
+                counters.cache_hit.add(took);
+                return;
+            }
+            counters.inferences += rows as u64;
+            counters.queue.add(timings.queue);
+            counters.compute_input.add(timings.compute_input);
+            counters.compute_infer.add(timings.compute_infer);
+            counters.compute_output.add(timings.compute_output);
+        });
+    }
+
+    /// A request ended without an answer after `took`.
+    pub fn failed(&self, took: Duration) {
+        self.change(|counters| counters.fail.add(took));
+    }
+
+    /// A request was not in the cache; looking it up and keeping its answer took `took`.
+    pub fn missed(&self, took: Duration) {
+        self.change(|counters| counters.cache_miss.add(took));
+    }
+
+    /// An engine ran a batch of `rows` rows.
+    pub fn executed(&self, rows: usize, timings: &Timings) {
+        self.change(|counters| {
+            counters.executions += 1;
+            let [input, infer, output] = counters.batches.entry(rows as u64).or_default();
+            input.add(timings.compute_input);
+            infer.add(timings.compute_infer);
+            output.add(timings.compute_output);
+        });
+    }
+
+    /// A model made of other models ran once.
+    pub fn composed(&self) {
+        self.change(|counters| counters.executions += 1);
+    }
+
+    /// The counters as they are now.
+    pub fn report(&self, name: &str, version: &str) -> ModelStatistics {
+        let counters = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let batch = |(&batch_size, [input, infer, output]): (&u64, &[Sum; 3])| InferBatchStatistics {
+            batch_size,
+            compute_input: (*input).into(),
+            compute_infer: (*infer).into(),
+            compute_output: (*output).into(),
+        };
+        ModelStatistics {
+            name: name.to_owned(),
+            version: version.to_owned(),
+            last_inference: counters.last_inference,
+            inference_count: counters.inferences,
+            execution_count: counters.executions,
+            inference_stats: Some(InferStatistics {
+                success: counters.success.into(),
+                fail: counters.fail.into(),
+                queue: counters.queue.into(),
+                compute_input: counters.compute_input.into(),
+                compute_infer: counters.compute_infer.into(),
+                compute_output: counters.compute_output.into(),
+                cache_hit: counters.cache_hit.into(),
+                cache_miss: counters.cache_miss.into(),
+            }),
+            batch_stats: counters.batches.iter().map(batch).collect(),
+            ..ModelStatistics::default()
+        }
+    }
+
+    /// Only additions run under the lock, so a panic elsewhere leaves it whole.
+    fn change(&self, change: impl FnOnce(&mut Counters)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// Saturates after five centuries.
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hit_is_a_success_without_inference_and_a_batch_counts_once() {
+        let statistics = Statistics::default();
+        let ran = Timings { compute_infer: Duration::from_nanos(700), batch_size: 3, ..Timings::default() };
+        statistics.executed(3, &ran);
+        statistics.succeeded(Duration::from_nanos(900), 2, &ran);
+        statistics.succeeded(Duration::from_nanos(900), 1, &ran);
+        statistics.succeeded(Duration::from_nanos(10), 1, &Timings { cache_hit: true, ..Timings::default() });
+        statistics.failed(Duration::from_nanos(5));
+        let report = statistics.report("m", "1");
+        assert_eq!((report.inference_count, report.execution_count), (3, 1));
+        let stats = report.inference_stats.unwrap();
+        assert_eq!(stats.success, Some(StatisticDuration { count: 3, ns: 1810 }));
+        assert_eq!(stats.compute_infer, Some(StatisticDuration { count: 2, ns: 1400 }));
+        assert_eq!(stats.cache_hit, Some(StatisticDuration { count: 1, ns: 10 }));
+        assert_eq!(stats.fail, Some(StatisticDuration { count: 1, ns: 5 }));
+        assert_eq!(report.batch_stats[0].batch_size, 3);
+        assert_eq!(report.batch_stats[0].compute_infer, Some(StatisticDuration { count: 1, ns: 700 }));
+    }
+}

@@ -1,0 +1,99 @@
+//! From an artifact in a store to models that answer.
+//!
+//! An artifact gives several models: each of its graphs as `NAME.GRAPH`, which takes tensors, and, where it answers
+//! questions, the whole of it as `NAME`, which takes encoded images and texts.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use sensorium_artifact::{Artifact, Store};
+use sensorium_engine::{Engine as _, Pipeline, open_graph};
+use sensorium_proto::inference::ModelConfig;
+
+use super::{LoadError, Loaded, ModelSource, Opening, complete};
+use crate::{
+    model::{Graph, Interface, ModelVersion, Multimodal, Runs, Statistics},
+    scheduler::Scheduler,
+};
+
+/// The one version of an artifact's models: artifacts are told apart by digest.
+const VERSION: &str = "1";
+
+/// Fetches, verifies and opens an artifact.
+///
+/// # Errors
+/// [`LoadError`].
+pub(super) async fn load(source: &ModelSource, opening: &Opening) -> Result<Loaded, LoadError> {
+    let failed = |error| LoadError::Artifact { name: source.name.clone(), source: Box::new(error) };
+    let store = Store::open(&source.store, &opening.volumes).map_err(failed)?;
+    let artifact = store.resolve(&source.artifact).await.map_err(failed)?;
+    let folder = store.fetch(&artifact, &opening.cache).await.map_err(failed)?;
+    let opened = {
+        let (name, opening, artifact) = (source.name.clone(), opening.clone(), artifact.clone());
+        // Opening a graph reads and optimises it: seconds of CPU for a large one.
+        tokio::task::spawn_blocking(move || open(&name, &folder, &artifact, &opening)).await
+    };
+    let cut_short = |error| LoadError::Thread { name: source.name.clone(), source: std::io::Error::other(error) };
+    let loaded = opened.map_err(cut_short)??;
+    tracing::info!(model = source.name, artifact = %artifact.digest, bytes = artifact.manifest.total_bytes(), "opened");
+    Ok(loaded)
+}
+
+fn open(name: &str, folder: &Path, artifact: &Artifact, opening: &Opening) -> Result<Loaded, LoadError> {
+    let failed = |source| LoadError::Open { name: name.to_owned(), source: Box::new(source) };
+    let mut loaded = Loaded::default();
+    let mut graphs = BTreeMap::new();
+    for graph in &artifact.manifest.graphs {
+        let engine = open_graph(folder, graph, opening.engine).map_err(failed)?;
+        let model = open_one(&format!("{name}.{}", graph.name), engine, opening)
+            .map_err(|source| LoadError::Thread { name: name.to_owned(), source })?;
+        if let Some(opened) = model.graph() {
+            graphs.insert(graph.name.clone(), opened.clone());
+        }
+        loaded.versions.push(model);
+    }
+    if artifact.manifest.pipeline.is_some() {
+        let pipeline = Pipeline::new(folder, &artifact.manifest, opening.limits).map_err(failed)?;
+        let (digest, pool) = (artifact.digest.to_string(), opening.pool.clone());
+        let max_rows = opening.batching.max_rows;
+        let multimodal = Arc::new(Multimodal::new(name.to_owned(), digest, pipeline, graphs, pool, max_rows));
+        if let Some(interface) = multimodal.interface() {
+            let config = ModelConfig {
+                name: name.to_owned(),
+                platform: "sensorium_multimodal".to_owned(),
+                ..complete::config(&interface)
+            };
+            let runs = Runs::Multimodal(multimodal.clone());
+            loaded.versions.push(ModelVersion::new(VERSION.to_owned(), config, interface, Arc::default(), runs));
+        }
+        loaded.multimodal = Some(multimodal);
+    }
+    Ok(loaded)
+}
+
+/// One graph as a model of its own.
+fn open_one(name: &str, engine: sensorium_engine::OnnxRuntime, opening: &Opening) -> std::io::Result<ModelVersion> {
+    let signature = engine.signature().clone();
+    let mut batching = opening.batching;
+    // A graph exported for one batch size takes exactly that.
+    if let Some(rows) = signature.inputs().iter().find_map(|input| input.shape.first().copied().flatten()) {
+        batching.max_rows = usize::try_from(rows).unwrap_or(usize::MAX);
+    }
+    let interface = Interface {
+        inputs: signature.inputs().to_vec(),
+        outputs: signature.outputs().to_vec(),
+        max_rows: Some(batching.max_rows),
+    };
+    let config = ModelConfig {
+        name: name.to_owned(),
+        platform: "onnxruntime_onnx".to_owned(),
+        backend: "onnxruntime".to_owned(),
+        ..complete::config(&interface)
+    };
+    let statistics = Arc::new(Statistics::default());
+    let metrics = opening.metrics.graph(name);
+    let lost = opening.lost.clone();
+    let scheduler =
+        Scheduler::start(name.to_owned(), Box::new(engine), batching, metrics, statistics.clone(), lost)?;
+    let runs = Runs::Graph(Graph::new(name.to_owned(), signature, scheduler));
+    Ok(ModelVersion::new(VERSION.to_owned(), config, interface, statistics, runs))
+}

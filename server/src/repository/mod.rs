@@ -1,0 +1,298 @@
+//! The models of a server: which there are, in which state, and how they come and go.
+
+mod artifact;
+mod complete;
+mod control;
+mod error;
+mod source;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use sensorium_artifact::Volumes;
+use sensorium_engine::Options;
+use sensorium_modality::Limits;
+use sensorium_proto::inference::ModelStatistics;
+use tokio_util::sync::CancellationToken;
+
+pub use self::{
+    error::{ControlError, LoadError},
+    source::{ModelSource, SourceError},
+};
+use crate::{
+    error::InferError,
+    metrics::Metrics,
+    model::{Graph, ModelVersion, Multimodal},
+    pool::CpuPool,
+    scheduler::Batching,
+    wire::excerpt,
+};
+
+/// Which models a server has.
+#[derive(Clone, Debug, Default)]
+pub struct RepositoryConfig {
+    /// Artifacts, each under a name of its own.
+    pub models: Vec<ModelSource>,
+    /// Folders in Triton's layout, or `s3://` prefixes that hold such folders.
+    pub repositories: Vec<String>,
+    /// Who decides which models of the repositories are loaded.
+    pub mode: ControlMode,
+    /// In explicit mode, the models to load at start; `*` for all.
+    pub load: Vec<String>,
+}
+
+/// Who decides which models of the repositories are loaded, and when.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ControlMode {
+    /// All of them, once, at start.
+    #[default]
+    None,
+    /// Clients, by `RepositoryModelLoad` and `RepositoryModelUnload`.
+    Explicit,
+    /// The repositories: whatever is in them, looked at this often.
+    Poll(Duration),
+}
+
+impl ControlMode {
+    /// As the flag spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Explicit => "explicit",
+            Self::Poll(_) => "poll",
+        }
+    }
+}
+
+/// How models are opened: everything but which ones.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// Where claims are mounted.
+    pub volumes: Volumes,
+    /// Where artifacts and models of remote stores are kept.
+    pub cache: PathBuf,
+    /// Threads of each engine.
+    pub engine: Options,
+    /// How requests are put together, where a model does not say.
+    pub batching: Batching,
+    /// What is accepted of media and texts.
+    pub limits: Limits,
+    /// Where they are prepared.
+    pub pool: CpuPool,
+    /// Where everything is counted.
+    pub metrics: Metrics,
+    /// Cancelled when an engine's thread dies.
+    pub lost: CancellationToken,
+}
+
+/// How a client wants a model loaded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadParameters {
+    /// A configuration, as JSON, instead of the repository's.
+    pub config: Option<String>,
+    /// The model's files by path, such as `1/model.onnx`, instead of the repository's.
+    pub files: BTreeMap<String, Bytes>,
+}
+
+/// One line of the repository's index.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IndexEntry {
+    /// The model.
+    pub name: String,
+    /// Which version; empty where none could be read.
+    pub version: String,
+    /// What it is doing.
+    pub state: State,
+    /// Why it is not ready.
+    pub reason: String,
+}
+
+/// What a model version is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum State {
+    /// It is in a repository, and nobody asked for it.
+    #[default]
+    Unknown,
+    /// It is being opened.
+    Loading,
+    /// It answers.
+    Ready,
+    /// It takes no requests any more and finishes those it has.
+    Unloading,
+    /// It could not be loaded, or was unloaded.
+    Unavailable,
+}
+
+impl State {
+    /// The protocol's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "",
+            Self::Loading => "LOADING",
+            Self::Ready => "READY",
+            Self::Unloading => "UNLOADING",
+            Self::Unavailable => "UNAVAILABLE",
+        }
+    }
+}
+
+/// The models of a server. Clones share them.
+#[derive(Clone, Debug)]
+pub struct Registry(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    config: RepositoryConfig,
+    opening: Opening,
+    models: RwLock<Models>,
+    /// Held while models come or go, so that one change happens at a time.
+    changing: tokio::sync::Mutex<()>,
+}
+
+/// Read for every request, written when a model comes or goes.
+#[derive(Debug, Default)]
+struct Models {
+    by_name: BTreeMap<String, Entry>,
+    multimodal: BTreeMap<String, Arc<Multimodal>>,
+}
+
+/// One model.
+#[derive(Debug, Default)]
+struct Entry {
+    /// What it was loaded from: an artifact gives several models, which come and go together.
+    unit: String,
+    versions: BTreeMap<u64, Slot>,
+}
+
+/// One version of a model.
+#[derive(Debug, Default)]
+struct Slot {
+    state: State,
+    reason: String,
+    model: Option<Arc<ModelVersion>>,
+}
+
+/// What came of loading one unit.
+#[derive(Debug, Default)]
+struct Loaded {
+    versions: Vec<ModelVersion>,
+    multimodal: Option<Arc<Multimodal>>,
+}
+
+impl Registry {
+    /// The version `version` of model `name`, or the newest that is ready for the empty version.
+    ///
+    /// # Errors
+    /// [`InferError::UnknownModel`], [`InferError::UnknownVersion`], [`InferError::NotReady`].
+    pub fn model(&self, name: &str, version: &str) -> Result<Arc<ModelVersion>, InferError> {
+        let models = self.read();
+        let Some(entry) = models.by_name.get(name) else {
+            return Err(unknown(name, models.by_name.keys()));
+        };
+        let slot = if version.is_empty() {
+            let ready = entry.versions.values().rev().find(|slot| slot.model.is_some());
+            ready.or_else(|| entry.versions.values().next_back())
+        } else {
+            version.parse().ok().and_then(|version: u64| entry.versions.get(&version))
+        };
+        match slot {
+            None => Err(InferError::UnknownVersion {
+                model: name.to_owned(),
+                version: excerpt(version),
+                known: entry.versions.keys().map(u64::to_string).collect(),
+            }),
+            Some(Slot { model: Some(model), .. }) => Ok(model.clone()),
+            Some(Slot { reason, state, .. }) => Err(InferError::NotReady {
+                model: name.to_owned(),
+                reason: if reason.is_empty() { state.as_str().to_lowercase() } else { reason.clone() },
+            }),
+        }
+    }
+
+    /// The model called `name`, for typed parts.
+    ///
+    /// # Errors
+    /// [`InferError::UnknownModel`].
+    pub fn multimodal(&self, name: &str) -> Result<Arc<Multimodal>, InferError> {
+        let models = self.read();
+        models.multimodal.get(name).cloned().ok_or_else(|| unknown(name, models.multimodal.keys()))
+    }
+
+    /// Versions of a model that are ready, oldest first.
+    pub fn versions(&self, name: &str) -> Vec<String> {
+        let models = self.read();
+        let versions = models.by_name.get(name).into_iter().flat_map(|entry| &entry.versions);
+        versions.filter(|(_, slot)| slot.model.is_some()).map(|(version, _)| version.to_string()).collect()
+    }
+
+    /// Whether a request for this version, or any for the empty one, would be admitted.
+    pub fn ready(&self, name: &str, version: &str) -> bool {
+        self.model(name, version).is_ok()
+    }
+
+    /// Statistics of every version that is ready: of all models for the empty name, of all versions for the empty one.
+    ///
+    /// # Errors
+    /// As [`Registry::model`].
+    pub fn statistics(&self, name: &str, version: &str) -> Result<Vec<ModelStatistics>, InferError> {
+        if !version.is_empty() {
+            return Ok(vec![self.model(name, version)?.statistics()]);
+        }
+        if !name.is_empty() {
+            self.model(name, version)?;
+        }
+        let models = self.loaded();
+        Ok(models.iter().filter(|model| name.is_empty() || model.name() == name).map(|model| model.statistics()).collect())
+    }
+
+    /// Every model version there is, or those that are ready.
+    pub fn index(&self, ready_only: bool) -> Vec<IndexEntry> {
+        let models = self.read();
+        let entries = models.by_name.iter().flat_map(|(name, entry)| {
+            let line = |(version, slot): (&u64, &Slot)| IndexEntry {
+                name: name.clone(),
+                // Version 0 stands for a model that could not be read so far as to know its versions.
+                version: if *version == 0 { String::new() } else { version.to_string() },
+                state: slot.state,
+                reason: slot.reason.clone(),
+            };
+            entry.versions.iter().map(line).collect::<Vec<_>>()
+        });
+        entries.filter(|entry| !ready_only || entry.state == State::Ready).collect()
+    }
+
+    /// Every graph with an engine, for health.
+    pub fn graphs(&self) -> Vec<Arc<Graph>> {
+        self.loaded().iter().filter_map(|model| model.graph().cloned()).collect()
+    }
+
+    /// Names of all models that are ready, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let names: BTreeSet<String> = self.loaded().iter().map(|model| model.name().to_owned()).collect();
+        names.into_iter().collect()
+    }
+
+    fn loaded(&self) -> Vec<Arc<ModelVersion>> {
+        let models = self.read();
+        let slots = models.by_name.values().flat_map(|entry| entry.versions.values());
+        slots.filter_map(|slot| slot.model.clone()).collect()
+    }
+
+    /// Only assignments run under the lock, so a panic elsewhere leaves it whole.
+    fn read(&self) -> RwLockReadGuard<'_, Models> {
+        self.0.models.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Models> {
+        self.0.models.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn unknown<'a>(name: &str, known: impl Iterator<Item = &'a String>) -> InferError {
+    InferError::UnknownModel { model: excerpt(name), known: known.cloned().collect() }
+}
