@@ -1,12 +1,17 @@
 #include "shim.h"
 
 #include <algorithm>
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <new>
 #include <string>
 #include <vector>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <c10/util/Logging.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -210,6 +215,15 @@ int sensorium_work_wait(SensoriumWork* work, int64_t slice_ms) {
 
 void sensorium_work_free(SensoriumWork* work) {
   guarded([&] { delete work; });
+}
+
+// ---- memory ---------------------------------------------------------------------------------------------------
+
+void sensorium_keep_freed_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most that every version takes
+  mallopt(M_TRIM_THRESHOLD, INT_MAX);
+#endif
 }
 
 // ---- autograd -------------------------------------------------------------------------------------------------

@@ -75,6 +75,10 @@ int sensorium_barrier(SensoriumGroup* group, SensoriumWork** out);
 int sensorium_work_wait(SensoriumWork* work, int64_t slice_ms);
 void sensorium_work_free(SensoriumWork* work);
 
+// ---- memory ---------------------------------------------------------------------------------------------------
+// Makes the C library keep freed memory for the next allocation. Does nothing where it is not glibc.
+void sensorium_keep_freed_memory();
+
 // ---- autograd -------------------------------------------------------------------------------------------------
 int sensorium_backward(at::Tensor* const* outputs, at::Tensor* const* gradients, size_t count);
 int sensorium_set_grad(at::Tensor* leaf, at::Tensor* gradient);

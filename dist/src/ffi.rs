@@ -104,6 +104,8 @@ unsafe extern "C" {
     fn sensorium_work_wait(work: *mut SensoriumWork, slice_ms: i64) -> c_int;
     fn sensorium_work_free(work: *mut SensoriumWork);
 
+    fn sensorium_keep_freed_memory();
+
     fn sensorium_backward(outputs: *const *mut C_tensor, gradients: *const *mut C_tensor, count: usize) -> c_int;
     fn sensorium_set_grad(leaf: *mut C_tensor, gradient: *mut C_tensor) -> c_int;
     fn sensorium_addcmul(tensor: *mut C_tensor, a: *mut C_tensor, b: *mut C_tensor, value: f64) -> c_int;
@@ -337,6 +339,12 @@ impl Drop for RawWork {
         // SAFETY: we own the object and nothing uses it after drop; a running operation has a share of its own.
         unsafe { sensorium_work_free(self.0.as_ptr()) };
     }
+}
+
+/// See [`crate::keep_freed_memory`].
+pub(crate) fn keep_freed_memory() {
+    // SAFETY: it sets parameters of the allocator, under the allocator's own lock, and takes nothing from here.
+    unsafe { sensorium_keep_freed_memory() }
 }
 
 /// Runs the backward pass from several outputs. The slices have one length.

@@ -18,8 +18,9 @@
 //! # How the parts link
 //! [`Launch`] reads the launch contract (`RANK`, `WORLD_SIZE`, ...) and makes a [`Store`], through which the ranks find
 //! each other, and a [`ProcessGroup`] on it. Each operation of a group gives a [`Work`] to wait for. [`autograd`] has
-//! the few differentiation primitives that a block executor needs and tch lacks. `ffi`, the only module with `unsafe`
-//! in the workspace, calls `cpp/shim.cpp`, which calls c10d; no C++ exception passes it.
+//! the few differentiation primitives that a block executor needs and tch lacks, and [`keep_freed_memory`] is for whoever
+//! computes in steps. `ffi`, the only module with `unsafe` in the workspace, calls `cpp/shim.cpp`, which calls c10d; no
+//! C++ exception passes it.
 //!
 //! # Rules
 //! - Ranks are processes. libtorch's random generator and thread pool are per process, so ranks cannot be threads.
@@ -51,6 +52,7 @@ mod error;
 #[expect(unsafe_code, reason = "the one module that calls C++; each block says why it is sound")]
 mod ffi;
 mod launch;
+mod memory;
 mod process_group;
 mod roll_call;
 mod store;
@@ -58,6 +60,7 @@ mod work;
 
 pub use error::{Call, DistError, Operation, Problem};
 pub use launch::Launch;
+pub use memory::keep_freed_memory;
 pub use process_group::{ProcessGroup, ReduceOp};
 pub use store::Store;
 pub use work::Work;

@@ -2,7 +2,7 @@
 //!
 //! A worker reads one configuration ([`setup`]), joins its group, resumes ([`checkpoint`]), and runs steps ([`train`]):
 //! a batch ([`batch`]) goes forward and backward block by block ([`executor`]), each block's flat gradient ([`flat`]) is
-//! averaged over the ranks as soon as it is whole, and AdamW updates it ([`optimizer`]). Losses live in [`task`].
+//! averaged over the ranks once it is whole ([`exchange`]), and AdamW updates it ([`optimizer`]). Losses live in [`task`].
 //! Afterwards rank 0 exports the network as an artifact ([`publish`]). [`launch`] starts several workers in one pod.
 //!
 //! Same layout, same bits: batches, starting weights and updates are functions of the spec and the step, so a run that
@@ -14,6 +14,7 @@ pub mod batch;
 pub mod checkpoint;
 mod error;
 pub mod evaluate;
+pub mod exchange;
 pub mod executor;
 pub mod flat;
 pub mod history;

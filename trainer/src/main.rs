@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use sensorium_api::run::{ArtifactResult, RunResult, RunState};
 use sensorium_artifact::{Volume, Volumes};
 use sensorium_compress::{CompressError, Control};
-use sensorium_dist::Launch;
+use sensorium_dist::{Launch, keep_freed_memory};
 use sensorium_trainer::launch::launch;
 use sensorium_trainer::progress::Reporter;
 use sensorium_trainer::publish::publish;
@@ -157,6 +157,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 fn train(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -> anyhow::Result<Option<RunResult>> {
     let config = read_config(&args.config)?;
     share_cores();
+    keep_freed_memory();
     let launch = Launch::from_env().map_err(TrainError::from)?;
     let (reporter, stop) = (Reporter::default(), Stop::default());
     let is_first = launch.rank == 0;

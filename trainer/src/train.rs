@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use sensorium_api::TrainingJobSpec;
 use sensorium_api::run::{Evaluation, HistoryPoint, RunConfig};
-use sensorium_dist::{ProcessGroup, ReduceOp, Work};
+use sensorium_dist::{ProcessGroup, ReduceOp};
 use sensorium_model::{Acts, Slot, Task};
 use tch::Tensor;
 
@@ -13,6 +13,7 @@ use crate::batch::{Batch, BatchPlan, Loader};
 use crate::checkpoint::TrainingState;
 use crate::error::TrainError;
 use crate::evaluate;
+use crate::exchange::Exchange;
 use crate::executor::{Executor, Memory};
 use crate::flat::Parameters;
 use crate::history::History;
@@ -149,7 +150,7 @@ impl<'a> Run<'a> {
         for block in paths.iter().flat_map(|(_, _, path)| path) {
             pending[*block] += 1;
         }
-        let mut sending: Vec<Work> = Vec::new();
+        let mut exchange = Exchange::new(self.group, &self.parameters);
         let mut total = 0.0;
         for (task, weight, path) in &paths {
             let mut acts = Acts::from([(Slot::Pixels, batch.pixels.shallow_clone())]);
@@ -172,19 +173,14 @@ impl<'a> Run<'a> {
             total += weight * found.loss;
             executor.backward(tape, found.gradients, |block| {
                 pending[block] -= 1;
-                if pending[block] == 0 && self.group.size() > 1 {
-                    let gradient = self.parameters.blocks()[block].gradient();
-                    sending.push(self.group.all_reduce(gradient, ReduceOp::Avg)?);
-                }
-                Ok(())
+                if pending[block] == 0 { exchange.add(block) } else { Ok(()) }
             })?;
-        }
-        for work in sending {
-            work.wait()?;
         }
         let asked = if self.stop.is_requested() { 1.0 } else { 0.0 };
         let shared = Tensor::f_from_slice(&[total, asked])?;
-        self.group.all_reduce(&shared, ReduceOp::Avg)?.wait()?;
+        let told = self.group.all_reduce(&shared, ReduceOp::Avg)?;
+        exchange.finish()?;
+        told.wait()?;
         let (loss, asked) = (shared.f_double_value(&[0])?, shared.f_double_value(&[1])?);
         if !loss.is_finite() {
             return Err(TrainError::NotFinite { step: step + 1, loss });
