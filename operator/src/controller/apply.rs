@@ -120,8 +120,8 @@ where
             context.health.wrote(owner, "delete");
             Ok(())
         }
-        // Gone, or another one of the same name has taken its place.
-        Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(()),
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+        // A conflict too: another one may have taken its place, and then the next visit sees that.
         Err(error) => Err(Error::api("delete", named::<K>(&object.name_any()))(error)),
     }
 }

@@ -54,7 +54,7 @@ impl Debug for Context {
 }
 
 /// How long the visits of an object that has just changed are put together.
-pub(super) const DEBOUNCE: Duration = Duration::from_millis(250);
+pub(super) const DEBOUNCE: Duration = Duration::from_millis(100);
 /// Bounds of the wait after a failed visit.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
