@@ -5,7 +5,6 @@ use std::{sync::Arc, time::Duration};
 use sensorium_engine::{EngineError, Named, RawTensor, Signature, dtype_name};
 use sensorium_modality::Tensor;
 
-use super::Fitted;
 use crate::{
     error::InferError,
     scheduler::{Done, Scheduler, Work},
@@ -40,12 +39,11 @@ impl Graph {
         self.scheduler.last_success()
     }
 
-    /// Runs what fits the signature, in a batch.
-    pub(super) async fn run(&self, request: Fitted) -> Result<Done, InferError> {
+    /// Runs work of this signature, in a batch.
+    pub(super) async fn run(&self, work: Work) -> Result<Done, InferError> {
         // What contradicts itself across inputs must not meet other requests in a batch.
-        self.signature.validate(&request.inputs).map_err(|source| InferError::engine(&self.name, source))?;
-        let Fitted { inputs, rows, outputs } = request;
-        Ok(self.scheduler.run(Work { inputs, rows, outputs }).await?)
+        self.signature.validate(&work.inputs).map_err(|source| InferError::engine(&self.name, source))?;
+        Ok(self.scheduler.run(work).await?)
     }
 
     /// As a pipeline calls it: typed tensors by name in, all outputs out.
@@ -53,7 +51,7 @@ impl Graph {
         let inputs = self.signature.place(inputs).map_err(|source| InferError::engine(&self.name, source))?;
         let rows = inputs.first().and_then(RawTensor::row_count).unwrap_or(1);
         let specs = self.signature.outputs();
-        let done = self.run(Fitted { inputs, rows, outputs: (0..specs.len()).collect() }).await?;
+        let done = self.run(Work { inputs, rows, outputs: (0..specs.len()).collect(), ..Work::default() }).await?;
         let typed = |(spec, raw): (&sensorium_artifact::TensorSpec, RawTensor)| {
             let unsupported = |dtype| {
                 let (origin, found) = (self.name.clone(), dtype_name(dtype).to_owned());
@@ -73,7 +71,7 @@ impl Graph {
             return Ok(());
         }
         let outputs = (0..self.signature.outputs().len()).collect();
-        self.run(Fitted { inputs: zeros(&self.signature), rows: 1, outputs }).await.map(drop)
+        self.run(Work { inputs: zeros(&self.signature), rows: 1, outputs, ..Work::default() }).await.map(drop)
     }
 
     /// Runs what waits and closes the engine.

@@ -1,16 +1,18 @@
 //! Models as clients call them: tensors in, tensors out, whatever runs behind.
 
+mod binding;
 mod fit;
 mod graph;
 mod multimodal;
 mod request;
 mod statistics;
 
-use std::{sync::Arc, time::Instant};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use sensorium_artifact::TensorSpec;
 use sensorium_proto::inference::{ModelConfig, ModelStatistics};
 
+pub(crate) use self::binding::{Binding, Bound, Reshape};
 pub use self::{
     fit::{Fitted, Interface},
     graph::Graph,
@@ -18,7 +20,7 @@ pub use self::{
     request::{NamedTensor, Parameter, Request, Response, Sequence, SequenceId, Timings},
     statistics::Statistics,
 };
-use crate::error::InferError;
+use crate::{error::InferError, scheduler::Work};
 
 /// One version of a model, loaded and ready to be called.
 #[derive(Debug)]
@@ -28,13 +30,15 @@ pub struct ModelVersion {
     config: ModelConfig,
     interface: Interface,
     statistics: Arc<Statistics>,
+    /// Names of classes, by output.
+    labels: BTreeMap<String, Vec<String>>,
     runs: Runs,
 }
 
 /// What runs a model.
 #[derive(Clone, Debug)]
 pub(crate) enum Runs {
-    Graph(Arc<Graph>),
+    Graph(Arc<Graph>, Binding),
     Multimodal(Arc<Multimodal>),
 }
 
@@ -47,7 +51,12 @@ impl ModelVersion {
         statistics: Arc<Statistics>,
         runs: Runs,
     ) -> Self {
-        Self { name: config.name.clone(), version, config, interface, statistics, runs }
+        Self { name: config.name.clone(), version, config, interface, statistics, labels: BTreeMap::new(), runs }
+    }
+
+    /// With names for the classes of some outputs.
+    pub(crate) fn with_labels(self, labels: BTreeMap<String, Vec<String>>) -> Self {
+        Self { labels, ..self }
     }
 
     /// The model's name.
@@ -85,6 +94,11 @@ impl ModelVersion {
         &self.config
     }
 
+    /// The name of class `index` of an output, where the configuration names a file of labels.
+    pub fn label(&self, output: &str, index: usize) -> Option<&str> {
+        self.labels.get(output)?.get(index).map(String::as_str)
+    }
+
     /// Whether a request may have any number of answers, so that only a stream can carry them.
     pub fn is_decoupled(&self) -> bool {
         self.config.model_transaction_policy.is_some_and(|policy| policy.decoupled)
@@ -93,7 +107,7 @@ impl ModelVersion {
     /// The graph that it is, where it is one.
     pub(crate) fn graph(&self) -> Option<&Arc<Graph>> {
         match &self.runs {
-            Runs::Graph(graph) => Some(graph),
+            Runs::Graph(graph, _) => Some(graph),
             Runs::Multimodal(_) => None,
         }
     }
@@ -107,9 +121,14 @@ impl ModelVersion {
         let fitted = self.interface.fit(request.inputs, &request.outputs)?;
         let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
         let (outputs, timings) = match &self.runs {
-            Runs::Graph(graph) => {
-                let done = graph.run(fitted).await?;
-                (done.outputs, done.timings)
+            Runs::Graph(graph, binding) => {
+                let unfit = |source| InferError::reshape(&self.name, source);
+                let (inputs, outputs) = binding.bind(fitted).map_err(unfit)?;
+                // A graph whose inputs are not all a client's is run as a sequence.
+                let inputs = inputs.into_iter().flatten().collect();
+                let Request { priority, timeout, deadline, .. } = request;
+                let done = graph.run(Work { inputs, rows, outputs, priority, timeout, deadline }).await?;
+                (binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings)
             }
             Runs::Multimodal(multimodal) => {
                 let outputs = multimodal.infer(&fitted).await?;

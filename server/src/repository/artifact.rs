@@ -11,8 +11,8 @@ use sensorium_proto::inference::ModelConfig;
 
 use super::{LoadError, Loaded, ModelSource, Opening, complete};
 use crate::{
-    model::{Graph, Interface, ModelVersion, Multimodal, Runs, Statistics},
-    scheduler::Scheduler,
+    model::{Binding, Graph, Interface, ModelVersion, Multimodal, Runs, Statistics},
+    scheduler::{Policy, Scheduler, Setup},
 };
 
 /// The one version of an artifact's models: artifacts are told apart by digest.
@@ -38,6 +38,7 @@ pub(super) async fn load(source: &ModelSource, opening: &Opening) -> Result<Load
     Ok(loaded)
 }
 
+/// Opens the graphs of an artifact whose files are in `folder`, all as the same version.
 fn open(name: &str, folder: &Path, artifact: &Artifact, opening: &Opening) -> Result<Loaded, LoadError> {
     let failed = |source| LoadError::Open { name: name.to_owned(), source: Box::new(source) };
     let mut loaded = Loaded::default();
@@ -89,11 +90,21 @@ fn open_one(name: &str, engine: sensorium_engine::OnnxRuntime, opening: &Opening
         backend: "onnxruntime".to_owned(),
         ..complete::config(&interface)
     };
+    let binding = Binding::identity(signature.inputs().len(), signature.outputs().len());
     let statistics = Arc::new(Statistics::default());
-    let metrics = opening.metrics.graph(name);
-    let lost = opening.lost.clone();
-    let scheduler =
-        Scheduler::start(name.to_owned(), Box::new(engine), batching, metrics, statistics.clone(), lost)?;
-    let runs = Runs::Graph(Graph::new(name.to_owned(), signature, scheduler));
+    let setup = Setup {
+        graph: name.to_owned(),
+        engines: vec![Box::new(engine)],
+        reopen: None,
+        policy: Policy::of_server(batching),
+        batches: true,
+        slots: opening.slots.clone(),
+        threads: opening.engine.threads.get(),
+        metrics: opening.metrics.graph(name, VERSION),
+        statistics: statistics.clone(),
+        lost: opening.lost.clone(),
+    };
+    let scheduler = Scheduler::start(setup, &signature).map_err(std::io::Error::other)?;
+    let runs = Runs::Graph(Graph::new(name.to_owned(), signature, scheduler), binding);
     Ok(ModelVersion::new(VERSION.to_owned(), config, interface, statistics, runs))
 }

@@ -1,28 +1,37 @@
-//! A model's configuration as far as its file tells it.
+//! A model's configuration: what was written, completed and held against what the model's file says. Pure.
 
 use sensorium_artifact::{DType, TensorSpec};
-use sensorium_proto::inference::{DataType, ModelConfig, ModelInput, ModelOutput};
+use sensorium_engine::{Signature, dtype_name};
+use sensorium_proto::inference::{
+    DataType, ModelConfig, ModelDynamicBatching, ModelInput, ModelOutput, ModelTensorReshape,
+    model_config::SchedulingChoice,
+};
 
-use crate::model::Interface;
+use super::config::Written;
+use crate::model::{Binding, Bound, Interface, Reshape};
+
+/// A configuration in which nothing is left open.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Complete {
+    pub(super) config: ModelConfig,
+    pub(super) interface: Interface,
+    pub(super) binding: Binding,
+}
 
 /// The configuration that an interface stands for; name, platform and backend are left open.
 pub(super) fn config(interface: &Interface) -> ModelConfig {
     let max_rows = interface.max_rows.map_or(0, |rows| i32::try_from(rows).unwrap_or(i32::MAX));
-    // The batch axis is understood where there is one.
-    let dims = |spec: &TensorSpec| -> Vec<i64> {
-        let axes = spec.shape.iter().skip(usize::from(max_rows > 0));
-        axes.map(|size| size.map_or(-1, |size| size as i64)).collect()
-    };
+    let kept = usize::from(max_rows > 0);
     let input = |spec: &TensorSpec| ModelInput {
         name: spec.name.clone(),
         data_type: data_type(spec.dtype).into(),
-        dims: dims(spec),
+        dims: sizes(spec, kept),
         ..ModelInput::default()
     };
     let output = |spec: &TensorSpec| ModelOutput {
         name: spec.name.clone(),
         data_type: data_type(spec.dtype).into(),
-        dims: dims(spec),
+        dims: sizes(spec, kept),
         ..ModelOutput::default()
     };
     ModelConfig {
@@ -31,6 +40,181 @@ pub(super) fn config(interface: &Interface) -> ModelConfig {
         output: interface.outputs.iter().map(output).collect(),
         ..ModelConfig::default()
     }
+}
+
+/// Completes `written` with what the signature of the model's graph says.
+///
+/// # Errors
+/// The first thing in which they contradict each other, as a sentence about the model.
+pub(super) fn complete(written: Written, signature: &Signature, default_rows: usize) -> Result<Complete, String> {
+    let mut config = written.config;
+    config.max_batch_size = batch_size(&config, written.has_batch_size, signature, default_rows)?;
+    let kept = usize::from(config.max_batch_size > 0);
+    let filled = filled_by_server(&config);
+
+    if config.input.is_empty() {
+        let asked = signature.inputs().iter().filter(|spec| !filled.contains(&spec.name.as_str()));
+        config.input = asked.map(|spec| ModelInput { name: spec.name.clone(), ..ModelInput::default() }).collect();
+    }
+    if config.output.is_empty() {
+        let hidden: Vec<String> = states(&config).map(|state| state.output_name.clone()).collect();
+        let shown = signature.outputs().iter().filter(|spec| !hidden.contains(&spec.name));
+        config.output = shown.map(|spec| ModelOutput { name: spec.name.clone(), ..ModelOutput::default() }).collect();
+    }
+
+    let filled: Vec<String> = filled_by_server(&config).into_iter().map(str::to_owned).collect();
+    let mut interface = Interface { max_rows: (kept > 0).then_some(config.max_batch_size as usize), ..Interface::default() };
+    let mut binding = Binding { inputs: vec![None; signature.inputs().len()], outputs: Vec::new() };
+    for (position, input) in config.input.iter_mut().enumerate() {
+        let (index, spec) = find("input", &input.name, signature.inputs())?;
+        let side = Side { kind: "input", spec, kept };
+        input.data_type = side.data_type(input.data_type)?.into();
+        let reshape = side.dims(&mut input.dims, input.reshape.as_ref(), false)?;
+        if binding.inputs[index].replace(Bound { index: position, reshape }).is_some() {
+            return Err(format!("its configuration has input `{}` twice", input.name));
+        }
+        interface.inputs.push(interface_spec(spec, &input.dims, kept));
+    }
+    for output in &mut config.output {
+        let (index, spec) = find("output", &output.name, signature.outputs())?;
+        let side = Side { kind: "output", spec, kept };
+        output.data_type = side.data_type(output.data_type)?.into();
+        let reshape = side.dims(&mut output.dims, output.reshape.as_ref(), true)?;
+        binding.outputs.push(Bound { index, reshape });
+        interface.outputs.push(interface_spec(spec, &output.dims, kept));
+    }
+    for (spec, bound) in signature.inputs().iter().zip(&binding.inputs) {
+        if bound.is_none() && !filled.contains(&spec.name) {
+            return Err(format!("its file has input `{}`, which its configuration leaves out", spec.name));
+        }
+    }
+    if config.max_batch_size > 1 && config.scheduling_choice.is_none() {
+        config.scheduling_choice = Some(SchedulingChoice::DynamicBatching(ModelDynamicBatching::default()));
+    }
+    Ok(Complete { config, interface, binding })
+}
+
+/// Inputs that no request has, because the server fills them: a sequence's controls and state.
+fn filled_by_server(config: &ModelConfig) -> Vec<&str> {
+    let Some(SchedulingChoice::SequenceBatching(sequence)) = &config.scheduling_choice else { return Vec::new() };
+    let controls = sequence.control_input.iter().map(|control| control.name.as_str());
+    controls.chain(sequence.state.iter().map(|state| state.input_name.as_str())).collect()
+}
+
+fn states(config: &ModelConfig) -> impl Iterator<Item = &sensorium_proto::inference::model_sequence_batching::State> {
+    let sequence = match &config.scheduling_choice {
+        Some(SchedulingChoice::SequenceBatching(sequence)) => Some(sequence),
+        _ => None,
+    };
+    sequence.into_iter().flat_map(|sequence| &sequence.state)
+}
+
+/// Rows of a batch at most; 0 for a model without a batch axis.
+fn batch_size(config: &ModelConfig, written: bool, signature: &Signature, default_rows: usize) -> Result<i32, String> {
+    let specs = || signature.inputs().iter().chain(signature.outputs());
+    let fixed = specs().find(|spec| !matches!(spec.shape.first(), Some(None)));
+    if config.max_batch_size < 0 {
+        return Err(format!("its max_batch_size is {}, it must be at least 0", config.max_batch_size));
+    }
+    if written {
+        return match fixed {
+            Some(spec) if config.max_batch_size > 0 => Err(format!(
+                "its configuration has max_batch_size {}, but the first size of `{}` in its file is {}, so that it cannot \
+                 batch; write max_batch_size: 0, or export it with a dynamic first size",
+                config.max_batch_size,
+                spec.name,
+                spec.shape.first().copied().flatten().map_or("missing".to_owned(), |size| size.to_string()),
+            )),
+            _ => Ok(config.max_batch_size),
+        };
+    }
+    // Sizes that are written with the batch axis mean a model without one.
+    let whole = config.input.iter().any(|input| {
+        let spec = signature.inputs().iter().find(|spec| spec.name == input.name);
+        input.reshape.is_none() && !input.dims.is_empty() && spec.is_some_and(|spec| spec.shape.len() == input.dims.len())
+    });
+    if fixed.is_some() || whole { Ok(0) } else { Ok(i32::try_from(default_rows).unwrap_or(i32::MAX)) }
+}
+
+fn find<'a>(kind: &str, name: &str, specs: &'a [TensorSpec]) -> Result<(usize, &'a TensorSpec), String> {
+    let found = specs.iter().enumerate().find(|(_, spec)| spec.name == name);
+    found.ok_or_else(|| {
+        let known: Vec<_> = specs.iter().map(|spec| spec.name.as_str()).collect();
+        format!("its configuration has {kind} `{name}`, which its file has not; there it has {}", known.join(", "))
+    })
+}
+
+/// One tensor of the graph, for the checks that inputs and outputs share.
+struct Side<'a> {
+    kind: &'static str,
+    spec: &'a TensorSpec,
+    kept: usize,
+}
+
+impl Side<'_> {
+    fn data_type(&self, written: i32) -> Result<DataType, String> {
+        let found = data_type(self.spec.dtype);
+        match DataType::try_from(written) {
+            Ok(DataType::TypeInvalid) => Ok(found),
+            Ok(written) if written == found => Ok(found),
+            written => Err(format!(
+                "{} `{}` is {} in its configuration and {} in its file",
+                self.kind,
+                self.spec.name,
+                written.map_or("unknown", |written| written.as_str_name()),
+                found.as_str_name(),
+            )),
+        }
+    }
+
+    /// Completes written sizes, and says how they become those of the graph.
+    fn dims(
+        &self,
+        dims: &mut Vec<i64>,
+        reshape: Option<&ModelTensorReshape>,
+        is_output: bool,
+    ) -> Result<Option<Reshape>, String> {
+        let file = sizes(self.spec, self.kept);
+        if dims.is_empty() && reshape.is_none() {
+            *dims = file;
+            return Ok(None);
+        }
+        let seen = reshape.map_or(dims.as_slice(), |reshape| &reshape.shape);
+        let fits = |(written, file): (&i64, &i64)| written == file || *file < 0 && *written != 0;
+        if seen.len() != file.len() || !seen.iter().zip(&file).all(fits) {
+            return Err(format!(
+                "{} `{}` has {} {seen:?} in its configuration and {file:?} in its file{}",
+                self.kind,
+                self.spec.name,
+                if reshape.is_some() { "reshape" } else { "dims" },
+                if self.kept > 0 { " (without the batch)" } else { "" },
+            ));
+        }
+        let Some(reshape) = reshape else { return Ok(None) };
+        let variable = |sizes: &[i64]| sizes.iter().filter(|size| **size < 0).count();
+        let fixed = |sizes: &[i64]| sizes.iter().filter(|size| **size >= 0).product::<i64>();
+        if variable(dims) != variable(&reshape.shape) || fixed(dims) != fixed(&reshape.shape) {
+            return Err(format!(
+                "{} `{}` has dims {dims:?} and reshape {:?} in its configuration, which have not the same elements",
+                self.kind, self.spec.name, reshape.shape
+            ));
+        }
+        let (outside, inside) = (dims.clone(), reshape.shape.clone());
+        let (from, to) = if is_output { (inside, outside) } else { (outside, inside) };
+        Ok(Some(Reshape { kept: self.kept, from, to }))
+    }
+}
+
+/// What clients see: the batch axis, then the configuration's sizes.
+fn interface_spec(spec: &TensorSpec, dims: &[i64], kept: usize) -> TensorSpec {
+    let batch = std::iter::repeat_n(None, kept);
+    let shape = batch.chain(dims.iter().map(|&size| u64::try_from(size).ok())).collect();
+    TensorSpec { name: spec.name.clone(), dtype: spec.dtype, shape }
+}
+
+/// Sizes after the first `kept`, -1 for those that a request decides.
+fn sizes(spec: &TensorSpec, kept: usize) -> Vec<i64> {
+    spec.shape.iter().skip(kept).map(|size| size.map_or(-1, |size| size as i64)).collect()
 }
 
 /// How a configuration spells an element type.
@@ -51,4 +235,25 @@ pub(super) fn data_type(dtype: DType) -> DataType {
         DType::Fp64 => DataType::TypeFp64,
         DType::Bytes => DataType::TypeString,
     }
+}
+
+/// The element type that a configuration spells; `None` for `TYPE_INVALID`.
+pub(super) fn dtype(data_type: DataType) -> Option<DType> {
+    Some(match data_type {
+        DataType::TypeInvalid => return None,
+        DataType::TypeBool => DType::Bool,
+        DataType::TypeUint8 => DType::Uint8,
+        DataType::TypeUint16 => DType::Uint16,
+        DataType::TypeUint32 => DType::Uint32,
+        DataType::TypeUint64 => DType::Uint64,
+        DataType::TypeInt8 => DType::Int8,
+        DataType::TypeInt16 => DType::Int16,
+        DataType::TypeInt32 => DType::Int32,
+        DataType::TypeInt64 => DType::Int64,
+        DataType::TypeFp16 => DType::Fp16,
+        DataType::TypeBf16 => DType::Bf16,
+        DataType::TypeFp32 => DType::Fp32,
+        DataType::TypeFp64 => DType::Fp64,
+        DataType::TypeString => DType::Bytes,
+    })
 }

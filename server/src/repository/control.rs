@@ -1,35 +1,81 @@
 //! How models come and go.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    sync::{Arc, RwLock},
+    time::Duration,
+};
+
+use tokio_util::sync::CancellationToken;
 
 use super::{
-    ControlError, ControlMode, LoadError, LoadParameters, Loaded, Opening, Registry, RepositoryConfig, Slot, State,
-    artifact,
+    ControlError, ControlMode, LoadError, LoadParameters, Loaded, ModelSource, Opening, Registry, RepositoryConfig, Slot,
+    State, artifact, folder, poll, triton,
 };
 use crate::{
     error::chain,
     model::{Graph, ModelVersion},
 };
 
+/// Where a unit of models comes from.
+#[derive(Clone, Debug)]
+enum Origin {
+    Artifact(ModelSource),
+    Folder(PathBuf),
+}
+
 impl Registry {
-    /// Loads what is to be served from the start.
+    /// Loads what is to be served from the start. A model of a repository that fails is in the index with its reason.
     ///
     /// # Errors
-    /// [`LoadError`] for the first artifact that cannot be served.
+    /// [`LoadError`] for the first artifact that cannot be served, or a repository that cannot be read.
     pub async fn open(config: RepositoryConfig, opening: Opening) -> Result<Self, LoadError> {
         let registry = Self(Arc::new(super::Inner {
             config,
             opening,
-            models: std::sync::RwLock::default(),
+            models: RwLock::default(),
             changing: tokio::sync::Mutex::default(),
+            background: CancellationToken::new(),
         }));
-        let _changing = registry.0.changing.lock().await;
+        let changing = registry.0.changing.lock().await;
         for source in &registry.0.config.models {
             let loaded = artifact::load(source, &registry.0.opening).await?;
             registry.install(&source.name, loaded).map_err(|name| LoadError::Duplicate { name })?;
         }
-        drop(_changing);
+        let found = registry.look()?;
+        let wanted = match registry.0.config.mode {
+            ControlMode::None | ControlMode::Poll(_) => found.keys().cloned().collect(),
+            ControlMode::Explicit if registry.0.config.load.iter().any(|name| name == "*") => found.keys().cloned().collect(),
+            ControlMode::Explicit => registry.0.config.load.clone(),
+        };
+        for name in wanted {
+            if let Err(error) = registry.bring(&name, LoadParameters::default()).await {
+                tracing::error!(model = name, error = chain(&error), "not loaded");
+            }
+        }
+        drop(changing);
+        if let ControlMode::Poll(interval) = registry.0.config.mode {
+            poll::spawn(&registry, interval, found);
+        }
         Ok(registry)
+    }
+
+    /// The models of the repositories, by name; the first repository that has one wins.
+    ///
+    /// # Errors
+    /// [`LoadError::Repository`].
+    pub(super) fn look(&self) -> Result<BTreeMap<String, PathBuf>, LoadError> {
+        let mut found = BTreeMap::new();
+        for repository in &self.0.config.repositories {
+            let path = PathBuf::from(repository);
+            let failed = |source| LoadError::Repository { path: repository.clone(), source };
+            for name in folder::models(&path).map_err(failed)? {
+                let folder = path.join(&name);
+                found.entry(name).or_insert(folder);
+            }
+        }
+        Ok(found)
     }
 
     /// Loads a model, or loads it again: what is in flight finishes on the old one.
@@ -39,16 +85,52 @@ impl Registry {
     pub async fn load(&self, name: &str, parameters: LoadParameters) -> Result<(), ControlError> {
         self.allowed()?;
         let _changing = self.0.changing.lock().await;
-        let Some(source) = self.0.config.models.iter().find(|source| source.name == name) else {
-            return Err(ControlError::NotFound { name: name.to_owned() });
-        };
-        if parameters != LoadParameters::default() {
-            let reason = "an artifact is what its manifest says; load it without parameters".to_owned();
-            return Err(ControlError::Parameters { name: name.to_owned(), reason });
-        }
+        self.bring(name, parameters).await
+    }
+
+    /// As [`Registry::load`], by whoever holds `changing`.
+    pub(super) async fn bring(&self, name: &str, parameters: LoadParameters) -> Result<(), ControlError> {
         let failed = |reason| ControlError::Failed { name: name.to_owned(), reason };
-        let loaded = artifact::load(source, &self.0.opening).await.map_err(|error| failed(chain(&error)))?;
-        self.install(name, loaded).map_err(|taken| failed(format!("another model is called {taken:?}")))
+        self.loading(name);
+        let loaded = match self.origin(name, &parameters) {
+            Some(Origin::Artifact(_)) if parameters != LoadParameters::default() => {
+                let reason = "an artifact is what its manifest says; load it without parameters".to_owned();
+                return Err(ControlError::Parameters { name: name.to_owned(), reason });
+            }
+            Some(Origin::Artifact(source)) => {
+                artifact::load(&source, &self.0.opening).await.map_err(|error| chain(&error))
+            }
+            Some(Origin::Folder(path)) => {
+                let (name, opening) = (name.to_owned(), self.0.opening.clone());
+                // Opening a graph reads and optimises it: seconds of CPU for a large one.
+                let opened = tokio::task::spawn_blocking(move || triton::load(&name, &path, &parameters, &opening)).await;
+                opened.unwrap_or_else(|_| Err("opening it was cut short".to_owned()))
+            }
+            None => {
+                self.forget(name);
+                return Err(ControlError::NotFound { name: name.to_owned() });
+            }
+        };
+        let loaded = loaded.inspect_err(|reason| self.note_failure(name, 0, reason)).map_err(failed)?;
+        let broken = loaded.failed.clone();
+        self.install(name, loaded).map_err(|taken| failed(format!("another model is called {taken:?}")))?;
+        let reasons: Vec<_> = broken.iter().map(|(version, reason)| format!("version {version}: {reason}")).collect();
+        if reasons.is_empty() { Ok(()) } else { Err(failed(reasons.join("; "))) }
+    }
+
+    fn origin(&self, name: &str, parameters: &LoadParameters) -> Option<Origin> {
+        if let Some(source) = self.0.config.models.iter().find(|source| source.name == name) {
+            return Some(Origin::Artifact(source.clone()));
+        }
+        if !folder::is_model_name(name) {
+            return None;
+        }
+        let mut paths = self.0.config.repositories.iter().map(|repository| Path::new(repository).join(name));
+        match paths.find(|path| path.is_dir()) {
+            Some(path) => Some(Origin::Folder(path)),
+            // A model whose files come with the request needs no folder.
+            None => (!parameters.files.is_empty()).then(|| Origin::Folder(PathBuf::new())),
+        }
     }
 
     /// Takes a model away: it answers what it has admitted, and its memory is given back.
@@ -62,6 +144,40 @@ impl Registry {
         let unit = unit.ok_or_else(|| ControlError::NotFound { name: name.to_owned() })?;
         self.remove(&unit);
         Ok(())
+    }
+
+    /// Notes in the index that a model is on its way.
+    fn loading(&self, name: &str) {
+        let mut models = self.write();
+        let entry = models.by_name.entry(name.to_owned()).or_default();
+        if entry.unit.is_empty() {
+            name.clone_into(&mut entry.unit);
+        }
+        if entry.versions.is_empty() {
+            entry.versions.insert(0, Slot { state: State::Loading, ..Slot::default() });
+        }
+    }
+
+    /// Takes back [`Registry::loading`] for a model that does not exist.
+    fn forget(&self, name: &str) {
+        let mut models = self.write();
+        let is_new = |entry: &super::Entry| entry.versions.iter().all(|(version, slot)| *version == 0 && slot.model.is_none());
+        if models.by_name.get(name).is_some_and(is_new) {
+            models.by_name.remove(name);
+        }
+    }
+
+    /// Notes why a version could not be loaded, unless an older load of it still answers.
+    fn note_failure(&self, name: &str, version: u64, reason: &str) {
+        let mut models = self.write();
+        let Some(entry) = models.by_name.get_mut(name) else { return };
+        if version == 0 && entry.versions.values().any(|slot| slot.model.is_some()) {
+            return;
+        }
+        let slot = entry.versions.entry(version).or_default();
+        if slot.model.is_none() {
+            *slot = Slot { state: State::Unavailable, reason: reason.to_owned(), model: None };
+        }
     }
 
     /// Runs what waits and closes every engine. Nothing is admitted any more.
@@ -85,7 +201,7 @@ impl Registry {
         if let Some(model) = loaded.versions.iter().find(taken) {
             return Err(model.name().to_owned());
         }
-        let mut kept = BTreeSet::new();
+        let mut kept: BTreeSet<_> = loaded.failed.keys().map(|version| (unit.to_owned(), *version)).collect();
         let mut old = Vec::new();
         for model in loaded.versions {
             let version = model.version().parse().unwrap_or(0);
@@ -96,6 +212,7 @@ impl Registry {
             old.extend(entry.versions.insert(version, slot).and_then(|slot| slot.model));
         }
         for (name, entry) in models.by_name.iter_mut().filter(|(_, entry)| entry.unit == unit) {
+            entry.versions.remove(&0);
             for (version, slot) in &mut entry.versions {
                 if !kept.contains(&(name.clone(), *version)) {
                     old.extend(slot.unload());
@@ -106,13 +223,18 @@ impl Registry {
             Some(new) => models.multimodal.insert(unit.to_owned(), new),
             None => models.multimodal.remove(unit),
         };
+        // What stands for the whole unit while it loads, and is no model itself.
+        models.by_name.retain(|_, entry| !entry.versions.is_empty() || entry.unit != unit || !loaded.failed.is_empty());
         drop(models);
         drop(multimodal);
+        for (version, reason) in &loaded.failed {
+            self.note_failure(unit, *version, reason);
+        }
         self.retire(old);
         Ok(())
     }
 
-    fn remove(&self, unit: &str) {
+    pub(super) fn remove(&self, unit: &str) {
         let mut models = self.write();
         let entries = models.by_name.values_mut().filter(|entry| entry.unit == unit);
         let old = entries.flat_map(|entry| entry.versions.values_mut().filter_map(Slot::unload)).collect();

@@ -12,6 +12,14 @@ pub enum LoadError {
         /// The name.
         name: String,
     },
+    /// A repository cannot be read.
+    #[error("the model repository {path} could not be read")]
+    Repository {
+        /// The folder.
+        path: String,
+        /// The system's answer.
+        source: std::io::Error,
+    },
     /// The artifact cannot be read.
     #[error("model {name:?} could not be read")]
     Artifact {

@@ -2,9 +2,13 @@
 
 mod artifact;
 mod complete;
+mod config;
 mod control;
 mod error;
+mod folder;
+mod poll;
 mod source;
+mod triton;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,7 +33,7 @@ use crate::{
     metrics::Metrics,
     model::{Graph, ModelVersion, Multimodal},
     pool::CpuPool,
-    scheduler::Batching,
+    scheduler::{Batching, Slots},
     wire::excerpt,
 };
 
@@ -80,6 +84,8 @@ pub struct Opening {
     pub engine: Options,
     /// How requests are put together, where a model does not say.
     pub batching: Batching,
+    /// The machine's compute, shared by all models.
+    pub slots: Slots,
     /// What is accepted of media and texts.
     pub limits: Limits,
     /// Where they are prepared.
@@ -152,6 +158,8 @@ struct Inner {
     models: RwLock<Models>,
     /// Held while models come or go, so that one change happens at a time.
     changing: tokio::sync::Mutex<()>,
+    /// Ends what runs beside requests when the last handle goes.
+    background: CancellationToken,
 }
 
 /// Read for every request, written when a model comes or goes.
@@ -182,6 +190,14 @@ struct Slot {
 struct Loaded {
     versions: Vec<ModelVersion>,
     multimodal: Option<Arc<Multimodal>>,
+    /// Versions that could not be opened, with the reason.
+    failed: BTreeMap<u64, String>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.background.cancel();
+    }
 }
 
 impl Registry {

@@ -1,10 +1,9 @@
-//! The queue of one graph: who gets in, who leaves early, and who is next.
+//! The line of one model, shared by those who ask and the threads that run.
 //!
 //! A lock and a condition variable instead of a channel, because a channel cannot give up an element in its middle: work
-//! whose caller is gone would hold its memory and its place until the engine comes to it.
+//! whose caller is gone would hold its memory and its place until an engine comes to it.
 
 use std::{
-    collections::BTreeMap,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
@@ -12,11 +11,16 @@ use std::{
 use tokio::sync::oneshot;
 use tracing::Span;
 
-use super::{Batching, Done, ScheduleError, Work, batch};
+use super::{
+    Done, Policy, ScheduleError, Work,
+    line::{Line, Next, Number, Refused, Ticket},
+    order::Order,
+    shape::Shapes,
+};
 use crate::{metrics::GraphMetrics, model::Statistics};
 
-pub(super) type Reply = oneshot::Sender<Result<Done, ScheduleError>>;
-pub(super) type Answer = oneshot::Receiver<Result<Done, ScheduleError>>;
+pub(super) type Reply = oneshot::Sender<Outcome>;
+pub(super) type Outcome = Result<Done, ScheduleError>;
 
 /// Work that waits or runs.
 #[derive(Debug)]
@@ -26,13 +30,16 @@ pub(super) struct Job {
     /// The request's span, which the batch's span links to.
     pub(super) span: Span,
     pub(super) admitted: Instant,
+    /// Its place among answers, where they keep the order of requests; given when an engine takes it.
+    pub(super) place: Option<u64>,
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Queue {
     pub(super) graph: String,
-    pub(super) batching: Batching,
+    pub(super) policy: Policy,
+    pub(super) shapes: Shapes,
     pub(super) metrics: GraphMetrics,
     pub(super) statistics: Arc<Statistics>,
     state: Mutex<State>,
@@ -42,75 +49,120 @@ pub(super) struct Queue {
 
 #[derive(Debug, Default)]
 struct State {
-    /// By order of arrival; bounded by `Batching::max_waiting_rows`.
-    waiting: BTreeMap<u64, Job>,
-    /// Sum over `waiting`.
-    rows: usize,
-    next_place: u64,
+    line: Line<Job>,
+    order: Order<(Reply, Outcome)>,
     closed: bool,
     last_success: Option<Instant>,
 }
 
-/// A place in the queue: dropping it gives the place up, if the engine has not taken the work yet.
+/// A place in the line: dropping it gives the place up, if no engine has taken the work yet.
 #[derive(Debug)]
 pub(super) struct Place {
     queue: Arc<Queue>,
-    number: u64,
+    /// `None` once an engine has taken the work.
+    number: Option<Number>,
+    /// When the caller has to look whether it still waits.
+    pub(super) timeout: Option<Instant>,
 }
 
 impl Queue {
-    pub(super) fn new(graph: String, batching: Batching, metrics: GraphMetrics, statistics: Arc<Statistics>) -> Self {
-        Self { graph, batching, metrics, statistics, state: Mutex::default(), changed: Condvar::new() }
+    pub(super) fn new(
+        graph: String,
+        policy: Policy,
+        shapes: Shapes,
+        metrics: GraphMetrics,
+        statistics: Arc<Statistics>,
+    ) -> Self {
+        Self { graph, policy, shapes, metrics, statistics, state: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// Puts work at the end of the line.
-    pub(super) fn admit(self: &Arc<Self>, work: Work) -> Result<(Answer, Place), ScheduleError> {
+    /// Puts work in the line.
+    pub(super) fn admit(self: &Arc<Self>, work: Work) -> Result<(oneshot::Receiver<Outcome>, Place), ScheduleError> {
+        let now = Instant::now();
+        if work.deadline.is_some_and(|deadline| deadline <= now) {
+            return Err(ScheduleError::DeadlineExceeded { graph: self.graph.clone() });
+        }
+        let level = if work.priority == 0 { self.policy.default_level } else { work.priority.min(self.policy.levels) };
+        let queue = self.policy.level(level);
+        // A request may ask for less than its level gives, never for more.
+        let timeout = match (queue.timeout, work.timeout.filter(|_| queue.allow_override)) {
+            (Some(own), Some(asked)) => Some(own.min(asked)),
+            (own, asked) => own.or(asked),
+        };
+        let timeout = timeout.map(|timeout| now + timeout);
+        let (class, length) = self.shapes.class(&work.inputs);
+        let ticket =
+            Ticket { rows: work.rows, level, class, length, arrived: now, timeout, deadline: work.deadline };
         let (reply, answer) = oneshot::channel();
-        let limit = self.batching.max_waiting_rows;
+        let job = Job { work, reply, span: Span::current(), admitted: now, place: None };
         let mut state = self.lock();
         if state.closed {
             return Err(ScheduleError::Stopped { graph: self.graph.clone() });
         }
-        // An empty queue takes any work, so that what fits into a batch can always be run.
-        if state.rows > 0 && state.rows.saturating_add(work.rows) > limit {
-            return Err(ScheduleError::Overloaded { graph: self.graph.clone(), waiting: state.rows, limit });
-        }
-        let number = state.next_place;
-        state.next_place += 1;
-        state.rows = state.rows.saturating_add(work.rows);
-        state.waiting.insert(number, Job { work, reply, span: Span::current(), admitted: Instant::now() });
-        self.metrics.waiting(state.waiting.len());
+        let number = state.line.push(&self.policy, ticket, job).map_err(|refused| self.refusal(refused))?;
+        self.metrics.waiting(state.line.len());
         drop(state);
         self.changed.notify_one();
-        Ok((answer, Place { queue: self.clone(), number }))
+        let timeout = timeout.filter(|_| !queue.delay_timed_out);
+        Ok((answer, Place { queue: self.clone(), number: Some(number), timeout }))
+    }
+
+    fn refusal(&self, refused: Refused) -> ScheduleError {
+        let graph = self.graph.clone();
+        match refused {
+            Refused::Level { limit } => ScheduleError::QueueFull { graph, limit },
+            Refused::Rows { waiting, limit } => ScheduleError::Overloaded { graph, waiting, limit },
+        }
     }
 
     /// The next batch, as soon as there is one to run; `None` when the queue is closed and empty.
-    ///
-    /// After a run (`was_busy`) what is here already came meanwhile, and more may be on its way. Work that finds the
-    /// engine idle does not wait.
     pub(super) fn next_batch(&self, mut was_busy: bool) -> Option<Vec<Job>> {
         let mut state = self.lock();
         loop {
-            let Some(oldest) = state.waiting.values().next() else {
-                if state.closed {
-                    return None;
-                }
-                was_busy = false;
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            let waited = oldest.admitted.elapsed();
-            if !was_busy || state.closed || state.rows >= self.batching.max_rows || waited >= self.batching.max_delay {
-                break;
+            let now = Instant::now();
+            for job in state.line.expire(&self.policy, now) {
+                let graph = self.graph.clone();
+                let is_over = job.work.deadline.is_some_and(|deadline| deadline <= now);
+                let error = if is_over { ScheduleError::DeadlineExceeded { graph } } else { ScheduleError::TimedOut { graph } };
+                // Its caller has most likely noticed by itself.
+                let _ = job.reply.send(Err(error));
             }
-            let rest = self.batching.max_delay.saturating_sub(waited);
-            state = self.changed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0;
+            let closing = state.closed;
+            match state.line.next(&self.policy, now, was_busy, closing) {
+                Next::Run(mut jobs) => {
+                    if self.policy.preserve_ordering {
+                        jobs.iter_mut().for_each(|job| job.place = Some(state.order.place()));
+                    }
+                    self.metrics.waiting(state.line.len());
+                    if state.line.len() > 0 {
+                        // Another instance may begin with the rest.
+                        self.changed.notify_one();
+                    }
+                    return Some(jobs);
+                }
+                Next::Wait(_) if closing && state.line.len() == 0 => return None,
+                Next::Wait(None) => {
+                    was_busy = false;
+                    state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+                Next::Wait(Some(until)) => {
+                    let rest = until.saturating_duration_since(now);
+                    state = self.changed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0;
+                }
+            }
         }
-        let jobs = batch::take(&mut state.waiting, self.batching.max_rows);
-        state.rows = state.rows.saturating_sub(jobs.iter().map(|job| job.work.rows).sum());
-        self.metrics.waiting(state.waiting.len());
-        Some(jobs)
+    }
+
+    /// Hands an answer out, or keeps it until those before it are there.
+    pub(super) fn answer(&self, place: Option<u64>, reply: Reply, outcome: Outcome) {
+        // A caller that left does not want its answer.
+        match place {
+            None => drop(reply.send(outcome)),
+            Some(place) => {
+                let leaving = self.lock().order.finish(place, (reply, outcome));
+                leaving.into_iter().for_each(|(reply, outcome)| drop(reply.send(outcome)));
+            }
+        }
     }
 
     /// Admits nothing from now on.
@@ -119,13 +171,24 @@ impl Queue {
         self.changed.notify_all();
     }
 
+    /// Waits, unless the queue is closed before: then `false`.
+    pub(super) fn pause(&self, until: Instant) -> bool {
+        let mut state = self.lock();
+        loop {
+            let rest = until.saturating_duration_since(Instant::now());
+            if state.closed || rest.is_zero() {
+                return !state.closed;
+            }
+            state = self.changed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// Closes the queue and refuses what waits, because nobody will run it. Whether it was open.
     pub(super) fn abandon(&self) -> bool {
         let mut state = self.lock();
         let was_open = !std::mem::replace(&mut state.closed, true);
         // Dropping the replies tells the callers.
-        state.waiting.clear();
-        state.rows = 0;
+        drop(state.line.clear());
         self.metrics.waiting(0);
         was_open
     }
@@ -145,13 +208,28 @@ impl Queue {
     }
 }
 
+impl Place {
+    /// The work was answered: there is nothing to give up.
+    pub(super) fn leave(mut self) {
+        self.number = None;
+    }
+
+    /// Takes the work out of the line; whether it was still there.
+    pub(super) fn withdraw(&mut self) -> bool {
+        let Some(number) = self.number.take() else { return false };
+        let mut state = self.queue.lock();
+        let job = state.line.remove(number);
+        if job.is_some() {
+            self.queue.metrics.waiting(state.line.len());
+        }
+        drop(state);
+        job.is_some()
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut state = self.queue.lock();
-        if let Some(job) = state.waiting.remove(&self.number) {
-            state.rows = state.rows.saturating_sub(job.work.rows);
-            self.queue.metrics.waiting(state.waiting.len());
-            drop(state);
+        if self.withdraw() {
             self.queue.metrics.abandoned();
         }
     }

@@ -1,16 +1,19 @@
-//! One graph, its queue and the thread that owns its engine.
+//! One graph, its line of requests and the threads that own its engines.
 //!
 //! ```text
-//! run() -> admit: a place in the queue, or "full" at once -> batch: join waiting requests -> run: the engine's thread -> split
+//! run() -> admit: a place in the line, or "full" at once -> line: who runs next, with whom -> run: an engine's thread -> split
 //! ```
 //!
-//! While an engine is idle nobody waits: a request that finds it so runs alone at once, and what arrives meanwhile forms
-//! the next batch. A request that its caller gives up (cancelled, deadline passed) leaves the queue in that moment and
-//! never reaches the engine.
+//! [`line`] decides and knows neither threads nor clocks; [`admit`] shares it; [`run`] acts on it. A request that its
+//! caller gives up (cancelled, deadline passed) leaves the line in that moment and never reaches an engine.
 
 mod admit;
-mod batch;
+mod line;
+mod order;
+mod policy;
 mod run;
+mod shape;
+mod slots;
 #[cfg(test)]
 mod tests;
 
@@ -20,21 +23,34 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sensorium_engine::{Engine, EngineError, RawTensor};
+use sensorium_engine::{Engine, EngineError, RawTensor, Signature};
 use tokio_util::sync::CancellationToken;
 
-use self::admit::Queue;
-use crate::{metrics::GraphMetrics, model::{Statistics, Timings}};
+pub use self::{
+    policy::{Delay, Padding, Policy, QueuePolicy},
+    slots::Slots,
+};
+use self::{admit::Queue, run::Instance, shape::Shapes};
+use crate::{
+    metrics::GraphMetrics,
+    model::{Statistics, Timings},
+};
 
 /// What to run: tensors that fit the engine's signature.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Work {
-    /// In the order of the signature; the first dimension of each is the batch.
+    /// In the order of the signature; the first dimension of each is the batch, where the model batches.
     pub inputs: Vec<RawTensor>,
     /// That dimension.
     pub rows: usize,
     /// Indices of the signature's outputs to return.
     pub outputs: Vec<usize>,
+    /// 1 is served first; 0 is the model's default.
+    pub priority: u64,
+    /// How long it may wait, where the policy lets requests say so.
+    pub timeout: Option<Duration>,
+    /// When its caller stops waiting.
+    pub deadline: Option<Instant>,
 }
 
 /// What came of it.
@@ -46,19 +62,7 @@ pub struct Done {
     pub timings: Timings,
 }
 
-impl Work {
-    /// Whether rows of both can stand in one batch: everything but the first dimension is the same.
-    fn joins(&self, other: &Self) -> bool {
-        self.inputs.len() == other.inputs.len()
-            && self.inputs.iter().zip(&other.inputs).all(|(tensor, other)| {
-                tensor.dtype() == other.dtype()
-                    && !tensor.shape().is_empty()
-                    && tensor.shape().get(1..) == other.shape().get(1..)
-            })
-    }
-}
-
-/// How requests are put together.
+/// How requests are put together where a model does not say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Batching {
     /// Rows of the largest batch.
@@ -66,14 +70,14 @@ pub struct Batching {
     /// Rows that may wait. Each holds its tensors in memory, and at the end of the line its caller waits for all of
     /// them to be run: raise it for bursts, lower it to refuse early.
     pub max_waiting_rows: usize,
-    /// How long the oldest request waits for company after the engine was busy; see [`Scheduler::start`].
+    /// How long the oldest request waits for company after an engine was busy; an idle engine never waits.
     pub max_delay: Duration,
 }
 
 /// Why work was not run, or failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ScheduleError {
-    /// The queue is full. Trying again later may succeed.
+    /// As much waits as the server lets. Trying again later may succeed.
     #[error("the queue of {graph:?} is full: {waiting} rows wait and {limit} may; try again later")]
     Overloaded {
         /// The graph.
@@ -83,7 +87,27 @@ pub enum ScheduleError {
         /// Rows that may.
         limit: usize,
     },
-    /// The scheduler ended, or its engine's thread died.
+    /// As many wait as the model's queue policy lets. Trying again later may succeed.
+    #[error("{graph:?}: Exceeds maximum queue size {limit}")]
+    QueueFull {
+        /// The graph.
+        graph: String,
+        /// Requests that may wait on its level.
+        limit: usize,
+    },
+    /// It waited for longer than the model's queue policy lets.
+    #[error("{graph:?}: Request timeout expired")]
+    TimedOut {
+        /// The graph.
+        graph: String,
+    },
+    /// Its caller does not wait any more.
+    #[error("the deadline of the request passed before {graph:?} had answered")]
+    DeadlineExceeded {
+        /// The graph.
+        graph: String,
+    },
+    /// The scheduler ended, or its engine died.
     #[error("{graph:?} is not running any more")]
     Stopped {
         /// The graph.
@@ -107,61 +131,115 @@ pub enum ScheduleError {
     },
 }
 
-/// Handle of one graph's queue. Dropping it lets the engine's thread finish what waits, and end.
+/// Makes an engine anew after one has died.
+pub type Reopen = Arc<dyn Fn() -> Result<Box<dyn Engine>, String> + Send + Sync>;
+
+/// Everything that a scheduler is made of.
+pub struct Setup {
+    /// The graph's name, for messages.
+    pub graph: String,
+    /// Its engines, each of which gets a thread.
+    pub engines: Vec<Box<dyn Engine>>,
+    /// What replaces an engine that died; without it the death of the last one is final.
+    pub reopen: Option<Reopen>,
+    /// How requests wait and are put together.
+    pub policy: Policy,
+    /// Whether the first axis of every tensor is the batch.
+    pub batches: bool,
+    /// What all models of the machine share.
+    pub slots: Slots,
+    /// Threads of each engine.
+    pub threads: usize,
+    /// Where it counts.
+    pub metrics: GraphMetrics,
+    /// Where it counts, too.
+    pub statistics: Arc<Statistics>,
+    /// Cancelled when the last engine's thread ends although nobody stopped it.
+    pub lost: CancellationToken,
+}
+
+/// Handle of one graph's queue. Dropping it lets the engines' threads finish what waits, and end.
 #[derive(Debug)]
 pub struct Scheduler {
     queue: Arc<Queue>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Scheduler {
-    /// Starts the thread that owns `engine`. `lost` is cancelled when that thread ends although nobody stopped it.
-    ///
-    /// An idle engine runs whatever arrives at once. After a run it takes all that has arrived meanwhile, up to
-    /// `max_rows`; if that fills no batch, it waits until the oldest request is `max_delay` old.
+    /// Starts the threads that own the engines, all of one signature.
     ///
     /// # Errors
-    /// The system's, when it gives no thread.
-    pub fn start(
-        graph: String,
-        engine: Box<dyn Engine>,
-        batching: Batching,
-        metrics: GraphMetrics,
-        statistics: Arc<Statistics>,
-        lost: CancellationToken,
-    ) -> std::io::Result<Self> {
-        let queue = Arc::new(Queue::new(graph, batching, metrics, statistics));
-        let thread = {
-            let queue = queue.clone();
+    /// Padding that the graph cannot have; the system's, when it gives no thread.
+    pub fn start(setup: Setup, signature: &Signature) -> Result<Self, String> {
+        let shapes = Shapes::new(signature, setup.batches, setup.policy.padding.as_ref())?;
+        Self::start_with(setup, shapes).map_err(|error| format!("no thread could be started: {error}"))
+    }
+
+    fn start_with(setup: Setup, shapes: Shapes) -> std::io::Result<Self> {
+        let Setup { graph, engines, reopen, policy, slots, threads, metrics, statistics, lost, batches: _ } = setup;
+        let queue = Arc::new(Queue::new(graph, policy, shapes, metrics, statistics));
+        let share = slots.share(threads);
+        let alive = Arc::new(());
+        // If one thread cannot be started, dropping this ends those that were.
+        let scheduler = Self { queue: queue.clone(), threads: Mutex::default() };
+        for engine in engines {
+            let instance = Instance {
+                queue: queue.clone(),
+                share: share.clone(),
+                reopen: reopen.clone(),
+                lost: lost.clone(),
+                alive: alive.clone(),
+            };
             // Linux cuts thread names at 15 bytes.
-            std::thread::Builder::new().name("engine".to_owned()).spawn(move || run::serve(engine, &queue, lost))?
-        };
-        Ok(Self { queue, thread: Mutex::new(Some(thread)) })
+            let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || instance.serve(engine))?;
+            scheduler.lock().push(thread);
+        }
+        Ok(scheduler)
     }
 
     /// Runs `work`, alone or in a batch with others: the outputs are those of its own rows. Dropping the future takes
-    /// the work out of the queue; a run that has begun goes on, and its result is dropped.
+    /// the work out of the line; a run that has begun goes on, and its result is dropped.
     ///
     /// # Errors
     /// [`ScheduleError`].
     pub async fn run(&self, work: Work) -> Result<Done, ScheduleError> {
-        let (answer, _place) = self.queue.admit(work)?;
-        answer.await.unwrap_or_else(|_| Err(ScheduleError::Stopped { graph: self.queue.graph.clone() }))
+        let deadline = work.deadline;
+        let (mut answer, mut place) = self.queue.admit(work)?;
+        let graph = || self.queue.graph.clone();
+        if let Some(timeout) = place.timeout.filter(|timeout| deadline.is_none_or(|deadline| *timeout < deadline))
+            && tokio::time::timeout_at(timeout.into(), &mut answer).await.is_err()
+            && place.withdraw()
+        {
+            return Err(ScheduleError::TimedOut { graph: graph() });
+        }
+        let outcome = match deadline {
+            None => answer.await,
+            Some(deadline) => match tokio::time::timeout_at(deadline.into(), answer).await {
+                Ok(outcome) => outcome,
+                Err(_) => return Err(ScheduleError::DeadlineExceeded { graph: graph() }),
+            },
+        };
+        place.leave();
+        outcome.unwrap_or_else(|_| Err(ScheduleError::Stopped { graph: graph() }))
     }
 
-    /// Time since the engine last ran something without failing; `None` before it did.
+    /// Time since an engine last ran something without failing; `None` before one did.
     pub fn last_success(&self) -> Option<Duration> {
         self.queue.last_success().map(|at| Instant::now().saturating_duration_since(at))
     }
 
-    /// Admits nothing from now on, runs what waits, and returns when the engine is closed.
+    /// Admits nothing from now on, runs what waits, and returns when the engines are closed.
     pub async fn stop(&self) {
         self.queue.close();
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread {
-            // A panic of the engine's thread has been reported through `lost`; there is nothing to add.
+        let threads = std::mem::take(&mut *self.lock());
+        for thread in threads {
+            // A panic of the engine's thread has been reported; there is nothing to add.
             let _ = tokio::task::spawn_blocking(move || thread.join()).await;
         }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

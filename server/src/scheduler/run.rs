@@ -1,108 +1,173 @@
-//! The thread that owns an engine.
+//! The threads that own engines.
 
-use std::time::Instant;
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use sensorium_engine::Engine;
+use sensorium_engine::{Engine, RawTensor};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Done, ScheduleError, Work,
-    admit::{Job, Queue},
-    batch,
+    Done, Reopen, ScheduleError, Work,
+    admit::{Job, Outcome, Queue},
+    slots::Share,
 };
 use crate::model::Timings;
 
-/// Runs batches until the queue is closed and empty.
-pub(super) fn serve(mut engine: Box<dyn Engine>, queue: &Queue, lost: CancellationToken) {
-    let _watch = Watch { queue, lost };
-    let mut was_busy = false;
-    while let Some(jobs) = queue.next_batch(was_busy) {
-        run_batch(engine.as_mut(), queue, jobs);
-        was_busy = true;
-    }
+/// First pause before a dead engine is replaced, and the longest; it doubles from one to the other.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// One engine's thread.
+pub(super) struct Instance {
+    pub(super) queue: Arc<Queue>,
+    pub(super) share: Share,
+    pub(super) reopen: Option<Reopen>,
+    pub(super) lost: CancellationToken,
+    /// Held by every instance that may still run something.
+    pub(super) alive: Arc<()>,
 }
 
-/// Tells everybody when the thread ends, also when the engine panics: callers that wait, and whoever keeps the process.
-struct Watch<'a> {
-    queue: &'a Queue,
-    lost: CancellationToken,
-}
-
-impl Drop for Watch<'_> {
-    fn drop(&mut self) {
-        if self.queue.abandon() {
-            tracing::error!(graph = self.queue.graph, "the engine's thread ended unasked");
+impl Instance {
+    /// Runs batches until the queue is closed and empty. An engine that dies is replaced after a pause; the requests that
+    /// died with it are told.
+    pub(super) fn serve(self, engine: Box<dyn Engine>) {
+        let mut engine = Some(engine);
+        let mut pause = FIRST_PAUSE;
+        while let Some(own) = engine.take() {
+            let started = Instant::now();
+            // What a panic leaves behind is dropped: the engine, and the batch with its callers' replies.
+            if catch_unwind(AssertUnwindSafe(|| self.run(own))).is_ok() {
+                return;
+            }
+            if started.elapsed() > LONGEST_PAUSE {
+                pause = FIRST_PAUSE;
+            }
+            engine = self.replace(&mut pause);
+        }
+        // One thread fewer; the last one tells everybody.
+        if Arc::strong_count(&self.alive) == 1 && self.queue.abandon() {
+            tracing::error!(graph = self.queue.graph, "the last engine died");
             self.lost.cancel();
         }
     }
-}
 
-fn run_batch(engine: &mut dyn Engine, queue: &Queue, jobs: Vec<Job>) {
-    let taken = Instant::now();
-    for job in &jobs {
-        queue.metrics.queued(taken.saturating_duration_since(job.admitted));
-    }
-    match run_together(engine, queue, &jobs, taken) {
-        Ok(answers) => {
-            for (job, answer) in jobs.into_iter().zip(answers) {
-                // A caller that left does not want its answer.
-                let _ = job.reply.send(Ok(answer));
+    fn replace(&self, pause: &mut Duration) -> Option<Box<dyn Engine>> {
+        let graph = &self.queue.graph;
+        let reopen = self.reopen.as_ref()?;
+        loop {
+            tracing::error!(graph, pause_seconds = pause.as_secs_f64(), "an engine died and is replaced after a pause");
+            let is_open = self.queue.pause(Instant::now() + *pause);
+            *pause = (*pause * 2).min(LONGEST_PAUSE);
+            if !is_open {
+                return None;
             }
-        }
-        Err(error) if jobs.len() == 1 => {
-            if let Some(job) = jobs.into_iter().next() {
-                let _ = job.reply.send(Err(error));
-            }
-        }
-        // One member's values may have failed all of them, and only a run of its own shows whose.
-        Err(error) => {
-            tracing::debug!(graph = queue.graph, requests = jobs.len(), %error, "batch failed, running each alone");
-            for job in jobs {
-                if !job.reply.is_closed() {
-                    let answer = run_together(engine, queue, std::slice::from_ref(&job), taken);
-                    let _ = job.reply.send(answer.map(|mut answers| answers.remove(0)));
-                }
+            match reopen() {
+                Ok(engine) => return Some(engine),
+                Err(error) => tracing::error!(graph, error, "the engine could not be opened again"),
             }
         }
     }
-}
 
-/// Runs the rows of all jobs at once: an answer for each.
-fn run_together(
-    engine: &mut dyn Engine,
-    queue: &Queue,
-    jobs: &[Job],
-    taken: Instant,
-) -> Result<Vec<Done>, ScheduleError> {
-    let works: Vec<&Work> = jobs.iter().map(|job| &job.work).collect();
-    let rows = works.iter().map(|work| work.rows).sum();
-    let failed = |source| ScheduleError::Engine { graph: queue.graph.clone(), source: Box::new(source) };
-    let unfit = || ScheduleError::Outputs { graph: queue.graph.clone(), rows };
-
-    let span = tracing::info_span!(parent: None, "batch", model = queue.graph, rows, requests = jobs.len());
-    for job in jobs {
-        span.follows_from(&job.span);
+    fn run(&self, mut engine: Box<dyn Engine>) {
+        let mut was_busy = false;
+        while let Some(jobs) = self.queue.next_batch(was_busy) {
+            self.run_batch(engine.as_mut(), jobs);
+            was_busy = true;
+        }
     }
-    let _entered = span.entered();
-    let started = Instant::now();
-    let (inputs, wanted) = batch::join(&works).map_err(|_| unfit())?;
-    let joined = Instant::now();
-    let found = engine.run_raw(&inputs, &wanted).map_err(failed)?;
-    let ran = Instant::now();
-    let outputs = batch::split(&works, &wanted, &found).ok_or_else(unfit)?;
-    let timings = Timings {
-        compute_input: joined - started,
-        compute_infer: ran - joined,
-        compute_output: ran.elapsed(),
-        batch_size: rows,
-        ..Timings::default()
-    };
-    queue.metrics.ran(rows, jobs.len(), timings.compute_infer);
-    queue.statistics.executed(rows, &timings);
-    queue.note_success();
-    let done = |(outputs, job): (Vec<_>, &Job)| Done {
-        outputs,
-        timings: Timings { queue: taken.saturating_duration_since(job.admitted), ..timings },
-    };
-    Ok(outputs.into_iter().zip(jobs).map(done).collect())
+
+    fn run_batch(&self, engine: &mut dyn Engine, jobs: Vec<Job>) {
+        let queue = &self.queue;
+        let taken = Instant::now();
+        for job in &jobs {
+            queue.metrics.queued(taken.saturating_duration_since(job.admitted));
+        }
+        let places: Vec<Option<u64>> = jobs.iter().map(|job| job.place).collect();
+        let held = self.share.hold();
+        let outcomes: Vec<Outcome> = match self.run_together(engine, &jobs, taken) {
+            Ok(answers) => answers.into_iter().map(Ok).collect(),
+            Err(error) if jobs.len() == 1 => vec![Err(error)],
+            // One member's values may have failed all of them, and only a run of its own shows whose.
+            Err(error) => {
+                tracing::debug!(graph = queue.graph, requests = jobs.len(), %error, "batch failed, running each alone");
+                let mut alone = |job| self.run_together(engine, std::slice::from_ref(job), taken);
+                jobs.iter().map(|job| alone(job).map(|mut answers| answers.remove(0))).collect()
+            }
+        };
+        drop(held);
+        for ((job, place), outcome) in jobs.into_iter().zip(places).zip(outcomes) {
+            queue.answer(place, job.reply, outcome);
+        }
+    }
+
+    /// Runs the rows of all jobs at once: an answer for each.
+    fn run_together(&self, engine: &mut dyn Engine, jobs: &[Job], taken: Instant) -> Result<Vec<Done>, ScheduleError> {
+        let queue = &self.queue;
+        let works: Vec<&Work> = jobs.iter().map(|job| &job.work).collect();
+        let rows = works.iter().map(|work| work.rows).sum();
+        let failed = |source| ScheduleError::Engine { graph: queue.graph.clone(), source: Box::new(source) };
+        let unfit = || ScheduleError::Outputs { graph: queue.graph.clone(), rows };
+
+        let span = tracing::info_span!(parent: None, "batch", model = queue.graph, rows, requests = jobs.len());
+        for job in jobs {
+            span.follows_from(&job.span);
+        }
+        let _entered = span.entered();
+        let started = Instant::now();
+        let (inputs, wanted) = self.join(&works).ok_or_else(unfit)?;
+        let joined = Instant::now();
+        let found = engine.run_raw(&inputs, &wanted).map_err(failed)?;
+        let ran = Instant::now();
+        let outputs = self.split(&works, &wanted, &found).ok_or_else(unfit)?;
+        let timings = Timings {
+            compute_input: joined - started,
+            compute_infer: ran - joined,
+            compute_output: ran.elapsed(),
+            batch_size: rows,
+            ..Timings::default()
+        };
+        queue.metrics.ran(rows, timings.compute_infer);
+        queue.statistics.executed(rows, &timings);
+        queue.note_success();
+        let done = |(outputs, job): (Vec<_>, &Job)| Done {
+            outputs,
+            timings: Timings { queue: taken.saturating_duration_since(job.admitted), ..timings },
+        };
+        Ok(outputs.into_iter().zip(jobs).map(done).collect())
+    }
+
+    /// The rows of all, one after the other, and every output that any of them wants, ascending.
+    fn join(&self, works: &[&Work]) -> Option<(Vec<RawTensor>, Vec<usize>)> {
+        let inputs = works.first()?.inputs.len();
+        let column = |index: usize| {
+            let parts: Vec<_> = works.iter().map(|work| &work.inputs[index]).collect();
+            self.queue.shapes.join(index, &parts).ok()
+        };
+        let mut outputs: Vec<usize> = works.iter().flat_map(|work| &work.outputs).copied().collect();
+        outputs.sort_unstable();
+        outputs.dedup();
+        Some(((0..inputs).map(column).collect::<Option<_>>()?, outputs))
+    }
+
+    /// What each of `works` gets of `found`, the outputs `indices` of their common run: its own rows of those it wants.
+    /// `None` when the rows of an output are not theirs.
+    fn split(&self, works: &[&Work], indices: &[usize], found: &[RawTensor]) -> Option<Vec<Vec<RawTensor>>> {
+        // Alone, there is nothing to split, and the outputs of a model without a batch axis could not be.
+        let split = |tensor: &RawTensor| match works {
+            [_] => Some(vec![tensor.clone()]),
+            works => tensor.split(works.iter().map(|work| work.rows)),
+        };
+        let columns: Vec<Vec<RawTensor>> = found.iter().map(split).collect::<Option<_>>()?;
+        let answer = |(member, work): (usize, &&Work)| {
+            let own = |output: &usize| {
+                let rows = columns[indices.binary_search(output).ok()?][member].clone();
+                self.queue.shapes.trim(*output, rows, work).ok()
+            };
+            work.outputs.iter().map(own).collect()
+        };
+        works.iter().enumerate().map(answer).collect()
+    }
 }

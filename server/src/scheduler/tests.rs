@@ -9,7 +9,7 @@ use sensorium_engine::{DType, Engine, EngineError, RawTensor, Signature};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::{Batching, Done, ScheduleError, Scheduler, Work};
+use super::{Batching, Done, Policy, ScheduleError, Scheduler, Setup, Slots, Work, shape::Shapes};
 use crate::{metrics::Metrics, model::Statistics};
 
 /// Doubles `x`. Fails on a negative number, dies of a NaN, and says beforehand what it was given.
@@ -60,8 +60,19 @@ impl Bench {
         let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver });
         let lost = CancellationToken::new();
         let batching = Batching { max_rows, max_waiting_rows, max_delay };
-        let metrics = Metrics::new().graph("m");
-        let scheduler = Scheduler::start("m".to_owned(), engine, batching, metrics, Arc::new(Statistics::default()), lost.clone()).unwrap();
+        let setup = Setup {
+            graph: "m".to_owned(),
+            engines: vec![engine],
+            reopen: None,
+            policy: Policy::of_server(batching),
+            batches: true,
+            slots: Slots::new(1),
+            threads: 1,
+            metrics: Metrics::new().graph("m", "1"),
+            statistics: Arc::new(Statistics::default()),
+            lost: lost.clone(),
+        };
+        let scheduler = Scheduler::start_with(setup, Shapes::tail(1)).unwrap();
         Self { scheduler: Arc::new(scheduler), runs, gate, lost }
     }
 
@@ -110,7 +121,7 @@ fn rows(values: &[f32]) -> Work {
 fn wide_rows(width: usize, values: &[f32]) -> Work {
     let rows = values.len() / width;
     let x = RawTensor::from_vec(DType::Fp32, vec![rows as i64, width as i64], values.to_vec()).unwrap();
-    Work { inputs: vec![x], rows, outputs: vec![TWICE] }
+    Work { inputs: vec![x], rows, outputs: vec![TWICE], ..Work::default() }
 }
 
 fn values(answer: &Done) -> Vec<Vec<f32>> {

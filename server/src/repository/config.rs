@@ -1,0 +1,114 @@
+//! A model's configuration as somebody wrote it: `config.pbtxt`, or JSON in a request to load.
+
+use miette::Diagnostic as _;
+use prost_reflect::{DynamicMessage, MessageDescriptor, ReflectMessage as _};
+use sensorium_proto::inference::ModelConfig;
+
+/// A configuration, and what it says by leaving things out.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Written {
+    pub(super) config: ModelConfig,
+    /// Whether it has `max_batch_size`: a written 0 means that the model has no batch axis, an absent one that the file
+    /// shall tell.
+    pub(super) has_batch_size: bool,
+}
+
+/// The name of the message, for the descriptors.
+const MESSAGE: &str = "inference.ModelConfig";
+
+/// Reads the protobuf text format.
+///
+/// # Errors
+/// What is wrong, and in which line.
+pub(super) fn from_text(text: &str) -> Result<Written, String> {
+    let message = DynamicMessage::parse_text_format(descriptor()?, text).map_err(|error| {
+        let offset = error.labels().and_then(|mut labels| labels.next()).map(|label| label.offset());
+        match offset {
+            Some(offset) => format!("line {}: {error}", line(text, offset)),
+            None => error.to_string(),
+        }
+    })?;
+    let has_batch_size = text.lines().any(|line| is_batch_size(line.trim_start()));
+    typed(&message, has_batch_size)
+}
+
+/// Reads JSON as protobuf spells it.
+///
+/// # Errors
+/// What is wrong, and where.
+pub(super) fn from_json(json: &str) -> Result<Written, String> {
+    let mut reader = serde_json::Deserializer::from_str(json);
+    let message = DynamicMessage::deserialize(descriptor()?, &mut reader).map_err(|error| error.to_string())?;
+    reader.end().map_err(|error| error.to_string())?;
+    let has_batch_size = json.contains("\"max_batch_size\"") || json.contains("\"maxBatchSize\"");
+    typed(&message, has_batch_size)
+}
+
+fn descriptor() -> Result<MessageDescriptor, String> {
+    // The pool is made of the same files as the type: if one day it is not, a model fails to load and says so.
+    sensorium_proto::descriptor_pool().get_message_by_name(MESSAGE).ok_or_else(|| format!("there is no {MESSAGE}"))
+}
+
+fn typed(message: &DynamicMessage, has_batch_size: bool) -> Result<Written, String> {
+    let config = message.transcode_to().map_err(|error| format!("it is no {}: {error}", message.descriptor().name()))?;
+    Ok(Written { config, has_batch_size })
+}
+
+/// Whether a line sets the field: the text format ends a name at a colon or a space, and nothing nested is called so.
+fn is_batch_size(line: &str) -> bool {
+    line.strip_prefix("max_batch_size").is_some_and(|rest| rest.trim_start().starts_with(':'))
+}
+
+/// Lines count from 1.
+fn line(text: &str, offset: usize) -> usize {
+    1 + text.as_bytes()[..offset.min(text.len())].iter().filter(|byte| **byte == b'\n').count()
+}
+
+#[cfg(test)]
+mod tests {
+    use sensorium_proto::inference::{DataType, model_config::SchedulingChoice};
+
+    use super::*;
+
+    #[test]
+    fn a_file_in_the_text_format_is_read_whole() {
+        let written = from_text(
+            r#"
+            # a comment
+            name: "m" platform: 'onnxruntime_onnx'
+            max_batch_size: 8
+            input [ { name: "x", data_type: TYPE_FP32, dims: [ 3, -1 ] }, { name: "y" data_type: TYPE_STRING dims: 1 } ]
+            dynamic_batching { preferred_batch_size: [ 4, 8 ] max_queue_delay_microseconds: 100 }
+            parameters { key: "intra_op_thread_count" value: { string_value: "2" } }
+            version_policy: { specific { versions: [1, 3] } }
+            "#,
+        )
+        .unwrap();
+        let config = written.config;
+        assert!(written.has_batch_size);
+        assert_eq!((config.name.as_str(), config.max_batch_size, config.input.len()), ("m", 8, 2));
+        assert_eq!((config.input[0].dims.as_slice(), config.input[1].data_type()), (&[3, -1][..], DataType::TypeString));
+        let Some(SchedulingChoice::DynamicBatching(batching)) = config.scheduling_choice else { panic!("dynamic") };
+        assert_eq!((batching.preferred_batch_size, batching.max_queue_delay_microseconds), (vec![4, 8], 100));
+        assert_eq!(config.parameters["intra_op_thread_count"].string_value, "2");
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_line() {
+        let error = from_text("name: \"m\"\nmax_batch: 8\n").unwrap_err();
+        assert!(error.starts_with("line 2: ") && error.contains("max_batch"), "{error}");
+        let error = from_text("input {\n  data_type: TYPE_FLOAT\n}").unwrap_err();
+        assert!(error.starts_with("line 2: ") && error.contains("TYPE_FLOAT"), "{error}");
+        let error = from_text("max_batch_size: \"many\"").unwrap_err();
+        assert!(error.starts_with("line 1: "), "{error}");
+    }
+
+    #[test]
+    fn json_is_the_same_message() {
+        let written = from_json(r#"{"max_batch_size": 0, "instance_group": [{"count": 2, "kind": "KIND_CPU"}]}"#).unwrap();
+        assert!(written.has_batch_size);
+        assert_eq!(written.config.instance_group[0].count, 2);
+        assert!(from_json(r#"{"max_batch": 8}"#).unwrap_err().contains("max_batch"));
+        assert!(!from_json("{}").unwrap().has_batch_size);
+    }
+}

@@ -1,0 +1,189 @@
+//! What lies in a folder of Triton's layout: `REPOSITORY/MODEL/[config.pbtxt]/VERSION/FILE`.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    time::UNIX_EPOCH,
+};
+
+use sensorium_proto::inference::model_version_policy::PolicyChoice;
+use sensorium_proto::inference::{ModelConfig, model_version_policy::Latest};
+
+/// A model's folder, looked at without opening any model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Folder {
+    pub(super) path: PathBuf,
+    /// Folders of versions by number.
+    pub(super) versions: BTreeMap<u64, PathBuf>,
+    /// The text of `config.pbtxt`, where there is one.
+    pub(super) config: Option<String>,
+}
+
+/// The configuration's file.
+const CONFIG: &str = "config.pbtxt";
+
+/// Names of the models in a repository: its folders, but not hidden ones.
+pub(super) fn models(repository: &Path) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(repository)? {
+        let entry = entry?;
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        // Through links, as a mounted ConfigMap has them.
+        if !name.starts_with('.') && fs::metadata(entry.path()).is_ok_and(|metadata| metadata.is_dir()) {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Whether a client may call a model so: a name is one folder, and nothing else.
+pub(super) fn is_model_name(name: &str) -> bool {
+    !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0'])
+}
+
+impl Folder {
+    /// Reads the configuration and lists the versions: folders whose name is a number without leading zeros.
+    pub(super) fn read(path: &Path) -> io::Result<Self> {
+        let config = match fs::read_to_string(path.join(CONFIG)) {
+            Ok(text) => Some(text),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        let mut versions = BTreeMap::new();
+        for entry in fs::read_dir(path)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let number = name.to_str().filter(|name| !name.starts_with('0')).and_then(|name| name.parse().ok());
+            if let Some(number) = number.filter(|_| fs::metadata(entry.path()).is_ok_and(|found| found.is_dir())) {
+                versions.insert(number, entry.path());
+            }
+        }
+        Ok(Self { path: path.to_owned(), versions, config })
+    }
+
+    /// The versions that the policy chooses.
+    ///
+    /// # Errors
+    /// A version that the policy names and that is not there.
+    pub(super) fn chosen(&self, config: &ModelConfig) -> Result<BTreeMap<u64, PathBuf>, String> {
+        let latest = PolicyChoice::Latest(Latest { num_versions: 1 });
+        let policy = config.version_policy.as_ref().and_then(|policy| policy.policy_choice.as_ref()).unwrap_or(&latest);
+        let found = &self.versions;
+        match policy {
+            PolicyChoice::All(_) => Ok(found.clone()),
+            PolicyChoice::Latest(Latest { num_versions }) => {
+                let count = (*num_versions).max(1) as usize;
+                Ok(found.iter().rev().take(count).map(|(number, path)| (*number, path.clone())).collect())
+            }
+            PolicyChoice::Specific(specific) => {
+                let one = |version: &i64| {
+                    let number = u64::try_from(*version).ok();
+                    let entry = number.and_then(|number| found.get_key_value(&number));
+                    entry.map(|(number, path)| (*number, path.clone())).ok_or_else(|| {
+                        let known: Vec<_> = found.keys().map(u64::to_string).collect();
+                        format!(
+                            "its version_policy names version {version}, which is not in the folder; it has {}",
+                            known.join(", ")
+                        )
+                    })
+                };
+                specific.versions.iter().map(one).collect()
+            }
+        }
+    }
+}
+
+/// A number that changes when a file below `path` comes, goes, or is written to. It is stable over restarts of nothing:
+/// only values of one process compare.
+pub(super) fn fingerprint(path: &Path) -> io::Result<u64> {
+    use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+    fn visit(path: &Path, hasher: &mut DefaultHasher) -> io::Result<()> {
+        let mut entries = fs::read_dir(path)?.collect::<Result<Vec<_>, _>>()?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let metadata = fs::metadata(entry.path())?;
+            entry.file_name().hash(hasher);
+            if metadata.is_dir() {
+                visit(&entry.path(), hasher)?;
+            } else {
+                metadata.len().hash(hasher);
+                let modified = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+                modified.as_nanos().hash(hasher);
+            }
+        }
+        "end".hash(hasher);
+        Ok(())
+    }
+    let mut hasher = DefaultHasher::new();
+    visit(path, &mut hasher)?;
+    Ok(hasher.finish())
+}
+
+#[cfg(test)]
+mod tests {
+    use sensorium_proto::inference::{
+        ModelVersionPolicy,
+        model_version_policy::{All, Specific},
+    };
+
+    use super::*;
+
+    fn folder(versions: &[&str]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for version in versions {
+            fs::create_dir(folder.path().join(version)).unwrap();
+        }
+        folder
+    }
+
+    fn chosen(folder: &Folder, policy: Option<PolicyChoice>) -> Result<Vec<u64>, String> {
+        let version_policy = policy.map(|policy| ModelVersionPolicy { policy_choice: Some(policy) });
+        let config = ModelConfig { version_policy, ..ModelConfig::default() };
+        folder.chosen(&config).map(|chosen| chosen.into_keys().collect())
+    }
+
+    #[test]
+    fn versions_are_folders_with_plain_numbers() {
+        let folder = folder(&["1", "10", "007", "0", "two", "2"]);
+        fs::write(folder.path().join("3"), "a file").unwrap();
+        let found = Folder::read(folder.path()).unwrap();
+        assert_eq!(found.versions.keys().copied().collect::<Vec<_>>(), [1, 2, 10]);
+        assert_eq!(found.config, None);
+    }
+
+    #[test]
+    fn the_policy_chooses_versions_and_the_latest_is_the_default() {
+        let folder = folder(&["1", "2", "10"]);
+        let found = Folder::read(folder.path()).unwrap();
+        assert_eq!(chosen(&found, None).unwrap(), [10]);
+        assert_eq!(chosen(&found, Some(PolicyChoice::Latest(Latest { num_versions: 2 }))).unwrap(), [2, 10]);
+        assert_eq!(chosen(&found, Some(PolicyChoice::All(All {}))).unwrap(), [1, 2, 10]);
+        let specific = |versions: &[i64]| Some(PolicyChoice::Specific(Specific { versions: versions.to_vec() }));
+        assert_eq!(chosen(&found, specific(&[2])).unwrap(), [2]);
+        let error = chosen(&found, specific(&[2, 3])).unwrap_err();
+        assert_eq!(error, "its version_policy names version 3, which is not in the folder; it has 1, 2, 10");
+    }
+
+    #[test]
+    fn the_fingerprint_changes_with_any_file() {
+        let folder = folder(&["1"]);
+        let file = folder.path().join("1/model.onnx");
+        let empty = fingerprint(folder.path()).unwrap();
+        fs::write(&file, "a").unwrap();
+        let one = fingerprint(folder.path()).unwrap();
+        fs::write(&file, "ab").unwrap();
+        let two = fingerprint(folder.path()).unwrap();
+        assert_eq!(two, fingerprint(folder.path()).unwrap());
+        assert!(empty != one && one != two);
+    }
+
+    #[test]
+    fn a_name_is_one_folder() {
+        assert!(is_model_name("resnet-50.v2"));
+        for name in ["", "..", ".hidden", "a/b", "a\\b"] {
+            assert!(!is_model_name(name), "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! From a model's folder to versions that answer.
+
+use std::{collections::BTreeMap, fs, num::NonZeroUsize, path::Path, sync::Arc};
+
+use bytes::Bytes;
+use sensorium_engine::{Engine, OnnxRuntime, Options};
+use sensorium_proto::inference::{ModelConfig, ModelOutput, model_instance_group::Kind};
+
+use super::{
+    LoadParameters, Loaded, Opening,
+    complete::{self, Complete},
+    config::{self, Written},
+    folder::Folder,
+};
+use crate::{
+    error::chain,
+    model::{Graph, ModelVersion, Runs, Statistics},
+    scheduler::{Padding, Policy, Reopen, Scheduler, Setup},
+};
+
+/// What opens a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Backend {
+    OnnxRuntime,
+}
+
+impl Backend {
+    /// Every one, by its name and its platform's.
+    const ALL: [(Self, &'static str, &'static str, &'static str); 1] =
+        [(Self::OnnxRuntime, "onnxruntime", "onnxruntime_onnx", "model.onnx")];
+}
+
+/// Opens the versions of a model that its configuration chooses. Blocks: seconds of CPU for a large model.
+///
+/// # Errors
+/// Why there is no version to open. A version that fails is in [`Loaded::failed`].
+pub(super) fn load(name: &str, path: &Path, parameters: &LoadParameters, opening: &Opening) -> Result<Loaded, String> {
+    let own = if parameters.files.is_empty() { None } else { Some(materialise(&parameters.files)?) };
+    let path = own.as_ref().map_or(path, tempfile::TempDir::path);
+    let folder = Folder::read(path).map_err(|error| format!("its folder {} cannot be read: {error}", path.display()))?;
+    let written = match (&parameters.config, &folder.config) {
+        (Some(json), _) => config::from_json(json).map_err(|error| format!("the configuration in the request: {error}"))?,
+        (None, Some(text)) => config::from_text(text).map_err(|error| format!("config.pbtxt, {error}"))?,
+        (None, None) => Written::default(),
+    };
+    if !written.config.name.is_empty() && written.config.name != name {
+        return Err(format!("its configuration calls it {:?}; the name is that of the folder", written.config.name));
+    }
+    let versions = folder.chosen(&written.config)?;
+    if versions.is_empty() {
+        return Err("it has no folder of a version, such as 1".to_owned());
+    }
+    let mut loaded = Loaded::default();
+    for (version, path) in versions {
+        let opened = open_version(name, version, &path, written.clone(), opening);
+        match opened.and_then(|model| Ok(model.with_labels(labels(&folder.path, &written.config)?))) {
+            Ok(model) => loaded.versions.push(model),
+            Err(reason) => {
+                loaded.failed.insert(version, reason);
+            }
+        }
+    }
+    Ok(loaded)
+}
+
+/// Names of classes by output: one a line in the file that the configuration names.
+fn labels(folder: &Path, config: &ModelConfig) -> Result<BTreeMap<String, Vec<String>>, String> {
+    let read = |output: &ModelOutput| {
+        let path = folder.join(&output.label_filename);
+        let text = fs::read_to_string(&path).map_err(|error| format!("its labels {}: {error}", path.display()))?;
+        Ok((output.name.clone(), text.lines().map(|line| line.trim().to_owned()).collect()))
+    };
+    config.output.iter().filter(|output| !output.label_filename.is_empty()).map(read).collect()
+}
+
+/// Files that came with a request, as a folder.
+fn materialise(files: &BTreeMap<String, Bytes>) -> Result<tempfile::TempDir, String> {
+    let folder = tempfile::tempdir().map_err(|error| format!("no temporary folder: {error}"))?;
+    for (path, content) in files {
+        let inside = !path.is_empty() && path.split('/').all(|part| !matches!(part, "" | "." | ".."));
+        if !inside {
+            return Err(format!("the file {path:?} has no place in a model's folder; call it such as 1/model.onnx"));
+        }
+        let target = folder.path().join(path);
+        let written = target.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(&target, content));
+        written.map_err(|error| format!("the file {path:?} cannot be kept: {error}"))?;
+    }
+    Ok(folder)
+}
+
+fn open_version(name: &str, version: u64, path: &Path, written: Written, opening: &Opening) -> Result<ModelVersion, String> {
+    let backend = backend(&written.config, path)?;
+    let Some((_, backend_name, platform, file)) = Backend::ALL.into_iter().find(|(known, ..)| *known == backend) else {
+        return Err("no backend opens it".to_owned());
+    };
+    let file = match written.config.default_model_filename.as_str() {
+        "" => file,
+        chosen => chosen,
+    };
+    let mut file = path.join(file);
+    // A model with files of its own beside it may be a folder.
+    if file.is_dir() {
+        file = file.join("model.onnx");
+    }
+    let (count, options) = instances(&written.config, opening.engine)?;
+    let reopen: Reopen = {
+        let file = file.clone();
+        Arc::new(move || match backend {
+            Backend::OnnxRuntime => {
+                let engine = OnnxRuntime::open(&file, options).map_err(|error| chain(&error))?;
+                Ok(Box::new(engine) as Box<dyn Engine>)
+            }
+        })
+    };
+    let engines = (0..count).map(|_| reopen()).collect::<Result<Vec<_>, String>>()?;
+    let signature = engines[0].signature().clone();
+    let Complete { mut config, interface, binding } =
+        complete::complete(written, &signature, opening.batching.max_rows)?;
+    name.clone_into(&mut config.name);
+    platform.clone_into(&mut config.platform);
+    backend_name.clone_into(&mut config.backend);
+    let mut policy = Policy::of_model(&config, opening.batching)?;
+    policy.padding = padding(&config)?;
+    let statistics = Arc::new(Statistics::default());
+    let setup = Setup {
+        graph: name.to_owned(),
+        engines,
+        reopen: Some(reopen),
+        policy,
+        batches: interface.max_rows.is_some(),
+        slots: opening.slots.clone(),
+        threads: options.threads.get(),
+        metrics: opening.metrics.graph(name, &version.to_string()),
+        statistics: statistics.clone(),
+        lost: opening.lost.clone(),
+    };
+    let scheduler = Scheduler::start(setup, &signature)?;
+    let graph = Graph::new(name.to_owned(), signature, scheduler);
+    tracing::info!(model = name, version, path = %file.display(), "opened");
+    Ok(ModelVersion::new(version.to_string(), config, interface, statistics, Runs::Graph(graph, binding)))
+}
+
+/// The backend that a configuration names, or that opens the file which is there.
+fn backend(config: &ModelConfig, path: &Path) -> Result<Backend, String> {
+    let known = || {
+        let names: Vec<_> = Backend::ALL.iter().map(|(_, backend, ..)| *backend).collect();
+        names.join(", ")
+    };
+    if !config.backend.is_empty() || !config.platform.is_empty() {
+        let named = Backend::ALL.iter().find(|(_, backend, platform, _)| {
+            (config.backend.is_empty() || config.backend == *backend)
+                && (config.platform.is_empty() || config.platform == *platform)
+        });
+        return named.map(|(backend, ..)| *backend).ok_or_else(|| {
+            let asked = if config.backend.is_empty() { &config.platform } else { &config.backend };
+            format!("its configuration asks for backend {asked:?}; this server has {}", known())
+        });
+    }
+    let found = Backend::ALL.iter().find(|(_, _, _, file)| {
+        path.join(file).exists() || config.default_model_filename.rsplit('.').next() == file.rsplit('.').next()
+    });
+    found.map(|(backend, ..)| *backend).ok_or_else(|| {
+        let files: Vec<_> = Backend::ALL.iter().map(|(_, _, _, file)| *file).collect();
+        format!("{} has no {}", path.display(), files.join(" or "))
+    })
+}
+
+/// How many engines a model has, and how each of them runs: the cores are shared among them unless it says otherwise.
+fn instances(config: &ModelConfig, server: Options) -> Result<(usize, Options), String> {
+    let mut count = 0;
+    for group in &config.instance_group {
+        if group.kind() == Kind::Gpu {
+            return Err("its instance_group asks for KIND_GPU, which this server does not have; use KIND_CPU".to_owned());
+        }
+        count += match group.count {
+            0 => 1,
+            count => usize::try_from(count)
+                .map_err(|_| format!("its instance_group has count {count}, it must be at least 1"))?,
+        };
+    }
+    let count = count.max(1);
+    let threads = match parameter(config, "intra_op_thread_count") {
+        None => NonZeroUsize::new(server.threads.get() / count).unwrap_or(NonZeroUsize::MIN),
+        Some(text) => {
+            let threads: usize = text
+                .parse()
+                .map_err(|_| format!("its parameter intra_op_thread_count is {text:?}, it must be a number"))?;
+            // As in onnxruntime, 0 leaves it to the server.
+            NonZeroUsize::new(threads).unwrap_or(server.threads)
+        }
+    };
+    Ok((count, Options { threads, ..server }))
+}
+
+/// What a model's parameters say about requests of unequal length: `padding` lists inputs and the value that the model
+/// ignores there, such as `input_ids=0,attention_mask=0`; `max_batch_elements` bounds a batch after padding.
+fn padding(config: &ModelConfig) -> Result<Option<Padding>, String> {
+    let wrong = |text: &str| format!("its parameter padding has {text:?}, it must be such as input_ids=0,attention_mask=0");
+    let Some(text) = parameter(config, "padding") else { return Ok(None) };
+    let mut padding = Padding::default();
+    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        let (name, value) = part.split_once('=').ok_or_else(|| wrong(part))?;
+        padding.values.insert(name.trim().to_owned(), value.trim().parse().map_err(|_| wrong(part))?);
+    }
+    if let Some(text) = parameter(config, "max_batch_elements") {
+        let wrong = |_| format!("its parameter max_batch_elements is {text:?}, it must be a number");
+        padding.max_elements = text.parse().map_err(wrong)?;
+    }
+    Ok(Some(padding))
+}
+
+fn parameter<'a>(config: &'a ModelConfig, name: &str) -> Option<&'a str> {
+    config.parameters.get(name).map(|parameter| parameter.string_value.as_str())
+}

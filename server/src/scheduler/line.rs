@@ -1,0 +1,247 @@
+//! The line of requests that wait for one model: who gets in, who leaves early, who is next, and with whom. Pure: time
+//! is an argument.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
+
+use super::policy::{Delay, Policy};
+
+/// What the line knows of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Ticket {
+    /// Its rows.
+    pub(super) rows: usize,
+    /// Its level of priority, 1 and up.
+    pub(super) level: u64,
+    /// Requests of equal classes can stand in one batch.
+    pub(super) class: Vec<i64>,
+    /// Elements of a row along axes that are padded; 1 where none is.
+    pub(super) length: usize,
+    pub(super) arrived: Instant,
+    /// When its level's timeout strikes.
+    pub(super) timeout: Option<Instant>,
+    /// When its caller stops waiting.
+    pub(super) deadline: Option<Instant>,
+}
+
+/// Where a request stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Number {
+    level: u64,
+    arrival: u64,
+}
+
+/// Order of service: by level; within it first those that did not wait too long; then by arrival.
+type Key = (u64, bool, u64);
+
+/// See the module. `J` is whatever belongs to a request.
+#[derive(Debug)]
+pub(super) struct Line<J> {
+    waiting: BTreeMap<Key, (Ticket, J)>,
+    /// When something happens to a request that nobody takes.
+    expiries: BTreeSet<(Instant, Number)>,
+    by_level: BTreeMap<u64, usize>,
+    rows: usize,
+    arrivals: u64,
+}
+
+/// Why a request does not get in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refused {
+    /// The bound of its level.
+    Level {
+        /// Requests that may wait there.
+        limit: usize,
+    },
+    /// The bound on rows of all levels.
+    Rows {
+        /// Rows that wait.
+        waiting: usize,
+        /// Rows that may.
+        limit: usize,
+    },
+}
+
+/// What an engine is to do.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next<J> {
+    /// Run these together.
+    Run(Vec<J>),
+    /// Nothing yet; ask again at that time, or when something comes.
+    Wait(Option<Instant>),
+}
+
+impl<J> Default for Line<J> {
+    fn default() -> Self {
+        Self {
+            waiting: BTreeMap::new(),
+            expiries: BTreeSet::new(),
+            by_level: BTreeMap::new(),
+            rows: 0,
+            arrivals: 0,
+        }
+    }
+}
+
+impl<J> Line<J> {
+    /// Requests that wait.
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Rows that wait.
+    #[cfg(test)]
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Puts a request in its place.
+    pub(super) fn push(&mut self, policy: &Policy, ticket: Ticket, job: J) -> Result<Number, Refused> {
+        let level = policy.level(ticket.level);
+        let on_level = self.by_level.get(&ticket.level).copied().unwrap_or(0);
+        if level.max_requests > 0 && on_level >= level.max_requests {
+            return Err(Refused::Level { limit: level.max_requests });
+        }
+        // An empty line takes any request, so that what fits into a batch can always be run.
+        if self.rows > 0 && self.rows.saturating_add(ticket.rows) > policy.max_waiting_rows {
+            return Err(Refused::Rows { waiting: self.rows, limit: policy.max_waiting_rows });
+        }
+        let number = Number { level: ticket.level, arrival: self.arrivals };
+        self.arrivals += 1;
+        self.rows = self.rows.saturating_add(ticket.rows);
+        *self.by_level.entry(ticket.level).or_default() += 1;
+        self.expiries.extend(ticket.expiries().map(|at| (at, number)));
+        self.waiting.insert((number.level, false, number.arrival), (ticket, job));
+        Ok(number)
+    }
+
+    /// Takes a request out that nobody wants any more; `None` when an engine has it already.
+    pub(super) fn remove(&mut self, number: Number) -> Option<J> {
+        let normal = (number.level, false, number.arrival);
+        let key = if self.waiting.contains_key(&normal) { normal } else { (number.level, true, number.arrival) };
+        self.take(key)
+    }
+
+    /// Takes everything out.
+    pub(super) fn clear(&mut self) -> Vec<J> {
+        let Self { waiting, .. } = std::mem::take(self);
+        waiting.into_values().map(|(_, job)| job).collect()
+    }
+
+    /// Takes out those whose time is over at `now`, and sets those back whose level is patient.
+    pub(super) fn expire(&mut self, policy: &Policy, now: Instant) -> Vec<J> {
+        let mut expired = Vec::new();
+        while let Some(&(at, number)) = self.expiries.first().filter(|(at, _)| *at <= now) {
+            self.expiries.remove(&(at, number));
+            let key = (number.level, false, number.arrival);
+            let late = (number.level, true, number.arrival);
+            let patient = policy.level(number.level).delay_timed_out;
+            let is_over = |ticket: &Ticket| ticket.deadline.is_some_and(|deadline| deadline <= now);
+            match self.waiting.get(&key).or_else(|| self.waiting.get(&late)) {
+                Some((ticket, _)) if patient && !is_over(ticket) => {
+                    if let Some(set_back) = self.waiting.remove(&key) {
+                        self.waiting.insert(late, set_back);
+                    }
+                }
+                _ => expired.extend(self.remove(number)),
+            }
+        }
+        expired
+    }
+
+    /// What an engine that is free at `now` does. `was_busy` says that it has just run something; `closing` that nothing
+    /// more will come. Call [`Line::expire`] first.
+    pub(super) fn next(&mut self, policy: &Policy, now: Instant, was_busy: bool, closing: bool) -> Next<J> {
+        let Some(batch) = self.batch(policy) else { return Next::Wait(None) };
+        if !closing && let Some(until) = batch.waits(policy, was_busy).filter(|until| now < *until) {
+            let expiry = self.expiries.first().map(|(at, _)| *at);
+            return Next::Wait(Some(expiry.map_or(until, |expiry| expiry.min(until))));
+        }
+        let keys = batch.sent(policy);
+        Next::Run(keys.into_iter().filter_map(|key| self.take(key)).collect())
+    }
+
+    /// The first request, and with it in order each that fits: of the same class, within the bounds. One that does not
+    /// fit is not overtaken for long: it is the first soon.
+    fn batch(&self, policy: &Policy) -> Option<Batch> {
+        let (&first_key, (first, _)) = self.waiting.first_key_value()?;
+        let max_elements = policy.padding.as_ref().map_or(0, |padding| padding.max_elements);
+        let mut batch = Batch { keys: vec![(first_key, first.rows)], rows: first.rows, oldest: first.arrived, is_stuck: false };
+        let mut length = first.length;
+        for (&key, (ticket, _)) in self.waiting.iter().skip(1) {
+            if batch.rows >= policy.max_rows {
+                break;
+            }
+            let (rows, longest) = (batch.rows.saturating_add(ticket.rows), length.max(ticket.length));
+            let fits = rows <= policy.max_rows && (max_elements == 0 || rows.saturating_mul(longest) <= max_elements);
+            if ticket.class == first.class && fits {
+                (batch.rows, length) = (rows, longest);
+                batch.oldest = batch.oldest.min(ticket.arrived);
+                batch.keys.push((key, ticket.rows));
+            } else {
+                // It could only be joined by what this batch cannot take: waiting would help neither.
+                batch.is_stuck = true;
+            }
+        }
+        Some(batch)
+    }
+
+    fn take(&mut self, key: Key) -> Option<J> {
+        let (ticket, job) = self.waiting.remove(&key)?;
+        self.rows = self.rows.saturating_sub(ticket.rows);
+        if let Some(count) = self.by_level.get_mut(&ticket.level) {
+            *count = count.saturating_sub(1);
+        }
+        let number = Number { level: key.0, arrival: key.2 };
+        for at in ticket.expiries() {
+            self.expiries.remove(&(at, number));
+        }
+        Some(job)
+    }
+}
+
+impl Ticket {
+    fn expiries(&self) -> impl Iterator<Item = Instant> + use<> {
+        self.timeout.into_iter().chain(self.deadline)
+    }
+}
+
+/// Requests that could run together.
+struct Batch {
+    /// With their rows.
+    keys: Vec<(Key, usize)>,
+    rows: usize,
+    oldest: Instant,
+    is_stuck: bool,
+}
+
+impl Batch {
+    /// Until when it waits for more; `None` for not at all.
+    fn waits(&self, policy: &Policy, was_busy: bool) -> Option<Instant> {
+        let delay = match policy.delay {
+            Delay::WhenBusy(delay) if was_busy => delay,
+            Delay::WhenBusy(_) => return None,
+            Delay::Always(delay) => delay,
+        };
+        let is_ready = self.rows >= policy.max_rows || self.is_stuck || self.preferred(policy).is_some();
+        (!is_ready).then(|| self.oldest + delay)
+    }
+
+    /// How many of its requests make the largest preferred size.
+    fn preferred(&self, policy: &Policy) -> Option<usize> {
+        let mut rows = 0;
+        let sizes = self.keys.iter().enumerate().map(|(index, (_, own))| {
+            rows += own;
+            (index + 1, rows)
+        });
+        sizes.filter(|(_, rows)| policy.preferred.contains(rows)).last().map(|(requests, _)| requests)
+    }
+
+    /// Those that run now: a preferred size where there is one, else all.
+    fn sent(&self, policy: &Policy) -> Vec<Key> {
+        let count = self.preferred(policy).unwrap_or(self.keys.len());
+        self.keys[..count].iter().map(|(key, _)| *key).collect()
+    }
+}

@@ -1,0 +1,166 @@
+//! How one model's requests are queued and put together, as its configuration says. Pure.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use sensorium_proto::inference::{
+    ModelConfig, ModelDynamicBatching, ModelQueuePolicy, model_config::SchedulingChoice,
+    model_queue_policy::TimeoutAction,
+};
+
+use super::Batching;
+
+/// What a scheduler decides by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Rows of the largest batch; 1 where requests are never put together.
+    pub max_rows: usize,
+    /// Batch sizes to aim at, ascending; empty means `max_rows` alone.
+    pub preferred: Vec<usize>,
+    /// How long the oldest request waits for company.
+    pub delay: Delay,
+    /// Whether answers leave in the order in which requests came.
+    pub preserve_ordering: bool,
+    /// Levels of priority; 1 is served first. At least 1.
+    pub levels: u64,
+    /// The level of a request that names none.
+    pub default_level: u64,
+    /// What holds on every level that `by_level` has not.
+    pub queue: QueuePolicy,
+    /// What holds on single levels.
+    pub by_level: BTreeMap<u64, QueuePolicy>,
+    /// Rows that may wait on all levels together: the bound on memory.
+    pub max_waiting_rows: usize,
+    /// How batches of unequal requests are made and bounded.
+    pub padding: Option<Padding>,
+}
+
+/// When a batch that is not full waits for more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delay {
+    /// Only behind a run, when more is likely on its way: what finds the engine idle runs at once.
+    WhenBusy(Duration),
+    /// Also while an engine is idle, as the model's configuration asks.
+    Always(Duration),
+}
+
+/// What holds for the requests of one level.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueuePolicy {
+    /// Requests that may wait; 0 for no bound of its own.
+    pub max_requests: usize,
+    /// How long a request may wait, where the request does not say less.
+    pub timeout: Option<Duration>,
+    /// Whether a request may shorten that.
+    pub allow_override: bool,
+    /// Whether one that waited too long is served last instead of refused.
+    pub delay_timed_out: bool,
+}
+
+/// Requests whose inputs differ in length, made equal with a value that the model ignores.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Padding {
+    /// The value for each input, by name.
+    pub values: BTreeMap<String, f64>,
+    /// Elements of a batch after padding, at most, along the padded axes; 0 for no bound.
+    pub max_elements: usize,
+}
+
+impl Eq for Padding {}
+
+impl Policy {
+    /// The policy of a server that a model without a configuration has.
+    pub fn of_server(batching: Batching) -> Self {
+        Self {
+            max_rows: batching.max_rows,
+            preferred: Vec::new(),
+            delay: Delay::WhenBusy(batching.max_delay),
+            preserve_ordering: false,
+            levels: 1,
+            default_level: 1,
+            queue: QueuePolicy::default(),
+            by_level: BTreeMap::new(),
+            max_waiting_rows: batching.max_waiting_rows,
+            padding: None,
+        }
+    }
+
+    /// The policy that a complete configuration states; `batching` has what it leaves to the server.
+    ///
+    /// # Errors
+    /// The first option that makes no sense, as a sentence about the model.
+    pub fn of_model(config: &ModelConfig, batching: Batching) -> Result<Self, String> {
+        // Whoever writes a large batch size wants the queue to hold a few of them.
+        let max_rows = usize::try_from(config.max_batch_size).unwrap_or(0).max(1);
+        let max_waiting_rows = batching.max_waiting_rows.max(max_rows.saturating_mul(2));
+        let base = Self { max_rows, max_waiting_rows, ..Self::of_server(batching) };
+        match &config.scheduling_choice {
+            Some(SchedulingChoice::DynamicBatching(dynamic)) => base.dynamic(dynamic),
+            Some(SchedulingChoice::SequenceBatching(_) | SchedulingChoice::EnsembleScheduling(_)) | None => Ok(base),
+        }
+    }
+
+    fn dynamic(self, dynamic: &ModelDynamicBatching) -> Result<Self, String> {
+        let mut preferred = Vec::new();
+        for &size in &dynamic.preferred_batch_size {
+            match usize::try_from(size) {
+                Ok(size) if (1..=self.max_rows).contains(&size) => preferred.push(size),
+                _ => {
+                    return Err(format!(
+                        "its dynamic_batching has preferred_batch_size {size}, which must be 1 to its max_batch_size, {}",
+                        self.max_rows
+                    ));
+                }
+            }
+        }
+        preferred.sort_unstable();
+        preferred.dedup();
+        let levels = dynamic.priority_levels.max(1);
+        let default_level = match dynamic.default_priority_level {
+            0 if dynamic.priority_levels > 0 => {
+                return Err(format!("its dynamic_batching has {levels} priority_levels and no default_priority_level"));
+            }
+            level if level > levels => {
+                return Err(format!(
+                    "its dynamic_batching has default_priority_level {level}, but {levels} priority_levels"
+                ));
+            }
+            level => level.max(1),
+        };
+        if let Some(level) = dynamic.priority_queue_policy.keys().find(|level| !(1..=levels).contains(*level)) {
+            return Err(format!(
+                "its dynamic_batching has a priority_queue_policy for level {level}, but {levels} priority_levels"
+            ));
+        }
+        let delay = match dynamic.max_queue_delay_microseconds {
+            0 => self.delay,
+            microseconds => Delay::Always(Duration::from_micros(microseconds)),
+        };
+        Ok(Self {
+            preferred,
+            delay,
+            preserve_ordering: dynamic.preserve_ordering,
+            levels,
+            default_level,
+            queue: dynamic.default_queue_policy.as_ref().map(QueuePolicy::from).unwrap_or_default(),
+            by_level: dynamic.priority_queue_policy.iter().map(|(level, policy)| (*level, policy.into())).collect(),
+            ..self
+        })
+    }
+
+    /// What holds on a level.
+    pub fn level(&self, level: u64) -> &QueuePolicy {
+        self.by_level.get(&level).unwrap_or(&self.queue)
+    }
+}
+
+impl From<&ModelQueuePolicy> for QueuePolicy {
+    fn from(policy: &ModelQueuePolicy) -> Self {
+        let timeout = policy.default_timeout_microseconds;
+        Self {
+            max_requests: policy.max_queue_size as usize,
+            timeout: (timeout > 0).then_some(Duration::from_micros(timeout)),
+            allow_override: policy.allow_timeout_override,
+            delay_timed_out: policy.timeout_action() == TimeoutAction::Delay,
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! Which requests can stand in one batch, and how unequal ones are made equal. Pure.
+
+use bytes::BytesMut;
+use sensorium_engine::{DType, RawTensor, RawTensorError, Signature, element_size};
+
+use super::{Work, policy::Padding};
+
+/// The sizes of a graph's inputs that requests decide, beyond the batch.
+#[derive(Clone, Debug)]
+pub(super) struct Shapes {
+    axes: Vec<Axis>,
+    /// The bytes that fill up an element of each input; empty where it is not padded.
+    fills: Vec<Vec<u8>>,
+    /// Per output, the axes that grow when an input is padded: the output's axis, and the input and axis it follows.
+    grown: Vec<Vec<(usize, usize, usize)>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Axis {
+    input: usize,
+    axis: usize,
+    is_padded: bool,
+}
+
+impl Shapes {
+    /// The shapes of a graph whose first axis is the batch, where `batches`.
+    ///
+    /// # Errors
+    /// Padding of an input that the graph has not, or that has no elements to fill up with.
+    pub(super) fn new(signature: &Signature, batches: bool, padding: Option<&Padding>) -> Result<Self, String> {
+        let mut fills = vec![Vec::new(); signature.inputs().len()];
+        for (name, &value) in padding.iter().flat_map(|padding| &padding.values) {
+            let found = signature.inputs().iter().position(|spec| spec.name == *name);
+            let index = found.ok_or_else(|| format!("its padding names input `{name}`, which its file has not"))?;
+            fills[index] = fill(signature.inputs()[index].dtype, value)
+                .ok_or_else(|| format!("its padding fills input `{name}`, whose type has no number {value}"))?;
+        }
+        let mut axes = Vec::new();
+        for (input, spec) in signature.inputs().iter().enumerate() {
+            for axis in usize::from(batches)..spec.shape.len() {
+                if spec.shape[axis].is_none() {
+                    axes.push(Axis { input, axis, is_padded: !fills[input].is_empty() });
+                }
+            }
+        }
+        let padded = |symbol: &str| {
+            let followed = |axis: &&Axis| axis.is_padded && signature.input_symbol(axis.input, axis.axis) == Some(symbol);
+            axes.iter().find(followed).map(|axis| (axis.input, axis.axis))
+        };
+        let grown = (0..signature.outputs().len()).map(|output| {
+            let axes = 1..signature.outputs()[output].shape.len();
+            let follows = |axis| {
+                let (input, followed) = padded(signature.output_symbol(output, axis)?)?;
+                Some((axis, input, followed))
+            };
+            axes.filter_map(follows).collect()
+        });
+        let grown = grown.collect();
+        Ok(Self { axes, fills, grown })
+    }
+
+    /// Shapes of one matrix whose width requests decide.
+    #[cfg(test)]
+    pub(super) fn tail(axis: usize) -> Self {
+        let axes = vec![Axis { input: 0, axis, is_padded: false }];
+        Self { axes, fills: vec![Vec::new()], grown: vec![Vec::new(); 2] }
+    }
+
+    /// What has to be equal for two requests to join, and the elements of a row along padded axes.
+    pub(super) fn class(&self, inputs: &[RawTensor]) -> (Vec<i64>, usize) {
+        let mut length = 1;
+        let class = self.axes.iter().map(|axis| {
+            let size = inputs[axis.input].shape()[axis.axis];
+            if axis.is_padded {
+                length = length.max(size as usize);
+                bucket(size)
+            } else {
+                size
+            }
+        });
+        let class = class.collect();
+        (class, length)
+    }
+
+    /// All rows of one input, one after the other, filled up to the longest of them.
+    pub(super) fn join(&self, input: usize, parts: &[&RawTensor]) -> Result<RawTensor, RawTensorError> {
+        let fill = self.fills[input].as_slice();
+        let is_even = parts.windows(2).all(|pair| pair[0].shape().get(1..) == pair[1].shape().get(1..));
+        if fill.is_empty() || is_even {
+            return RawTensor::concat(parts);
+        }
+        let mut shape = parts[0].shape().to_vec();
+        for part in &parts[1..] {
+            for (longest, size) in shape.iter_mut().zip(part.shape()) {
+                *longest = (*longest).max(*size);
+            }
+        }
+        shape[0] = parts.iter().map(|part| part.shape()[0]).sum();
+        let elements = shape.iter().map(|size| *size as usize).product::<usize>();
+        let mut data = BytesMut::with_capacity(elements * fill.len());
+        for _ in 0..elements {
+            data.extend_from_slice(fill);
+        }
+        let row: usize = shape[1..].iter().map(|size| *size as usize).product::<usize>() * fill.len();
+        let mut start = 0;
+        for part in parts {
+            runs(part.shape(), &shape, fill.len(), |from, to, length| {
+                data[start + to..start + to + length].copy_from_slice(&part.data()[from..from + length]);
+            });
+            start += part.shape()[0] as usize * row;
+        }
+        RawTensor::new(parts[0].dtype(), shape, data.freeze())
+    }
+
+    /// A request's rows of output `output` without what padding made of them.
+    pub(super) fn trim(&self, output: usize, rows: RawTensor, work: &Work) -> Result<RawTensor, RawTensorError> {
+        let mut shape = rows.shape().to_vec();
+        for &(axis, input, followed) in &self.grown[output] {
+            if let Some(size) = shape.get_mut(axis) {
+                *size = (*size).min(work.inputs[input].shape()[followed]);
+            }
+        }
+        let Some(size) = element_size(rows.dtype()).filter(|_| shape != rows.shape()) else { return Ok(rows) };
+        let mut data = BytesMut::with_capacity(shape.iter().map(|size| *size as usize).product::<usize>() * size);
+        runs(&shape, rows.shape(), size, |_, from, length| data.extend_from_slice(&rows.data()[from..from + length]));
+        RawTensor::new(rows.dtype(), shape, data.freeze())
+    }
+
+    /// Elements of a batch that mean something, and all of them, along padded axes.
+    pub(super) fn padded(&self, works: &[&Work]) -> (usize, usize) {
+        let lengths = || works.iter().map(|work| (work.rows, self.class(&work.inputs).1));
+        let longest = lengths().map(|(_, length)| length).max().unwrap_or(0);
+        (lengths().map(|(rows, length)| rows * length).sum(), lengths().map(|(rows, _)| rows * longest).sum())
+    }
+
+    /// Whether anything is ever padded.
+    pub(super) fn pads(&self) -> bool {
+        self.axes.iter().any(|axis| axis.is_padded)
+    }
+}
+
+/// Where the pieces of a small tensor lie in one that is larger along some axes: offset in the small one, offset in the
+/// large one, length; in bytes, in the order of the small one.
+fn runs(small: &[i64], large: &[i64], element: usize, mut each: impl FnMut(usize, usize, usize)) {
+    let Some((&last, outer)) = small.split_last() else { return each(0, 0, element) };
+    let length = last as usize * element;
+    for piece in 0..outer.iter().map(|size| *size as usize).product::<usize>() {
+        let (mut rest, mut stride, mut to) = (piece, large[small.len() - 1] as usize, 0);
+        for (axis, &size) in outer.iter().enumerate().rev() {
+            to += rest % size as usize * stride;
+            rest /= size as usize;
+            stride *= large[axis] as usize;
+        }
+        each(piece * length, to * element, length);
+    }
+}
+
+/// Sizes of one bucket differ by less than half: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... are their upper ends.
+fn bucket(size: i64) -> i64 {
+    let power = u64::try_from(size).unwrap_or(1).next_power_of_two() as i64;
+    if size <= power / 4 * 3 { power / 4 * 3 } else { power }
+}
+
+/// A number as the bytes of an element.
+fn fill(dtype: DType, value: f64) -> Option<Vec<u8>> {
+    let whole = |low: f64, high: f64| (value.fract() == 0.0 && (low..=high).contains(&value)).then_some(value as i64);
+    Some(match dtype {
+        DType::Fp32 => (value as f32).to_le_bytes().to_vec(),
+        DType::Fp64 => value.to_le_bytes().to_vec(),
+        DType::Int64 => whole(-9e15, 9e15)?.to_le_bytes().to_vec(),
+        DType::Int32 => (whole(-2_147_483_648.0, 2_147_483_647.0)? as i32).to_le_bytes().to_vec(),
+        DType::Int16 => (whole(-32768.0, 32767.0)? as i16).to_le_bytes().to_vec(),
+        DType::Int8 => (whole(-128.0, 127.0)? as i8).to_le_bytes().to_vec(),
+        DType::Uint64 => whole(0.0, 9e15)?.to_le_bytes().to_vec(),
+        DType::Uint32 => (whole(0.0, 4_294_967_295.0)? as u32).to_le_bytes().to_vec(),
+        DType::Uint16 => (whole(0.0, 65535.0)? as u16).to_le_bytes().to_vec(),
+        DType::Uint8 => (whole(0.0, 255.0)? as u8).to_le_bytes().to_vec(),
+        DType::Bool => (whole(0.0, 1.0)? as u8).to_le_bytes().to_vec(),
+        // Zero has the same bytes in every format; nobody fills with anything else there.
+        DType::Fp16 | DType::Bf16 if value == 0.0 => vec![0, 0],
+        DType::Fp16 | DType::Bf16 | DType::Bytes => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_waste_less_than_half() {
+        assert_eq!([1, 2, 3, 4, 5, 6, 7, 9, 12, 13].map(bucket), [1, 2, 3, 4, 6, 6, 8, 12, 12, 16]);
+        for size in 1..5000 {
+            assert!(bucket(size) >= size && bucket(size) * 2 < size * 3 + 2, "{size} is in {}", bucket(size));
+        }
+    }
+
+    #[test]
+    fn what_is_padded_lies_where_it_belongs() {
+        let mut found = Vec::new();
+        runs(&[2, 2], &[2, 3], 4, |from, to, length| found.push((from, to, length)));
+        assert_eq!(found, [(0, 0, 8), (8, 12, 8)]);
+        found.clear();
+        runs(&[1, 2, 1], &[5, 3, 4], 1, |from, to, length| found.push((from, to, length)));
+        assert_eq!(found, [(0, 0, 1), (1, 4, 1)]);
+    }
+
+    #[test]
+    fn shorter_rows_are_filled_up() {
+        let shapes = Shapes { axes: Vec::new(), fills: vec![fill(DType::Int32, -1.0).unwrap()], grown: Vec::new() };
+        let long = RawTensor::from_vec(DType::Int32, vec![1, 3], vec![1_i32, 2, 3]).unwrap();
+        let short = RawTensor::from_vec(DType::Int32, vec![2, 1], vec![7_i32, 8]).unwrap();
+        let joined = shapes.join(0, &[&long, &short]).unwrap();
+        assert_eq!(joined.shape(), [3, 3]);
+        assert_eq!(*joined.numbers::<i32>(), [1, 2, 3, 7, -1, -1, 8, -1, -1]);
+    }
+}

@@ -1,0 +1,101 @@
+//! Options of `dynamic_batching`, and what statistics say about them.
+
+use std::time::Duration;
+
+use futures::future::join_all;
+use sensorium_server::{error::InferError, model::Request, repository::Registry, scheduler::ScheduleError};
+
+use crate::bench::{Bench, f32s, infer, request, scale};
+
+async fn serve(config: &str) -> Registry {
+    let bench = Bench::new();
+    bench.write("m", "1/model.onnx", scale(2.0, None)).write("m", "config.pbtxt", config);
+    let registry = bench.open_all().await;
+    assert!(registry.ready("m", ""), "{:?}", registry.index(false));
+    registry
+}
+
+fn one(values: &[f32]) -> Request {
+    request(f32s(&[1, values.len() as i64], values))
+}
+
+/// Sizes of the batches that ran, with how many of each.
+fn batches(registry: &Registry) -> Vec<(u64, u64)> {
+    let statistics = registry.statistics("m", "").unwrap().remove(0);
+    statistics.batch_stats.iter().map(|batch| (batch.batch_size, batch.compute_infer.unwrap().count)).collect()
+}
+
+#[tokio::test]
+async fn a_preferred_size_is_sent_as_soon_as_it_is_there() {
+    let registry = serve(
+        "max_batch_size: 8 dynamic_batching { preferred_batch_size: 4 max_queue_delay_microseconds: 20000000 }",
+    )
+    .await;
+    let four = (0..4).map(|value| infer(&registry, "m", one(&[value as f32])));
+    for (value, response) in join_all(four).await.into_iter().enumerate() {
+        let response = response.unwrap();
+        assert_eq!(response.outputs[0].tensor, f32s(&[1, 1], &[value as f32 * 2.0]));
+        assert_eq!(response.timings.batch_size, 4);
+    }
+    assert_eq!(batches(&registry), [(4, 1)]);
+}
+
+#[tokio::test]
+async fn without_a_full_batch_the_delay_is_waited_for() {
+    let registry = serve("max_batch_size: 8 dynamic_batching { max_queue_delay_microseconds: 50000 }").await;
+    let started = std::time::Instant::now();
+    let three = (0..3).map(|value| infer(&registry, "m", one(&[value as f32])));
+    assert!(join_all(three).await.iter().all(Result::is_ok));
+    assert!(started.elapsed() >= Duration::from_millis(50));
+    assert_eq!(batches(&registry), [(3, 1)]);
+}
+
+#[tokio::test]
+async fn a_full_queue_and_a_timeout_are_answered_as_triton_does() {
+    let registry = serve(
+        "max_batch_size: 8 dynamic_batching { max_queue_delay_microseconds: 300000 default_queue_policy {
+             max_queue_size: 1 default_timeout_microseconds: 200000 allow_timeout_override: true } }",
+    )
+    .await;
+    let quick = Request { timeout: Some(Duration::from_millis(20)), ..one(&[1.0]) };
+    let answers = join_all([infer(&registry, "m", quick), infer(&registry, "m", one(&[2.0]))]).await;
+    let Err(InferError::Schedule(error)) = &answers[0] else { panic!("{:?}", answers[0]) };
+    assert!(matches!(error, ScheduleError::TimedOut { .. }) && error.to_string().ends_with("Request timeout expired"));
+    let Err(InferError::Schedule(error)) = &answers[1] else { panic!("{:?}", answers[1]) };
+    assert!(matches!(error, ScheduleError::QueueFull { limit: 1, .. }), "{error}");
+    assert!(error.to_string().contains("Exceeds maximum queue size"));
+    assert_eq!(batches(&registry), [], "neither reached the engine");
+    let statistics = registry.statistics("m", "1").unwrap().remove(0).inference_stats.unwrap();
+    assert_eq!(statistics.fail.unwrap().count, 2);
+}
+
+#[tokio::test]
+async fn requests_of_unequal_length_run_together_where_padding_is_right() {
+    let registry = serve(
+        r#"max_batch_size: 8
+           dynamic_batching { preferred_batch_size: 2 max_queue_delay_microseconds: 20000000 }
+           parameters { key: "padding" value { string_value: "x=0" } }"#,
+    )
+    .await;
+    let (short, long) = (one(&[1.0, 2.0, 3.0, 4.0, 5.0]), one(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]));
+    let answers = join_all([infer(&registry, "m", short), infer(&registry, "m", long)]).await;
+    let tensors: Vec<_> = answers.into_iter().map(|answer| answer.unwrap().outputs.remove(0).tensor).collect();
+    assert_eq!(tensors[0], f32s(&[1, 5], &[2.0, 4.0, 6.0, 8.0, 10.0]), "what padding added is cut off");
+    assert_eq!(tensors[1], f32s(&[1, 6], &[2.0, 4.0, 6.0, 8.0, 10.0, 12.0]));
+    assert_eq!(batches(&registry), [(2, 1)]);
+}
+
+#[tokio::test]
+async fn options_that_make_no_sense_are_reasons() {
+    for (config, reason) in [
+        ("max_batch_size: 4 dynamic_batching { preferred_batch_size: 8 }", "preferred_batch_size 8, which must be 1 to"),
+        ("max_batch_size: 4 dynamic_batching { priority_levels: 2 }", "no default_priority_level"),
+        ("max_batch_size: 4 instance_group { kind: KIND_GPU }", "KIND_GPU"),
+        ("parameters { key: \"padding\" value { string_value: \"z=0\" } }", "padding names input `z`"),
+    ] {
+        let bench = Bench::new();
+        bench.write("m", "1/model.onnx", scale(2.0, None)).write("m", "config.pbtxt", config);
+        let index = bench.open_all().await.index(false);
+        assert!(index[0].reason.contains(reason), "{index:?}");
+    }
+}

@@ -1,0 +1,111 @@
+//! Loading, reloading and unloading while requests are on their way.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use sensorium_server::{
+    error::InferError,
+    repository::{ControlError, ControlMode, LoadParameters},
+};
+
+use crate::bench::{Bench, answer, eventually, f32s, index, infer, request, scale};
+
+#[tokio::test]
+async fn explicit_mode_loads_what_is_asked_for() {
+    let bench = Bench::new();
+    bench.write("a", "1/model.onnx", scale(2.0, None)).write("b", "1/model.onnx", scale(3.0, None));
+    let registry = bench.open(ControlMode::Explicit, &["a"]).await;
+    assert_eq!(registry.names(), ["a"]);
+    registry.load("b", LoadParameters::default()).await.unwrap();
+    assert_eq!(answer(&registry, "b", &[1, 1], &[5.0]).await, [15.0]);
+    registry.unload("b", false).await.unwrap();
+    assert!(matches!(registry.model("b", "").unwrap_err(), InferError::NotReady { .. }));
+    eventually("it is gone", async || index(&registry).contains(&"b 1 UNAVAILABLE unloaded".to_owned())).await;
+    registry.load("b", LoadParameters::default()).await.unwrap();
+    assert!(registry.ready("b", "1"));
+    for name in ["c", "../a", ""] {
+        let error = registry.load(name, LoadParameters::default()).await.unwrap_err();
+        assert_eq!(error, ControlError::NotFound { name: name.to_owned() });
+    }
+    assert!(!index(&registry).iter().any(|line| line.starts_with("c ")));
+}
+
+#[tokio::test]
+async fn other_modes_refuse_to_load() {
+    let registry = Bench::new().open_all().await;
+    let error = registry.load("a", LoadParameters::default()).await.unwrap_err();
+    assert_eq!(error, ControlError::Forbidden { mode: "none" });
+}
+
+#[tokio::test]
+async fn a_request_can_bring_the_configuration_and_the_files() {
+    let bench = Bench::new();
+    bench.write("a", "1/model.onnx", scale(2.0, None));
+    let registry = bench.open(ControlMode::Explicit, &[]).await;
+    let config = Some(r#"{"max_batch_size": 3}"#.to_owned());
+    registry.load("a", LoadParameters { config: config.clone(), ..LoadParameters::default() }).await.unwrap();
+    assert_eq!(registry.model("a", "").unwrap().config().max_batch_size, 3);
+    let files = BTreeMap::from([("7/model.onnx".to_owned(), scale(4.0, None).into())]);
+    registry.load("new", LoadParameters { config, files }).await.unwrap();
+    assert_eq!(answer(&registry, "new", &[1, 1], &[5.0]).await, [20.0]);
+    assert_eq!(registry.versions("new"), ["7"]);
+    let files = BTreeMap::from([("../model.onnx".to_owned(), scale(4.0, None).into())]);
+    let error = registry.load("bad", LoadParameters { files, ..LoadParameters::default() }).await.unwrap_err();
+    assert!(error.to_string().contains("has no place in a model's folder"), "{error}");
+}
+
+#[tokio::test]
+async fn a_reload_that_fails_leaves_the_model_as_it_was() {
+    let bench = Bench::new();
+    bench.write("a", "1/model.onnx", scale(2.0, None));
+    let registry = bench.open(ControlMode::Explicit, &["a"]).await;
+    bench.write("a", "1/model.onnx", "half a mod");
+    let error = registry.load("a", LoadParameters::default()).await.unwrap_err();
+    assert!(matches!(&error, ControlError::Failed { reason, .. } if reason.contains("cannot be opened")), "{error}");
+    assert_eq!(answer(&registry, "a", &[1, 1], &[5.0]).await, [10.0]);
+    bench.write("a", "config.pbtxt", "nonsense");
+    registry.load("a", LoadParameters::default()).await.unwrap_err();
+    assert_eq!(index(&registry), ["a 1 READY"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_request_is_lost_while_a_model_is_loaded_again_and_again() {
+    let bench = Bench::new();
+    bench.write("a", "1/model.onnx", scale(2.0, None));
+    let registry = bench.open(ControlMode::Explicit, &["a"]).await;
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let clients: Vec<_> = (0..4)
+        .map(|_| {
+            let (registry, stop) = (registry.clone(), stop.clone());
+            tokio::spawn(async move {
+                let mut answered = 0;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let response = infer(&registry, "a", request(f32s(&[1, 1], &[5.0]))).await;
+                    assert_eq!(response.expect("no request fails").outputs[0].tensor, f32s(&[1, 1], &[10.0]));
+                    answered += 1;
+                }
+                answered
+            })
+        })
+        .collect();
+    for _ in 0..20 {
+        registry.load("a", LoadParameters::default()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    for client in clients {
+        assert!(client.await.unwrap() > 0);
+    }
+}
+
+#[tokio::test]
+async fn a_watched_repository_is_followed() {
+    let bench = Bench::new();
+    bench.write("a", "1/model.onnx", scale(2.0, None)).write("b", "1/model.onnx", scale(2.0, None));
+    let registry = bench.open(ControlMode::Poll(Duration::from_millis(20)), &[]).await;
+    bench.write("a", "2/model.onnx", scale(3.0, None)).write("c", "1/model.onnx", scale(4.0, None));
+    std::fs::remove_dir_all(bench.path().join("b")).unwrap();
+    eventually("the new version is there", async || registry.versions("a") == ["2"]).await;
+    eventually("the new model is there", async || registry.ready("c", "")).await;
+    eventually("the old one is gone", async || !registry.ready("b", "")).await;
+    assert_eq!(answer(&registry, "a", &[1, 1], &[5.0]).await, [15.0]);
+}

@@ -1,0 +1,100 @@
+//! What a repository holds and what is made of it.
+
+use sensorium_proto::inference::{DataType, model_config::SchedulingChoice};
+use sensorium_server::error::InferError;
+
+use crate::bench::{Bench, answer, f32s, index, infer, request, scale, scale_three};
+
+#[tokio::test]
+async fn a_file_without_a_configuration_is_completed_from_its_signature() {
+    let bench = Bench::new();
+    bench.write("scale", "1/model.onnx", scale(2.0, Some(2)));
+    let registry = bench.open_all().await;
+    assert_eq!(answer(&registry, "scale", &[2, 2], &[1.0, 2.0, 3.0, 4.0]).await, [2.0, 4.0, 6.0, 8.0]);
+    let model = registry.model("scale", "").unwrap();
+    let config = model.config();
+    assert_eq!((config.name.as_str(), config.platform.as_str()), ("scale", "onnxruntime_onnx"));
+    assert_eq!((config.backend.as_str(), config.max_batch_size), ("onnxruntime", 32));
+    assert_eq!((config.input[0].dims.as_slice(), config.input[0].data_type()), (&[2][..], DataType::TypeFp32));
+    assert!(matches!(config.scheduling_choice, Some(SchedulingChoice::DynamicBatching(_))));
+    assert_eq!(model.inputs()[0].shape, [None, Some(2)], "clients see the batch");
+}
+
+#[tokio::test]
+async fn a_model_without_a_batch_axis_takes_tensors_as_they_are() {
+    let bench = Bench::new();
+    bench.write("three", "1/model.onnx", scale_three(3.0));
+    let registry = bench.open_all().await;
+    assert_eq!(registry.model("three", "").unwrap().config().max_batch_size, 0);
+    assert_eq!(answer(&registry, "three", &[3], &[1.0, 2.0, 3.0]).await, [3.0, 6.0, 9.0]);
+    let error = infer(&registry, "three", request(f32s(&[1, 3], &[0.0; 3]))).await.unwrap_err();
+    assert!(matches!(error, InferError::Invalid(_)), "{error}");
+}
+
+#[tokio::test]
+async fn a_configuration_narrows_reshapes_and_renames_nothing() {
+    let bench = Bench::new();
+    bench.write("m", "1/model.onnx", scale(2.0, None)).write(
+        "m",
+        "config.pbtxt",
+        r#"
+        max_batch_size: 4
+        input { name: "x" data_type: TYPE_FP32 dims: [ 2, 2 ] reshape { shape: 4 } }
+        output { name: "y" data_type: TYPE_FP32 dims: [ 2, 2 ] reshape { shape: [ 4 ] } label_filename: "labels.txt" }
+        instance_group [ { count: 2 kind: KIND_CPU } ]
+        "#,
+    );
+    bench.write("m", "labels.txt", "cat\ndog\n");
+    let registry = bench.open_all().await;
+    let response = infer(&registry, "m", request(f32s(&[1, 2, 2], &[1.0; 4]))).await.unwrap();
+    assert_eq!(response.outputs[0].tensor, f32s(&[1, 2, 2], &[2.0; 4]));
+    let error = infer(&registry, "m", request(f32s(&[1, 4], &[1.0; 4]))).await.unwrap_err();
+    assert!(matches!(error, InferError::Invalid(_)), "{error}");
+    assert_eq!(registry.model("m", "").unwrap().label("y", 1), Some("dog"));
+}
+
+#[tokio::test]
+async fn versions_are_served_as_the_policy_says() {
+    let bench = Bench::new();
+    bench.write("latest", "1/model.onnx", scale(1.0, None)).write("latest", "3/model.onnx", scale(3.0, None));
+    bench.write("all", "1/model.onnx", scale(1.0, None)).write("all", "2/model.onnx", scale(2.0, None));
+    bench.write("all", "config.pbtxt", "version_policy: { all { } }");
+    let registry = bench.open_all().await;
+    assert_eq!((registry.versions("latest"), registry.versions("all")), (vec!["3".to_owned()], vec!["1".to_owned(), "2".to_owned()]));
+    assert_eq!(answer(&registry, "all", &[1, 1], &[5.0]).await, [10.0], "the newest answers where none is named");
+    let old = registry.model("all", "1").unwrap().infer(request(f32s(&[1, 1], &[5.0]))).await.unwrap();
+    assert_eq!(old.outputs[0].tensor, f32s(&[1, 1], &[5.0]));
+    let error = registry.model("latest", "1").unwrap_err();
+    assert!(matches!(error, InferError::UnknownVersion { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_model_that_fails_says_why_and_harms_no_other() {
+    let bench = Bench::new();
+    bench.write("good", "1/model.onnx", scale(2.0, None));
+    bench.write("typo", "1/model.onnx", scale(2.0, None)).write("typo", "config.pbtxt", "max_batch_size: 4\nfoo: 1");
+    bench.write("broken", "1/model.onnx", "not a model");
+    bench.write("empty", "config.pbtxt", "");
+    bench.write("other", "1/model.onnx", scale_three(1.0)).write("other", "config.pbtxt", "max_batch_size: 8");
+    bench.write("type", "1/model.onnx", scale(1.0, None));
+    bench.write("type", "config.pbtxt", "input { name: \"x\" data_type: TYPE_INT64 dims: -1 }");
+    bench.write("backend", "1/model.onnx", scale(1.0, None)).write("backend", "config.pbtxt", "backend: \"tensorflow\"");
+    let registry = bench.open_all().await;
+    assert_eq!(answer(&registry, "good", &[1, 1], &[5.0]).await, [10.0]);
+    let index = index(&registry);
+    let line = |name: &str| index.iter().find(|line| line.starts_with(name)).unwrap().as_str();
+    assert_eq!(line("good"), "good 1 READY");
+    for (name, reason) in [
+        ("typo", "config.pbtxt, line 2: "),
+        ("broken", "model.onnx cannot be opened"),
+        ("empty", "no folder of a version"),
+        ("other", "max_batch_size 8, but the first size of `x` in its file is 3"),
+        ("type", "input `x` is TYPE_INT64 in its configuration and TYPE_FP32 in its file"),
+        ("backend", "asks for backend \"tensorflow\"; this server has onnxruntime"),
+    ] {
+        assert!(line(name).contains("UNAVAILABLE") && line(name).contains(reason), "{}", line(name));
+    }
+    let error = registry.model("typo", "").unwrap_err();
+    assert!(matches!(&error, InferError::NotReady { reason, .. } if reason.contains("line 2")), "{error}");
+    assert_eq!(registry.index(true).len(), 1);
+}
