@@ -1,6 +1,6 @@
 //! What a caller is told when a request is not answered.
 
-use sensorium_engine::{EngineError, PipelineError};
+use sensorium_engine::{EngineError, PipelineError, RawTensorError};
 use tonic::{Code, Status};
 
 use crate::{pool::PoolError, scheduler::ScheduleError, wire::InvalidRequest};
@@ -17,15 +17,35 @@ pub enum InferError {
         known: Vec<String>,
     },
     /// The model has no such version.
-    #[error("model {model:?} has no version {version:?}; leave it empty or ask for {known:?}")]
+    #[error("model {model:?} has no version {version:?}; leave it empty or ask for one of {}", known.join(", "))]
     UnknownVersion {
         /// The model.
         model: String,
         /// As the request names it.
         version: String,
-        /// The one there is.
-        known: &'static str,
+        /// Those there are.
+        known: Vec<String>,
     },
+    /// The model is being loaded, was unloaded, or could not be loaded.
+    #[error("model {model:?} is not ready: {reason}")]
+    NotReady {
+        /// The model.
+        model: String,
+        /// What it is doing, or why it is not here.
+        reason: String,
+    },
+    /// The model may answer any number of times, which one response cannot carry.
+    #[error("model {model:?} is decoupled: call it with ModelStreamInfer, or generate_stream over HTTP")]
+    Decoupled {
+        /// The model.
+        model: String,
+    },
+    /// The server is about to end.
+    #[error("the server is shutting down; ask another one")]
+    Draining,
+    /// The caller's deadline passed.
+    #[error("the deadline passed before the answer was there")]
+    DeadlineExceeded,
     /// The request does not fit the model.
     #[error(transparent)]
     Invalid(#[from] InvalidRequest),
@@ -48,6 +68,14 @@ pub enum InferError {
     /// Preparing inputs did not happen.
     #[error(transparent)]
     Prepare(#[from] PoolError),
+    /// A tensor has not the elements of the shape that the model's configuration gives it.
+    #[error("a tensor of {model:?} cannot be reshaped as its configuration says")]
+    Reshape {
+        /// The model.
+        model: String,
+        /// Why.
+        source: RawTensorError,
+    },
     /// The engine did not run, or failed.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
@@ -122,31 +150,47 @@ impl InferError {
             Self::Prepare(PoolError::Overloaded { .. }) | Self::Schedule(ScheduleError::Overloaded { .. }) => {
                 Code::ResourceExhausted
             }
-            Self::Schedule(ScheduleError::Stopped { .. }) => Code::Unavailable,
+            Self::Decoupled { .. } => Code::Unimplemented,
+            Self::DeadlineExceeded | Self::Schedule(ScheduleError::DeadlineExceeded { .. }) => Code::DeadlineExceeded,
+            // As Triton says it.
+            Self::Schedule(ScheduleError::QueueFull { .. } | ScheduleError::TimedOut { .. }) => Code::Unavailable,
+            Self::Draining | Self::NotReady { .. } | Self::Schedule(ScheduleError::Stopped { .. }) => Code::Unavailable,
             Self::Schedule(ScheduleError::Engine { source, .. }) => fault(source.is_callers_fault()),
-            Self::Prepare(PoolError::CutShort) | Self::Schedule(ScheduleError::Outputs { .. }) => Code::Internal,
+            Self::Prepare(PoolError::CutShort)
+            | Self::Reshape { .. }
+            | Self::Schedule(ScheduleError::Outputs { .. }) => Code::Internal,
         }
     }
 
     /// The status for a request to `model`: the message has the model and the whole chain of causes.
     pub fn into_status(self, model: &str) -> Status {
         let mut message = match &self {
-            Self::UnknownModel { .. } | Self::UnknownVersion { .. } => String::new(),
+            Self::UnknownModel { .. } | Self::UnknownVersion { .. } | Self::NotReady { .. } => String::new(),
             _ => format!("model {:?}: ", crate::wire::excerpt(model)),
         };
-        let mut cause: Option<&dyn std::error::Error> = Some(&self);
-        while let Some(error) = cause {
-            message.push_str(&error.to_string());
-            cause = error.source();
-            if cause.is_some() {
-                message.push_str(": ");
-            }
-        }
+        message.push_str(&chain(&self));
         Status::new(self.code(), shortened(message))
     }
 }
 
+/// An error and its causes in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        message.push_str(": ");
+        message.push_str(&error.to_string());
+        cause = error.source();
+    }
+    message
+}
+
 impl InferError {
+    /// A tensor could not take the shape that the configuration of `model` gives it.
+    pub(crate) fn reshape(model: &str, source: RawTensorError) -> Self {
+        Self::Reshape { model: model.to_owned(), source }
+    }
+
     /// A graph was called with inputs that contradict each other.
     pub(crate) fn engine(graph: &str, source: EngineError) -> Self {
         Self::Schedule(ScheduleError::Engine { graph: graph.to_owned(), source: Box::new(source) })
@@ -165,7 +209,7 @@ fn fault(callers: bool) -> Code {
 }
 
 /// A status travels in headers, and clients refuse headers of more than 8 KiB, percent-encoding included.
-fn shortened(mut message: String) -> String {
+pub(crate) fn shortened(mut message: String) -> String {
     const LONGEST: usize = 2000;
     if let Some((end, _)) = message.char_indices().nth(LONGEST) {
         message.truncate(end);

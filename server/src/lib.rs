@@ -16,6 +16,7 @@
 
 pub mod config;
 pub mod error;
+pub mod front;
 pub mod health;
 pub mod http;
 pub mod metrics;
@@ -23,6 +24,9 @@ pub mod model;
 pub mod pool;
 pub mod repository;
 pub mod scheduler;
+pub mod rest;
+pub mod security;
 pub mod serve;
 pub mod service;
+pub mod shared_memory;
 pub mod wire;

@@ -6,36 +6,66 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use sensorium_server::{
     config::{ServerArgs, ServerConfig},
-    serve::{self, Listeners},
+    repository::State,
+    serve::{self, Controls, Listeners},
 };
+use sensorium_telemetry::{Options, Sampling, Telemetry};
 
 fn main() -> ExitCode {
     let args = ServerArgs::parse();
-    if let Err(error) = sensorium_telemetry::init("sensorium-server") {
-        eprintln!("sensorium-server: {:#}", anyhow::Error::from(error)); // there is no log to write it to
-        return ExitCode::FAILURE;
-    }
-    match run(args) {
-        Ok(()) => ExitCode::SUCCESS,
+    match prepare(args) {
+        Ok((args, runtime, telemetry)) => {
+            let outcome = run(args, &runtime, &telemetry).unwrap_or_else(|error| {
+                tracing::error!("{error:#}");
+                ExitCode::FAILURE
+            });
+            telemetry.shutdown();
+            // The deadline has passed or nothing is left: a thread in the middle of an image must not hold the process.
+            runtime.shutdown_background();
+            outcome
+        }
         Err(error) => {
-            tracing::error!("{error:#}");
+            eprintln!("sensorium-server: {error:#}"); // there is no log to write it to
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(args: ServerArgs) -> anyhow::Result<()> {
-    let config = ServerConfig::try_from(args)?;
-    tracing::info!(?config, "starting");
+fn prepare(args: ServerArgs) -> anyhow::Result<(ServerArgs, tokio::runtime::Runtime, Telemetry)> {
+    let args = args.with_settings()?;
     let runtime = tokio::runtime::Runtime::new().context("could not start the async runtime")?;
-    let result = runtime.block_on(async {
+    let _inside = runtime.enter();
+    let telemetry = sensorium_telemetry::start(Options {
+        service: "sensorium-server",
+        otlp_endpoint: args.otlp_endpoint.clone().filter(|endpoint| !endpoint.is_empty()),
+        sampling: Sampling { rate: args.trace_rate.map_or(1, |rate| rate.get().into()), ..Sampling::default() },
+    })?;
+    Ok((args, runtime, telemetry))
+}
+
+fn run(args: ServerArgs, runtime: &tokio::runtime::Runtime, telemetry: &Telemetry) -> anyhow::Result<ExitCode> {
+    let check = args.check;
+    let config = ServerConfig::try_from(args)?;
+    if check {
+        return runtime.block_on(report(&config));
+    }
+    tracing::info!(?config, "starting");
+    let controls = Controls { logs: telemetry.logs.clone(), traces: telemetry.traces.clone() };
+    runtime.block_on(async {
         // Before anything else, so that a signal during the start is not lost.
         let asked = sensorium_lifecycle::asked_to_end().context("could not listen for signals")?;
         let listeners = Listeners::bind(config.addresses).await?;
-        serve::serve(config, listeners, asked).await?;
-        anyhow::Ok(())
-    });
-    // The deadline has passed or nothing is left: a thread in the middle of an image must not hold the process.
-    runtime.shutdown_background();
-    result
+        serve::serve(config, listeners, controls, asked).await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Prints what would be served, one line for each version of a model, and fails if one could not be.
+async fn report(config: &ServerConfig) -> anyhow::Result<ExitCode> {
+    let index = serve::check(config).await?;
+    for entry in &index {
+        println!("{:<40} {:>8} {:<12} {}", entry.name, entry.version, entry.state.as_str(), entry.reason);
+    }
+    let is_whole = !index.is_empty() && index.iter().all(|entry| entry.state == State::Ready);
+    Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

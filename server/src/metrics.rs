@@ -4,9 +4,10 @@
 //! counts under [`UNKNOWN_MODEL`].
 
 use std::{
+    collections::HashMap,
     fmt,
     sync::{
-        Arc,
+        Arc, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -23,14 +24,12 @@ use prometheus_client::{
     },
     registry::Registry,
 };
-use sensorium_telemetry::metrics as names;
+use sensorium_proto::inference::{ModelStatistics, StatisticDuration};
+use sensorium_telemetry::metrics::{self as names, Metric};
 use tonic::Code;
 
 /// The `model` label of requests for a model that this server does not have.
 pub const UNKNOWN_MODEL: &str = "unknown";
-
-/// The one version of every model; artifacts are told apart by digest.
-pub const VERSION: &str = "1";
 
 type Labels<const N: usize> = [(&'static str, String); N];
 type Histograms = Family<Labels<1>, Histogram, Buckets>;
@@ -45,71 +44,72 @@ pub struct Metrics {
     queue_seconds: Histograms,
     queue_requests: Family<Labels<1>, Gauge>,
     batch_rows: Histograms,
+    batch_cost: Histograms,
+    padding: Histograms,
     run_seconds: Histograms,
     abandoned: Family<Labels<1>, Counter>,
-    triton: Triton,
+    cache: Family<Labels<2>, Counter>,
+    triton_failure: Family<Labels<3>, Untyped>,
+    triton_pending: Family<Labels<2>, Gauge>,
+    /// What every request counts, found without making labels of names.
+    answered: Arc<RwLock<HashMap<String, Answered>>>,
 }
 
-/// The same events under Triton's names.
-#[derive(Clone, Debug, Default)]
-struct Triton {
-    success: Family<Labels<2>, Untyped>,
-    failure: Family<Labels<3>, Untyped>,
-    count: Family<Labels<2>, Untyped>,
-    exec_count: Family<Labels<2>, Untyped>,
-    request_us: Family<Labels<2>, Untyped>,
-    queue_us: Family<Labels<2>, Untyped>,
-    infer_us: Family<Labels<2>, Untyped>,
-    pending: Family<Labels<2>, Gauge>,
+/// What a request that succeeds counts.
+#[derive(Clone, Debug)]
+struct Answered {
+    ok: Counter,
+    seconds: Histogram,
 }
 
 impl Metrics {
     /// Metrics that start at zero.
     pub fn new() -> Self {
-        let seconds = || Histograms::new_with_constructor(Buckets::Seconds);
+        let histograms = |buckets| Histograms::new_with_constructor(buckets);
+        let mut metrics = Self {
+            registry: Arc::default(),
+            ready: Gauge::default(),
+            requests: Family::default(),
+            request_seconds: histograms(Buckets::Seconds),
+            queue_seconds: histograms(Buckets::Seconds),
+            queue_requests: Family::default(),
+            batch_rows: histograms(Buckets::Rows),
+            batch_cost: histograms(Buckets::Elements),
+            padding: histograms(Buckets::Shares),
+            run_seconds: histograms(Buckets::Seconds),
+            abandoned: Family::default(),
+            cache: Family::default(),
+            triton_failure: Family::default(),
+            triton_pending: Family::default(),
+            answered: Arc::default(),
+        };
         let mut registry = Registry::default();
-        let ready = Gauge::default();
-        let (requests, queue_requests, abandoned) = (Family::default(), Family::default(), Family::default());
-        let (request_seconds, queue_seconds, run_seconds) = (seconds(), seconds(), seconds());
-        let batch_rows = Histograms::new_with_constructor(Buckets::Rows);
-        let triton = Triton::default();
-        names::SERVER_READY.register(&mut registry, ready.clone());
-        names::SERVER_REQUESTS.register(&mut registry, requests.clone());
-        names::SERVER_REQUEST_SECONDS.register(&mut registry, request_seconds.clone());
-        names::SERVER_QUEUE_SECONDS.register(&mut registry, queue_seconds.clone());
-        names::SERVER_QUEUE_REQUESTS.register(&mut registry, queue_requests.clone());
-        names::SERVER_BATCH_ROWS.register(&mut registry, batch_rows.clone());
-        names::SERVER_RUN_SECONDS.register(&mut registry, run_seconds.clone());
-        names::SERVER_ABANDONED.register(&mut registry, abandoned.clone());
-        names::TRITON_SUCCESS.register(&mut registry, triton.success.clone());
-        names::TRITON_FAILURE.register(&mut registry, triton.failure.clone());
-        names::TRITON_COUNT.register(&mut registry, triton.count.clone());
-        names::TRITON_EXEC_COUNT.register(&mut registry, triton.exec_count.clone());
-        names::TRITON_REQUEST_US.register(&mut registry, triton.request_us.clone());
-        names::TRITON_QUEUE_US.register(&mut registry, triton.queue_us.clone());
-        names::TRITON_INFER_US.register(&mut registry, triton.infer_us.clone());
-        names::TRITON_PENDING.register(&mut registry, triton.pending.clone());
-        Self {
-            registry: Arc::new(registry),
-            ready,
-            requests,
-            request_seconds,
-            queue_seconds,
-            queue_requests,
-            batch_rows,
-            run_seconds,
-            abandoned,
-            triton,
-        }
+        names::SERVER_READY.register(&mut registry, metrics.ready.clone());
+        names::SERVER_REQUESTS.register(&mut registry, metrics.requests.clone());
+        names::SERVER_REQUEST_SECONDS.register(&mut registry, metrics.request_seconds.clone());
+        names::SERVER_QUEUE_SECONDS.register(&mut registry, metrics.queue_seconds.clone());
+        names::SERVER_QUEUE_REQUESTS.register(&mut registry, metrics.queue_requests.clone());
+        names::SERVER_BATCH_ROWS.register(&mut registry, metrics.batch_rows.clone());
+        names::SERVER_BATCH_COST.register(&mut registry, metrics.batch_cost.clone());
+        names::SERVER_PADDING.register(&mut registry, metrics.padding.clone());
+        names::SERVER_RUN_SECONDS.register(&mut registry, metrics.run_seconds.clone());
+        names::SERVER_ABANDONED.register(&mut registry, metrics.abandoned.clone());
+        names::SERVER_CACHE.register(&mut registry, metrics.cache.clone());
+        names::TRITON_FAILURE.register(&mut registry, metrics.triton_failure.clone());
+        names::TRITON_PENDING.register(&mut registry, metrics.triton_pending.clone());
+        metrics.registry = Arc::new(registry);
+        metrics
     }
 
-    /// Everything in the OpenMetrics text format.
+    /// Everything in the OpenMetrics text format, with what models count themselves under Triton's names.
     ///
     /// # Errors
     /// None in practice: it writes into memory.
-    pub fn encode(&self) -> Result<String, fmt::Error> {
+    pub fn encode(&self, models: &[ModelStatistics]) -> Result<String, fmt::Error> {
         let mut text = String::new();
-        text::encode(&mut text, &self.registry)?;
+        text::encode_registry(&mut text, &self.registry)?;
+        text::encode_registry(&mut text, &triton(models))?;
+        text::encode_eof(&mut text)?;
         Ok(text)
     }
 
@@ -118,39 +118,51 @@ impl Metrics {
         self.ready.set(i64::from(ready));
     }
 
-    /// A request ended. `model` is one that is served, or [`UNKNOWN_MODEL`].
-    pub fn request(&self, model: &str, code: Code, took: Duration) {
+    /// A request ended. `model` is one that is served, or [`UNKNOWN_MODEL`]; `version` is what was asked for.
+    pub fn request(&self, model: &str, version: &str, code: Code, took: Duration) {
+        if code == Code::Ok {
+            let known = self.answered.read().unwrap_or_else(PoisonError::into_inner).get(model).cloned();
+            let answered = known.unwrap_or_else(|| self.answered(model));
+            answered.ok.inc();
+            answered.seconds.observe(took.as_secs_f64());
+            return;
+        }
         self.requests.get_or_create(&[label("model", model), label("code", code_label(code))]).inc();
         self.request_seconds.get_or_create(&[label("model", model)]).observe(took.as_secs_f64());
         let reason = match code {
-            Code::Ok => {
-                self.triton.success.get_or_create(&versioned(model)).add(1);
-                self.triton.request_us.get_or_create(&versioned(model)).add(micros(took));
-                return;
-            }
             Code::ResourceExhausted | Code::Unavailable => "REJECTED",
             Code::Cancelled | Code::DeadlineExceeded => "CANCELED",
             _ => "OTHER",
         };
-        let [model, version] = versioned(model);
-        self.triton.failure.get_or_create(&[model, version, label("reason", reason)]).add(1);
+        let [model, version] = versioned(model, version);
+        self.triton_failure.get_or_create(&[model, version, label("reason", reason)]).add(1);
     }
 
-    /// The metrics of one graph.
-    pub fn graph(&self, graph: &str) -> GraphMetrics {
+    fn answered(&self, model: &str) -> Answered {
+        let ok = [label("model", model), label("code", code_label(Code::Ok))];
+        let answered = Answered {
+            ok: self.requests.get_or_create_owned(&ok),
+            seconds: self.request_seconds.get_or_create_owned(&[label("model", model)]),
+        };
+        let mut all = self.answered.write().unwrap_or_else(PoisonError::into_inner);
+        all.entry(model.to_owned()).or_insert(answered).clone()
+    }
+
+    /// The metrics of one version of a graph.
+    pub fn graph(&self, graph: &str, version: &str) -> GraphMetrics {
         let own = [label("model", graph)];
-        let versioned = versioned(graph);
+        let cache = |outcome| self.cache.get_or_create_owned(&[label("model", graph), label("outcome", outcome)]);
         GraphMetrics {
             queue_seconds: self.queue_seconds.get_or_create_owned(&own),
             queue_requests: self.queue_requests.get_or_create_owned(&own),
             batch_rows: self.batch_rows.get_or_create_owned(&own),
+            batch_cost: self.batch_cost.get_or_create_owned(&own),
+            padding: self.padding.get_or_create_owned(&own),
             run_seconds: self.run_seconds.get_or_create_owned(&own),
             abandoned: self.abandoned.get_or_create_owned(&own),
-            count: self.triton.count.get_or_create_owned(&versioned),
-            exec_count: self.triton.exec_count.get_or_create_owned(&versioned),
-            queue_us: self.triton.queue_us.get_or_create_owned(&versioned),
-            infer_us: self.triton.infer_us.get_or_create_owned(&versioned),
-            pending: self.triton.pending.get_or_create_owned(&versioned),
+            hits: cache("hit"),
+            misses: cache("miss"),
+            pending: self.triton_pending.get_or_create_owned(&versioned(graph, version)),
         }
     }
 }
@@ -167,12 +179,12 @@ pub struct GraphMetrics {
     queue_seconds: Histogram,
     queue_requests: Gauge,
     batch_rows: Histogram,
+    batch_cost: Histogram,
+    padding: Histogram,
     run_seconds: Histogram,
     abandoned: Counter,
-    count: Untyped,
-    exec_count: Untyped,
-    queue_us: Untyped,
-    infer_us: Untyped,
+    hits: Counter,
+    misses: Counter,
     pending: Gauge,
 }
 
@@ -186,7 +198,6 @@ impl GraphMetrics {
     /// A request left the queue for the engine.
     pub fn queued(&self, waited: Duration) {
         self.queue_seconds.observe(waited.as_secs_f64());
-        self.queue_us.add(micros(waited));
     }
 
     /// A request left the queue because its caller had left.
@@ -195,13 +206,56 @@ impl GraphMetrics {
     }
 
     /// The engine ran a batch.
-    pub fn ran(&self, rows: usize, requests: usize, took: Duration) {
+    pub fn ran(&self, rows: usize, took: Duration) {
         self.batch_rows.observe(rows as f64);
         self.run_seconds.observe(took.as_secs_f64());
-        self.count.add(rows as u64);
-        self.exec_count.add(1);
-        self.infer_us.add(micros(took).saturating_mul(requests as u64));
     }
+
+    /// A batch was put together of `useful` input elements and `padding` beside them.
+    pub fn padded(&self, useful: usize, padding: usize) {
+        let all = (useful + padding).max(1) as f64;
+        self.batch_cost.observe(all);
+        self.padding.observe(padding as f64 / all);
+    }
+
+    /// An answer was looked for in the response cache.
+    pub fn cache(&self, hit: bool) {
+        if hit { &self.hits } else { &self.misses }.inc();
+    }
+}
+
+/// What models count, under Triton's names.
+fn triton(models: &[ModelStatistics]) -> Registry {
+    type Value = fn(&ModelStatistics) -> u64;
+    fn part(
+        model: &ModelStatistics,
+        part: impl Fn(&sensorium_proto::inference::InferStatistics) -> Option<StatisticDuration>,
+    ) -> StatisticDuration {
+        model.inference_stats.as_ref().and_then(part).unwrap_or_default()
+    }
+    let values: [(Metric, Value); 12] = [
+        (names::TRITON_SUCCESS, |model| part(model, |all| all.success).count),
+        (names::TRITON_COUNT, |model| model.inference_count),
+        (names::TRITON_EXEC_COUNT, |model| model.execution_count),
+        (names::TRITON_REQUEST_US, |model| part(model, |all| all.success).ns / 1000),
+        (names::TRITON_QUEUE_US, |model| part(model, |all| all.queue).ns / 1000),
+        (names::TRITON_INPUT_US, |model| part(model, |all| all.compute_input).ns / 1000),
+        (names::TRITON_INFER_US, |model| part(model, |all| all.compute_infer).ns / 1000),
+        (names::TRITON_OUTPUT_US, |model| part(model, |all| all.compute_output).ns / 1000),
+        (names::TRITON_CACHE_HITS, |model| part(model, |all| all.cache_hit).count),
+        (names::TRITON_CACHE_MISSES, |model| part(model, |all| all.cache_miss).count),
+        (names::TRITON_CACHE_HIT_US, |model| part(model, |all| all.cache_hit).ns / 1000),
+        (names::TRITON_CACHE_MISS_US, |model| part(model, |all| all.cache_miss).ns / 1000),
+    ];
+    let mut registry = Registry::default();
+    for (metric, value) in values {
+        let family = Family::<Labels<2>, Untyped>::default();
+        for model in models {
+            family.get_or_create(&versioned(&model.name, &model.version)).add(value(model));
+        }
+        metric.register(&mut registry, family);
+    }
+    registry
 }
 
 /// Bucket bounds by what is measured.
@@ -211,6 +265,10 @@ enum Buckets {
     Seconds,
     /// Powers of two up to 1024.
     Rows,
+    /// Powers of four from 16 to 16 million.
+    Elements,
+    /// Tenths.
+    Shares,
 }
 
 impl MetricConstructor<Histogram> for Buckets {
@@ -220,6 +278,8 @@ impl MetricConstructor<Histogram> for Buckets {
                 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
             ]),
             Self::Rows => Histogram::new((0..=10).map(|power| f64::from(1 << power))),
+            Self::Elements => Histogram::new((2..=12).map(|power| f64::from(1 << (2 * power)))),
+            Self::Shares => Histogram::new((0..=10).map(|tenths| f64::from(tenths) / 10.0)),
         }
     }
 }
@@ -253,13 +313,8 @@ fn label(name: &'static str, value: &str) -> (&'static str, String) {
     (name, value.to_owned())
 }
 
-fn versioned(model: &str) -> Labels<2> {
-    [label("model", model), label("version", VERSION)]
-}
-
-/// Saturates after half a million years.
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+fn versioned(model: &str, version: &str) -> Labels<2> {
+    [label("model", model), label("version", version)]
 }
 
 fn code_label(code: Code) -> &'static str {
@@ -291,15 +346,27 @@ mod tests {
     #[test]
     fn a_scrape_shows_each_metric_under_its_name_in_the_table() {
         let metrics = Metrics::new();
-        let graph = metrics.graph("m");
+        let graph = metrics.graph("m", "3");
         metrics.set_ready(true);
         graph.waiting(1);
         graph.queued(Duration::from_millis(3));
         graph.abandoned();
-        graph.ran(4, 2, Duration::from_micros(70));
-        metrics.request("m", Code::Ok, Duration::from_micros(90));
-        metrics.request("m", Code::ResourceExhausted, Duration::ZERO);
-        let text = metrics.encode().unwrap();
+        graph.ran(4, Duration::from_micros(70));
+        graph.padded(6, 2);
+        graph.cache(true);
+        metrics.request("m", "3", Code::Ok, Duration::from_micros(90));
+        metrics.request("m", "", Code::ResourceExhausted, Duration::ZERO);
+        let statistics = ModelStatistics {
+            name: "m".to_owned(),
+            version: "3".to_owned(),
+            inference_count: 4,
+            inference_stats: Some(sensorium_proto::inference::InferStatistics {
+                compute_infer: Some(StatisticDuration { count: 2, ns: 140_500 }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let text = metrics.encode(&[statistics]).unwrap();
         for metric in names::ALL
             .iter()
             .filter(|metric| ["sensorium_server_", "nv_"].iter().any(|own| metric.name.starts_with(own)))
@@ -308,10 +375,15 @@ mod tests {
             let labels = if metric.labels.is_empty() { " " } else { "{" };
             assert!(text.contains(&format!("\n{}{suffix}{labels}", metric.name)), "{} is not in\n{text}", metric.name);
         }
-        assert!(text.contains("nv_inference_compute_infer_duration_us{model=\"m\",version=\"1\"} 140\n"), "{text}");
-        assert!(
-            text.contains("nv_inference_request_failure{model=\"m\",version=\"1\",reason=\"REJECTED\"} 1\n"),
-            "{text}"
-        );
+        for line in [
+            r#"nv_inference_compute_infer_duration_us{model="m",version="3"} 140"#,
+            r#"nv_inference_count{model="m",version="3"} 4"#,
+            r#"nv_inference_request_failure{model="m",version="",reason="REJECTED"} 1"#,
+            r#"sensorium_server_padding_ratio_sum{model="m"} 0.25"#,
+            r#"sensorium_server_requests_total{model="m",code="OK"} 1"#,
+        ] {
+            assert!(text.contains(&format!("\n{line}\n")), "{line} is not in\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n") && text.matches("# EOF").count() == 1);
     }
 }

@@ -3,12 +3,10 @@
 //! On the way down the order is fixed: readiness goes off, no connection or call is admitted any more, calls in flight
 //! finish up to a deadline, engines close, and health and metrics go last, so that the end can be watched.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
-use sensorium_proto::{
-    inference::grpc_inference_service_server::GrpcInferenceServiceServer,
-    multimodal::multimodal_service_server::MultimodalServiceServer,
-};
+use axum::Router;
+use sensorium_telemetry::{LogControl, TraceControl};
 use tokio::{
     net::TcpListener,
     sync::watch,
@@ -16,23 +14,18 @@ use tokio::{
     time::{self, Instant},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    Code,
-    codec::CompressionEncoding,
-    codegen::http::{HeaderValue, Response},
-    server::NamedService,
-    transport::{Server, server::TcpIncoming},
-};
-use tonic_health::server::HealthReporter;
-use tower::util::MapResponseLayer;
 
 use crate::{
     config::{Addresses, ServerConfig},
+    front::{self, Door},
     health, http,
     metrics::Metrics,
-    model::{self, LoadError, Opening, Repository},
     pool::CpuPool,
+    repository::{IndexEntry, LoadError, Opening, Registry},
+    scheduler::Slots,
+    security::{Admission, ReloadError, Reloaded, Tls, Tokens},
     service::Service,
+    shared_memory::SharedMemory,
 };
 
 /// Why serving ended before it was asked to, or never began.
@@ -43,7 +36,7 @@ pub enum ServeError {
     Bind {
         /// The address.
         address: SocketAddr,
-        /// "gRPC", "health" or "metrics".
+        /// "gRPC", "HTTP" or "metrics".
         purpose: &'static str,
         /// The system's answer.
         source: std::io::Error,
@@ -51,9 +44,9 @@ pub enum ServeError {
     /// A model cannot be served.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// The gRPC server failed.
-    #[error("gRPC ended")]
-    Grpc(#[source] tonic::transport::Error),
+    /// Certificates or tokens cannot be read.
+    #[error("clients cannot be let in safely")]
+    Security(#[from] ReloadError),
     /// A task that never ends did.
     #[error("{task} ended unasked")]
     Ended {
@@ -81,7 +74,7 @@ impl Listeners {
     /// [`ServeError::Bind`], which names the address.
     pub async fn bind(addresses: Addresses) -> Result<Self, ServeError> {
         let (grpc, grpc_address) = bind(addresses.grpc, "gRPC").await?;
-        let (http, http_address) = bind(addresses.http, "health").await?;
+        let (http, http_address) = bind(addresses.http, "HTTP").await?;
         let (metrics, metrics_address) = bind(addresses.metrics, "metrics").await?;
         let addresses = Addresses { grpc: grpc_address, http: http_address, metrics: metrics_address };
         Ok(Self { grpc, http, metrics, addresses })
@@ -100,6 +93,15 @@ async fn bind(address: SocketAddr, purpose: &'static str) -> Result<(TcpListener
     Ok((listener, bound))
 }
 
+/// What can be changed while the server runs, beside its models.
+#[derive(Clone, Debug)]
+pub struct Controls {
+    /// The log level.
+    pub logs: LogControl,
+    /// Which requests are traced.
+    pub traces: TraceControl,
+}
+
 /// Loads the models of `config` and serves them until `shutdown` completes and what is in flight is done.
 ///
 /// # Errors
@@ -107,161 +109,142 @@ async fn bind(address: SocketAddr, purpose: &'static str) -> Result<(TcpListener
 pub async fn serve(
     config: ServerConfig,
     listeners: Listeners,
+    controls: Controls,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let metrics = Metrics::new();
     let lost = CancellationToken::new();
     let (ready, is_ready) = watch::channel(false);
-    // Health and metrics answer while models load.
-    let side = CancellationToken::new();
-    let _side_ends_with_this = side.clone().drop_guard();
-    let health = spawn_http(listeners.http, http::health(is_ready.clone()), side.clone());
-    let scrapes = spawn_http(listeners.metrics, http::metrics(metrics.clone()), side.clone());
+    let memory = SharedMemory::new(config.shared_memory);
+    let service = Service::new(metrics.clone(), is_ready.clone(), memory, controls.logs, controls.traces);
+    let (app, reporter) = front::app(service.clone(), config.max_request_bytes, admission(&config)?);
+    let tls = config.tls.clone().map(Tls::watch).transpose()?;
 
-    let opening = Opening {
-        volumes: config.volumes.clone(),
-        cache: config.artifact_cache.clone(),
-        engine: config.engine,
-        batching: config.batching,
-        limits: config.limits,
-        // Preparing takes about as long as a row in an engine, so as much of it may wait.
-        pool: CpuPool::new(config.prepare_threads.get(), config.batching.max_waiting_rows),
-        metrics: metrics.clone(),
-        lost: lost.clone(),
+    // Everything is answered from now on, with "not ready" while models load, so that the start can be watched.
+    let (drain, close) = (CancellationToken::new(), CancellationToken::new());
+    let door = |listener, app: &Router, drain: &CancellationToken, close: &CancellationToken| Door {
+        listener,
+        tls: tls.clone(),
+        app: app.clone(),
+        drain: drain.clone(),
+        close: close.clone(),
     };
+    let mut grpc = Task::spawn("gRPC", door(listeners.grpc, &app, &drain, &drain));
+    // Health is asked for over HTTP until the end, by connections that are made meanwhile.
+    let mut http = Task::spawn("HTTP", door(listeners.http, &app, &drain, &close));
+    let scrapes =
+        Door { tls: None, ..door(listeners.metrics, &http::metrics(metrics.clone(), service.clone()), &close, &close) };
+    let mut scrapes = Task::spawn("the metrics endpoint", scrapes);
+
+    let opening = opening(&config, &metrics, &lost);
     tokio::pin!(shutdown);
     let repository = tokio::select! {
-        loaded = model::load(&config.models, &opening) => Arc::new(loaded?),
+        opened = Registry::open(config.repository.clone(), opening) => opened?,
         () = &mut shutdown => return Ok(()),
     };
-
-    let drain = CancellationToken::new();
-    let (reporter, grpc) = spawn_grpc(&config, listeners.grpc, &repository, &metrics, &is_ready, drain.clone());
-    let mut grpc = Abort(grpc);
-    let Addresses { grpc: address, http, metrics: scrape } = listeners.addresses;
-    tracing::info!(grpc = %address, %http, metrics = %scrape, models = ?repository.names().collect::<Vec<_>>(), "serving");
+    service.open(repository.clone());
+    let Addresses { grpc: address, http: http_address, metrics: scrape } = listeners.addresses;
+    tracing::info!(grpc = %address, http = %http_address, metrics = %scrape, models = ?repository.names(), "serving");
     tokio::select! {
         () = &mut shutdown => {}
         () = lost.cancelled() => return Err(ServeError::EngineLost),
-        ended = &mut grpc.0 => return Err(ended_early(ended)),
-        () = ended(health) => return Err(ServeError::Ended { task: "the health endpoint" }),
-        () = ended(scrapes) => return Err(ServeError::Ended { task: "the metrics endpoint" }),
+        ended = grpc.ended() => return Err(ended),
+        ended = http.ended() => return Err(ended),
+        ended = scrapes.ended() => return Err(ended),
         never = health::watch(&repository, &ready, &metrics) => never,
-        () = report(&reporter, is_ready.clone()) => return Err(ServeError::Ended { task: "the health report" }),
+        () = front::report(&reporter, is_ready.clone()) => return Err(ServeError::Ended { task: "the health report" }),
     }
 
     tracing::info!(deadline_seconds = config.drain.as_secs(), "draining");
     ready.send_replace(false);
     metrics.set_ready(false);
-    end_report(reporter).await;
+    front::end_report(reporter).await;
     drain.cancel();
     let deadline = Instant::now() + config.drain;
-    match time::timeout_at(deadline, &mut grpc.0).await {
-        Ok(Ok(Ok(()))) => tracing::info!("drained"),
-        Ok(ended) => return Err(ended_early(ended)),
+    let finished = async {
+        // What came over connections made before is answered; only then is anything refused.
+        grpc.ended().await;
+        service.drain().await;
+    };
+    match time::timeout_at(deadline, finished).await {
+        Ok(()) => tracing::info!("drained"),
         Err(_) => tracing::warn!("the deadline passed before every request was answered"),
     }
     // Nothing waits for these engines any more, but one may be in a run that nobody can interrupt.
     if time::timeout_at(deadline.max(Instant::now() + Duration::from_secs(1)), repository.stop()).await.is_err() {
         tracing::warn!("an engine did not finish its last run");
     }
+    close.cancel();
+    let last_words = async {
+        http.ended().await;
+        scrapes.ended().await;
+    };
+    if time::timeout(Duration::from_secs(1), last_words).await.is_err() {
+        tracing::debug!("connections of HTTP were cut");
+    }
     Ok(())
 }
 
-type GrpcTask = JoinHandle<Result<(), tonic::transport::Error>>;
+/// Loads the models of `config` as [`serve`] would, and returns the index of the repository instead.
+///
+/// # Errors
+/// [`ServeError::Load`] when there is no index.
+pub async fn check(config: &ServerConfig) -> Result<Vec<IndexEntry>, ServeError> {
+    let repository =
+        Registry::open(config.repository.clone(), opening(config, &Metrics::new(), &CancellationToken::new()));
+    let repository = repository.await?;
+    let index = repository.index(false);
+    repository.stop().await;
+    Ok(index)
+}
 
-/// The task ends with whoever waits for it.
-struct Abort(GrpcTask);
+fn opening(config: &ServerConfig, metrics: &Metrics, lost: &CancellationToken) -> Opening {
+    Opening {
+        volumes: config.volumes.clone(),
+        cache: config.artifact_cache.clone(),
+        engine: config.engine,
+        batching: config.batching,
+        slots: Slots::new(config.engine.threads.get()),
+        limits: config.limits,
+        // Preparing takes about as long as a row in an engine, so as much of it may wait.
+        pool: CpuPool::new(config.prepare_threads.get(), config.batching.max_waiting_rows),
+        metrics: metrics.clone(),
+        lost: lost.clone(),
+    }
+}
 
-impl Drop for Abort {
+/// Who is let in; `None` for everybody without limit.
+fn admission(config: &ServerConfig) -> Result<Option<Admission>, ReloadError> {
+    let tokens = match config.auth_tokens.clone() {
+        None => None,
+        Some(path) => Some(Reloaded::watch(vec![path.clone()], move || Tokens::read(&path))?),
+    };
+    let is_free = tokens.is_none() && config.client_limits == crate::security::Limits::default();
+    Ok((!is_free).then(|| Admission::new(tokens, config.client_limits)))
+}
+
+/// A door that is served until it is closed; it ends with whoever holds this.
+struct Task {
+    name: &'static str,
+    handle: JoinHandle<()>,
+}
+
+impl Task {
+    fn spawn(name: &'static str, door: Door) -> Self {
+        Self { name, handle: tokio::spawn(door.serve()) }
+    }
+
+    /// Waits for the end, which before it was asked for is an error.
+    async fn ended(&mut self) -> ServeError {
+        if let Err(error) = (&mut self.handle).await {
+            tracing::error!(task = self.name, %error, "cut short");
+        }
+        ServeError::Ended { task: self.name }
+    }
+}
+
+impl Drop for Task {
     fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-fn spawn_grpc(
-    config: &ServerConfig,
-    listener: TcpListener,
-    repository: &Arc<Repository>,
-    metrics: &Metrics,
-    is_ready: &watch::Receiver<bool>,
-    drain: CancellationToken,
-) -> (HealthReporter, GrpcTask) {
-    let service = Service::new(repository.clone(), metrics.clone(), is_ready.clone());
-    let (reporter, health) = tonic_health::server::health_reporter();
-    // Compressed answers cost more time than they save on the networks of a cluster, so requests alone may be.
-    let inference = GrpcInferenceServiceServer::new(service.clone())
-        .max_decoding_message_size(config.max_request_bytes)
-        .accept_compressed(CompressionEncoding::Gzip)
-        .accept_compressed(CompressionEncoding::Deflate);
-    let multimodal = MultimodalServiceServer::new(service)
-        .max_decoding_message_size(config.max_request_bytes)
-        .accept_compressed(CompressionEncoding::Gzip)
-        .accept_compressed(CompressionEncoding::Deflate);
-    let server = Server::builder()
-        // A client that vanished without a word frees its requests after this and the timeout of 20 s.
-        .http2_keepalive_interval(Some(Duration::from_mins(1)))
-        .layer(MapResponseLayer::new(as_other_servers_say))
-        .add_service(health)
-        .add_service(inference)
-        .add_service(multimodal)
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), drain.cancelled_owned());
-    (reporter, tokio::spawn(server))
-}
-
-/// A message over the limit is RESOURCE_EXHAUSTED in every gRPC library but tonic, which says OUT_OF_RANGE. Nothing
-/// else of this server says that.
-fn as_other_servers_say<Body>(mut response: Response<Body>) -> Response<Body> {
-    const STATUS: &str = "grpc-status";
-    let headers = response.headers_mut();
-    if headers.get(STATUS).is_some_and(|status| Code::from_bytes(status.as_bytes()) == Code::OutOfRange) {
-        headers.insert(STATUS, HeaderValue::from(Code::ResourceExhausted as i32));
-    }
-    response
-}
-
-/// Names of the services that `grpc.health.v1` reports on; empty is the server as a whole.
-const SERVICES: [&str; 3] = ["", GrpcInferenceServiceServer::<Service>::NAME, MultimodalServiceServer::<Service>::NAME];
-
-/// Repeats `is_ready` to clients of `grpc.health.v1`. Ends when its sender does.
-async fn report(reporter: &HealthReporter, mut is_ready: watch::Receiver<bool>) {
-    loop {
-        let ready = *is_ready.borrow_and_update();
-        let status = if ready { tonic_health::ServingStatus::Serving } else { tonic_health::ServingStatus::NotServing };
-        for service in SERVICES {
-            reporter.set_service_status(service, status).await;
-        }
-        if is_ready.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
-/// Tells clients that watch, and ends their streams: a call that never ends would hold the drain to its deadline.
-async fn end_report(mut reporter: HealthReporter) {
-    for service in SERVICES {
-        reporter.set_service_status(service, tonic_health::ServingStatus::NotServing).await;
-    }
-    for service in SERVICES {
-        reporter.clear_service_status(service).await;
-    }
-}
-
-fn spawn_http(listener: TcpListener, router: axum::Router, stop: CancellationToken) -> JoinHandle<std::io::Result<()>> {
-    tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await })
-}
-
-async fn ended(task: JoinHandle<std::io::Result<()>>) {
-    match task.await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::error!(%error, "an HTTP endpoint failed"),
-        Err(error) => tracing::error!(%error, "an HTTP endpoint was cut short"),
-    }
-}
-
-fn ended_early(ended: Result<Result<(), tonic::transport::Error>, tokio::task::JoinError>) -> ServeError {
-    match ended {
-        Ok(Err(error)) => ServeError::Grpc(error),
-        Ok(Ok(())) | Err(_) => ServeError::Ended { task: "gRPC" },
+        self.handle.abort();
     }
 }

@@ -83,6 +83,12 @@ metrics! {
         "Time of one engine run";
     SERVER_ABANDONED = Counter "sensorium_server_abandoned_total" ["model"]
         "Queued requests that were dropped unrun, because they were cancelled or their deadline had passed";
+    SERVER_BATCH_COST = Histogram "sensorium_server_batch_cost" ["model"]
+        "Cost of one engine run, in elements of its inputs with padding";
+    SERVER_PADDING = Histogram "sensorium_server_padding_ratio" ["model"]
+        "Share of a batch's input elements that is padding";
+    SERVER_CACHE = Counter "sensorium_server_cache_lookups_total" ["model", "outcome"]
+        "Looks into the response cache; the outcome is hit or miss";
     TRAINER_STEP = Gauge "sensorium_trainer_step" []
         "Updates that are done";
     TRAINER_LOSS = Gauge "sensorium_trainer_loss" []
@@ -117,8 +123,20 @@ metrics! {
         "Sum of the times of requests that succeeded, in microseconds";
     TRITON_QUEUE_US = Untyped "nv_inference_queue_duration_us" ["model", "version"]
         "Sum of the times that requests waited in queues, in microseconds";
+    TRITON_INPUT_US = Untyped "nv_inference_compute_input_duration_us" ["model", "version"]
+        "Sum of the times that inputs were put together, in microseconds; each request of a batch counts the whole of it";
     TRITON_INFER_US = Untyped "nv_inference_compute_infer_duration_us" ["model", "version"]
         "Sum of the times that requests were run, in microseconds; each request of a batch counts the whole run";
+    TRITON_OUTPUT_US = Untyped "nv_inference_compute_output_duration_us" ["model", "version"]
+        "Sum of the times that outputs were taken apart, in microseconds; each request of a batch counts the whole of it";
+    TRITON_CACHE_HITS = Untyped "nv_cache_num_hits_per_model" ["model", "version"]
+        "Requests that were answered from the response cache";
+    TRITON_CACHE_MISSES = Untyped "nv_cache_num_misses_per_model" ["model", "version"]
+        "Requests that were looked for in the response cache and not found";
+    TRITON_CACHE_HIT_US = Untyped "nv_cache_hit_duration_per_model" ["model", "version"]
+        "Sum of the times that answers took from the response cache, in microseconds";
+    TRITON_CACHE_MISS_US = Untyped "nv_cache_miss_duration_per_model" ["model", "version"]
+        "Sum of the times that looking into the response cache and filling it took, in microseconds";
     TRITON_PENDING = Gauge "nv_inference_pending_request_count" ["model", "version"]
         "Requests in the queue now";
 }
@@ -149,7 +167,7 @@ mod tests {
             assert_eq!(metric.name.ends_with("_total"), metric.kind == Kind::Counter, "{}", metric.name);
             assert_eq!(metric.name.starts_with("nv_"), metric.labels.contains(&"version"), "{}", metric.name);
             assert!(
-                metric.name.starts_with("nv_inference_") || metric.name.starts_with("sensorium_"),
+                ["nv_inference_", "nv_cache_", "sensorium_"].iter().any(|prefix| metric.name.starts_with(prefix)),
                 "{}",
                 metric.name
             );

@@ -66,10 +66,14 @@ impl fmt::Display for TraceId {
 
 impl TraceControl {
     /// The span of a request to `model`: one that is exported if this request is traced, else one that does nothing.
+    /// Of `model` and `id`, which may be anything a client sends, it keeps the beginning.
     pub fn request_span(&self, model: &str, id: &str, parent: Option<&Parent>) -> Span {
+        const LONGEST: usize = 80;
         if !self.sample(model, parent) {
             return Span::none();
         }
+        let beginning = |text: &str| text.chars().take(LONGEST).collect::<String>();
+        let (model, id) = (beginning(model), beginning(id));
         let span =
             tracing::info_span!("infer", model, id, otel.kind = "server", otel.status_code = tracing::field::Empty);
         if let Some(parent) = parent {

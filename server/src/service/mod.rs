@@ -1,27 +1,81 @@
-//! The gRPC services: from a message to a model and back.
+//! What this server does for its clients, whichever way they ask: each operation once, from the message of the protocol
+//! to the message of the answer. gRPC calls it in [`grpc`], REST in [`crate::rest`].
 
-mod inference;
+mod call;
+mod grpc;
+mod infer;
+mod metadata;
 mod multimodal;
 mod observe;
-mod unsupported;
+mod repository;
+mod settings;
+mod shared_memory;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use sensorium_telemetry::{LogControl, TraceControl};
 use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+use tonic::Status;
 
-use crate::{metrics::Metrics, model::Repository};
+pub use call::Call;
+pub(crate) use grpc::NO_CUDA_MEMORY;
+
+use crate::{metrics::Metrics, model::ModelVersion, repository::Registry, shared_memory::SharedMemory};
 
 /// Implements every service of this server. Clones share everything.
 #[derive(Clone, Debug)]
 pub struct Service {
-    repository: Arc<Repository>,
+    repository: Arc<OnceLock<Registry>>,
     metrics: Metrics,
     ready: watch::Receiver<bool>,
+    memory: SharedMemory,
+    logs: LogControl,
+    traces: TraceControl,
+    /// Inferences that have begun: the drain waits for them.
+    running: TaskTracker,
 }
 
 impl Service {
-    /// Answers from `repository`; `ready` is what health says.
-    pub fn new(repository: Arc<Repository>, metrics: Metrics, ready: watch::Receiver<bool>) -> Self {
-        Self { repository, metrics, ready }
+    /// Without models yet; `ready` is what health says.
+    pub fn new(
+        metrics: Metrics,
+        ready: watch::Receiver<bool>,
+        memory: SharedMemory,
+        logs: LogControl,
+        traces: TraceControl,
+    ) -> Self {
+        let (repository, running) = (Arc::default(), TaskTracker::new());
+        Self { repository, metrics, ready, memory, logs, traces, running }
+    }
+
+    /// Answers from `repository` from now on. The first one stays.
+    pub fn open(&self, repository: Registry) {
+        // A second repository would be a mistake of the program, and the first goes on answering.
+        let _ = self.repository.set(repository);
+    }
+
+    /// Refuses inferences from now on, and returns when those that had begun are answered.
+    pub async fn drain(&self) {
+        self.running.close();
+        self.running.wait().await;
+    }
+
+    /// Whether everything is ready, as health says.
+    pub fn is_ready(&self) -> bool {
+        *self.ready.borrow()
+    }
+
+    /// A model, for those who need to know it to read a request.
+    pub(crate) fn model(&self, name: &str, version: &str) -> Result<Arc<ModelVersion>, Status> {
+        self.repository()?.model(name, version).map_err(|error| error.into_status(name))
+    }
+
+    /// The models.
+    ///
+    /// # Errors
+    /// UNAVAILABLE while they are being loaded.
+    fn repository(&self) -> Result<&Registry, Status> {
+        self.repository.get().ok_or_else(|| Status::unavailable("the server is loading its models; try again soon"))
     }
 }

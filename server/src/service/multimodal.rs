@@ -7,7 +7,7 @@ use sensorium_proto::multimodal::{
 use tonic::{Request, Response, Status, async_trait};
 use tracing::Instrument as _;
 
-use super::Service;
+use super::{Call, Service, infer::within};
 use crate::{
     error::{InferError, PartsError},
     model::{Item, Multimodal, Task},
@@ -20,14 +20,18 @@ const MAX_PARTS: usize = 1024;
 #[async_trait]
 impl MultimodalService for Service {
     async fn infer(&self, request: Request<InferRequest>) -> Result<Response<InferResponse>, Status> {
+        let call = Call::new(request.metadata().as_ref());
         let request = request.into_inner();
         let name = request.model.clone();
-        let model = self.repository.multimodal(&name);
-        let span = tracing::info_span!("infer", model = excerpt(&name), id = excerpt(&request.id));
+        let model = self.repository()?.multimodal(&name);
+        let span = self.traces.request_span(&name, &request.id, call.parent.as_ref());
         let is_served = model.is_ok();
-        let answer = async { perform(model?, request).await };
+        let answer = async {
+            let _running = self.admit()?;
+            within(&call, perform(&*model?, request)).await
+        };
         let answer = async { answer.await.map_err(|error: InferError| error.into_status(&name)) };
-        self.observed(&name, is_served, answer).instrument(span).await
+        self.observed(is_served.then_some((&name, "")), answer).instrument(span).await.map(Response::new)
     }
 }
 

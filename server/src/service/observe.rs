@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use tonic::{Code, Response, Status};
+use tonic::{Code, Status};
 
 use super::Service;
 use crate::metrics::{Metrics, UNKNOWN_MODEL};
@@ -11,27 +11,29 @@ use crate::metrics::{Metrics, UNKNOWN_MODEL};
 struct Observed<'a> {
     metrics: &'a Metrics,
     model: &'a str,
+    version: &'a str,
     started: Instant,
     code: Code,
 }
 
 impl Drop for Observed<'_> {
     fn drop(&mut self) {
-        self.metrics.request(self.model, self.code, self.started.elapsed());
+        self.metrics.request(self.model, self.version, self.code, self.started.elapsed());
     }
 }
 
 impl Service {
-    /// Runs `answer`, a request to `model`, and counts it. Failures that are ours are logged here, the one place that
-    /// sees them all.
+    /// Runs `answer`, a request to this name and version, and counts it; `None` is a model that this server does not have.
+    /// Failures that are ours are logged here, the one place that sees them all.
     pub(super) async fn observed<T>(
         &self,
-        model: &str,
-        is_served: bool,
+        model: Option<(&str, &str)>,
         answer: impl Future<Output = Result<T, Status>>,
-    ) -> Result<Response<T>, Status> {
-        let model = if is_served { model } else { UNKNOWN_MODEL };
-        let mut observed = Observed { metrics: &self.metrics, model, started: Instant::now(), code: Code::Cancelled };
+    ) -> Result<T, Status> {
+        // Labels are of what is served, so that clients cannot make up any.
+        let (model, version) = model.unwrap_or((UNKNOWN_MODEL, ""));
+        let started = Instant::now();
+        let mut observed = Observed { metrics: &self.metrics, model, version, started, code: Code::Cancelled };
         let answer = answer.await;
         observed.code = answer.as_ref().map_or_else(Status::code, |_| Code::Ok);
         if let Err(status) = &answer {
@@ -40,6 +42,6 @@ impl Service {
                 code => tracing::debug!(model, ?code, message = status.message(), "request refused"),
             }
         }
-        answer.map(Response::new)
+        answer
     }
 }

@@ -1,28 +1,16 @@
-//! Element types by their names on the wire.
+//! Element types by their names on the wire, which are those of manifests too.
 
 use sensorium_artifact::DType;
+pub(crate) use sensorium_engine::dtype_name as name;
+use serde::{
+    Deserialize as _,
+    de::{IntoDeserializer as _, value::StrDeserializer},
+};
 
-/// Every datatype of the protocol, by its name.
-const NAMES: [(DType, &str); 14] = [
-    (DType::Bool, "BOOL"),
-    (DType::Uint8, "UINT8"),
-    (DType::Uint16, "UINT16"),
-    (DType::Uint32, "UINT32"),
-    (DType::Uint64, "UINT64"),
-    (DType::Int8, "INT8"),
-    (DType::Int16, "INT16"),
-    (DType::Int32, "INT32"),
-    (DType::Int64, "INT64"),
-    (DType::Fp16, "FP16"),
-    (DType::Bf16, "BF16"),
-    (DType::Fp32, "FP32"),
-    (DType::Fp64, "FP64"),
-    (DType::Bytes, "BYTES"),
-];
-
-/// The protocol's name of an element type.
-pub(crate) fn name(dtype: DType) -> &'static str {
-    NAMES.iter().find(|(known, _)| *known == dtype).map_or("", |(_, name)| name)
+/// The element type that a name stands for.
+pub(crate) fn parse(name: &str) -> Option<DType> {
+    let name: StrDeserializer<'_, serde::de::value::Error> = name.into_deserializer();
+    DType::deserialize(name).ok()
 }
 
 #[cfg(test)]
@@ -30,10 +18,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_type_has_the_name_that_manifests_use() {
-        for (dtype, name) in NAMES {
-            assert_eq!(serde_json::to_value(dtype).unwrap(), name);
-            assert_eq!(super::name(dtype), name);
+    fn a_name_stands_for_the_type_that_has_it() {
+        for written in [
+            "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "BF16", "FP32",
+            "FP64", "BYTES",
+        ] {
+            assert_eq!(parse(written).map(name), Some(written));
         }
+        assert_eq!((parse("fp32"), parse("TYPE_FP32"), parse("")), (None, None, None));
     }
 }

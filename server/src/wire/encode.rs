@@ -1,61 +1,74 @@
-//! Host tensors as a `ModelInferResponse`. Outputs always travel raw, as Triton's do.
+//! A model's answer as a `ModelInferResponse`. Outputs always travel raw, as Triton's do.
 
-use bytes::Bytes;
-use sensorium_modality::{DType, Tensor, TensorData};
-use sensorium_proto::inference::{ModelInferResponse, model_infer_response::InferOutputTensor};
+use std::collections::HashMap;
 
-/// The response of one inference.
+use sensorium_proto::inference::{
+    InferParameter, ModelInferResponse, infer_parameter::ParameterChoice, model_infer_response::InferOutputTensor,
+};
+
+use super::{Form, InvalidRequest, Reply, classes, datatype};
+use crate::{
+    model::{ModelVersion, NamedTensor, Response},
+    shared_memory::{Region, SharedMemory},
+};
+
+/// The response of one inference, its outputs in the forms that the request asked for.
+///
+/// # Errors
+/// [`InvalidRequest`] when an output has no such form.
 pub fn encode(
-    model_name: String,
-    model_version: String,
+    model: &ModelVersion,
     id: String,
-    outputs: Vec<(String, Tensor)>,
-) -> ModelInferResponse {
-    let mut response = ModelInferResponse { model_name, model_version, id, ..ModelInferResponse::default() };
-    for (name, tensor) in outputs {
-        let datatype = match tensor.dtype() {
-            DType::F32 => "FP32",
-            DType::F64 => "FP64",
-            DType::I64 => "INT64",
-            DType::I32 => "INT32",
-            DType::I8 => "INT8",
-            DType::U8 => "UINT8",
-            DType::Bool => "BOOL",
-            DType::Bytes => "BYTES",
+    answer: Response,
+    reply: &Reply,
+    memory: &SharedMemory,
+) -> Result<ModelInferResponse, InvalidRequest> {
+    let mut response = ModelInferResponse {
+        model_name: model.name().to_owned(),
+        model_version: model.version().to_owned(),
+        id,
+        outputs: Vec::with_capacity(answer.outputs.len()),
+        raw_output_contents: Vec::with_capacity(answer.outputs.len()),
+        ..ModelInferResponse::default()
+    };
+    for NamedTensor { name, tensor } in answer.outputs {
+        let form = reply.outputs.iter().find_map(|(output, form)| (*output == name).then_some(form));
+        let tensor = match form {
+            Some(Form::Classes(count)) => {
+                let is_batched = model.config().max_batch_size > 0;
+                classes::top(&name, &tensor, *count, is_batched, |index| model.label(&name, index))?
+            }
+            _ => tensor,
         };
-        let (shape, data) = tensor.into_parts();
-        // A dimension of a tensor in memory is far below 2^63.
-        let shape = shape.into_iter().map(|dim| dim as i64).collect();
-        response.outputs.push(InferOutputTensor { name, datatype: datatype.to_owned(), shape, ..Default::default() });
-        response.raw_output_contents.push(raw(data));
+        let (dtype, shape, data) = tensor.into_parts();
+        let mut output = InferOutputTensor { datatype: datatype::name(dtype).to_owned(), shape, ..Default::default() };
+        if let Some(Form::Shared(region)) = form {
+            let found = data.len();
+            if found as u64 > region.byte_size {
+                return Err(InvalidRequest::SharedOutput { output: name, found, given: region.byte_size });
+            }
+            memory.write(region, &data)?;
+            output.parameters = place(region, found as u64);
+        } else {
+            response.raw_output_contents.push(data);
+        }
+        output.name = name;
+        response.outputs.push(output);
     }
-    response
+    Ok(response)
 }
 
-fn raw(data: TensorData) -> Bytes {
-    fn fixed<const N: usize, T: Copy>(elements: &[T], bytes: fn(T) -> [u8; N]) -> Bytes {
-        let mut raw = Vec::with_capacity(elements.len() * N);
-        for &element in elements {
-            raw.extend_from_slice(&bytes(element));
-        }
-        raw.into()
+/// Where an output was put.
+fn place(region: &Region, byte_size: u64) -> HashMap<String, InferParameter> {
+    let parameter = |value| InferParameter { parameter_choice: Some(value) };
+    // Sizes of memory are below 2^63.
+    let number = |value: u64| parameter(ParameterChoice::Int64Param(value as i64));
+    let mut parameters = HashMap::from([
+        ("shared_memory_region".to_owned(), parameter(ParameterChoice::StringParam(region.name.clone()))),
+        ("shared_memory_byte_size".to_owned(), number(byte_size)),
+    ]);
+    if region.offset > 0 {
+        parameters.insert("shared_memory_offset".to_owned(), number(region.offset));
     }
-    match data {
-        TensorData::F32(elements) => fixed(&elements, f32::to_le_bytes),
-        TensorData::F64(elements) => fixed(&elements, f64::to_le_bytes),
-        TensorData::I64(elements) => fixed(&elements, i64::to_le_bytes),
-        TensorData::I32(elements) => fixed(&elements, i32::to_le_bytes),
-        TensorData::I8(elements) => fixed(&elements, i8::to_le_bytes),
-        TensorData::U8(elements) => elements.into(),
-        TensorData::Bool(elements) => fixed(&elements, |element| [u8::from(element)]),
-        TensorData::Bytes(elements) => {
-            let mut raw = Vec::with_capacity(elements.iter().map(|element| element.len() + 4).sum());
-            for element in &elements {
-                // An element that a u32 cannot count would not fit into a message either.
-                raw.extend_from_slice(&(element.len() as u32).to_le_bytes());
-                raw.extend_from_slice(element);
-            }
-            raw.into()
-        }
-    }
+    parameters
 }

@@ -1,5 +1,9 @@
 //! Why an inference request was refused before it cost anything.
 
+use sensorium_engine::RawTensorError;
+
+use crate::shared_memory::SharedMemoryError;
+
 /// The beginning of a name that came with a request, which may be megabytes long, for use in a message.
 pub(crate) fn excerpt(name: &str) -> String {
     const LONGEST: usize = 80; // longer than any sensible name, shorter than a line of a log
@@ -12,14 +16,14 @@ pub(crate) fn excerpt(name: &str) -> String {
 /// What is wrong with a request: always the client's to mend, so always INVALID_ARGUMENT.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidRequest {
-    /// A parameter of the protocol that asks for something this server does not do.
-    #[error("{at} has parameter {name:?}, which this server does not support: {reason}")]
+    /// A parameter of the protocol whose value means nothing, or contradicts another.
+    #[error("{at} has a parameter {name:?} that cannot be used: {reason}")]
     Parameter {
         /// "the request", or an input or output by name.
         at: String,
         /// The parameter.
         name: String,
-        /// What it asks for.
+        /// Why not.
         reason: &'static str,
     },
     /// An input that the model does not have.
@@ -80,13 +84,52 @@ pub enum InvalidRequest {
         /// The model's.
         expected: String,
     },
-    /// A shape whose elements cannot be counted.
-    #[error("input {input:?} has shape {found:?}, which has more elements than memory has addresses")]
-    ShapeOverflow {
+    /// A datatype that the protocol does not have.
+    #[error("input {input:?} has datatype {found:?}, which the protocol does not have; it has FP32, INT64, BYTES, ...")]
+    NoDatatype {
         /// The input.
         input: String,
-        /// The request's.
-        found: Vec<i64>,
+        /// As the request spells it.
+        found: String,
+    },
+    /// A shape that no tensor has.
+    #[error("input {input:?} has {found} dimensions; tensors have {max} at most")]
+    Rank {
+        /// The input.
+        input: String,
+        /// Dimensions that came.
+        found: usize,
+        /// The most that there may be.
+        max: usize,
+    },
+    /// Bytes that are no tensor of the declared type and shape.
+    #[error("input {input:?}: {source}")]
+    Tensor {
+        /// The input.
+        input: String,
+        /// What is wrong with them.
+        source: RawTensorError,
+    },
+    /// Something about shared memory.
+    #[error(transparent)]
+    SharedMemory(#[from] SharedMemoryError),
+    /// An output that does not fit into the shared memory that the request gives it.
+    #[error("output {output:?} has {found} bytes, the request gives it {given} of shared memory")]
+    SharedOutput {
+        /// The output.
+        output: String,
+        /// Its bytes.
+        found: usize,
+        /// As the request says.
+        given: u64,
+    },
+    /// Classes of an output that has no scores.
+    #[error("output {output:?} is {datatype}, which has no classes; ask for it without `classification`")]
+    NoClasses {
+        /// The output.
+        output: String,
+        /// Its datatype.
+        datatype: &'static str,
     },
     /// Inputs that disagree on the batch size.
     #[error(
@@ -124,48 +167,6 @@ pub enum InvalidRequest {
         /// Inputs.
         expected: usize,
     },
-    /// A raw buffer of the wrong length.
-    #[error("input {input:?} has {found} bytes of raw contents, its shape {shape:?} of {datatype} needs {expected}")]
-    RawLength {
-        /// The input.
-        input: String,
-        /// Bytes that came.
-        found: usize,
-        /// Bytes that the shape needs.
-        expected: usize,
-        /// The shape.
-        shape: Vec<usize>,
-        /// The datatype.
-        datatype: &'static str,
-    },
-    /// A BYTES buffer that ends too early.
-    #[error(
-        "input {input:?} ends inside element {element} of {elements}: {needed} bytes should follow byte {offset}, {available} do"
-    )]
-    BytesTruncated {
-        /// The input.
-        input: String,
-        /// Index of the element.
-        element: usize,
-        /// Elements that the shape has.
-        elements: usize,
-        /// Where in the buffer.
-        offset: usize,
-        /// Bytes that should follow.
-        needed: usize,
-        /// Bytes that do follow.
-        available: usize,
-    },
-    /// A BYTES buffer that goes on after its last element.
-    #[error("input {input:?} has {extra} bytes after the last of its {elements} elements")]
-    BytesTrailing {
-        /// The input.
-        input: String,
-        /// Bytes too many.
-        extra: usize,
-        /// Elements that the shape has.
-        elements: usize,
-    },
     /// No data at all.
     #[error("input {input:?} has no data; put it into contents.{field} or into raw_input_contents")]
     NoContents {
@@ -198,7 +199,7 @@ pub enum InvalidRequest {
         /// Elements that the shape has.
         expected: usize,
         /// The shape.
-        shape: Vec<usize>,
+        shape: Vec<i64>,
     },
     /// A typed element beyond its datatype, whose field is wider.
     #[error("element {element} of input {input:?} is {value}, which {datatype} cannot hold")]
@@ -211,15 +212,5 @@ pub enum InvalidRequest {
         value: i64,
         /// The datatype.
         datatype: &'static str,
-    },
-    /// A raw BOOL that is neither.
-    #[error("element {element} of input {input:?} is byte {value}; a BOOL is 0 or 1")]
-    NotBool {
-        /// The input.
-        input: String,
-        /// Index of the element.
-        element: usize,
-        /// The byte.
-        value: u8,
     },
 }

@@ -1,83 +1,33 @@
-//! What the operator typed, and what it means.
+//! What the operator set, and what it means.
+
+mod args;
 
 use std::{
     collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    num::NonZeroUsize,
+    num::{NonZeroU32, NonZeroUsize},
     path::PathBuf,
     time::Duration,
 };
 
-use clap::{ArgGroup, Parser};
 use sensorium_api::{ServingJobSpec, run::RunConfig};
-use sensorium_artifact::{Volume, Volumes};
+use sensorium_artifact::Volumes;
 use sensorium_engine::Options;
 use sensorium_modality::Limits;
 
-use crate::{repository::ModelSource, scheduler::Batching};
+pub use args::{ControlModeName, ServerArgs};
 
-/// Serves models over gRPC: the Open Inference Protocol v2 and sensorium.v1.MultimodalService.
-#[derive(Clone, Debug, Parser)]
-#[command(group = ArgGroup::new("what to serve").required(true).multiple(true).args(["config", "models"]))]
-#[command(
-    name = "sensorium-server",
-    version,
-    after_help = "Examples:
-  sensorium-server --model vqa=pvc://artifacts/vqa-int8 --volume artifacts=/srv/artifacts
-  sensorium-server --config serving.json --volume artifacts=/srv/artifacts --grpc-addr 0.0.0.0:8001
-
-A flag wins over the configuration file. SENSORIUM_LOG chooses what is logged (info, debug, sensorium_server=trace)."
-)]
-pub struct ServerArgs {
-    /// Configuration of a ServingJob, as JSON; its model is served under the job's name
-    #[arg(long, env = "SENSORIUM_CONFIG", value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// Serve the artifact at URI (STORE/NAME or STORE/objects/HEX) as NAME; may be repeated
-    #[arg(long = "model", value_name = "NAME=URI")]
-    pub models: Vec<ModelSource>,
-    /// Folder where the claim of pvc:// URIs is mounted; may be repeated
-    #[arg(long = "volume", value_name = "CLAIM=DIR")]
-    pub volumes: Vec<Volume>,
-    /// Where artifacts of remote stores are kept [default: sensorium-artifacts in the temporary folder]
-    #[arg(long, env = "SENSORIUM_ARTIFACT_CACHE", value_name = "DIR")]
-    pub artifact_cache: Option<PathBuf>,
-    /// Where gRPC listens [default: 127.0.0.1:8001]
-    #[arg(long, env = "SENSORIUM_GRPC_ADDR", value_name = "HOST:PORT")]
-    pub grpc_addr: Option<SocketAddr>,
-    /// Where HTTP health listens: /livez and /readyz [default: 127.0.0.1:8000]
-    #[arg(long, env = "SENSORIUM_HTTP_ADDR", value_name = "HOST:PORT")]
-    pub http_addr: Option<SocketAddr>,
-    /// Where Prometheus reads /metrics [default: 127.0.0.1:8002]
-    #[arg(long, env = "SENSORIUM_METRICS_ADDR", value_name = "HOST:PORT")]
-    pub metrics_addr: Option<SocketAddr>,
-    /// Rows of a batch at most; raise it for throughput while memory and latency allow [default: 32]
-    #[arg(long, env = "SENSORIUM_MAX_BATCH_SIZE", value_name = "ROWS")]
-    pub max_batch_size: Option<u32>,
-    /// Rows that may wait in the queue of a graph; lower it to refuse overload earlier [default: 1024]
-    #[arg(long, env = "SENSORIUM_MAX_QUEUE_SIZE", value_name = "ROWS")]
-    pub max_queue_size: Option<u32>,
-    /// How long a busy engine's next batch waits to be filled; an idle engine never waits [default: 500]
-    #[arg(long, env = "SENSORIUM_MAX_QUEUE_DELAY_MICROSECONDS", value_name = "MICROSECONDS")]
-    pub max_queue_delay_microseconds: Option<u64>,
-    /// Bytes of a request message at most; raise it for large tensors [default: 64 MiB]
-    #[arg(long, env = "SENSORIUM_MAX_REQUEST_BYTES", value_name = "BYTES")]
-    pub max_request_bytes: Option<u64>,
-    /// Threads of each engine; lower it when several models share the cores [default: one per core]
-    #[arg(long, env = "SENSORIUM_ENGINE_THREADS", value_name = "THREADS")]
-    pub engine_threads: Option<NonZeroUsize>,
-    /// Threads that decode images and split texts [default: one per core]
-    #[arg(long, env = "SENSORIUM_PREPARE_THREADS", value_name = "THREADS")]
-    pub prepare_threads: Option<NonZeroUsize>,
-    /// How long requests in flight may take to finish after SIGTERM; below the pod's grace period
-    #[arg(long, env = "SENSORIUM_DRAIN_SECONDS", value_name = "SECONDS", default_value_t = 25)]
-    pub drain_seconds: u64,
-}
+use crate::{
+    repository::{ControlMode, ModelSource, RepositoryConfig},
+    scheduler::Batching,
+    security::{self, TlsFiles},
+};
 
 /// What the arguments and the file mean, checked.
 #[derive(Clone, Debug)]
 pub struct ServerConfig {
-    /// What is served; names differ.
-    pub models: Vec<ModelSource>,
+    /// What is served; names of artifacts differ.
+    pub repository: RepositoryConfig,
     /// Where claims are mounted.
     pub volumes: Volumes,
     /// Where artifacts of remote stores are kept.
@@ -88,6 +38,14 @@ pub struct ServerConfig {
     pub batching: Batching,
     /// Bytes of a request message at most.
     pub max_request_bytes: usize,
+    /// Whether clients may pass tensors through shared memory.
+    pub shared_memory: bool,
+    /// Certificates, where connections are encrypted.
+    pub tls: Option<TlsFiles>,
+    /// File of tokens, where clients need one.
+    pub auth_tokens: Option<PathBuf>,
+    /// What one client may ask.
+    pub client_limits: security::Limits,
     /// What is accepted of media and texts.
     pub limits: Limits,
     /// Threads of each engine.
@@ -128,6 +86,25 @@ pub enum ConfigError {
         /// Where and why.
         source: serde_json::Error,
     },
+    /// The settings file is not one.
+    #[error("settings {} cannot be used", path.display())]
+    Settings {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_yaml_ng::Error,
+    },
+    /// There is nothing to serve.
+    #[error("there is nothing to serve; give --model-repository, --model or --config")]
+    Nothing,
+    /// Half of a pair of settings.
+    #[error("{given} needs {missing} too")]
+    Alone {
+        /// What was given.
+        given: &'static str,
+        /// What belongs to it.
+        missing: &'static str,
+    },
     /// Two models of one name.
     #[error("model {name:?} is given twice; give each a name of its own")]
     DuplicateModel {
@@ -149,9 +126,10 @@ pub enum ConfigError {
 impl TryFrom<ServerArgs> for ServerConfig {
     type Error = ConfigError;
 
-    /// Reads the file and lays the flags over it.
+    /// Reads the files and lays the flags over them.
     fn try_from(args: ServerArgs) -> Result<Self, ConfigError> {
-        let mut models = args.models;
+        let args = args.with_settings()?;
+        let mut models = args.model;
         let mut spec = None;
         if let Some(path) = args.config {
             let bytes = std::fs::read(&path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
@@ -160,6 +138,9 @@ impl TryFrom<ServerArgs> for ServerConfig {
             let (store, artifact) = (run.spec.model.store.clone(), run.spec.model.artifact.clone());
             models.insert(0, ModelSource { name: run.job.name, store, artifact });
             spec = Some(run.spec);
+        }
+        if models.is_empty() && args.model_repository.is_empty() {
+            return Err(ConfigError::Nothing);
         }
         let mut names = BTreeSet::new();
         if let Some(twice) = models.iter().find(|model| !names.insert(&model.name)) {
@@ -184,9 +165,27 @@ impl TryFrom<ServerArgs> for ServerConfig {
         accepted.image.max_pixels = limits.max_image_pixels;
         let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let here = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
+        let tls = match (args.tls_cert, args.tls_key, args.tls_client_ca) {
+            (Some(certificate), Some(key), client_authorities) => {
+                Some(TlsFiles { certificate, key, client_authorities })
+            }
+            (Some(_), None, _) => return Err(ConfigError::Alone { given: "--tls-cert", missing: "--tls-key" }),
+            (None, Some(_), _) => return Err(ConfigError::Alone { given: "--tls-key", missing: "--tls-cert" }),
+            (None, None, Some(_)) => {
+                return Err(ConfigError::Alone { given: "--tls-client-ca", missing: "--tls-cert" });
+            }
+            (None, None, None) => None,
+        };
+        let poll = Duration::from_secs(args.repository_poll_secs.map_or(15, NonZeroU32::get).into());
+        let mode = match args.model_control_mode.unwrap_or_default() {
+            ControlModeName::None => ControlMode::None,
+            ControlModeName::Explicit => ControlMode::Explicit,
+            ControlModeName::Poll => ControlMode::Poll(poll),
+        };
+        let repository = RepositoryConfig { models, repositories: args.model_repository, mode, load: args.load_model };
         Ok(Self {
-            models,
-            volumes: args.volumes.into_iter().collect(),
+            repository,
+            volumes: args.volume.into_iter().collect(),
             artifact_cache: args.artifact_cache.unwrap_or_else(|| std::env::temp_dir().join("sensorium-artifacts")),
             addresses: Addresses {
                 grpc: args.grpc_addr.unwrap_or_else(|| here(ports.grpc)),
@@ -199,10 +198,17 @@ impl TryFrom<ServerArgs> for ServerConfig {
                 max_delay: Duration::from_micros(delay),
             },
             max_request_bytes: max_request_bytes as usize,
+            shared_memory: args.shared_memory.unwrap_or(true),
+            tls,
+            auth_tokens: args.auth_tokens,
+            client_limits: security::Limits {
+                per_second: args.client_requests_per_second,
+                at_once: args.client_concurrency,
+            },
             limits: accepted,
             engine: Options { threads: args.engine_threads.unwrap_or(cores) },
             prepare_threads: args.prepare_threads.unwrap_or(cores),
-            drain: Duration::from_secs(args.drain_seconds),
+            drain: Duration::from_secs(args.drain_seconds.unwrap_or(25)),
         })
     }
 }
@@ -213,6 +219,8 @@ fn check(setting: &'static str, value: u64, holds: bool, wanted: impl FnOnce() -
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
 
     fn config(arguments: &[&str]) -> Result<ServerConfig, ConfigError> {
@@ -236,7 +244,7 @@ mod tests {
         let config = config(&["--config", file.path().to_str().unwrap()]).unwrap();
         let source =
             ModelSource { name: "vqa".to_owned(), store: "s3://models".to_owned(), artifact: "vqa-int8".to_owned() };
-        assert_eq!(config.models, [source]);
+        assert_eq!(config.repository.models, [source]);
         assert_eq!((config.batching.max_rows, config.batching.max_waiting_rows), (8, 1024));
         assert_eq!(config.addresses.grpc, "127.0.0.1:9001".parse().unwrap());
         assert_eq!((config.limits.image.max_pixels, config.max_request_bytes), (64, 64 << 20));
@@ -253,8 +261,43 @@ mod tests {
 
     #[test]
     fn without_a_file_or_a_model_there_is_nothing_to_serve() {
-        let error = ServerArgs::try_parse_from(["sensorium-server"]).unwrap_err().to_string();
-        assert!(error.contains("--config <FILE>|--model <NAME=URI>"), "{error}");
+        assert!(matches!(config(&[]), Err(ConfigError::Nothing)));
+        assert!(config(&["--model-repository", "/models"]).is_ok());
+    }
+
+    #[test]
+    fn a_settings_file_is_under_the_flags_and_over_the_job() {
+        let job = file(r#"{"model": {"artifact": "a"}, "batching": {"maxBatchSize": 8, "maxQueueSize": 99}}"#);
+        let settings = tempfile::NamedTempFile::new().unwrap();
+        let text = format!(
+            "config: {}\nmax-batch-size: 16\ngrpc-addr: 0.0.0.0:1\nmodel: [b=file:///s/x]\nmodel-control-mode: explicit\n",
+            job.path().display()
+        );
+        std::fs::write(settings.path(), text).unwrap();
+        let path = settings.path().to_str().unwrap();
+        let config = config(&["--settings", path, "--grpc-addr", "0.0.0.0:2"]).unwrap();
+        assert_eq!((config.batching.max_rows, config.batching.max_waiting_rows), (16, 99));
+        assert_eq!(config.addresses.grpc, "0.0.0.0:2".parse().unwrap());
+        assert_eq!(config.repository.models.len(), 2);
+        assert_eq!(config.repository.mode, ControlMode::Explicit);
+    }
+
+    #[test]
+    fn a_setting_that_nobody_knows_is_refused_by_name() {
+        let settings = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(settings.path(), "max-batch-sise: 1").unwrap();
+        let error = config(&["--settings", settings.path().to_str().unwrap()]).unwrap_err();
+        assert!(crate::error::chain(&error).contains("max-batch-sise"), "{}", crate::error::chain(&error));
+    }
+
+    #[test]
+    fn a_certificate_needs_its_key() {
+        let arguments = ["sensorium-server", "--model-repository", "/m", "--tls-cert", "c"];
+        assert!(ServerArgs::try_parse_from(arguments).unwrap_err().to_string().contains("--tls-key"));
+        let settings = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(settings.path(), "model-repository: [/m]\ntls-key: k").unwrap();
+        let error = config(&["--settings", settings.path().to_str().unwrap()]).unwrap_err();
+        assert_eq!(error.to_string(), "--tls-key needs --tls-cert too");
     }
 
     #[test]

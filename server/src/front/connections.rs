@@ -1,0 +1,143 @@
+//! Connections of one port, from the handshake to the last answer.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use axum::{Router, body::Body, extract::Request};
+use hyper::body::Incoming;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    time,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::ServiceExt as _;
+
+use crate::security::Tls;
+
+/// Longest wait for a TLS handshake.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long an HTTP/1 connection may be silent. Longer than clients keep idle ones in their pools.
+const SILENCE: Duration = Duration::from_mins(5);
+/// An HTTP/2 client that vanished without a word frees its requests after these two.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_mins(1);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Streams of one HTTP/2 connection at a time: gRPC clients put all their calls on one.
+const MAX_STREAMS: u32 = 4096;
+/// What a stream, and a connection, may send before the server has read it: a tensor of a picture in one go, and a bound on
+/// what one connection makes the server hold.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 16 << 20;
+/// Larger frames than the default of 16 KiB: fewer of them per tensor.
+const FRAME: u32 = 256 << 10;
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its address.
+    pub address: IpAddr,
+}
+
+/// A port, what is behind it, and when it closes.
+#[derive(Debug)]
+pub struct Door {
+    /// Where clients connect.
+    pub listener: TcpListener,
+    /// With which certificate; `None` for plain text.
+    pub tls: Option<Tls>,
+    /// What answers them.
+    pub app: Router,
+    /// Connections made before this finish what they have begun, and end.
+    pub drain: CancellationToken,
+    /// No connection is taken after this, and those made since `drain` finish as well.
+    pub close: CancellationToken,
+}
+
+impl Door {
+    /// Serves until it is closed and the last connection has ended. Dropping this ends all of them at once.
+    pub async fn serve(self) {
+        let Self { listener, tls, app, drain, close } = self;
+        let connections = TaskTracker::new();
+        // Whoever drops this future wants the port and its connections gone.
+        let abort = CancellationToken::new();
+        let _abort_on_drop = abort.clone().drop_guard();
+        loop {
+            let (stream, address) = tokio::select! {
+                () = close.cancelled() => break,
+                accepted = listener.accept() => match accepted {
+                    Ok(accepted) => accepted,
+                    Err(error) => {
+                        // Out of file descriptors, most likely: connections that end give some back.
+                        tracing::warn!(%error, "a connection could not be accepted");
+                        time::sleep(Duration::from_millis(50)).await;
+                        continue;
+                    }
+                },
+            };
+            let finish = if drain.is_cancelled() { close.clone() } else { drain.clone() };
+            let served = connection(stream, tls.clone(), app.clone(), Peer { address: address.ip() }, finish);
+            let abort = abort.clone();
+            connections.spawn(async move {
+                tokio::select! {
+                    () = served => {}
+                    () = abort.cancelled() => {}
+                }
+            });
+        }
+        drop(listener);
+        connections.close();
+        connections.wait().await;
+    }
+}
+
+async fn connection(stream: TcpStream, tls: Option<Tls>, app: Router, peer: Peer, finish: CancellationToken) {
+    // Answers are small and complete: waiting to join them would only delay them.
+    let _ = stream.set_nodelay(true);
+    match tls {
+        None => exchange(stream, app, peer, finish).await,
+        Some(tls) => match time::timeout(HANDSHAKE, tls.accept(stream)).await {
+            Ok(Ok(stream)) => exchange(stream, app, peer, finish).await,
+            Ok(Err(error)) => tracing::debug!(%error, peer = %peer.address, "a TLS handshake failed"),
+            Err(_) => tracing::debug!(peer = %peer.address, "a TLS handshake took too long"),
+        },
+    }
+}
+
+async fn exchange<S>(stream: S, app: Router, peer: Peer, finish: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let peer = Arc::new(peer);
+    let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+        let mut request = request.map(Body::new);
+        request.extensions_mut().insert(peer.clone());
+        app.clone().oneshot(request)
+    });
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(SILENCE);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME);
+    let connection = builder.serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = finish.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        // Clients leave as they like, and what is no HTTP is the sender's affair.
+        tracing::debug!(error, "a connection ended with an error");
+    }
+}

@@ -1,0 +1,83 @@
+//! What stands before every route: who asks, and whether that is not too much.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::header,
+    middleware::Next,
+    response::Response,
+};
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use tonic::Status;
+
+use super::{Peer, is_grpc, refuse};
+use crate::security::{Admission, AdmissionError, Pass};
+
+/// Probes come from the machines that run the server, and carry no tokens.
+const FOR_EVERYBODY: [&str; 6] = [
+    "/livez",
+    "/readyz",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/Watch",
+];
+
+pub(super) async fn guard(State(admission): State<Admission>, request: Request, next: Next) -> Response {
+    if FOR_EVERYBODY.contains(&request.uri().path()) {
+        return next.run(request).await;
+    }
+    let authorization = request.headers().get(header::AUTHORIZATION).map(|value| value.as_bytes());
+    let address = request.extensions().get::<Arc<Peer>>().map(|peer| peer.address);
+    match admission.admit(authorization, address) {
+        // The pass is held until the answer is sent: a stream counts as long as it lasts.
+        Ok(pass) => next.run(request).await.map(|body| Body::new(Held { body, _pass: pass })),
+        Err(error) => {
+            let message = error.to_string();
+            let status = match error {
+                AdmissionError::NoToken | AdmissionError::WrongToken => Status::unauthenticated(message),
+                AdmissionError::TooFast { .. } | AdmissionError::TooMany { .. } => Status::resource_exhausted(message),
+            };
+            let unauthenticated = status.code() == tonic::Code::Unauthenticated;
+            let mut response = refuse(is_grpc(&request), status);
+            if unauthenticated {
+                response.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+            }
+            response
+        }
+    }
+}
+
+/// A body that keeps a pass until it is sent or given up.
+#[derive(Debug)]
+struct Held {
+    body: Body,
+    _pass: Pass,
+}
+
+impl http_body::Body for Held {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

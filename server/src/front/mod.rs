@@ -1,0 +1,128 @@
+//! Where clients come in: connections, TLS, who may do how much, and the routes of gRPC and REST.
+//!
+//! Both ports serve both: a connection speaks HTTP/1 or HTTP/2, and a path belongs to one of the two.
+
+mod connections;
+mod guard;
+
+use axum::{
+    Router,
+    extract::Request,
+    http::{HeaderValue, Response, StatusCode},
+    response::IntoResponse,
+};
+use sensorium_proto::{
+    FILE_DESCRIPTOR_SET, inference::grpc_inference_service_server::GrpcInferenceServiceServer,
+    multimodal::multimodal_service_server::MultimodalServiceServer,
+};
+use tokio::sync::watch;
+use tonic::{Code, Status, codec::CompressionEncoding, server::NamedService, service::Routes};
+use tonic_health::server::HealthReporter;
+use tower::util::MapResponseLayer;
+
+pub use connections::{Door, Peer};
+
+use crate::{
+    rest::{self, Refusal},
+    security::Admission,
+    service::Service,
+};
+
+/// Every route of `service`, behind `admission`; and where to say what health clients of gRPC hear.
+pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admission>) -> (Router, HealthReporter) {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    // Compressed answers cost more time than they save on the networks of a cluster, so requests alone may be.
+    let inference = GrpcInferenceServiceServer::new(service.clone())
+        .max_decoding_message_size(max_request_bytes)
+        .max_encoding_message_size(usize::MAX)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Deflate);
+    let multimodal = MultimodalServiceServer::new(service.clone())
+        .max_decoding_message_size(max_request_bytes)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Deflate);
+    let mut grpc = Routes::new(health).add_service(inference).add_service(multimodal);
+    let describe = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    // Old clients know the alpha version alone.
+    match (describe().build_v1(), describe().build_v1alpha()) {
+        (Ok(new), Ok(old)) => grpc = grpc.add_service(new).add_service(old),
+        (Err(error), _) | (_, Err(error)) => tracing::error!(%error, "gRPC reflection is not there"),
+    }
+    let grpc = grpc.into_axum_router().layer(MapResponseLayer::new(as_other_servers_say));
+    let app = grpc
+        .merge(rest::router(service, max_request_bytes))
+        .fallback(no_such_path)
+        .method_not_allowed_fallback(no_such_method);
+    let app = match admission {
+        None => app,
+        Some(admission) => app.layer(axum::middleware::from_fn_with_state(admission, guard::guard)),
+    };
+    (app, reporter)
+}
+
+/// A message over the limit is RESOURCE_EXHAUSTED in every gRPC library but tonic, which says OUT_OF_RANGE. Nothing
+/// else of this server says that.
+fn as_other_servers_say<Body>(mut response: Response<Body>) -> Response<Body> {
+    const STATUS: &str = "grpc-status";
+    let headers = response.headers_mut();
+    if headers.get(STATUS).is_some_and(|status| Code::from_bytes(status.as_bytes()) == Code::OutOfRange) {
+        headers.insert(STATUS, HeaderValue::from(Code::ResourceExhausted as i32));
+    }
+    response
+}
+
+/// Whether a request is gRPC's, and wants to be refused in its way.
+fn is_grpc(request: &Request) -> bool {
+    let kind = request.headers().get(axum::http::header::CONTENT_TYPE);
+    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
+}
+
+/// A refusal in the way of whoever asked.
+fn refuse(is_grpc: bool, status: Status) -> axum::response::Response {
+    if is_grpc { status.into_http() } else { Refusal::from(status).into_response() }
+}
+
+async fn no_such_path(request: Request) -> axum::response::Response {
+    let path = crate::wire::excerpt(request.uri().path());
+    if is_grpc(&request) {
+        refuse(true, Status::unimplemented(format!("this server has no method {path}")))
+    } else {
+        refuse(false, Status::not_found(format!("this server has no path {path}; the protocol's begin with /v2")))
+    }
+}
+
+async fn no_such_method(request: Request) -> axum::response::Response {
+    let (method, path) = (request.method().clone(), crate::wire::excerpt(request.uri().path()));
+    Refusal::new(StatusCode::METHOD_NOT_ALLOWED, format!("{method} is not for {path}")).into_response()
+}
+
+/// Names of the services that `grpc.health.v1` reports on; empty is the server as a whole.
+const SERVICES: [&str; 3] = ["", GrpcInferenceServiceServer::<Service>::NAME, MultimodalServiceServer::<Service>::NAME];
+
+/// Repeats `is_ready` to clients of `grpc.health.v1`. Ends when its sender does.
+pub async fn report(reporter: &HealthReporter, mut is_ready: watch::Receiver<bool>) {
+    loop {
+        let ready = *is_ready.borrow_and_update();
+        let status = if ready { tonic_health::ServingStatus::Serving } else { tonic_health::ServingStatus::NotServing };
+        for service in SERVICES {
+            reporter.set_service_status(service, status).await;
+        }
+        if is_ready.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Tells clients that watch, and ends their streams: a call that never ends would hold the drain to its deadline.
+pub async fn end_report(mut reporter: HealthReporter) {
+    for service in SERVICES {
+        reporter.set_service_status(service, tonic_health::ServingStatus::NotServing).await;
+    }
+    for service in SERVICES {
+        reporter.clear_service_status(service).await;
+    }
+}

@@ -1,0 +1,247 @@
+//! Bodies of requests and responses: bounded, compressed where the client wants it, in pieces where that saves a copy.
+
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    io::{self, Read as _},
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use axum::{
+    body::Body,
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::Response,
+};
+use bytes::Bytes;
+use flate2::{
+    Compression,
+    read::{MultiGzDecoder, ZlibDecoder},
+    write::{GzEncoder, ZlibEncoder},
+};
+use http_body::{Frame, SizeHint};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
+
+use super::{Refusal, response::Written};
+
+/// JSON text that is read or written where it is; more than this would keep other requests waiting, and gets a thread of
+/// its own for the time.
+const INLINE: usize = 256 << 10;
+
+/// Tells where the JSON of a body with binary tensors ends.
+pub(super) const HEADER_LENGTH: &str = "inference-header-content-length";
+
+/// A compression that both sides know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Coding {
+    Gzip,
+    /// In its zlib wrapping, as HTTP defines the word.
+    Deflate,
+}
+
+impl Coding {
+    fn parse(name: &str) -> Option<Self> {
+        match name.trim() {
+            "gzip" => Some(Self::Gzip),
+            "deflate" => Some(Self::Deflate),
+            _ => None,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Gzip => "gzip",
+            Self::Deflate => "deflate",
+        }
+    }
+}
+
+/// Reads a whole body of at most `max` bytes, decompressed if need be.
+///
+/// # Errors
+/// 413 for more than that, 415 for an unknown compression, 400 for a body that is not what it says or does not arrive.
+pub(super) async fn read(headers: &HeaderMap, body: Body, max: usize) -> Result<Bytes, Refusal> {
+    let too_large = || {
+        let message = format!("the body has more than {max} bytes, the limit of this server");
+        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, message)
+    };
+    let encoding = headers.get(header::CONTENT_ENCODING).map(|value| value.to_str().unwrap_or("?").trim());
+    let coding = match encoding.filter(|name| !name.is_empty() && *name != "identity") {
+        None => None,
+        Some(name) => Some(Coding::parse(name).ok_or_else(|| {
+            let message = format!("Content-Encoding is {:?}; use gzip, deflate or none", crate::wire::excerpt(name));
+            Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message)
+        })?),
+    };
+    let body = Limited::new(body, max).collect().await.map_err(|error| {
+        if error.downcast_ref::<LengthLimitError>().is_some() {
+            too_large()
+        } else {
+            Refusal::invalid(format!("the body did not arrive: {error}"))
+        }
+    })?;
+    let body = body.to_bytes();
+    let Some(coding) = coding else { return Ok(body) };
+    let inflated = aside(usize::MAX, move || inflate(coding, &body, max)).await;
+    let inflated = inflated.map_err(|error| Refusal::invalid(format!("the body is no {}: {error}", coding.name())))?;
+    inflated.ok_or_else(too_large)
+}
+
+/// `None` for more than `max` bytes, of which no more are made.
+fn inflate(coding: Coding, body: &[u8], max: usize) -> io::Result<Option<Bytes>> {
+    let mut out = Vec::new();
+    let bound = (max as u64).saturating_add(1);
+    match coding {
+        Coding::Gzip => MultiGzDecoder::new(body).take(bound).read_to_end(&mut out)?,
+        Coding::Deflate => ZlibDecoder::new(body).take(bound).read_to_end(&mut out)?,
+    };
+    Ok((out.len() <= max).then(|| out.into()))
+}
+
+/// Runs `work` here when it is about `bytes` of at most [`INLINE`], else where blocking does no harm.
+pub(super) async fn aside<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> T {
+    if bytes <= INLINE {
+        return work();
+    }
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        // It panicked, as it would have here; it is never cancelled.
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// Reads a body of JSON; an empty one is the default.
+pub(super) async fn read_json<T: DeserializeOwned + Default>(
+    headers: &HeaderMap,
+    body: Body,
+    max: usize,
+) -> Result<T, Refusal> {
+    let body = read(headers, body, max).await?;
+    if body.trim_ascii().is_empty() {
+        return Ok(T::default());
+    }
+    serde_json::from_slice(&body).map_err(|error| Refusal::invalid(format!("the body is not as it should be: {error}")))
+}
+
+/// The response to an inference, compressed if the client asks for nothing else.
+pub(super) async fn respond(headers: &HeaderMap, written: Written) -> Response {
+    let mut response = Response::default();
+    let set = response.headers_mut();
+    if written.tensors.is_empty() {
+        set.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    } else {
+        set.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        set.insert(HEADER_LENGTH, HeaderValue::from(written.json.len()));
+    }
+    let mut pieces = VecDeque::with_capacity(1 + written.tensors.len());
+    pieces.push_back(Bytes::from(written.json));
+    pieces.extend(written.tensors);
+    // Clients that list what they could read are most of all there are, and compressing floats gains them little: only
+    // one that names a single compression means it.
+    let accepted = headers.get(header::ACCEPT_ENCODING).and_then(|value| value.to_str().ok()).and_then(Coding::parse);
+    if let Some(coding) = accepted {
+        set.insert(header::CONTENT_ENCODING, HeaderValue::from_static(coding.name()));
+        pieces = VecDeque::from([aside(usize::MAX, move || deflate(coding, &pieces)).await]);
+    }
+    *response.body_mut() = Body::new(Pieces(pieces));
+    response
+}
+
+fn deflate(coding: Coding, pieces: &VecDeque<Bytes>) -> Bytes {
+    fn all<W: io::Write>(mut out: W, pieces: &VecDeque<Bytes>) -> W {
+        for piece in pieces {
+            // Into memory, which does not fail.
+            let _ = out.write_all(piece);
+        }
+        out
+    }
+    let level = Compression::fast();
+    let out = match coding {
+        Coding::Gzip => all(GzEncoder::new(Vec::new(), level), pieces).finish(),
+        Coding::Deflate => all(ZlibEncoder::new(Vec::new(), level), pieces).finish(),
+    };
+    out.unwrap_or_default().into()
+}
+
+/// A body of several pieces of known length, each sent as it is.
+#[derive(Debug)]
+struct Pieces(VecDeque<Bytes>);
+
+impl http_body::Body for Pieces {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(self.0.pop_front().map(|piece| Ok(Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.0.iter().map(|piece| piece.len() as u64).sum())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn headers(name: header::HeaderName, value: &str) -> HeaderMap {
+        HeaderMap::from_iter([(name, value.parse().unwrap())])
+    }
+
+    async fn compressed(coding: &str, body: &[u8]) -> (Option<HeaderValue>, Bytes) {
+        let written = Written { json: body.to_vec(), tensors: vec![Bytes::from_static(b"tail")] };
+        let response = respond(&headers(header::ACCEPT_ENCODING, coding), written).await;
+        let coding = response.headers().get(header::CONTENT_ENCODING).cloned();
+        (coding, response.into_body().collect().await.unwrap().to_bytes())
+    }
+
+    #[tokio::test]
+    async fn what_is_sent_compressed_is_read_again() {
+        let head = [7; 996];
+        for coding in ["gzip", "deflate"] {
+            let (said, body) = compressed(coding, &head).await;
+            assert_eq!(said.unwrap(), coding);
+            let headers = headers(header::CONTENT_ENCODING, coding);
+            assert_eq!(read(&headers, Body::from(body.clone()), 1000).await.unwrap(), [&head[..], b"tail"].concat());
+            assert_eq!(read(&headers, Body::from(body.clone()), 999).await.unwrap_err().status(), 413);
+            let cut = body.slice(..body.len() - 5);
+            assert_eq!(read(&headers, Body::from(cut), 1000).await.unwrap_err().status(), 400);
+        }
+        for list in ["gzip, deflate", "br", "*", "identity"] {
+            assert_eq!(compressed(list, b"head").await, (None, Bytes::from_static(b"headtail")), "{list}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_bomb_costs_no_more_than_the_limit() {
+        let mut bomb = GzEncoder::new(Vec::new(), Compression::best());
+        bomb.write_all(&vec![0; 1 << 24]).unwrap();
+        let bomb = Bytes::from(bomb.finish().unwrap());
+        assert!(bomb.len() < 1 << 15);
+        let refusal = read(&headers(header::CONTENT_ENCODING, "gzip"), Body::from(bomb), 1 << 15).await.unwrap_err();
+        assert_eq!(refusal.status(), 413);
+    }
+
+    #[tokio::test]
+    async fn bodies_that_are_too_large_or_strangely_coded_are_refused() {
+        let refusal = read(&HeaderMap::new(), Body::from("12345"), 4).await.unwrap_err();
+        assert_eq!(refusal.status(), 413);
+        let refusal = read(&headers(header::CONTENT_ENCODING, "zstd"), Body::from("1"), 4).await.unwrap_err();
+        assert_eq!(refusal.status(), 415);
+    }
+
+    #[tokio::test]
+    async fn the_length_is_known_before_the_pieces_are_sent() {
+        let written = Written { json: b"{}".to_vec(), tensors: vec![Bytes::from_static(b"1234")] };
+        let response = respond(&HeaderMap::new(), written).await;
+        assert_eq!(response.headers()[HEADER_LENGTH], "2");
+        assert_eq!(http_body::Body::size_hint(response.body()).exact(), Some(6));
+    }
+}

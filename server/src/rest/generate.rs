@@ -1,0 +1,131 @@
+//! `POST /v2/models/MODEL[/versions/VERSION]/generate[_stream]`: inputs and outputs as plain fields of JSON, one row at a
+//! time; the answer as one object, or as server-sent events.
+
+use std::convert::Infallible;
+
+use axum::{
+    body::Body,
+    extract::{Path, State},
+    http::HeaderMap,
+    response::{
+        IntoResponse, Response,
+        sse::{Event, Sse},
+    },
+};
+use sensorium_proto::inference::{ModelInferRequest, ModelInferResponse, model_infer_request::InferInputTensor};
+use serde_json::{Value, json, value::RawValue};
+
+use super::{
+    Refusal, Rest, Target, body,
+    json::{JsonError, Reader},
+    request, response, tensor,
+};
+use crate::{model::ModelVersion, service::Call};
+
+pub(super) async fn generate(
+    State(rest): State<Rest>,
+    Path(target): Path<Target>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Refusal> {
+    let (request, call) = read(&rest, target, &headers, body).await?;
+    let answer = rest.service.infer(request, &call).await?;
+    Ok(axum::Json(answer_object(answer)?).into_response())
+}
+
+/// An error before the first event is a plain refusal; the models of this server have one event then.
+pub(super) async fn generate_stream(
+    State(rest): State<Rest>,
+    Path(target): Path<Target>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Refusal> {
+    let (request, call) = read(&rest, target, &headers, body).await?;
+    let answer = rest.service.infer(request, &call).await?;
+    let event = match answer_object(answer) {
+        Ok(answer) => answer.get().to_owned(),
+        Err(refusal) => json!({ "error": refusal.message() }).to_string(),
+    };
+    let events = tokio_stream::once(Ok::<_, Infallible>(Event::default().data(event)));
+    Ok(Sse::new(events).into_response())
+}
+
+async fn read(
+    rest: &Rest,
+    target: Target,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<(ModelInferRequest, Call), Refusal> {
+    let call = Call::new(headers);
+    let body = body::read(headers, body, rest.max_bytes).await?;
+    let model = rest.service.model(&target.model, &target.version)?;
+    let mut request = fields(&model, &body).map_err(|error| Refusal::invalid(error.to_string()))?;
+    request.model_name = target.model;
+    request.model_version = target.version;
+    Ok((request, call))
+}
+
+/// Fields that are named like inputs are those; `id` and `parameters` are themselves, and the rest are parameters.
+fn fields(model: &ModelVersion, body: &[u8]) -> Result<ModelInferRequest, JsonError> {
+    let mut request = ModelInferRequest::default();
+    let mut reader = Reader::new(body);
+    reader.object(|reader, key| {
+        if let Some(spec) = model.inputs().iter().find(|spec| spec.name == key) {
+            let (data, elements) = tensor::read_loose(reader, spec.dtype)?;
+            // One row: all sizes are 1 but the last.
+            let mut shape = vec![1; spec.shape.len()];
+            match shape.last_mut() {
+                Some(last) => *last = elements as i64,
+                None if elements == 1 => {}
+                None => return Err(reader.error("this input is a single element")),
+            }
+            request.inputs.push(InferInputTensor {
+                name: key.to_owned(),
+                datatype: crate::wire::datatype_name(spec.dtype).to_owned(),
+                shape,
+                ..InferInputTensor::default()
+            });
+            request.raw_input_contents.push(data);
+            return Ok(());
+        }
+        match key {
+            "id" => request.id = reader.string()?.into_owned(),
+            "parameters" => request::parameters(reader, &mut request.parameters)?,
+            _ => request::parameter(reader, key, &mut request.parameters)?,
+        }
+        Ok::<_, JsonError>(())
+    })?;
+    reader.end()?;
+    Ok(request)
+}
+
+/// The outputs as fields of one object: an element alone, or a flat array.
+fn answer_object(answer: ModelInferResponse) -> Result<Box<RawValue>, Refusal> {
+    let mut text = Vec::with_capacity(256);
+    let mut field = |name: &str, value: &[u8]| {
+        text.push(if text.is_empty() { b'{' } else { b',' });
+        text.extend_from_slice(Value::from(name).to_string().as_bytes());
+        text.push(b':');
+        text.extend_from_slice(value);
+    };
+    if !answer.id.is_empty() {
+        field("id", Value::from(answer.id).to_string().as_bytes());
+    }
+    field("model_name", Value::from(answer.model_name).to_string().as_bytes());
+    field("model_version", Value::from(answer.model_version).to_string().as_bytes());
+    for (name, parameter) in response::parameters(answer.parameters).as_object().into_iter().flatten() {
+        field(name, parameter.to_string().as_bytes());
+    }
+    for (output, raw) in answer.outputs.iter().zip(&answer.raw_output_contents) {
+        let mut elements = Vec::new();
+        let dtype = tensor::dtype(&output.datatype).ok_or("its datatype is unknown");
+        let written = dtype.and_then(|dtype| tensor::write(&mut elements, dtype, raw));
+        written.map_err(|reason| Refusal::invalid(format!("output {:?} cannot be sent: {reason}", output.name)))?;
+        let is_one = output.shape.iter().product::<i64>() == 1;
+        field(&output.name, if is_one { &elements[1..elements.len() - 1] } else { &elements });
+    }
+    text.push(b'}');
+    let text = String::from_utf8(text).map_err(|error| Refusal::invalid(error.to_string()))?;
+    // Not-a-numbers are what JSON lacks; here the object has to be JSON to be an event.
+    RawValue::from_string(text).map_err(|_| Refusal::invalid("an output has a NaN or an infinity, which JSON lacks"))
+}

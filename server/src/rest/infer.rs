@@ -1,0 +1,86 @@
+//! `POST /v2/models/MODEL[/versions/VERSION]/infer`.
+
+use axum::{
+    body::Body,
+    extract::{Path, State},
+    http::HeaderMap,
+    response::Response,
+};
+use bytes::{BufMut as _, Bytes, BytesMut};
+use sensorium_artifact::DType;
+use sensorium_proto::inference::{ModelInferRequest, model_infer_request::InferInputTensor};
+
+use super::{
+    Refusal, Rest, Target,
+    body::{self, HEADER_LENGTH},
+    request,
+    response::{self, Wanted},
+};
+use crate::{model::ModelVersion, service::Call, wire};
+
+pub(super) async fn infer(
+    State(rest): State<Rest>,
+    Path(target): Path<Target>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Refusal> {
+    let call = Call::new(&headers);
+    let body = body::read(&headers, body, rest.max_bytes).await?;
+    let length = headers.get(HEADER_LENGTH).map(|value| value.to_str().unwrap_or("?").to_owned());
+    let mut request = if length.as_deref() == Some("0") {
+        raw(&*rest.service.model(&target.model, &target.version)?, body)?
+    } else {
+        // Bytes behind the JSON are only pointed at.
+        let text = length.as_ref().and_then(|length| length.parse().ok()).unwrap_or(body.len());
+        let read = body::aside(text, move || request::read(&body, length.as_deref())).await;
+        read.map_err(|error| Refusal::invalid(error.to_string()))?
+    };
+    let wanted = Wanted::take(&mut request);
+    request.model_name = target.model;
+    request.model_version = target.version;
+    let answer = rest.service.infer(request, &call).await?;
+    let size = answer.raw_output_contents.iter().map(Bytes::len).sum();
+    let written = body::aside(size, move || response::write(answer, &wanted)).await.map_err(Refusal::invalid)?;
+    Ok(body::respond(&headers, written).await)
+}
+
+/// A body that is nothing but the one input of a model, whose shape the model's configuration gives up to one size. A
+/// BYTES input is one string.
+fn raw(model: &ModelVersion, body: Bytes) -> Result<ModelInferRequest, Refusal> {
+    let [spec] = model.inputs() else {
+        let message = "a request of raw bytes needs a model with exactly one input, this one has";
+        return Err(Refusal::invalid(format!("{message} {}", model.inputs().len())));
+    };
+    let mut shape: Vec<i64> = spec.shape.iter().map(|size| size.map_or(-1, |size| size as i64)).collect();
+    if model.config().max_batch_size > 0
+        && let Some(rows) = shape.first_mut()
+    {
+        *rows = 1;
+    }
+    let (elements, data) = match sensorium_engine::element_size(spec.dtype) {
+        Some(size) => (body.len() / size, body),
+        None => {
+            debug_assert_eq!(spec.dtype, DType::Bytes, "everything else has a size");
+            let mut string = BytesMut::with_capacity(body.len() + 4);
+            string.put_u32_le(body.len() as u32); // bodies of 4 GiB are not accepted
+            string.extend_from_slice(&body);
+            (1, string.freeze())
+        }
+    };
+    let known: i64 = shape.iter().filter(|size| **size > 0).product();
+    let mut open = shape.iter_mut().filter(|size| **size < 0);
+    if let Some(size) = open.next() {
+        *size = elements as i64 / known.max(1);
+    }
+    if open.next().is_some() {
+        let message = "a request of raw bytes needs a model whose input has at most one variable size";
+        return Err(Refusal::invalid(message));
+    }
+    let input = InferInputTensor {
+        name: spec.name.clone(),
+        datatype: wire::datatype_name(spec.dtype).to_owned(),
+        shape,
+        ..InferInputTensor::default()
+    };
+    Ok(ModelInferRequest { inputs: vec![input], raw_input_contents: vec![data], ..ModelInferRequest::default() })
+}

@@ -1,0 +1,333 @@
+//! An inference request as REST sends it, as the message that gRPC sends: JSON, and behind it the tensors that come as
+//! bytes (the binary tensor data extension). Those stay where they are: the message shares the body.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use sensorium_artifact::DType;
+use sensorium_proto::inference::{
+    InferParameter, ModelInferRequest,
+    infer_parameter::ParameterChoice,
+    model_infer_request::{InferInputTensor, InferRequestedOutputTensor},
+};
+
+use super::{
+    json::{JsonError, Reader, Scalar},
+    tensor,
+};
+use crate::wire::excerpt;
+
+/// Tensors of a request at most, as many as a gRPC message of the same kind may have.
+const MAX_TENSORS: usize = 1 << 12;
+
+/// Why a body is no inference request.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum RequestError {
+    /// It is not the JSON that it should be.
+    #[error(transparent)]
+    Json(#[from] JsonError),
+    /// The header with the length of the JSON does not fit the body.
+    #[error("Inference-Header-Content-Length is {length:?}; it must be the bytes of the JSON, 0 to {body}")]
+    HeaderLength {
+        /// As the header says.
+        length: String,
+        /// Bytes of the body.
+        body: usize,
+    },
+    /// A datatype that is none.
+    #[error("input {input:?} has datatype {datatype:?}, which the protocol does not have")]
+    Datatype {
+        /// The input.
+        input: String,
+        /// As the request says.
+        datatype: String,
+    },
+    /// An input without elements.
+    #[error("input {input:?} has no data; give it `data`, `parameters.binary_data_size` or a shared memory region")]
+    NoData {
+        /// The input.
+        input: String,
+    },
+    /// Elements in two places.
+    #[error("input {input:?} has `data` and is declared to come elsewhere too; use one of them")]
+    TwoData {
+        /// The input.
+        input: String,
+    },
+    /// The bytes behind the JSON are not those that the inputs ask for.
+    #[error("{found} bytes of tensors follow the JSON, the inputs up to {input:?} need {needed}")]
+    BinaryLength {
+        /// The last input that was looked at.
+        input: String,
+        /// Bytes that came.
+        found: usize,
+        /// Bytes that are declared.
+        needed: usize,
+    },
+    /// `inputs` is missing.
+    #[error("the request has no `inputs`")]
+    NoInputs,
+    /// More inputs or outputs than any model has.
+    #[error("the request has more than {MAX_TENSORS} tensors")]
+    TooManyTensors,
+}
+
+/// Where an input's elements are.
+enum Data<'a> {
+    None,
+    /// In the JSON, not read yet: the datatype may come after them.
+    Json(Reader<'a>),
+    Raw(Bytes),
+}
+
+/// Reads a body whose first `header_length` bytes are JSON; all of it when there is no such header.
+///
+/// # Errors
+/// [`RequestError`].
+pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<ModelInferRequest, RequestError> {
+    let length = match header_length {
+        None => body.len(),
+        Some(length) => length
+            .trim()
+            .parse()
+            .ok()
+            .filter(|&length: &usize| length <= body.len())
+            .ok_or_else(|| RequestError::HeaderLength { length: excerpt(length), body: body.len() })?,
+    };
+    let mut request = ModelInferRequest::default();
+    let mut data = Vec::new();
+    let mut has_inputs = false;
+    let mut reader = Reader::new(&body[..length]);
+    reader.object(|reader, key| {
+        match key {
+            "id" => request.id = text(reader)?,
+            "parameters" => parameters(reader, &mut request.parameters)?,
+            "inputs" => {
+                has_inputs = true;
+                reader.array(|reader| {
+                    if data.len() == MAX_TENSORS {
+                        return Err(RequestError::TooManyTensors);
+                    }
+                    let (input, elements) = input(reader)?;
+                    request.inputs.push(input);
+                    data.push(elements);
+                    Ok(())
+                })?;
+            }
+            "outputs" => reader.array(|reader| {
+                if request.outputs.len() == MAX_TENSORS {
+                    return Err(RequestError::TooManyTensors);
+                }
+                request.outputs.push(output(reader)?);
+                Ok::<_, RequestError>(())
+            })?,
+            _ => drop(reader.skip()?),
+        }
+        Ok::<_, RequestError>(())
+    })?;
+    reader.end()?;
+    if !has_inputs {
+        return Err(RequestError::NoInputs);
+    }
+
+    let mut tail = body.slice(length..);
+    let found = tail.len();
+    for (input, data) in request.inputs.iter_mut().zip(data) {
+        let size = input.parameters.remove("binary_data_size").and_then(|size| as_size(&size));
+        let shared = input.parameters.contains_key("shared_memory_region");
+        let raw = match (data, size, shared) {
+            (Data::None, None, true) => continue,
+            (Data::None, None, false) => return Err(RequestError::NoData { input: excerpt(&input.name) }),
+            (Data::Json(mut elements), None, false) => tensor::read(&mut elements, dtype(input)?)?,
+            (Data::Raw(elements), None, false) => elements,
+            (Data::None, Some(size), false) => {
+                if size > tail.len() {
+                    let needed = (found - tail.len()).saturating_add(size);
+                    return Err(RequestError::BinaryLength { input: excerpt(&input.name), found, needed });
+                }
+                tail.split_to(size)
+            }
+            _ => return Err(RequestError::TwoData { input: excerpt(&input.name) }),
+        };
+        request.raw_input_contents.push(raw);
+    }
+    if tail.is_empty() {
+        Ok(request)
+    } else {
+        let input = request.inputs.last().map_or(String::new(), |input| excerpt(&input.name));
+        Err(RequestError::BinaryLength { input, found, needed: found - tail.len() })
+    }
+}
+
+fn dtype(input: &InferInputTensor) -> Result<DType, RequestError> {
+    tensor::dtype(&input.datatype)
+        .ok_or_else(|| RequestError::Datatype { input: excerpt(&input.name), datatype: excerpt(&input.datatype) })
+}
+
+fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>), RequestError> {
+    let mut input = InferInputTensor::default();
+    let mut data = Data::None;
+    reader.object(|reader, key| {
+        match key {
+            "name" => input.name = text(reader)?,
+            "datatype" => input.datatype = text(reader)?,
+            "shape" => reader.array(|reader| {
+                let at = reader.clone();
+                let size = reader.number()?.parse().map_err(|_| at.error("a size is an integer"))?;
+                input.shape.push(size);
+                Ok::<_, JsonError>(())
+            })?,
+            "parameters" => parameters(reader, &mut input.parameters)?,
+            "data" => {
+                data = match tensor::dtype(&input.datatype) {
+                    // Read in passing, as all clients write it.
+                    Some(dtype) => Data::Raw(tensor::read(reader, dtype)?),
+                    None => Data::Json(reader.skip()?),
+                };
+            }
+            _ => drop(reader.skip()?),
+        }
+        Ok::<_, RequestError>(())
+    })?;
+    Ok((input, data))
+}
+
+fn output(reader: &mut Reader<'_>) -> Result<InferRequestedOutputTensor, RequestError> {
+    let mut output = InferRequestedOutputTensor::default();
+    reader.object(|reader, key| {
+        match key {
+            "name" => output.name = text(reader)?,
+            "parameters" => parameters(reader, &mut output.parameters)?,
+            _ => drop(reader.skip()?),
+        }
+        Ok::<_, RequestError>(())
+    })?;
+    Ok(output)
+}
+
+fn text(reader: &mut Reader<'_>) -> Result<String, JsonError> {
+    reader.string().map(std::borrow::Cow::into_owned)
+}
+
+/// Parameters by name.
+pub(super) fn parameters(
+    reader: &mut Reader<'_>,
+    parameters: &mut HashMap<String, InferParameter>,
+) -> Result<(), JsonError> {
+    reader.object(|reader, key| parameter(reader, key, parameters))
+}
+
+/// One parameter. Values that gRPC has no form for, such as lists, are for others and are passed over.
+pub(super) fn parameter(
+    reader: &mut Reader<'_>,
+    key: &str,
+    parameters: &mut HashMap<String, InferParameter>,
+) -> Result<(), JsonError> {
+    if matches!(reader.peek(), b'[' | b'{') {
+        return reader.skip().map(drop);
+    }
+    let value = match reader.scalar()? {
+        Scalar::Null => return Ok(()),
+        Scalar::Bool(value) => ParameterChoice::BoolParam(value),
+        Scalar::Text(value) => ParameterChoice::StringParam(value.into_owned()),
+        Scalar::Number(value) => number(reader, value)?,
+    };
+    parameters.insert(key.to_owned(), InferParameter { parameter_choice: Some(value) });
+    Ok(())
+}
+
+fn number(reader: &Reader<'_>, value: &str) -> Result<ParameterChoice, JsonError> {
+    if let Ok(value) = value.parse() {
+        return Ok(ParameterChoice::Int64Param(value));
+    }
+    if let Ok(value) = value.parse() {
+        return Ok(ParameterChoice::Uint64Param(value));
+    }
+    value.parse().map(ParameterChoice::DoubleParam).map_err(|_| reader.error("the number before this is none"))
+}
+
+/// A parameter that counts bytes.
+fn as_size(parameter: &InferParameter) -> Option<usize> {
+    match parameter.parameter_choice {
+        Some(ParameterChoice::Int64Param(value)) => usize::try_from(value).ok(),
+        Some(ParameterChoice::Uint64Param(value)) => usize::try_from(value).ok(),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Result<ModelInferRequest, RequestError> {
+        read(&Bytes::copy_from_slice(text.as_bytes()), None)
+    }
+
+    #[test]
+    fn json_tensors_become_raw_ones_in_the_order_of_the_inputs() {
+        let request = parsed(
+            r#"{"id": "7", "parameters": {"priority": 2, "sequence_id": "s", "f": 0.5, "list": [1], "none": null},
+                "inputs": [{"name": "a", "shape": [2, 2], "datatype": "INT32", "data": [[1, 2], [3, 4]]},
+                           {"data": ["x", "yz"], "name": "b", "shape": [2], "datatype": "BYTES"}],
+                "outputs": [{"name": "o", "parameters": {"binary_data": false, "classification": 3}}], "other": {}}"#,
+        )
+        .unwrap();
+        assert_eq!((request.id.as_str(), request.inputs.len()), ("7", 2));
+        assert_eq!(request.parameters.len(), 3);
+        assert_eq!(request.inputs[0].shape, [2, 2]);
+        assert_eq!(request.raw_input_contents[0], [1_i32, 2, 3, 4].map(i32::to_le_bytes).concat());
+        assert_eq!(request.raw_input_contents[1], [&b"\x01\0\0\0x\x02\0\0\0yz"[..]].concat());
+        let classes = &request.outputs[0].parameters["classification"].parameter_choice;
+        assert_eq!(*classes, Some(ParameterChoice::Int64Param(3)));
+    }
+
+    #[test]
+    fn binary_tensors_share_the_body() {
+        let json =
+            br#"{"inputs": [{"name": "a", "shape": [2], "datatype": "INT8", "parameters": {"binary_data_size": 2}},
+            {"name": "s", "shape": [1], "datatype": "INT8", "parameters": {"shared_memory_region": "r"}},
+            {"name": "j", "shape": [1], "datatype": "INT8", "data": [9]},
+            {"name": "b", "shape": [1], "datatype": "FP16", "parameters": {"binary_data_size": 2}}]}"#;
+        let body = Bytes::from([&json[..], &[1, 2, 3, 4]].concat());
+        let request = read(&body, Some(&json.len().to_string())).unwrap();
+        assert_eq!(request.raw_input_contents, [&[1, 2][..], &[9], &[3, 4]], "those in shared memory have none");
+        assert_eq!(request.raw_input_contents[0].as_ptr(), body[json.len()..].as_ptr());
+
+        let short = body.slice(..body.len() - 1);
+        let error = read(&short, Some(&json.len().to_string())).unwrap_err();
+        assert_eq!(error.to_string(), r#"3 bytes of tensors follow the JSON, the inputs up to "b" need 4"#);
+        let long = Bytes::from([&body[..], &[5]].concat());
+        let error = read(&long, Some(&json.len().to_string())).unwrap_err();
+        assert_eq!(error, RequestError::BinaryLength { input: "b".to_owned(), found: 5, needed: 4 });
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused_with_a_reason() {
+        for (text, words) in [
+            ("", "an object, `{`, should begin here"),
+            ("[]", "an object, `{`, should begin here"),
+            ("{}", "no `inputs`"),
+            (r#"{"inputs": 1}"#, "an array, `[`, should begin here"),
+            (r#"{"inputs": [{"name": "a", "shape": [1], "datatype": "INT8"}]}"#, "input \"a\" has no data"),
+            (r#"{"inputs": [{"name": "a", "data": [1], "shape": [1], "datatype": "INT"}]}"#, "datatype \"INT\""),
+            (r#"{"inputs": [{"name": "a", "shape": [1.5]}]}"#, "a size is an integer"),
+            (
+                r#"{"inputs": [{"name": "a", "datatype": "INT8", "data": [1], "parameters": {"binary_data_size": 1}}]}"#,
+                "use one of them",
+            ),
+            (r#"{"inputs": []} x"#, "the text should end here"),
+            (r#"{"id": 1, "inputs": []}"#, "a string should be here"),
+        ] {
+            let error = parsed(text).unwrap_err().to_string();
+            assert!(error.contains(words), "{text}: {error}");
+        }
+        let error = read(&Bytes::from_static(b"{}"), Some("3")).unwrap_err();
+        assert_eq!(error, RequestError::HeaderLength { length: "3".to_owned(), body: 2 });
+    }
+
+    #[test]
+    fn a_flood_of_tensors_is_refused() {
+        let flood = format!(r#"{{"inputs": [{}{{}}]}}"#, "{},".repeat(MAX_TENSORS));
+        assert_eq!(parsed(&flood).unwrap_err(), RequestError::TooManyTensors);
+    }
+}

@@ -1,0 +1,199 @@
+//! An inference response as REST sends it: JSON, and behind it the tensors that were asked for as bytes.
+
+use bytes::Bytes;
+use sensorium_proto::inference::{
+    InferParameter, ModelInferRequest, ModelInferResponse, infer_parameter::ParameterChoice,
+};
+use serde_json::{Value, json};
+
+use super::tensor;
+
+/// Which outputs a request wants as bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// Unless it says otherwise for one.
+    all: bool,
+    outputs: Vec<(String, bool)>,
+}
+
+impl Wanted {
+    /// Takes the wishes out of a request: they are about the way it came.
+    pub(super) fn take(request: &mut ModelInferRequest) -> Self {
+        let is_true = |parameter: Option<InferParameter>| {
+            parameter.map(|parameter| parameter.parameter_choice == Some(ParameterChoice::BoolParam(true)))
+        };
+        let all = is_true(request.parameters.remove("binary_data_output")).unwrap_or(false);
+        let outputs = request.outputs.iter_mut().filter_map(|output| {
+            let wanted = is_true(output.parameters.remove("binary_data"))?;
+            Some((output.name.clone(), wanted))
+        });
+        Self { all, outputs: outputs.collect() }
+    }
+
+    fn binary(&self, output: &str) -> bool {
+        self.outputs.iter().find(|(name, _)| name == output).map_or(self.all, |(_, wanted)| *wanted)
+    }
+}
+
+/// A body: its JSON and the tensors behind it, which are not copied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Written {
+    pub(super) json: Vec<u8>,
+    pub(super) tensors: Vec<Bytes>,
+}
+
+/// Writes `response`, with the outputs of `wanted` as bytes.
+///
+/// # Errors
+/// A message for the client, when an output has no form in JSON.
+pub(super) fn write(response: ModelInferResponse, wanted: &Wanted) -> Result<Written, String> {
+    let mut json = Vec::with_capacity(512);
+    let mut tensors = Vec::new();
+    json.push(b'{');
+    if !response.id.is_empty() {
+        field(&mut json, "id", &response.id.into());
+    }
+    field(&mut json, "model_name", &response.model_name.into());
+    field(&mut json, "model_version", &response.model_version.into());
+    if !response.parameters.is_empty() {
+        field(&mut json, "parameters", &parameters(response.parameters));
+    }
+    json.extend_from_slice(b"\"outputs\":[");
+    // Outputs in shared memory have no entry among the raw ones.
+    let mut raw = response.raw_output_contents.into_iter();
+    for (index, output) in response.outputs.into_iter().enumerate() {
+        json.extend_from_slice(if index > 0 { b",{" } else { b"{" });
+        let name = output.name.clone();
+        field(&mut json, "name", &output.name.into());
+        field(&mut json, "datatype", &output.datatype.as_str().into());
+        field(&mut json, "shape", &output.shape.into());
+        let mut set = output.parameters;
+        let shared = set.contains_key("shared_memory_region");
+        let elements = if shared { Bytes::new() } else { raw.next().unwrap_or_default() };
+        let binary = !shared && wanted.binary(&name);
+        if binary {
+            let size = ParameterChoice::Int64Param(elements.len() as i64); // in memory, so below 2^63
+            set.insert("binary_data_size".to_owned(), InferParameter { parameter_choice: Some(size) });
+        }
+        if !set.is_empty() {
+            field(&mut json, "parameters", &parameters(set));
+        }
+        if binary {
+            tensors.push(elements);
+        } else if !shared {
+            json.extend_from_slice(b"\"data\":");
+            let written = tensor::dtype(&output.datatype).ok_or("its datatype is unknown");
+            written
+                .and_then(|dtype| tensor::write(&mut json, dtype, &elements))
+                .map_err(|reason| format!("output {name:?} cannot be sent: {reason}"))?;
+            json.push(b',');
+        }
+        close(&mut json);
+    }
+    json.extend_from_slice(b"]}");
+    Ok(Written { json, tensors })
+}
+
+fn field(json: &mut Vec<u8>, key: &str, value: &Value) {
+    // Into memory, so it cannot fail; keys are plain words.
+    json.extend_from_slice(format!("\"{key}\":").as_bytes());
+    let _ = serde_json::to_writer(&mut *json, value);
+    json.push(b',');
+}
+
+/// Ends an object, whose last field left a comma behind.
+fn close(json: &mut Vec<u8>) {
+    if json.last() == Some(&b',') {
+        json.pop();
+    }
+    json.push(b'}');
+}
+
+/// Parameters by name, as JSON.
+pub(super) fn parameters(parameters: impl IntoIterator<Item = (String, InferParameter)>) -> Value {
+    let value = |parameter: InferParameter| match parameter.parameter_choice {
+        None => Value::Null,
+        Some(ParameterChoice::BoolParam(value)) => value.into(),
+        Some(ParameterChoice::Int64Param(value)) => value.into(),
+        Some(ParameterChoice::Uint64Param(value)) => value.into(),
+        Some(ParameterChoice::DoubleParam(value)) => json!(value),
+        Some(ParameterChoice::StringParam(value)) => value.into(),
+    };
+    let mut sorted: Vec<_> = parameters.into_iter().map(|(name, parameter)| (name, value(parameter))).collect();
+    sorted.sort_by(|(one, _), (other, _)| one.cmp(other));
+    Value::Object(sorted.into_iter().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use sensorium_proto::inference::{
+        model_infer_request::InferRequestedOutputTensor, model_infer_response::InferOutputTensor,
+    };
+
+    use super::*;
+
+    fn output(name: &str, datatype: &str) -> InferOutputTensor {
+        InferOutputTensor { name: name.to_owned(), datatype: datatype.to_owned(), shape: vec![2], ..Default::default() }
+    }
+
+    fn response() -> ModelInferResponse {
+        ModelInferResponse {
+            model_name: "m\"".to_owned(),
+            model_version: "1".to_owned(),
+            id: "7".to_owned(),
+            outputs: vec![output("a", "INT8"), output("h", "FP16"), output("b", "FP32")],
+            raw_output_contents: vec![vec![1, 255].into(), vec![0; 4].into(), vec![0; 8].into()],
+            ..Default::default()
+        }
+    }
+
+    fn flag(name: &str, value: bool) -> (String, InferParameter) {
+        (name.to_owned(), InferParameter { parameter_choice: Some(ParameterChoice::BoolParam(value)) })
+    }
+
+    #[test]
+    fn outputs_go_where_the_request_wants_them() {
+        let mut request = ModelInferRequest {
+            parameters: [flag("binary_data_output", true)].into(),
+            outputs: vec![InferRequestedOutputTensor {
+                name: "a".to_owned(),
+                parameters: [flag("binary_data", false)].into(),
+            }],
+            ..Default::default()
+        };
+        let wanted = Wanted::take(&mut request);
+        assert!(request.parameters.is_empty() && request.outputs[0].parameters.is_empty());
+        let written = write(response(), &wanted).unwrap();
+        let json: Value = serde_json::from_slice(&written.json).unwrap();
+        assert_eq!(
+            json,
+            json!({"id": "7", "model_name": "m\"", "model_version": "1", "outputs": [
+                {"name": "a", "datatype": "INT8", "shape": [2], "data": [1, -1]},
+                {"name": "h", "datatype": "FP16", "shape": [2], "parameters": {"binary_data_size": 4}},
+                {"name": "b", "datatype": "FP32", "shape": [2], "parameters": {"binary_data_size": 8}},
+            ]})
+        );
+        assert_eq!(written.tensors, [vec![0; 4], vec![0; 8]]);
+    }
+
+    #[test]
+    fn an_output_without_a_form_in_json_is_named() {
+        let error = write(response(), &Wanted::default()).unwrap_err();
+        assert!(error.starts_with("output \"h\" cannot be sent: FP16"), "{error}");
+    }
+
+    #[test]
+    fn an_output_in_shared_memory_has_parameters_and_no_data() {
+        let mut response = response();
+        response.outputs.truncate(2);
+        response.raw_output_contents.remove(0);
+        response.raw_output_contents.truncate(1);
+        let region = InferParameter { parameter_choice: Some(ParameterChoice::StringParam("r".to_owned())) };
+        response.outputs[0].parameters.insert("shared_memory_region".to_owned(), region);
+        let written = write(response, &Wanted { all: true, ..Wanted::default() }).unwrap();
+        let json: Value = serde_json::from_slice(&written.json).unwrap();
+        assert_eq!(json["outputs"][0]["parameters"], json!({"shared_memory_region": "r"}));
+        assert!(json["outputs"][0].get("data").is_none());
+        assert_eq!(json["outputs"][1]["parameters"], json!({"binary_data_size": 4}));
+    }
+}

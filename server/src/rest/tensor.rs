@@ -1,0 +1,246 @@
+//! The elements of a tensor between JSON and the raw bytes that the rest of the server handles.
+
+use std::io::Write as _;
+
+use bytes::Bytes;
+use sensorium_artifact::DType;
+
+use super::json::{JsonError, Reader};
+pub(super) use crate::wire::datatype as dtype;
+
+/// Appends one element, read from JSON, to raw ones.
+type ReadElement = fn(&mut Reader<'_>, &mut Vec<u8>) -> Result<(), JsonError>;
+
+/// Reads an array, flat or nested, as raw elements. What it allocates grows with the text, never with a claim.
+///
+/// # Errors
+/// [`JsonError`] at the first element that is none of its type.
+pub(super) fn read(reader: &mut Reader<'_>, dtype: DType) -> Result<Bytes, JsonError> {
+    let element = read_element(reader, dtype)?;
+    let mut raw = Vec::new();
+    reader.flattened(|reader| element(reader, &mut raw))?;
+    Ok(raw.into())
+}
+
+/// As [`read`], and reads one element without brackets too. How many elements there are, beside them.
+///
+/// # Errors
+/// As [`read`].
+pub(super) fn read_loose(reader: &mut Reader<'_>, dtype: DType) -> Result<(Bytes, usize), JsonError> {
+    let element = read_element(reader, dtype)?;
+    let (mut raw, mut count) = (Vec::new(), 0);
+    let mut counted = |reader: &mut Reader<'_>| {
+        count += 1;
+        element(reader, &mut raw)
+    };
+    if reader.peek() == b'[' {
+        reader.flattened(counted)?
+    } else {
+        counted(reader)?
+    }
+    Ok((raw.into(), count))
+}
+
+fn read_element(reader: &Reader<'_>, dtype: DType) -> Result<ReadElement, JsonError> {
+    macro_rules! number {
+        ($type:ty) => {
+            |reader, raw| {
+                let at = reader.clone();
+                let number: $type = reader.number()?.parse().map_err(|_| {
+                    at.error(concat!("the number is no ", stringify!($type), ", which the datatype needs"))
+                })?;
+                raw.extend_from_slice(&number.to_le_bytes());
+                Ok(())
+            }
+        };
+    }
+    Ok(match dtype {
+        DType::Uint8 => number!(u8),
+        DType::Uint16 => number!(u16),
+        DType::Uint32 => number!(u32),
+        DType::Uint64 => number!(u64),
+        DType::Int8 => number!(i8),
+        DType::Int16 => number!(i16),
+        DType::Int32 => number!(i32),
+        DType::Int64 => number!(i64),
+        DType::Fp32 => number!(f32),
+        DType::Fp64 => number!(f64),
+        DType::Bool => |reader, raw| {
+            raw.push(u8::from(reader.bool()?));
+            Ok(())
+        },
+        DType::Bytes => |reader, raw| {
+            let string = reader.string()?;
+            // A string of 4 GiB does not fit into a request.
+            raw.extend_from_slice(&(string.len() as u32).to_le_bytes());
+            raw.extend_from_slice(string.as_bytes());
+            Ok(())
+        },
+        DType::Fp16 | DType::Bf16 => {
+            return Err(reader.error("FP16 and BF16 have no form in JSON; send them as binary tensor data"));
+        }
+    })
+}
+
+/// Appends the elements of `raw` as a flat array.
+///
+/// # Errors
+/// Why elements of this type, or these strings, have no form in JSON.
+pub(super) fn write(out: &mut Vec<u8>, dtype: DType, raw: &[u8]) -> Result<(), &'static str> {
+    macro_rules! numbers {
+        ($type:ty) => {
+            each(out, raw.as_chunks().0, |out, &bytes| {
+                // Writing into memory does not fail.
+                let _ = write!(out, "{}", <$type>::from_le_bytes(bytes));
+            })
+        };
+    }
+    macro_rules! floats {
+        ($type:ty) => {
+            each(out, raw.as_chunks().0, |out, &bytes| {
+                float(out, <$type>::from_le_bytes(bytes).into(), |out| {
+                    let _ = write!(out, "{:?}", <$type>::from_le_bytes(bytes));
+                })
+            })
+        };
+    }
+    match dtype {
+        DType::Bool => each(out, raw, |out, byte| out.extend_from_slice(if *byte == 0 { b"false" } else { b"true" })),
+        DType::Uint8 => numbers!(u8),
+        DType::Uint16 => numbers!(u16),
+        DType::Uint32 => numbers!(u32),
+        DType::Uint64 => numbers!(u64),
+        DType::Int8 => numbers!(i8),
+        DType::Int16 => numbers!(i16),
+        DType::Int32 => numbers!(i32),
+        DType::Int64 => numbers!(i64),
+        DType::Fp32 => floats!(f32),
+        DType::Fp64 => floats!(f64),
+        DType::Bytes => return strings(out, raw),
+        DType::Fp16 | DType::Bf16 => {
+            return Err("FP16 and BF16 have no form in JSON; ask for binary_data");
+        }
+    }
+    Ok(())
+}
+
+fn each<T>(out: &mut Vec<u8>, elements: &[T], mut write: impl FnMut(&mut Vec<u8>, &T)) {
+    out.push(b'[');
+    for (index, element) in elements.iter().enumerate() {
+        if index > 0 {
+            out.push(b',');
+        }
+        write(out, element);
+    }
+    out.push(b']');
+}
+
+/// A float with the names that JSON lacks.
+fn float(out: &mut Vec<u8>, value: f64, finite: impl FnOnce(&mut Vec<u8>)) {
+    match value {
+        _ if value.is_nan() => out.extend_from_slice(b"NaN"),
+        f64::INFINITY => out.extend_from_slice(b"Infinity"),
+        f64::NEG_INFINITY => out.extend_from_slice(b"-Infinity"),
+        _ => finite(out),
+    }
+}
+
+fn strings(out: &mut Vec<u8>, raw: &[u8]) -> Result<(), &'static str> {
+    let mut rest = raw;
+    out.push(b'[');
+    while let Some((length, after)) = rest.split_first_chunk() {
+        let Some((string, after)) = after.split_at_checked(u32::from_le_bytes(*length) as usize) else { break };
+        let string = str::from_utf8(string)
+            .map_err(|_| "strings that are not UTF-8 have no form in JSON; ask for binary_data")?;
+        if rest.len() < raw.len() {
+            out.push(b',');
+        }
+        let _ = serde_json::to_writer(&mut *out, string); // into memory
+        rest = after;
+    }
+    out.push(b']');
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const NUMBERS: [DType; 10] = [
+        DType::Uint8,
+        DType::Uint16,
+        DType::Uint32,
+        DType::Uint64,
+        DType::Int8,
+        DType::Int16,
+        DType::Int32,
+        DType::Int64,
+        DType::Fp32,
+        DType::Fp64,
+    ];
+
+    fn there_and_back(dtype: DType, raw: &[u8]) -> Bytes {
+        let mut text = Vec::new();
+        write(&mut text, dtype, raw).unwrap();
+        let mut reader = Reader::new(&text);
+        let back = read(&mut reader, dtype).unwrap();
+        reader.end().unwrap();
+        back
+    }
+
+    fn refused(dtype: DType, text: &str) -> String {
+        read(&mut Reader::new(text.as_bytes()), dtype).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn elements_beyond_their_type_are_refused_where_they_stand() {
+        assert!(refused(DType::Uint8, "[1, 256]").contains("at byte 4: the number is no u8"));
+        assert!(refused(DType::Int32, "[1.5]").contains("the number is no i32"));
+        assert!(refused(DType::Int32, "[NaN]").contains("the number is no i32"));
+        assert!(refused(DType::Bool, "[1]").contains("`true` or `false`"));
+        assert!(refused(DType::Bytes, "[1]").contains("a string should be here"));
+        assert!(refused(DType::Fp32, "[\"1\"]").contains("a number should be here"));
+        assert!(refused(DType::Fp16, "[1]").contains("binary"));
+    }
+
+    #[test]
+    fn floats_keep_what_json_has_no_words_for() {
+        let floats = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1e-45, f32::MAX, 1.0];
+        let raw: Vec<u8> = floats.iter().flat_map(|float| float.to_le_bytes()).collect();
+        let mut text = Vec::new();
+        write(&mut text, DType::Fp32, &raw).unwrap();
+        assert_eq!(String::from_utf8(text).unwrap(), "[NaN,Infinity,-Infinity,-0.0,1e-45,3.4028235e38,1.0]");
+        assert_eq!(there_and_back(DType::Fp32, &raw), raw);
+    }
+
+    #[test]
+    fn what_json_cannot_hold_is_said() {
+        let mut out = Vec::new();
+        assert!(write(&mut out, DType::Bytes, &[1, 0, 0, 0, 0xff]).unwrap_err().contains("UTF-8"));
+        assert!(write(&mut out, DType::Bf16, &[0, 0]).unwrap_err().contains("BF16"));
+    }
+
+    proptest! {
+        #[test]
+        fn numbers_come_back_to_the_bit(raw in prop::collection::vec(any::<[u8; 8]>(), 0..16), kind in 0..NUMBERS.len()) {
+            let mut raw = raw.concat();
+            if kind >= 8 {
+                // Not-a-numbers come back as the one that has a name.
+                let width = if NUMBERS[kind] == DType::Fp32 { 4 } else { 8 };
+                for float in raw.chunks_mut(width) {
+                    float[width - 1] &= 0xbf;
+                }
+            }
+            prop_assert_eq!(there_and_back(NUMBERS[kind], &raw), raw);
+        }
+
+        #[test]
+        fn strings_come_back(strings: Vec<String>) {
+            let raw: Vec<u8> =
+                strings.iter().flat_map(|s| [&(s.len() as u32).to_le_bytes(), s.as_bytes()].concat()).collect();
+            prop_assert_eq!(there_and_back(DType::Bytes, &raw), raw);
+        }
+    }
+}

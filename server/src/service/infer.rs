@@ -1,0 +1,113 @@
+//! Inference: decode, run, encode.
+
+use sensorium_proto::inference::{
+    InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice,
+};
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Status, Streaming};
+use tracing::Instrument as _;
+
+use super::{Call, Service};
+use crate::{error::InferError, model::ModelVersion, wire};
+
+/// Requests of one stream that are worked on at a time. A client that sends more waits, by the flow control of HTTP/2.
+const IN_FLIGHT: usize = 64;
+/// Marks a request's last response on a stream.
+const FINAL_RESPONSE: &str = "triton_final_response";
+
+impl Service {
+    /// One request, one response.
+    ///
+    /// # Errors
+    /// What the caller is told: [`InferError::code`] chooses the code.
+    pub async fn infer(&self, request: ModelInferRequest, call: &Call) -> Result<ModelInferResponse, Status> {
+        self.counted(request, call, |model| {
+            if model.is_decoupled() { Err(InferError::Decoupled { model: model.name().to_owned() }) } else { Ok(()) }
+        })
+        .await
+    }
+
+    /// Answers the requests of a stream in their order, each as soon as it and those before it are done. A request that
+    /// fails is answered in its place, and the stream goes on.
+    pub(super) fn infer_stream(
+        self,
+        requests: Streaming<ModelInferRequest>,
+        call: Call,
+    ) -> impl Stream<Item = Result<ModelStreamInferResponse, Status>> {
+        let answer = move |request: Result<ModelInferRequest, Status>| {
+            let (service, call) = (self.clone(), call.clone());
+            async move {
+                // The connection, or what came over it, is broken: there is nothing to answer.
+                let request = request?;
+                let (id, name) = (request.id.clone(), request.model_name.clone());
+                let answer = service.counted(request, &call, |_| Ok(())).await;
+                Ok(in_band(answer, id, name))
+            }
+        };
+        futures::StreamExt::buffered(requests.map(answer), IN_FLIGHT)
+    }
+
+    /// Runs a request that `accept` has nothing against, counted and traced.
+    async fn counted(
+        &self,
+        request: ModelInferRequest,
+        call: &Call,
+        accept: impl FnOnce(&ModelVersion) -> Result<(), InferError>,
+    ) -> Result<ModelInferResponse, Status> {
+        let model = self.model(&request.model_name, &request.model_version);
+        let name = request.model_name.clone();
+        let served = model.as_ref().ok().cloned();
+        let span = self.traces.request_span(&name, &request.id, call.parent.as_ref());
+        let answer = async {
+            let model = model?;
+            accept(&model).map_err(|error| error.into_status(&name))?;
+            self.run(&model, request, call).await.map_err(|error| error.into_status(&name))
+        };
+        self.observed(served.as_deref().map(|model| (model.name(), model.version())), answer).instrument(span).await
+    }
+
+    async fn run(
+        &self,
+        model: &ModelVersion,
+        request: ModelInferRequest,
+        call: &Call,
+    ) -> Result<ModelInferResponse, InferError> {
+        let _running = self.admit()?;
+        let id = request.id.clone();
+        let wire::Decoded { mut request, reply } = wire::decode(request, &self.memory)?;
+        request.deadline = call.deadline;
+        let answer = within(call, model.infer(request)).await?;
+        Ok(wire::encode(model, id, answer, &reply, &self.memory)?)
+    }
+
+    /// A place among those that the drain waits for.
+    pub(super) fn admit(&self) -> Result<tokio_util::task::task_tracker::TaskTrackerToken, InferError> {
+        if self.running.is_closed() { Err(InferError::Draining) } else { Ok(self.running.token()) }
+    }
+}
+
+/// Waits for `answer` until the call's deadline. What is given up leaves its queue by being dropped.
+pub(super) async fn within<T>(
+    call: &Call,
+    answer: impl Future<Output = Result<T, InferError>>,
+) -> Result<T, InferError> {
+    match call.deadline {
+        None => answer.await,
+        Some(deadline) => {
+            tokio::time::timeout_at(deadline.into(), answer).await.unwrap_or(Err(InferError::DeadlineExceeded))
+        }
+    }
+}
+
+/// An answer as streams carry it: an error in words beside the request's id, so that the stream goes on.
+fn in_band(answer: Result<ModelInferResponse, Status>, id: String, model_name: String) -> ModelStreamInferResponse {
+    let (error_message, mut response) = match answer {
+        Ok(response) => (String::new(), response),
+        Err(status) => {
+            (status.message().to_owned(), ModelInferResponse { model_name, id, ..ModelInferResponse::default() })
+        }
+    };
+    let is_final = InferParameter { parameter_choice: Some(ParameterChoice::BoolParam(true)) };
+    response.parameters.insert(FINAL_RESPONSE.to_owned(), is_final);
+    ModelStreamInferResponse { error_message, infer_response: Some(response) }
+}

@@ -1,0 +1,206 @@
+//! What can be changed while the server runs: which log lines are written, which requests are traced.
+
+use std::collections::HashMap;
+
+use sensorium_proto::inference::{
+    LogSettingsRequest, LogSettingsResponse, TraceSettingRequest, TraceSettingResponse, log_settings_request,
+    log_settings_response, trace_setting_request, trace_setting_response,
+};
+use sensorium_telemetry::Sampling;
+use tonic::Status;
+
+use super::Service;
+use crate::wire::excerpt;
+
+use log_settings_request::setting_value::ParameterChoice as Asked;
+use log_settings_response::setting_value::ParameterChoice as Said;
+
+impl Service {
+    /// Changes the log level where the request says so, and returns what applies. Triton's settings are read as levels:
+    /// `log_verbose_level` 1 is debug, 2 and above trace; below them the least severe of info, warning and error that is
+    /// on.
+    pub(crate) fn log_settings(&self, request: LogSettingsRequest) -> Result<LogSettingsResponse, Status> {
+        let mut levels = Levels::of(&self.logs.filter());
+        let mut changed = false;
+        for (name, value) in request.settings {
+            let value = value.parameter_choice;
+            match (name.as_str(), value) {
+                ("log_info", Some(Asked::BoolParam(on))) => levels.info = on,
+                ("log_warning", Some(Asked::BoolParam(on))) => levels.warning = on,
+                ("log_error", Some(Asked::BoolParam(on))) => levels.error = on,
+                ("log_verbose_level", Some(Asked::Uint32Param(level))) => levels.verbose = level,
+                // What clients echo that read the settings first.
+                ("log_file", Some(Asked::StringParam(file))) if file.is_empty() => {}
+                ("log_format", Some(Asked::StringParam(format))) if format == LOG_FORMAT || format == "default" => {}
+                ("log_file", _) => {
+                    return Err(Status::unimplemented("logs go to standard error; leave log_file empty"));
+                }
+                ("log_format", _) => return Err(Status::unimplemented("logs are JSON; leave log_format out")),
+                _ => {
+                    let name = excerpt(&name);
+                    return Err(Status::invalid_argument(format!(
+                        "log setting {name:?} is not known, or of another type; known are log_info, log_warning and \
+                         log_error, bools, and log_verbose_level, an unsigned integer"
+                    )));
+                }
+            }
+            changed = true;
+        }
+        if changed {
+            self.logs.set(levels.filter()).map_err(|error| Status::internal(error.to_string()))?;
+            tracing::info!(level = levels.filter(), "the log level was changed by request");
+        }
+        let setting = |name: &str, value| {
+            (name.to_owned(), log_settings_response::SettingValue { parameter_choice: Some(value) })
+        };
+        let settings = HashMap::from([
+            setting("log_info", Said::BoolParam(levels.info)),
+            setting("log_warning", Said::BoolParam(levels.warning)),
+            setting("log_error", Said::BoolParam(levels.error)),
+            setting("log_verbose_level", Said::Uint32Param(levels.verbose)),
+            setting("log_format", Said::StringParam(LOG_FORMAT.to_owned())),
+            setting("log_file", Said::StringParam(String::new())),
+        ]);
+        Ok(LogSettingsResponse { settings })
+    }
+
+    /// Changes which requests are traced where the request says so, and returns what applies.
+    pub(crate) fn trace_setting(&self, request: TraceSettingRequest) -> Result<TraceSettingResponse, Status> {
+        let model = (!request.model_name.is_empty()).then_some(request.model_name.as_str());
+        if let Some(model) = model {
+            self.repository()?.model(model, "").map_err(|error| error.into_status(model))?;
+        }
+        if !request.settings.is_empty() {
+            let current = self.traces.sampling(model);
+            self.traces.set(model, changed(current, request.settings)?);
+        }
+        let sampling = self.traces.sampling(model);
+        let setting =
+            |name: &str, value: String| (name.to_owned(), trace_setting_response::SettingValue { value: vec![value] });
+        let settings = HashMap::from([
+            setting("trace_level", if sampling.enabled { "TIMESTAMPS" } else { "OFF" }.to_owned()),
+            setting("trace_rate", sampling.rate.to_string()),
+            setting("trace_count", sampling.count.map_or_else(|| "-1".to_owned(), |count| count.to_string())),
+            setting("trace_mode", "opentelemetry".to_owned()),
+        ]);
+        Ok(TraceSettingResponse { settings })
+    }
+}
+
+const LOG_FORMAT: &str = "json";
+
+/// Triton's switches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Levels {
+    info: bool,
+    warning: bool,
+    error: bool,
+    verbose: u32,
+}
+
+impl Levels {
+    /// The switches that a filter stands for; one with targets is read by its first level.
+    fn of(filter: &str) -> Self {
+        let known = ["off", "error", "warn", "info", "debug", "trace"];
+        let is_level = |part: &&str| known.contains(part);
+        let level = filter.split(',').find(is_level).unwrap_or("info");
+        let rank = known.iter().position(|name| *name == level).unwrap_or(3);
+        let verbose = rank.saturating_sub(3) as u32; // 0, 1 or 2
+        Self { info: rank >= 3, warning: rank >= 2, error: rank >= 1, verbose }
+    }
+
+    /// The filter that comes closest: levels are a ladder here.
+    fn filter(self) -> &'static str {
+        match self {
+            Self { verbose: 2.., .. } => "trace",
+            Self { verbose: 1, .. } => "debug",
+            Self { info: true, .. } => "info",
+            Self { warning: true, .. } => "warn",
+            Self { error: true, .. } => "error",
+            _ => "off",
+        }
+    }
+}
+
+/// `current` with the values of a request; `None` when it clears all of them. A setting without a value is cleared.
+fn changed(
+    current: Sampling,
+    settings: HashMap<String, trace_setting_request::SettingValue>,
+) -> Result<Option<Sampling>, Status> {
+    let mut sampling = current;
+    let mut is_cleared = true;
+    for (name, setting) in settings {
+        let Some(value) = setting.value.first() else { continue };
+        is_cleared = false;
+        let wrong = |wanted: &str| {
+            let message = format!("trace setting {:?} is {:?}, it must be {wanted}", excerpt(&name), excerpt(value));
+            Status::invalid_argument(message)
+        };
+        match name.as_str() {
+            "trace_level" => {
+                sampling.enabled = match setting.value.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+                    ["OFF"] => false,
+                    ["TIMESTAMPS"] => true,
+                    _ => return Err(wrong("OFF or TIMESTAMPS; tensors are not traced")),
+                }
+            }
+            "trace_rate" => {
+                let rate = value.parse().ok().filter(|rate| *rate > 0);
+                sampling.rate = rate.ok_or_else(|| wrong("one request of how many is traced, at least 1"))?;
+            }
+            "trace_count" => {
+                let count: i64 = value.parse().map_err(|_| wrong("how many requests are traced, or -1"))?;
+                sampling.count = u64::try_from(count).ok();
+            }
+            "trace_mode" if value == "opentelemetry" => {}
+            "log_frequency" if value == "0" => {}
+            "trace_mode" | "log_frequency" | "trace_file" => {
+                return Err(Status::unimplemented("traces are exported by OpenTelemetry, and not written to files"));
+            }
+            _ => return Err(wrong("one of trace_level, trace_rate and trace_count")),
+        }
+    }
+    Ok((!is_cleared).then_some(sampling))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(settings: &[(&str, &str)]) -> HashMap<String, trace_setting_request::SettingValue> {
+        let setting = |(name, value): &(&str, &str)| {
+            let value = if value.is_empty() { Vec::new() } else { vec![(*value).to_owned()] };
+            ((*name).to_owned(), trace_setting_request::SettingValue { value })
+        };
+        settings.iter().map(setting).collect()
+    }
+
+    #[test]
+    fn tritons_switches_are_a_ladder_of_levels() {
+        for level in ["off", "error", "warn", "info", "debug", "trace"] {
+            assert_eq!(Levels::of(level).filter(), level);
+        }
+        assert_eq!(Levels::of("hyper=off,debug").filter(), "debug");
+        let quiet = Levels { info: false, ..Levels::of("info") };
+        assert_eq!((quiet.filter(), Levels { verbose: 7, ..quiet }.filter()), ("warn", "trace"));
+    }
+
+    #[test]
+    fn trace_settings_change_what_they_name() {
+        let all = Sampling::default();
+        let asked = settings(&[("trace_rate", "100"), ("trace_count", "5")]);
+        assert_eq!(changed(all, asked).unwrap(), Some(Sampling { enabled: true, rate: 100, count: Some(5) }));
+        let off = changed(all, settings(&[("trace_level", "OFF"), ("trace_count", "-1")])).unwrap().unwrap();
+        assert!(!off.enabled && off.count.is_none());
+        assert_eq!(changed(all, settings(&[("trace_rate", ""), ("trace_level", "")])).unwrap(), None);
+        for wrong in [
+            ("trace_rate", "0"),
+            ("trace_rate", "x"),
+            ("trace_level", "TENSORS"),
+            ("trace_file", "/tmp/x"),
+            ("other", "1"),
+        ] {
+            assert!(changed(all, settings(&[wrong])).is_err(), "{wrong:?}");
+        }
+    }
+}

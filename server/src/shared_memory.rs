@@ -1,0 +1,317 @@
+//! Regions of POSIX shared memory that clients on this machine register, and tensors in them.
+//!
+//! On Linux, shared memory by name is a file in `/dev/shm`, which is read and written here as any file is: a copy, as a
+//! message would be, but without the wire. A client that changes or truncates its region at a bad moment gets a wrong
+//! answer or an error, and harms nothing else, which a mapping could not promise.
+
+use std::{
+    collections::BTreeMap,
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use bytes::Bytes;
+
+/// Regions at most, each an open file.
+const MAX_REGIONS: usize = 1024;
+
+/// A part of a registered region.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// The name that the region was registered under.
+    pub name: String,
+    /// Where the part begins in it, in bytes.
+    pub offset: u64,
+    /// Its size in bytes.
+    pub byte_size: u64,
+}
+
+/// What a client said when it registered a region.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registration {
+    /// What requests call it.
+    pub name: String,
+    /// The name of the shared memory object, as given to `shm_open`.
+    pub key: String,
+    /// Where the region begins in the object, in bytes.
+    pub offset: u64,
+    /// Its size in bytes.
+    pub byte_size: u64,
+}
+
+/// Why shared memory could not be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SharedMemoryError {
+    /// The operator does not allow it.
+    #[error("this server does not use shared memory; start it with --shared-memory true, or send tensors in messages")]
+    Off,
+    /// No region of that name.
+    #[error("there is no shared memory region {name:?}; register it first")]
+    Unknown {
+        /// The name.
+        name: String,
+    },
+    /// The name is taken.
+    #[error("there is a shared memory region {name:?} already; unregister it first")]
+    Exists {
+        /// The name.
+        name: String,
+    },
+    /// No more regions.
+    #[error("{MAX_REGIONS} shared memory regions are registered, which is the limit; unregister one")]
+    Full,
+    /// A key that names no shared memory.
+    #[error("{key:?} is no name of shared memory; it is one file name, with or without a `/` before it")]
+    Key {
+        /// As the client says.
+        key: String,
+    },
+    /// The object cannot be opened, read or written.
+    #[error("shared memory {key:?}: {reason}")]
+    Access {
+        /// The object.
+        key: String,
+        /// The system's answer.
+        reason: String,
+    },
+    /// A region that is not inside its object, or a tensor that is not inside its region.
+    #[error("bytes {offset} to {offset} + {byte_size} are not inside {within}, which has {size} bytes")]
+    Outside {
+        /// First byte.
+        offset: u64,
+        /// How many.
+        byte_size: u64,
+        /// "shared memory KEY" or "region NAME".
+        within: String,
+        /// Its bytes.
+        size: u64,
+    },
+}
+
+/// All registered regions. Clones share them.
+#[derive(Clone, Debug)]
+pub struct SharedMemory {
+    allowed: bool,
+    folder: PathBuf,
+    regions: Arc<RwLock<BTreeMap<String, Arc<Open>>>>,
+}
+
+#[derive(Debug)]
+struct Open {
+    registration: Registration,
+    file: File,
+}
+
+impl SharedMemory {
+    /// Without any region yet. Unless it is `allowed`, there will be none.
+    pub fn new(allowed: bool) -> Self {
+        Self { allowed, folder: PathBuf::from("/dev/shm"), regions: Arc::default() }
+    }
+
+    /// Whether clients may use it.
+    pub fn is_allowed(&self) -> bool {
+        self.allowed
+    }
+
+    /// Opens an object for requests to use.
+    ///
+    /// # Errors
+    /// [`SharedMemoryError`].
+    pub fn register(&self, registration: Registration) -> Result<(), SharedMemoryError> {
+        if !self.allowed {
+            return Err(SharedMemoryError::Off);
+        }
+        let file = self.open(&registration)?;
+        let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
+        if regions.contains_key(&registration.name) {
+            return Err(SharedMemoryError::Exists { name: registration.name });
+        }
+        if regions.len() == MAX_REGIONS {
+            return Err(SharedMemoryError::Full);
+        }
+        regions.insert(registration.name.clone(), Arc::new(Open { registration, file }));
+        Ok(())
+    }
+
+    fn open(&self, registration: &Registration) -> Result<File, SharedMemoryError> {
+        let &Registration { ref key, offset, byte_size, .. } = registration;
+        let file = key.strip_prefix('/').unwrap_or(key);
+        // A path could lead out of the folder.
+        if file.is_empty() || file.len() > 255 || file.contains(['/', '\0']) || file == "." || file == ".." {
+            return Err(SharedMemoryError::Key { key: crate::wire::excerpt(key) });
+        }
+        let mut options = OpenOptions::new();
+        // A link could, too; and a pipe would block.
+        let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+        options.read(true).write(true).custom_flags(flags.bits() as i32);
+        let file = options.open(self.folder.join(file)).map_err(|error| access(key, &error))?;
+        let metadata = file.metadata().map_err(|error| access(key, &error))?;
+        if !metadata.is_file() {
+            return Err(SharedMemoryError::Access { key: key.clone(), reason: "it is no shared memory".to_owned() });
+        }
+        check(offset, byte_size, metadata.len(), || format!("shared memory {key:?}"))?;
+        Ok(file)
+    }
+
+    /// Forgets a region, or all of them without a name. One that does not exist is forgotten already.
+    pub fn unregister(&self, name: Option<&str>) {
+        let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
+        match name {
+            Some(name) => drop(regions.remove(name)),
+            None => regions.clear(),
+        }
+    }
+
+    /// The regions, or the one of that name.
+    ///
+    /// # Errors
+    /// [`SharedMemoryError::Unknown`].
+    pub fn status(&self, name: Option<&str>) -> Result<Vec<Registration>, SharedMemoryError> {
+        match name {
+            Some(name) => Ok(vec![self.find(name)?.registration.clone()]),
+            None => {
+                let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+                Ok(regions.values().map(|open| open.registration.clone()).collect())
+            }
+        }
+    }
+
+    fn find(&self, name: &str) -> Result<Arc<Open>, SharedMemoryError> {
+        if !self.allowed {
+            return Err(SharedMemoryError::Off);
+        }
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        let unknown = || SharedMemoryError::Unknown { name: crate::wire::excerpt(name) };
+        regions.get(name).cloned().ok_or_else(unknown)
+    }
+
+    /// The bytes of `region` as they are now.
+    ///
+    /// # Errors
+    /// [`SharedMemoryError`].
+    pub fn read(&self, region: &Region) -> Result<Bytes, SharedMemoryError> {
+        let (open, at) = self.locate(region, region.byte_size)?;
+        // Not larger than the object was when it was registered.
+        let mut bytes = vec![0; region.byte_size as usize];
+        open.file.read_exact_at(&mut bytes, at).map_err(|error| access(&open.registration.key, &error))?;
+        Ok(bytes.into())
+    }
+
+    /// Puts `bytes` at the start of `region`.
+    ///
+    /// # Errors
+    /// [`SharedMemoryError`].
+    pub fn write(&self, region: &Region, bytes: &[u8]) -> Result<(), SharedMemoryError> {
+        let (open, at) = self.locate(region, bytes.len() as u64)?;
+        // Writing past a file's end would make it larger, and take memory from the machine.
+        let size = open.file.metadata().map_err(|error| access(&open.registration.key, &error))?.len();
+        check(at, bytes.len() as u64, size, || format!("shared memory {:?}", open.registration.key))?;
+        open.file.write_all_at(bytes, at).map_err(|error| access(&open.registration.key, &error))
+    }
+
+    /// The open object, and where in it the first `byte_size` bytes of `region` are.
+    fn locate(&self, region: &Region, byte_size: u64) -> Result<(Arc<Open>, u64), SharedMemoryError> {
+        let open = self.find(&region.name)?;
+        check(region.offset, byte_size, open.registration.byte_size, || format!("region {:?}", region.name))?;
+        let at = open.registration.offset + region.offset; // the sum of two offsets inside one file
+        Ok((open, at))
+    }
+}
+
+fn check(offset: u64, byte_size: u64, size: u64, within: impl FnOnce() -> String) -> Result<(), SharedMemoryError> {
+    match offset.checked_add(byte_size) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(SharedMemoryError::Outside { offset, byte_size, within: within(), size }),
+    }
+}
+
+fn access(key: &str, error: &io::Error) -> SharedMemoryError {
+    SharedMemoryError::Access { key: key.to_owned(), reason: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shared memory in a folder of its own, with one object of 16 bytes.
+    fn memory() -> (tempfile::TempDir, SharedMemory) {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("object"), [7; 16]).unwrap();
+        let memory = SharedMemory { folder: folder.path().to_owned(), ..SharedMemory::new(true) };
+        (folder, memory)
+    }
+
+    fn registration(key: &str, offset: u64, byte_size: u64) -> Registration {
+        Registration { name: "r".to_owned(), key: key.to_owned(), offset, byte_size }
+    }
+
+    fn part(offset: u64, byte_size: u64) -> Region {
+        Region { name: "r".to_owned(), offset, byte_size }
+    }
+
+    #[test]
+    fn tensors_are_read_and_written_at_the_offsets_of_region_and_tensor() {
+        let (folder, memory) = memory();
+        memory.register(registration("/object", 4, 8)).unwrap();
+        memory.write(&part(2, 3), &[1, 2, 3]).unwrap();
+        assert_eq!(std::fs::read(folder.path().join("object")).unwrap()[5..10], [7, 1, 2, 3, 7]);
+        assert_eq!(memory.read(&part(1, 5)).unwrap()[..], [7, 1, 2, 3, 7]);
+        assert_eq!(memory.status(None).unwrap(), [registration("/object", 4, 8)]);
+        memory.unregister(Some("r"));
+        memory.unregister(Some("r"));
+        assert_eq!(memory.read(&part(0, 1)), Err(SharedMemoryError::Unknown { name: "r".to_owned() }));
+    }
+
+    #[test]
+    fn nothing_outside_of_a_region_or_its_object_is_touched() {
+        let (_folder, memory) = memory();
+        for (offset, byte_size) in [(0, 17), (16, 1), (u64::MAX, 1), (1, u64::MAX)] {
+            let error = memory.register(registration("object", offset, byte_size)).unwrap_err();
+            assert!(matches!(error, SharedMemoryError::Outside { size: 16, .. }), "{error}");
+        }
+        memory.register(registration("object", 8, 4)).unwrap();
+        for (offset, byte_size) in [(0, 5), (4, 1), (u64::MAX, 1), (1, u64::MAX)] {
+            let error = memory.read(&part(offset, byte_size)).unwrap_err();
+            assert!(matches!(error, SharedMemoryError::Outside { size: 4, .. }), "{error}");
+        }
+        assert!(memory.write(&part(2, 2), &[0; 3]).is_err());
+    }
+
+    #[test]
+    fn only_names_of_shared_memory_are_opened() {
+        let (folder, memory) = memory();
+        std::os::unix::fs::symlink("/etc/passwd", folder.path().join("link")).unwrap();
+        std::fs::create_dir(folder.path().join("folder")).unwrap();
+        for key in ["", "/", ".", "..", "/../etc/passwd", "folder/object", "a\0b", &"x".repeat(300)] {
+            let error = memory.register(registration(key, 0, 1)).unwrap_err();
+            assert!(matches!(error, SharedMemoryError::Key { .. }), "{key}: {error}");
+        }
+        for key in ["link", "folder", "nothing"] {
+            let error = memory.register(registration(key, 0, 1)).unwrap_err();
+            assert!(matches!(error, SharedMemoryError::Access { .. }), "{key}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_object_that_shrinks_is_an_error_and_does_not_grow_again() {
+        let (folder, memory) = memory();
+        memory.register(registration("object", 0, 16)).unwrap();
+        File::options().write(true).open(folder.path().join("object")).unwrap().set_len(4).unwrap();
+        assert!(matches!(memory.read(&part(0, 8)), Err(SharedMemoryError::Access { .. })));
+        assert!(matches!(memory.write(&part(0, 8), &[0; 8]), Err(SharedMemoryError::Outside { size: 4, .. })));
+        assert_eq!(std::fs::metadata(folder.path().join("object")).unwrap().len(), 4);
+    }
+
+    #[test]
+    fn names_are_unique_and_the_operator_can_forbid_it_all() {
+        let (_folder, memory) = memory();
+        memory.register(registration("object", 0, 1)).unwrap();
+        let again = memory.register(registration("object", 0, 1));
+        assert_eq!(again, Err(SharedMemoryError::Exists { name: "r".to_owned() }));
+        let off = SharedMemory::new(false);
+        assert_eq!(off.register(registration("object", 0, 1)), Err(SharedMemoryError::Off));
+    }
+}
