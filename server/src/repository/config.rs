@@ -21,6 +21,7 @@ const MESSAGE: &str = "inference.ModelConfig";
 /// # Errors
 /// What is wrong, and in which line.
 pub(super) fn from_text(text: &str) -> Result<Written, String> {
+    let text = &with_colons(text);
     let message = DynamicMessage::parse_text_format(descriptor()?, text).map_err(|error| {
         let offset = error.labels().and_then(|mut labels| labels.next()).map(|label| label.offset());
         match offset {
@@ -42,6 +43,37 @@ pub(super) fn from_json(json: &str) -> Result<Written, String> {
     reader.end().map_err(|error| error.to_string())?;
     let has_batch_size = json.contains("\"max_batch_size\"") || json.contains("\"maxBatchSize\"");
     typed(&message, has_batch_size)
+}
+
+/// Lists of messages as the parser wants them: `input: [ {` for `input [ {`, which the format allows and which is how
+/// everybody writes it. Lines stay where they are.
+fn with_colons(text: &str) -> String {
+    let mut result = String::with_capacity(text.len() + 16);
+    let (mut quote, mut is_comment) = (None, false);
+    let mut characters = text.chars();
+    // The last character that is neither space nor comment.
+    let mut last = ' ';
+    while let Some(character) = characters.next() {
+        match (quote, character) {
+            _ if is_comment => is_comment = character != '\n',
+            (Some(_), '\\') => {
+                result.push(character);
+                result.extend(characters.next());
+                continue;
+            }
+            (Some(open), _) if character == open => quote = None,
+            (Some(_), _) => {}
+            (None, '"' | '\'') => quote = Some(character),
+            (None, '#') => is_comment = true,
+            (None, '[') if last.is_ascii_alphanumeric() || last == '_' => result.push(':'),
+            (None, _) => {}
+        }
+        if !is_comment && !character.is_whitespace() {
+            last = character;
+        }
+        result.push(character);
+    }
+    result
 }
 
 fn descriptor() -> Result<MessageDescriptor, String> {
@@ -91,6 +123,12 @@ mod tests {
         let Some(SchedulingChoice::DynamicBatching(batching)) = config.scheduling_choice else { panic!("dynamic") };
         assert_eq!((batching.preferred_batch_size, batching.max_queue_delay_microseconds), (vec![4, 8], 100));
         assert_eq!(config.parameters["intra_op_thread_count"].string_value, "2");
+    }
+
+    #[test]
+    fn brackets_in_strings_and_comments_are_left_alone() {
+        let text = "a [1] # b [2]\nc: \"d [3] \\\" e [4]\" f\n[5] g: [6]";
+        assert_eq!(with_colons(text), "a :[1] # b [2]\nc: \"d [3] \\\" e [4]\" f\n:[5] g: [6]");
     }
 
     #[test]

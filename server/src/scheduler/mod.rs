@@ -9,6 +9,8 @@
 
 mod admit;
 mod line;
+#[cfg(test)]
+mod line_tests;
 mod order;
 mod policy;
 mod run;
@@ -206,18 +208,19 @@ impl Scheduler {
         let deadline = work.deadline;
         let (mut answer, mut place) = self.queue.admit(work)?;
         let graph = || self.queue.graph.clone();
-        if let Some(timeout) = place.timeout.filter(|timeout| deadline.is_none_or(|deadline| *timeout < deadline))
-            && tokio::time::timeout_at(timeout.into(), &mut answer).await.is_err()
-            && place.withdraw()
-        {
-            return Err(ScheduleError::TimedOut { graph: graph() });
+        let mut outcome = None;
+        if let Some(timeout) = place.timeout.filter(|timeout| deadline.is_none_or(|deadline| *timeout < deadline)) {
+            outcome = tokio::time::timeout_at(timeout.into(), &mut answer).await.ok();
+            if outcome.is_none() && place.withdraw() {
+                return Err(ScheduleError::TimedOut { graph: graph() });
+            }
         }
-        let outcome = match deadline {
-            None => answer.await,
-            Some(deadline) => match tokio::time::timeout_at(deadline.into(), answer).await {
-                Ok(outcome) => outcome,
-                Err(_) => return Err(ScheduleError::DeadlineExceeded { graph: graph() }),
-            },
+        let outcome = match (outcome, deadline) {
+            (Some(outcome), _) => outcome,
+            (None, None) => answer.await,
+            (None, Some(deadline)) => tokio::time::timeout_at(deadline.into(), answer)
+                .await
+                .map_err(|_| ScheduleError::DeadlineExceeded { graph: graph() })?,
         };
         place.leave();
         outcome.unwrap_or_else(|_| Err(ScheduleError::Stopped { graph: graph() }))
