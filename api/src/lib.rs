@@ -5,7 +5,8 @@
 //!
 //! * One module per kind holds its types. Their doc comments become the descriptions of the generated schemas, their
 //!   `serde` defaults the schema's defaults, and their CEL rules the checks of the API server.
-//! * [`crds`] turns the types into CustomResourceDefinitions (committed under `crds/`).
+//! * [`crds`] turns the types into CustomResourceDefinitions (committed under `crds/`), [`reference`] these into a page of
+//!   the documentation.
 //! * [`manifest`] reads YAML and holds it to those same definitions, rules included, with no cluster.
 //! * [`run`] is the contract between a planned job and the program that runs it.
 //!
@@ -37,6 +38,7 @@ pub mod compression_job;
 pub mod crds;
 pub mod manifest;
 pub mod model_artifact;
+pub mod reference;
 pub mod run;
 pub mod serving_job;
 pub mod status;
@@ -60,7 +62,7 @@ pub use serving_job::{
     ScaleMetric, ServiceSpec, ServiceType, ServingJob, ServingJobSpec, ServingJobStatus, Verification,
 };
 pub use status::{AttemptFailure, JobState, JobStatus};
-pub use storage::{ArtifactSource, OutputSpec};
+pub use storage::{ArtifactSource, FilePolicy, OutputSpec, Retention};
 pub use training::{Augmentation, BatchSpec, OptimizerSpec, Precision, TrainingParams};
 pub use training_job::{
     CheckpointSpec, Elastic, ModelSource, Parallelism, TaskSpec, TaskType, TrainingData, TrainingJob, TrainingJobSpec,

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::run::JobKind;
-use crate::storage::{digest_schema, location_schema};
+use crate::storage::{Retention, digest_schema, location_schema};
 
 /// One model: content-addressed, traceable to the job, the data and the parents that made it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomResource, KubeSchema)]
@@ -31,13 +31,14 @@ use crate::storage::{digest_schema, location_schema};
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(validation = Rule::new("self == oldSelf").message("a ModelArtifact never changes; create another one"))]
 pub struct ModelArtifactSpec {
-    /// The folder that holds `manifest.json` and the files it lists.
+    /// The folder that holds `manifest.json` and the files it lists: `objects/DIGEST` in a store, such as
+    /// `pvc://artifacts/objects/4f1c…`.
     #[schemars(schema_with = "location_schema")]
     pub uri: String,
-    /// SHA-256 of `manifest.json`, which holds the digest of every other file.
+    /// SHA-256 of `manifest.json`, which holds the digest of every other file: `sha256:` and 64 hexadecimal digits.
     #[schemars(schema_with = "digest_schema")]
     pub digest: String,
-    /// What the graphs are stored as.
+    /// What the graphs are stored as: `onnx`, one ONNX file per graph.
     #[serde(default)]
     pub format: ArtifactFormat,
     /// The graphs, with what each takes and gives.
@@ -47,12 +48,16 @@ pub struct ModelArtifactSpec {
     #[serde(default)]
     #[schemars(length(max = 16), inner(length(min = 1, max = 63)))]
     pub modalities: Vec<String>,
-    /// What was measured, such as `vqa_accuracy`.
+    /// What was measured when the model was made, by name, such as `vqa_accuracy: 0.9978`.
     #[serde(default)]
     pub metrics: BTreeMap<String, f64>,
-    /// Where the model came from.
+    /// Where the model came from: the job, the data and the parents that made it.
     #[serde(default)]
     pub lineage: Lineage,
+    /// Which artifacts of the same name stay when this is the newest, and what becomes of this one's files: a copy of
+    /// `spec.output.retention` of the job that made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Retention>,
 }
 
 /// What an artifact's graphs are stored as.
@@ -71,10 +76,10 @@ pub struct GraphSignature {
     /// Name of the graph, such as `text_encoder`.
     #[schemars(length(min = 1, max = 63))]
     pub name: String,
-    /// Its inputs.
+    /// The graph's inputs.
     #[schemars(length(max = 64))]
     pub inputs: Vec<TensorSignature>,
-    /// Its outputs.
+    /// The graph's outputs.
     #[schemars(length(max = 64))]
     pub outputs: Vec<TensorSignature>,
 }
@@ -86,9 +91,9 @@ pub struct TensorSignature {
     /// Name of the tensor.
     #[schemars(length(min = 1, max = 255))]
     pub name: String,
-    /// Type of its elements, in the words of the inference protocol.
+    /// Type of the tensor's elements, in the words of the inference protocol.
     pub datatype: DataType,
-    /// Its dimensions; -1 for one that a request chooses, as in the inference protocol.
+    /// The tensor's dimensions; -1 for one that a request chooses, as in the inference protocol.
     #[schemars(length(max = 16), inner(range(min = -1)))]
     pub shape: Vec<i64>,
 }
@@ -138,15 +143,15 @@ pub struct Lineage {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct LineageJob {
-    /// Its kind.
+    /// The job's kind.
     pub kind: JobKind,
-    /// Its namespace.
+    /// The job's namespace.
     #[schemars(length(min = 1, max = 63))]
     pub namespace: String,
-    /// Its name.
+    /// The job's name.
     #[schemars(length(min = 1, max = 253))]
     pub name: String,
-    /// Digest of the parts of its spec that change what comes out.
+    /// Digest of the parts of the job's spec that change what comes out.
     #[schemars(schema_with = "digest_schema")]
     pub spec_hash: String,
 }
@@ -158,7 +163,8 @@ pub struct ModelArtifactStatus {
     /// The generation of the spec that this status speaks of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Verified`: whether the stored files match their digests.
+    /// `Verified`: whether the stored files match their digests. `FilesRemoved`, while a ModelArtifact whose files go with
+    /// it is being deleted: whether they are gone.
     #[serde(default)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

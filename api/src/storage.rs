@@ -31,6 +31,32 @@ pub struct OutputSpec {
     #[serde(default = "default_store")]
     #[schemars(schema_with = "location_schema")]
     pub store: String,
+    /// Which artifacts of this name stay, on a cluster; all of them by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Retention>,
+}
+
+/// Which artifacts of one name stay. The newest one's rule holds for all of its name and store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Retention {
+    /// How many stay, from the newest. An older one is deleted once no job that runs and no server uses it.
+    #[schemars(range(min = 1, max = 1000))]
+    pub keep: u32,
+    /// What becomes of the stored files of a ModelArtifact that is deleted, by this rule or by somebody: `Retain` or
+    /// `Delete`.
+    #[serde(default)]
+    pub files: FilePolicy,
+}
+
+/// What becomes of the files of a deleted ModelArtifact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum FilePolicy {
+    /// They stay in the store.
+    #[default]
+    Retain,
+    /// They are removed from the store before the ModelArtifact is gone.
+    Delete,
 }
 
 fn default_store() -> String {

@@ -241,6 +241,16 @@ pub enum ArtifactCommand {
         #[command(flatten)]
         store: StoreArgs,
     },
+    /// Remove artifacts, with their files and the names that point to them
+    #[command(after_help = "Examples:\n  sensorium artifact rm vqa-int8\n  \
+                      sensorium artifact rm sha256:4f1c... --volume artifacts=/mnt/artifacts")]
+    Rm {
+        /// Names or digests
+        #[arg(required = true)]
+        artifacts: Vec<String>,
+        #[command(flatten)]
+        store: StoreArgs,
+    },
     /// Print what an artifact was made from
     #[command(after_help = "Examples:\n  sensorium artifact tree vqa-int8\n  \
                       sensorium artifact tree vqa-int8 --cluster --namespace my-team\n  \

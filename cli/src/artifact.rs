@@ -35,6 +35,7 @@ pub async fn run(command: &ArtifactCommand, state: &StateDir) -> Result<(), Erro
             output::print(&if *json { pretty_json(&artifact) } else { card(&artifact) })
         }
         ArtifactCommand::Verify { artifacts, store } => verify(&open(store)?, artifacts).await,
+        ArtifactCommand::Rm { artifacts, store } => remove(&open(store)?, artifacts).await,
         ArtifactCommand::Tree { artifact, cluster, namespace, .. } if *cluster || is_kubectl_plugin() => {
             output::print(&cluster_tree(namespace.as_deref(), artifact).await?)
         }
@@ -155,15 +156,7 @@ async fn verify(store: &Store, references: &[String]) -> Result<(), Error> {
         wanted.extend(unnamed);
     }
     for reference in references {
-        // The digest alone: resolving reads the manifest, and a damaged one is for `verify` below to report.
-        let digest = match reference.parse() {
-            Ok(digest) => digest,
-            Err(_) => match store.names().await?.get(reference) {
-                Some(digest) => *digest,
-                None => store.resolve(reference).await?.digest,
-            },
-        };
-        wanted.push((reference.clone(), digest));
+        wanted.push((reference.clone(), digest_of(store, reference).await?));
     }
     let mut first_failure = None;
     for (name, digest) in wanted {
@@ -180,6 +173,31 @@ async fn verify(store: &Store, references: &[String]) -> Result<(), Error> {
         }
     }
     first_failure.map_or(Ok(()), |error| Err(error.into()))
+}
+
+/// The digest that a reference means. Its manifest is not read, because it may be damaged.
+async fn digest_of(store: &Store, reference: &str) -> Result<Digest, Error> {
+    Ok(match reference.parse() {
+        Ok(digest) => digest,
+        Err(_) => match store.names().await?.get(reference) {
+            Some(digest) => *digest,
+            None => store.resolve(reference).await?.digest,
+        },
+    })
+}
+
+/// Removes all that were named, or none if one of them is not there under its name.
+async fn remove(store: &Store, references: &[String]) -> Result<(), Error> {
+    let mut digests = Vec::new();
+    for reference in references {
+        digests.push(digest_of(store, reference).await?);
+    }
+    for digest in digests {
+        let names = store.remove(&digest).await?;
+        let called = if names.is_empty() { String::new() } else { format!("  ({})", names.join(", ")) };
+        output::print(&format!("removed  {}{called}\n", digest.short()))?;
+    }
+    Ok(())
 }
 
 /// What a tree shows of an artifact, wherever it is recorded.

@@ -58,7 +58,7 @@ impl Bench {
             },
             spec_hash: "sha256:0".to_owned(),
             spec: CompressionJobSpec {
-                source: ArtifactSource { artifact: "tiny".to_owned(), store: "pvc://artifacts".to_owned() },
+                source: ArtifactSource { artifact: "tiny".to_owned(), store: "pvc://artifacts".to_owned(), retention: None },
                 steps: vec![CompressionStep::Quantize(quantize)],
                 acceptance: Acceptance {
                     data: "pvc://datasets/colors".to_owned(),
@@ -75,7 +75,7 @@ impl Bench {
                 scheduling: Default::default(),
                 pods: Default::default(),
                 resources: Resources::default(),
-                output: OutputSpec { artifact: "tiny-int8".to_owned(), store: "pvc://artifacts".to_owned() },
+                output: OutputSpec { artifact: "tiny-int8".to_owned(), store: "pvc://artifacts".to_owned(), retention: None },
             },
         }
     }

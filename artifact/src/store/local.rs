@@ -72,6 +72,25 @@ impl LocalStore {
         scratch.publish(&target).map(drop)
     }
 
+    pub(crate) fn delete(&self, key: &str) -> Result<(), ArtifactError> {
+        let path = self.root.join(key);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(ArtifactError::io("remove", path, error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes an artifact away in one step, then removes its files. What a killed process leaves of them is in the folder for
+    /// what is not committed, which every draft sweeps.
+    pub(crate) fn remove(&self, digest: &Digest) -> Result<(), ArtifactError> {
+        let folder = self.folder(digest);
+        match folder.try_exists() {
+            Ok(false) => Ok(()),
+            Ok(true) => self.scratch()?.take_away(&folder),
+            Err(error) => Err(ArtifactError::io("read", folder, error)),
+        }
+    }
+
     /// The files, and the manifest, whose stored bytes are not those that were committed.
     pub(crate) fn check(&self, digest: &Digest, manifest: &Manifest) -> Result<Vec<Mismatch>, ArtifactError> {
         let folder = self.folder(digest);

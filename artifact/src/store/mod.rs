@@ -197,6 +197,31 @@ impl Store {
         Ok(artifact)
     }
 
+    /// Removes an artifact and the names that point to it; gives these names. What is not there is no error, so an attempt
+    /// that was cut off is finished by the next one. Names go first and the manifest before the files: nobody who reads
+    /// meanwhile takes half an artifact for a whole one.
+    ///
+    /// # Errors
+    /// [`ArtifactError::Io`] and [`ArtifactError::Remote`].
+    pub async fn remove(&self, digest: &Digest) -> Result<Vec<String>, ArtifactError> {
+        let mut removed = Vec::new();
+        for name in self.name_list().await? {
+            // A record that cannot be read points nowhere, and is not this artifact's.
+            if self.name(&name).await.is_ok_and(|target| target == Some(*digest)) {
+                self.delete(name_key(&name)).await?;
+                removed.push(name);
+            }
+        }
+        match &self.backend {
+            Backend::S3(s3) => s3.remove(digest).await?,
+            Backend::Local(local) => {
+                let (local, digest) = (local.clone(), *digest);
+                blocking(move || local.remove(&digest)).await?;
+            }
+        }
+        Ok(removed)
+    }
+
     /// Every committed artifact, in order of name and digest. One with a damaged manifest is left out and logged:
     /// it must not hide the others.
     pub async fn list(&self) -> Result<Vec<Artifact>, ArtifactError> {
@@ -301,6 +326,16 @@ impl Store {
             Backend::Local(local) => {
                 let local = local.clone();
                 blocking(move || local.write(&key, &bytes)).await
+            }
+        }
+    }
+
+    async fn delete(&self, key: String) -> Result<(), ArtifactError> {
+        match &self.backend {
+            Backend::S3(s3) => s3.delete(&key).await,
+            Backend::Local(local) => {
+                let local = local.clone();
+                blocking(move || local.delete(&key)).await
             }
         }
     }

@@ -73,6 +73,23 @@ impl S3Store {
         put.map(drop).map_err(|source| self.failed("upload", key, source))
     }
 
+    pub(crate) async fn delete(&self, key: &str) -> Result<(), ArtifactError> {
+        match self.client.delete(&self.key(key)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(source) => Err(self.failed("remove", key, source)),
+        }
+    }
+
+    /// Removes the manifest, and then all that is left of an artifact.
+    pub(crate) async fn remove(&self, digest: &Digest) -> Result<(), ArtifactError> {
+        self.delete(&object_key(digest, MANIFEST_FILE)).await?;
+        let folder = format!("{OBJECTS}/{}", digest.hex());
+        for file in self.list(&folder).await? {
+            self.delete(&format!("{folder}/{file}")).await?;
+        }
+        Ok(())
+    }
+
     /// Uploads `files` from `folder`, then the manifest.
     ///
     /// Dropping the future leaves some files without a manifest, which no other call sees; the same commit overwrites

@@ -96,6 +96,13 @@ pub(crate) async fn a_store_keeps_names_and_finds_artifacts(store: &Store, cache
     assert_eq!(std::fs::read(folder.join("graphs/fusion.onnx")).unwrap(), b"first");
     assert_eq!(Digest::of(&std::fs::read(folder.join("manifest.json")).unwrap()), first.digest);
     assert_eq!(store.verify(&first.digest).await.unwrap(), first);
+
+    // What is removed is gone with its names, also when it was gone already.
+    assert_eq!(store.remove(&first.digest).await.unwrap(), ["vqa-best"]);
+    assert!(store.remove(&first.digest).await.unwrap().is_empty());
+    assert_eq!(store.list().await.unwrap().len(), 1);
+    assert_eq!(store.names().await.unwrap().into_keys().collect::<Vec<_>>(), ["vqa"]);
+    assert!(matches!(store.verify(&first.digest).await.unwrap_err(), ArtifactError::NotFound { .. }));
 }
 
 /// Both values of the one mismatch of a `Corrupt` error, after checking that the message has them.

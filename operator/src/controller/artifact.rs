@@ -1,30 +1,43 @@
-//! ModelArtifacts: whether the stored files are what the record says.
+//! ModelArtifacts: whether the stored files are what the record says, which records are kept, and what becomes of their
+//! files.
 
+use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
+use kube::api::ListParams;
 use kube::core::DeserializeGuard;
 use kube::runtime::Controller;
 use kube::runtime::controller::{Action as Again, Config};
-use kube::runtime::reflector::ObjectRef;
-use kube::{Resource, ResourceExt};
-use sensorium_api::ModelArtifact;
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::{Api, Resource, ResourceExt};
+use sensorium_api::manifest::Resource as Manifest;
+use sensorium_api::{CompressionJob, ModelArtifact, ServingJob, TrainingJob};
+use serde::de::DeserializeOwned;
+use serde_json::json;
 
 use super::apply;
 use super::children::{Children, Key, owner_by_reference};
 use super::context::{Context, DEBOUNCE, Visit};
 use super::{Error, Stop};
-use crate::render::render_verification;
+use crate::render::{is_verification, render_removal, render_verification};
 use crate::status::conditions::is_true;
-use crate::status::verification;
+use crate::status::{Note, Reader, reader_of, removal, removes_files, surplus, verification};
 
 const KIND: &str = "ModelArtifact";
+/// Keeps a record until its files are removed.
+const FINALIZER: &str = "sensorium.dev/stored-files";
+/// When to look again whether something that may go is still used.
+const STILL_USED: Duration = Duration::from_secs(300);
 
 struct Artifacts {
     context: Arc<Context>,
     jobs: Children<Job>,
+    all: Store<DeserializeGuard<ModelArtifact>>,
 }
 
 /// Runs the controller until `stop` ends.
@@ -36,7 +49,7 @@ pub(super) async fn control(context: Arc<Context>, stop: Stop) {
         }
     });
     let news = news.map(|(namespace, name): Key| ObjectRef::new(&name).within(&namespace));
-    let artifacts = Arc::new(Artifacts { context: Arc::clone(&context), jobs });
+    let artifacts = Arc::new(Artifacts { context: Arc::clone(&context), jobs, all: store.clone() });
     Controller::for_stream(objects, store)
         .with_config(Config::default().concurrency(context.settings.concurrency).debounce(DEBOUNCE))
         .reconcile_on(news)
@@ -50,12 +63,12 @@ async fn reconcile(object: Arc<DeserializeGuard<ModelArtifact>>, artifacts: Arc<
     let visit = Visit::begin(&artifacts.context.health, KIND);
     let result = match &object.0 {
         Ok(object) => artifacts.visit(object).await,
-        Err(_) => Ok(()),
+        Err(_) => Ok(None),
     };
     visit.end(&result);
-    result.map(|()| {
+    result.map(|again| {
         artifacts.context.succeeded(&id(&object));
-        Again::await_change()
+        again.map_or_else(Again::await_change, Again::requeue)
     })
 }
 
@@ -69,17 +82,30 @@ fn on_error(object: Arc<DeserializeGuard<ModelArtifact>>, error: &Error, artifac
 }
 
 impl Artifacts {
-    async fn visit(&self, artifact: &ModelArtifact) -> Result<(), Error> {
+    /// Gives the time after which to look again, if nothing happens until then.
+    async fn visit(&self, artifact: &ModelArtifact) -> Result<Option<Duration>, Error> {
         if !self.jobs.listed() {
             return Err(Error::NotReady);
         }
-        if artifact.meta().deletion_timestamp.is_some() {
-            return Ok(());
-        }
         let key: Key = (artifact.namespace().unwrap_or_default(), artifact.name_any());
+        let jobs = self.jobs.of(&key);
+        if artifact.meta().deletion_timestamp.is_some() {
+            let job = jobs.iter().find(|job| !is_verification(job));
+            return self.remove(artifact, job.map(|job| &**job)).await;
+        }
+        if removes_files(artifact) && !artifact.finalizers().iter().any(|name| name == FINALIZER) {
+            let finalizers: Vec<&str> = artifact.finalizers().iter().map(String::as_str).chain([FINALIZER]).collect();
+            self.set_finalizers(artifact, &finalizers).await?;
+        }
+        let job = jobs.iter().find(|job| is_verification(job));
+        self.verify(artifact, job.map(|job| &**job)).await?;
+        self.retire(artifact).await
+    }
+
+    /// Has the stored files compared with their digests.
+    async fn verify(&self, artifact: &ModelArtifact, live: Option<&Job>) -> Result<(), Error> {
         let Some(owner) = artifact.controller_owner_ref(&()) else { return Err(Error::NotReady) };
         let verified = artifact.status.as_ref().is_some_and(|status| is_true(&status.conditions, "Verified"));
-        let live = self.jobs.of(&key).into_iter().next();
         let mut problem = None;
         // The files are immutable: once verified they need not be read again.
         if !verified && live.is_none() {
@@ -90,13 +116,101 @@ impl Artifacts {
                 Err(reason) => problem = Some(reason),
             }
         }
-        let (status, notes) = verification(artifact, live.as_deref(), problem.as_deref(), Timestamp::now());
+        let (status, notes) = verification(artifact, live, problem.as_deref(), Timestamp::now());
         let verified = is_true(&status.conditions, "Verified");
         apply::write_status(&self.context, KIND, artifact, artifact.status.as_ref(), &status).await?;
         if let (true, Some(job)) = (verified, live) {
-            apply::delete(&self.context, KIND, &*job).await?;
+            apply::delete(&self.context, KIND, job).await?;
         }
         self.context.publish(&artifact.object_ref(&()), &notes).await;
         Ok(())
+    }
+
+    /// Deletes the older artifacts that the rule of this one lets go and nobody uses.
+    async fn retire(&self, artifact: &ModelArtifact) -> Result<Option<Duration>, Error> {
+        let known = self.all.state();
+        let surplus = surplus(artifact, known.iter().filter_map(|other| other.0.as_ref().ok()));
+        if surplus.is_empty() {
+            return Ok(None);
+        }
+        let readers = self.readers(artifact).await?;
+        let mut used = false;
+        for old in surplus {
+            if reader_of(old, &readers).is_some() {
+                used = true;
+                continue;
+            }
+            let keep = artifact.spec.retention.map_or(1, |retention| retention.keep);
+            let message = format!("{} is newer, and the newest {keep} of the name are kept", artifact.name_any());
+            self.context.publish(&old.object_ref(&()), &[Note::normal("Retired", message)]).await;
+            apply::delete(&self.context, KIND, old).await?;
+        }
+        Ok(used.then_some(STILL_USED))
+    }
+
+    /// A record that is being deleted: first its files go, if they should and no other record is of the same ones.
+    async fn remove(&self, artifact: &ModelArtifact, live: Option<&Job>) -> Result<Option<Duration>, Error> {
+        if !artifact.finalizers().iter().any(|name| name == FINALIZER) {
+            return Ok(None);
+        }
+        let known = self.all.state();
+        let shared = known.iter().filter_map(|other| other.0.as_ref().ok()).any(|other| {
+            other.uid() != artifact.uid()
+                && other.metadata.deletion_timestamp.is_none()
+                && other.spec.uri == artifact.spec.uri
+        });
+        if removes_files(artifact) && !shared {
+            let readers = self.readers(artifact).await?;
+            let reader = reader_of(artifact, &readers).map(|reader| reader.who.as_str());
+            let mut problem = None;
+            if reader.is_none() && live.is_none() {
+                let Some(owner) = artifact.controller_owner_ref(&()) else { return Err(Error::NotReady) };
+                match render_removal(artifact, owner, &self.context.settings.images) {
+                    Ok(job) => match apply::create(&self.context, KIND, &job).await {
+                        // Nothing can be made in a namespace that goes away; its volumes go with it.
+                        Err(error) if error.is_namespace_terminating() => return self.let_go(artifact).await,
+                        made => drop(made?),
+                    },
+                    Err(reason) => problem = Some(reason),
+                }
+            }
+            let (status, removed) = removal(artifact, reader, live, problem.as_deref(), Timestamp::now());
+            if !removed {
+                apply::write_status(&self.context, KIND, artifact, artifact.status.as_ref(), &status).await?;
+                return Ok(reader.is_some().then_some(STILL_USED));
+            }
+        }
+        self.let_go(artifact).await
+    }
+
+    async fn let_go(&self, artifact: &ModelArtifact) -> Result<Option<Duration>, Error> {
+        let others: Vec<&str> =
+            artifact.finalizers().iter().map(String::as_str).filter(|name| *name != FINALIZER).collect();
+        self.set_finalizers(artifact, &others).await.map(|()| None)
+    }
+
+    async fn set_finalizers(&self, artifact: &ModelArtifact, finalizers: &[&str]) -> Result<(), Error> {
+        let change = json!({"metadata": {"finalizers": finalizers, "resourceVersion": artifact.resource_version()}});
+        apply::merge(&self.context, KIND, artifact, &change).await
+    }
+
+    /// Everybody who reads artifacts in the namespace of this one. Asked for when something is about to be removed only, so
+    /// they are listed then and not watched.
+    async fn readers(&self, artifact: &ModelArtifact) -> Result<Vec<Reader>, Error> {
+        let namespace = artifact.namespace().unwrap_or_default();
+        let mut readers = self.listed::<TrainingJob>(&namespace, Manifest::TrainingJob).await?;
+        readers.extend(self.listed::<CompressionJob>(&namespace, Manifest::CompressionJob).await?);
+        readers.extend(self.listed::<ServingJob>(&namespace, Manifest::ServingJob).await?);
+        Ok(readers)
+    }
+
+    /// An object that cannot be read is an error: it might be a reader.
+    async fn listed<K>(&self, namespace: &str, manifest: fn(K) -> Manifest) -> Result<Vec<Reader>, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
+    {
+        let api: Api<K> = self.context.api_in(namespace);
+        let list = api.list(&ListParams::default()).await.map_err(Error::api("list", K::plural(&())))?;
+        Ok(list.items.into_iter().filter_map(|object| Reader::of(&manifest(object))).collect())
     }
 }

@@ -66,6 +66,14 @@ impl Error {
         move |source| Self::Api { action, object, source: Box::new(source) }
     }
 
+    /// Whether nothing can be created because the namespace goes away.
+    fn is_namespace_terminating(&self) -> bool {
+        let Self::Api { source, .. } = self else { return false };
+        let kube::Error::Api(status) = &**source else { return false };
+        let causes = status.details.iter().flat_map(|details| &details.causes);
+        status.code == 403 && causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")
+    }
+
     /// Whether somebody else changed the object in between: the next visit sees the change.
     fn is_conflict(&self) -> bool {
         matches!(self, Self::Api { source, .. } if matches!(&**source, kube::Error::Api(status) if status.code == 409))

@@ -17,7 +17,7 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Resource, ResourceExt};
 use sensorium_api::manifest::Resource as Manifest;
 use sensorium_api::run::{ArtifactResult, JobKey, JobKind};
-use sensorium_api::{CompressionJob, JobStatus, LineageJob, ModelArtifact, ModelArtifactSpec, TrainingJob};
+use sensorium_api::{CompressionJob, JobStatus, LineageJob, ModelArtifact, ModelArtifactSpec, OutputSpec, TrainingJob};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
@@ -40,6 +40,8 @@ pub(super) trait Run:
     fn manifest(&self) -> Manifest;
     /// What was said last.
     fn status(&self) -> Option<&JobStatus>;
+    /// Where its artifact goes.
+    fn output(&self) -> &OutputSpec;
     /// Numbers of workers that are possible, from the fewest; none where there is no choice.
     fn widths(&self) -> Vec<u32>;
 }
@@ -52,6 +54,9 @@ impl Run for TrainingJob {
     }
     fn status(&self) -> Option<&JobStatus> {
         self.status.as_ref()
+    }
+    fn output(&self) -> &OutputSpec {
+        &self.spec.output
     }
     fn widths(&self) -> Vec<u32> {
         let (spec, layout) = (&self.spec, &self.spec.parallelism);
@@ -73,6 +78,9 @@ impl Run for CompressionJob {
     }
     fn status(&self) -> Option<&JobStatus> {
         self.status.as_ref()
+    }
+    fn output(&self) -> &OutputSpec {
+        &self.spec.output
     }
     fn widths(&self) -> Vec<u32> {
         Vec::new()
@@ -347,6 +355,7 @@ impl Runs {
         let plan = plan_pinned(manifest, &Pins::default()).map_err(|error| Error::Object(error.to_string()))?;
         let record = artifact.record.clone().unwrap_or_default();
         let job = JobKey::of(object, K::KIND);
+        let retention = object.output().retention;
         let lineage = sensorium_api::Lineage {
             job: Some(LineageJob {
                 kind: job.kind,
@@ -366,6 +375,7 @@ impl Runs {
             modalities: record.modalities,
             metrics: record.metrics,
             lineage,
+            retention,
         };
         let short: String = artifact.digest.trim_start_matches("sha256:").chars().take(10).collect();
         let mut created = ModelArtifact::new(&format!("{}-{short}", artifact.name), spec);

@@ -9,7 +9,7 @@ mod names;
 mod network;
 mod pod;
 mod serving;
-mod verify;
+mod store_jobs;
 
 pub use job::{RunObjects, attempt_of, render_run};
 pub use names::{ATTEMPT_LABEL, KIND_LABEL, MANAGED_BY, NAME_LABEL, OWNER_ANNOTATION, child_name, labels, selector};
@@ -18,7 +18,7 @@ pub use serving::{
     ARTIFACT_ANNOTATION, REVISION_ANNOTATION, Servers, ServingObjects, Track, deployment_name, render_servers,
     render_serving,
 };
-pub use verify::{VERIFIER, render_verification};
+pub use store_jobs::{is_verification, render_removal, render_verification};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use sensorium_api::run::JobKey;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::batch::v1::{Job, JobCondition};
 use kube::ResourceExt;
 use sensorium_api::manifest::Resource;
 use sensorium_api::{ModelArtifact, ModelArtifactStatus, ModelSource};
@@ -119,10 +119,7 @@ pub fn verification(
     status.observed_generation = artifact.metadata.generation;
     let mut notes = Vec::new();
     let mut conditions = Conditions::new(&mut status.conditions, &["Verified"], artifact.metadata.generation, now);
-    let ended = |name: &str| {
-        let conditions = job.and_then(|job| job.status.as_ref()).and_then(|status| status.conditions.as_ref());
-        conditions.and_then(|list| list.iter().find(|c| c.type_ == name && c.status == "True"))
-    };
+    let ended = |name: &str| ended(job, name);
     if let Some(problem) = problem {
         conditions.set("Verified", false, "InvalidUri", problem);
     } else if ended("Complete").is_some() {
@@ -143,4 +140,43 @@ pub fn verification(
         conditions.set("Verified", Truth::Unknown, "Verifying", "the stored files are being read");
     }
     (status, notes)
+}
+
+/// The status of a ModelArtifact that is being deleted together with its files, and whether these are gone. `reader` still
+/// reads them, `job` removes them, `problem` says why there can be none.
+pub fn removal(
+    artifact: &ModelArtifact,
+    reader: Option<&str>,
+    job: Option<&Job>,
+    problem: Option<&str>,
+    now: Timestamp,
+) -> (ModelArtifactStatus, bool) {
+    let mut status = artifact.status.clone().unwrap_or_default();
+    let mut conditions = Conditions::new(&mut status.conditions, &[], artifact.metadata.generation, now);
+    let (reason, message) = if let Some(problem) = problem {
+        ("InvalidUri", problem.to_owned())
+    } else if let Some(reader) = reader {
+        ("InUse", format!("{reader} reads the stored files; they are removed when nobody does any more"))
+    } else if ended(job, "Complete").is_some() {
+        ("Removed", "the stored files are gone".to_owned())
+    } else if let Some(condition) = ended(job, "Failed") {
+        let (job, why) =
+            (job.map(ResourceExt::name_any).unwrap_or_default(), condition.message.as_deref().unwrap_or_default());
+        let message = format!(
+            "the stored files could not be removed ({why}); kubectl logs job/{job} says which; delete the Job and it is \
+             tried again, or remove the finalizer sensorium.dev/stored-files to leave the files where they are"
+        );
+        ("RemovalFailed", message)
+    } else {
+        ("Removing", "the stored files are being removed".to_owned())
+    };
+    let removed = reason == "Removed";
+    conditions.set("FilesRemoved", removed, reason, message);
+    (status, removed)
+}
+
+/// The condition of this type of a Job that has ended.
+fn ended<'a>(job: Option<&'a Job>, condition: &str) -> Option<&'a JobCondition> {
+    let conditions = job?.status.as_ref()?.conditions.as_ref()?;
+    conditions.iter().find(|found| found.type_ == condition && found.status == "True")
 }

@@ -4,11 +4,13 @@ mod artifact;
 pub mod backoff;
 pub mod conditions;
 mod failure;
+mod retention;
 mod run;
 mod serving;
 
-pub use artifact::{ARTIFACT_LABEL, References, Resolution, resolve, verification};
+pub use artifact::{ARTIFACT_LABEL, References, Resolution, removal, resolve, verification};
 pub use failure::{Cause, Failure};
+pub use retention::{Reader, reader_of, removes_files, surplus};
 pub use run::{Action, Decision, Observed, decide};
 pub use serving::{
     Measured, Observed as ServingObserved, Plan as ServingPlan, TrackLoad, is_ready, rollout, serving_status,

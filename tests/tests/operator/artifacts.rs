@@ -112,3 +112,49 @@ async fn kubectl_sensorium_draws_what_an_artifact_was_made_from() -> Result<()> 
     assert_eq!(said, "base aaaaaaaaaaaa  TrainingJob/vqa: train\n└─ pvc://datasets/train\n");
     Ok(())
 }
+
+#[tokio::test]
+async fn an_older_artifact_goes_with_its_files_once_nobody_uses_it() -> Result<()> {
+    let case = Case::start("retain").await?;
+    for digit in ['a', 'b'] {
+        let digest = crate::common::digest(digit);
+        let manifest = json!({
+            "apiVersion": "sensorium.dev/v1alpha1",
+            "kind": "ModelArtifact",
+            "metadata": {"name": format!("base-{digit}"), "labels": {"sensorium.dev/artifact": "base"}},
+            "spec": {
+                "uri": format!("pvc://artifacts/objects/{}", &digest[7..]),
+                "digest": digest,
+                "signature": [{"name": "fusion", "inputs": [], "outputs": []}],
+                "retention": {"keep": 1, "files": "Delete"},
+            },
+        });
+        if digit == 'b' {
+            // It reads the first one, and goes on doing so.
+            case.apply(&compression("small", &crate::common::digest('a'))).await?;
+            let settled =
+                |job: &sensorium_api::CompressionJob| job.status.as_ref().is_some_and(|s| !s.inputs.is_empty());
+            case.compression("small", "to settle on its source", settled).await?;
+        }
+        case.apply(&manifest).await?;
+        case.verify(&format!("base-{digit}")).await?;
+    }
+    let old = case.namespace.api::<ModelArtifact>().get("base-a").await?;
+    assert!(old.metadata.deletion_timestamp.is_none(), "a job reads it");
+
+    case.delete::<sensorium_api::CompressionJob>("small").await?;
+    case.namespace.eventually_gone::<sensorium_api::CompressionJob>("small", LIMIT).await?;
+    case.patch::<ModelArtifact>("base-b", json!({"metadata": {"labels": {"look": "again"}}})).await?;
+    let removing = |artifact: &ModelArtifact| {
+        let conditions = artifact.status.as_ref().map(|status| &status.conditions[..]);
+        reason_of(conditions, "FilesRemoved") == Some("Removing")
+    };
+    case.namespace.eventually::<ModelArtifact>("base-a", "to lose its files", LIMIT, removing).await?;
+    let pods = case.kubelet.pods("sensorium.dev/name=base-a,app.kubernetes.io/component=remove", 1, LIMIT).await?;
+    let args = pods[0].spec.as_ref().and_then(|spec| spec.containers[0].args.clone()).unwrap_or_default();
+    assert_eq!(args[..3], ["artifact".to_owned(), "rm".to_owned(), crate::common::digest('a')]);
+    case.kubelet.succeed(&pods[0].name_any(), "").await?;
+    case.namespace.eventually_gone::<ModelArtifact>("base-a", LIMIT).await?;
+    assert!(case.namespace.api::<ModelArtifact>().get("base-b").await?.metadata.deletion_timestamp.is_none());
+    Ok(())
+}

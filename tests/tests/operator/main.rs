@@ -8,6 +8,7 @@ mod common;
 mod artifacts;
 mod children;
 mod compression;
+mod explain;
 mod leadership;
 mod serving;
 mod training;

@@ -1,4 +1,4 @@
-//! The check of a recorded model: a short Job that reads the stored files and compares their digests.
+//! Short Jobs on the stored files of a recorded model: one that compares their digests, and one that removes them.
 
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{
@@ -12,18 +12,43 @@ use super::Images;
 use super::names::{KIND_LABEL, MANAGED_BY, NAME_LABEL, child_name};
 use super::pod::{CONTAINER, RESULT_FILE, container_security, pod_security, program_path, pull_secrets};
 
-/// Component label of the Job, and the end of its name.
-pub const VERIFIER: &str = "verify";
+/// Label that tells the two Jobs apart.
+const COMPONENT_LABEL: &str = "app.kubernetes.io/component";
+/// Component label of the Job that compares digests, and the end of its name.
+const VERIFIER: &str = "verify";
+/// The same of the Job that removes files.
+const REMOVER: &str = "remove";
 /// A store that does not answer for so long is not going to; the check is made again later.
 const DEADLINE_SECONDS: i64 = 3600;
 
 /// The Job that checks `artifact`, or what is wrong with its location.
 pub fn render_verification(artifact: &ModelArtifact, owner: OwnerReference, images: &Images) -> Result<Job, String> {
-    let name = child_name(&artifact.name_any(), VERIFIER);
+    store_job(artifact, owner, images, VERIFIER, "verify")
+}
+
+/// The Job that removes the files of `artifact`, or what is wrong with its location.
+pub fn render_removal(artifact: &ModelArtifact, owner: OwnerReference, images: &Images) -> Result<Job, String> {
+    store_job(artifact, owner, images, REMOVER, "rm")
+}
+
+/// Whether this Job compares digests.
+pub fn is_verification(job: &Job) -> bool {
+    job.labels().get(COMPONENT_LABEL).is_some_and(|component| component == VERIFIER)
+}
+
+/// A Job that runs a subcommand of `sensorium artifact` on the files of `artifact`.
+fn store_job(
+    artifact: &ModelArtifact,
+    owner: OwnerReference,
+    images: &Images,
+    component: &str,
+    command: &str,
+) -> Result<Job, String> {
+    let name = child_name(&artifact.name_any(), component);
     let labels = [
         (KIND_LABEL, "ModelArtifact"),
         (NAME_LABEL, &child_name(&artifact.name_any(), "")),
-        ("app.kubernetes.io/component", VERIFIER),
+        (COMPONENT_LABEL, component),
         ("app.kubernetes.io/managed-by", MANAGED_BY),
     ]
     .map(|(key, value)| (key.to_owned(), value.to_owned()));
@@ -35,7 +60,7 @@ pub fn render_verification(artifact: &ModelArtifact, owner: OwnerReference, imag
         )
     })?;
     let mut args: Vec<String> =
-        ["artifact", "verify", &artifact.spec.digest, "--store", store].map(str::to_owned).to_vec();
+        ["artifact", command, &artifact.spec.digest, "--store", store].map(str::to_owned).to_vec();
     let mut volumes = None;
     let mut mounts = None;
     if let Some(claim) = uri.strip_prefix("pvc://").and_then(|rest| rest.split('/').next()) {
@@ -52,7 +77,7 @@ pub fn render_verification(artifact: &ModelArtifact, owner: OwnerReference, imag
         mounts = Some(vec![VolumeMount {
             name: "store".to_owned(),
             mount_path: path,
-            read_only: Some(true),
+            read_only: (component == VERIFIER).then_some(true),
             ..VolumeMount::default()
         }]);
     }
