@@ -53,7 +53,7 @@ chart-lint: cluster-binaries ## Check the Helm chart as far as that can be done 
 fmt: ## Format the code
 	cargo fmt --all
 
-generate: setup ## Write the generated files: the CRDs, and the chart's copies of them
+generate: setup ## Write the generated files: the CRDs, the chart's copies of them, the reference of all fields
 	cargo run $(CARGO_FLAGS) --package sensorium-api --example crdgen
 	cp crds/*.yaml charts/sensorium/files/crds/
 

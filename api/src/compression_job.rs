@@ -49,37 +49,38 @@ pub struct CompressionJobSpec {
     /// What is done to it, in this order.
     #[schemars(length(min = 1, max = 16))]
     pub steps: Vec<CompressionStep>,
-    /// The gate that the result has to pass.
+    /// The gate that the result has to pass to be promoted: how much accuracy it may lose, and what it must gain.
     pub acceptance: Acceptance,
-    /// What happens when the worker fails.
+    /// What happens when the worker fails: it starts again, a limited number of times.
     #[serde(default)]
     pub failure_policy: FailurePolicy,
     /// Stop the worker and hold the job; `false` starts it again.
     #[serde(default)]
     pub suspend: bool,
-    /// The job fails when it has run for this long, restarts included.
+    /// Seconds after which the job fails if it still runs, counted from its first start, restarts included. No limit when
+    /// not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub active_deadline_seconds: Option<u64>,
-    /// The worker must run within this time of being started; one
-    /// that could not be placed by then is taken down and tried again later.
+    /// Seconds within which the worker must run once it is started. One that could not be placed by then is taken down and
+    /// tried again later.
     #[serde(default = "crate::workload::default_pre_running_deadline_seconds")]
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub pre_running_deadline_seconds: u64,
-    /// Seconds after its end when the job is deleted, with its pods; its artifact stays. Kept when not set.
+    /// Seconds after its end when the job is deleted, with its pods; its artifact stays. Kept for ever when not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 1_000_000_000))]
     pub ttl_seconds_after_finished: Option<u64>,
-    /// Where the pods may run.
+    /// Where the pods may run: queue, priority, kinds of nodes. All of it is passed to Kubernetes as it is.
     #[serde(default)]
     pub scheduling: Scheduling,
-    /// What the pods are made of.
+    /// What the pods are made of: image, environment, account, credentials.
     #[serde(default)]
     pub pods: PodSettings,
-    /// What the worker needs of the machine.
+    /// What the worker (one pod) needs of the machine, in Kubernetes' words. Runs on one machine do not limit anything.
     #[serde(default)]
     pub resources: Resources,
-    /// Where the result goes.
+    /// Under which name, and where, the result is left.
     pub output: OutputSpec,
 }
 
@@ -95,7 +96,8 @@ pub enum CompressionStep {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct QuantizeStep {
-    /// Which numbers are quantised, and how.
+    /// Which numbers are quantised, and how. `staticInt8`, as ONNX Q/DQ: symmetric INT8 weights with a scale per output
+    /// channel, INT8 activations with calibrated scales.
     #[serde(default)]
     pub scheme: QuantizationScheme,
     /// How the ranges of the activations are measured.
@@ -126,7 +128,8 @@ pub struct Calibration {
     #[serde(default = "default_samples")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub samples: u32,
-    /// How a range is chosen from what was seen.
+    /// How a range is chosen from the values that were seen. `minmax`: from the smallest to the largest, which is right for
+    /// most Transformers. `entropy`: the range that loses the least information, which clips outliers.
     #[serde(default)]
     pub method: CalibrationMethod,
 }
@@ -153,7 +156,7 @@ pub struct Acceptance {
     /// Held-out data that both models are measured on.
     #[schemars(schema_with = "location_schema")]
     pub data: String,
-    /// What is compared.
+    /// What is compared. `vqa_accuracy`: the fraction of questions whose highest-scored answer is the right one.
     #[serde(default)]
     pub metric: Metric,
     /// How much of the metric may be lost against the parent, as a fraction: 0.01 is one point.

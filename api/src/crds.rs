@@ -53,6 +53,7 @@ fn definition(crd: CustomResourceDefinition) -> Result<Definition, serde_json::E
     let file_name = format!("{}.yaml", crd.spec.names.plural);
     let mut definition = serde_json::to_value(crd)?;
     use_kubernetes_formats(&mut definition);
+    describe_for_readers(&mut definition);
     Ok(Definition { kind, file_name, definition: sorted(&definition) })
 }
 
@@ -68,6 +69,38 @@ fn use_kubernetes_formats(value: &mut Value) {
         }
         Value::Array(items) => items.iter_mut().for_each(use_kubernetes_formats),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+/// What readers of `kubectl explain` need: paragraphs without the line ends of the source, and the defaults, which it does
+/// not print by itself.
+fn describe_for_readers(value: &mut Value) {
+    match value {
+        Value::Object(object) => {
+            if object.contains_key("x-kubernetes-int-or-string") {
+                // Instead of Kubernetes' own words, the grammar of an amount and its Go type in forty lines.
+                let short = "An amount, as Kubernetes writes it: `2`, `500m` (a half), `8Gi` (8 x 2^30).";
+                object.insert("description".to_owned(), json!(short));
+            }
+            if let Some(Value::String(description)) = object.get("description") {
+                let paragraphs = description.split("\n\n").map(|lines| lines.replace('\n', " "));
+                let described = paragraphs.collect::<Vec<_>>().join("\n\n") + &default_sentence(object);
+                object.insert("description".to_owned(), json!(described));
+            }
+            object.values_mut().for_each(describe_for_readers);
+        }
+        Value::Array(items) => items.iter_mut().for_each(describe_for_readers),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+/// What a description says at its end of the field's default. That of an object is told by the object's fields.
+pub(crate) fn default_sentence(schema: &Map<String, Value>) -> String {
+    match schema.get("default") {
+        None | Some(Value::Null | Value::Object(_)) => String::new(),
+        Some(Value::Array(items)) if items.is_empty() => String::new(),
+        Some(Value::String(text)) => format!(" Default: `{text}`."),
+        Some(default) => format!(" Default: `{default}`."),
     }
 }
 

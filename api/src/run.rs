@@ -88,7 +88,7 @@ impl fmt::Display for JobKind {
 pub struct Progress {
     /// `starting`, `training`, `evaluating`, `calibrating`, `quantizing`, `gating`, `exporting`, `done` or `failed`.
     pub state: String,
-    /// Steps finished, of whatever `state` counts.
+    /// Steps finished, of whatever `state` counts: updates while it trains, samples while it calibrates.
     pub step: u64,
     /// Steps in all; 0 while not known.
     pub steps: u64,

@@ -50,48 +50,49 @@ use crate::workload::{PodSettings, Resources, Scheduling};
 pub struct ServingJobSpec {
     /// The artifact to serve.
     pub model: ArtifactSource,
-    /// What runs the graphs.
+    /// What runs the graphs: `onnxruntime`.
     #[serde(default)]
     pub engine: Engine,
     /// Number of servers (pods): 1 where neither this nor `autoscaling` is set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 10_000))]
     pub replicas: Option<u32>,
-    /// Let the load decide how many servers there are.
+    /// Lets the load decide how many servers there are, by a HorizontalPodAutoscaler; instead of `replicas`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<Autoscaling>,
-    /// How a new model, or a changed spec, takes the place of the old one.
+    /// How a new model, or a changed spec, takes the place of the old one. Requests are answered all the while.
     #[serde(default)]
     pub rollout: Rollout,
-    /// How requests are put together.
+    /// How requests are put together. A batch leaves when it is full, or when its oldest request has waited long enough; with
+    /// an idle engine nobody waits.
     #[serde(default)]
     pub batching: Batching,
-    /// Where the server listens.
+    /// Where the server listens; the defaults are Triton's, so that its clients find it.
     #[serde(default)]
     pub ports: Ports,
-    /// What a single request may ask for.
+    /// What a single request may ask for; more is refused before it costs memory.
     #[serde(default)]
     pub limits: Limits,
     /// Ask the server held-out questions through its public API once it is ready, and report the answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verification: Option<Verification>,
-    /// What one server needs of the machine.
+    /// What one server (one pod) needs of the machine, in Kubernetes' words. Runs on one machine do not limit anything.
     #[serde(default)]
     pub resources: Resources,
-    /// How clients reach the servers.
+    /// The Service by which clients reach the servers; it has the name of the job.
     #[serde(default)]
     pub service: ServiceSpec,
-    /// Who may talk to the servers.
+    /// Who may talk to the servers. A NetworkPolicy holds everyone else off where the cluster's network enforces them.
     #[serde(default)]
     pub network_access: NetworkAccess,
-    /// Servers that a drained node may take away at the same time. 0 holds every drain up.
+    /// Servers that drained nodes may take away at the same time (a PodDisruptionBudget). 0 holds every drain up.
     #[serde(default = "default_max_unavailable")]
     #[schemars(range(max = 10_000))]
     pub disruption_max_unavailable: u32,
-    /// Where the pods may run.
+    /// Where the pods may run: priority, kinds of nodes. All of it is passed to Kubernetes as it is.
     #[serde(default)]
     pub scheduling: Scheduling,
-    /// What the pods are made of.
+    /// What the pods are made of: image, environment, account, credentials.
     #[serde(default)]
     pub pods: PodSettings,
 }
@@ -116,10 +117,12 @@ pub struct Autoscaling {
     /// The most servers.
     #[schemars(range(min = 1, max = 10_000))]
     pub max_replicas: u32,
-    /// What is measured.
+    /// What is measured. `cpu`: as the metrics API (metrics-server) reports it; `resources.requests.cpu` must be set.
+    /// `queueDepth`: the metric `sensorium_server_queue_requests`, as an adapter to the custom metrics API reports it.
     #[serde(default)]
     pub metric: ScaleMetric,
-    /// The value that the number of servers keeps: percent of the requested CPU, or requests that wait in one server.
+    /// The value that the number of servers is to keep: percent of the requested CPU with `cpu`, requests that wait in one
+    /// server with `queueDepth`.
     #[serde(default = "default_target")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub target: u32,
@@ -152,11 +155,11 @@ pub struct Rollout {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 10_000))]
     pub max_surge: u32,
-    /// The new servers must answer within this time; otherwise the old ones stay and `Degraded` says why.
+    /// Seconds within which the new servers must answer; otherwise the old ones stay and `Degraded` says why.
     #[serde(default = "default_progress_deadline_seconds")]
     #[schemars(range(min = 10, max = 1_000_000))]
     pub progress_deadline_seconds: u32,
-    /// Try the new servers on a part of the requests first.
+    /// Tries the new servers on a part of the requests first, step by step. All at once when not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub canary: Option<Canary>,
 }
@@ -190,7 +193,7 @@ pub struct CanaryStep {
     /// Percent of the servers (and so, about, of the requests) that are new; rounded up to whole servers.
     #[schemars(range(min = 1, max = 100))]
     pub weight: u32,
-    /// How long the step lasts once its servers answer.
+    /// Seconds that the step lasts once its servers answer.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub pause_seconds: u64,
 }
@@ -199,7 +202,7 @@ pub struct CanaryStep {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Analysis {
-    /// The largest fraction of requests that may fail for reasons of the server's.
+    /// The largest fraction of requests that may fail for reasons of the server's: 0.01 is one in a hundred.
     #[serde(default = "default_max_error_rate")]
     #[schemars(range(min = 0.0, max = 1.0))]
     pub max_error_rate: f64,
@@ -239,10 +242,10 @@ fn default_min_requests() -> u64 {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ServiceSpec {
-    /// From within the cluster only, or from outside too.
+    /// `ClusterIP`: within the cluster. `NodePort`: on a port of every node too. `LoadBalancer`: behind a load balancer too.
     #[serde(rename = "type", default)]
     pub type_: ServiceType,
-    /// Annotations, as load balancers want them.
+    /// Annotations of the Service, as load balancers want them.
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,
 }
@@ -346,15 +349,15 @@ fn default_max_queue_size() -> u32 {
         .message("grpc, http and metrics must differ")
 )]
 pub struct Ports {
-    /// gRPC.
+    /// Port of gRPC.
     #[serde(default = "default_grpc")]
     #[schemars(range(min = 1, max = 65_535))]
     pub grpc: u16,
-    /// HTTP: inference and health.
+    /// Port of HTTP: inference and health.
     #[serde(default = "default_http")]
     #[schemars(range(min = 1, max = 65_535))]
     pub http: u16,
-    /// Prometheus metrics.
+    /// Port of Prometheus metrics.
     #[serde(default = "default_metrics")]
     #[schemars(range(min = 1, max = 65_535))]
     pub metrics: u16,
@@ -387,7 +390,7 @@ fn default_metrics() -> u16 {
         .message("must be at most maxRequestBytes, which lets in no larger image")
 )]
 pub struct Limits {
-    /// Bytes of a request message.
+    /// Bytes of the largest request message.
     #[serde(default = "default_max_request_bytes")]
     #[schemars(range(min = 1024, max = 2_147_483_647))]
     pub max_request_bytes: u64,
@@ -430,7 +433,7 @@ fn default_max_image_pixels() -> u64 {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Verification {
-    /// Held-out data with questions and their answers.
+    /// Held-out data with questions and their answers: `pvc://CLAIM/PATH`, `s3://BUCKET/PREFIX` or `file:///PATH`.
     #[schemars(schema_with = "location_schema")]
     pub data: String,
     /// How many images are asked about, one question each.

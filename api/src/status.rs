@@ -44,7 +44,7 @@ pub struct JobStatus {
     /// One sentence on what goes on, or on what to do about a failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// What rank 0 last reported.
+    /// How far the run is, as rank 0 last reported it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
     /// Which start of the workers this is, counted from 1.
@@ -53,14 +53,14 @@ pub struct JobStatus {
     /// How often the workers were started again after a failure of their own; `failurePolicy.maxRestarts` bounds it.
     #[serde(default)]
     pub restarts: u32,
-    /// How often they were started again because of the cluster: an eviction, a lost node, a group that could not be
+    /// How often the workers were started again because of the cluster: an eviction, a lost node, a group that could not be
     /// placed whole.
     #[serde(default)]
     pub disruptions: u32,
     /// Number of workers of this attempt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub workers: Option<u32>,
-    /// The last failure of an attempt.
+    /// Why the last attempt that did not end well ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_failure: Option<AttemptFailure>,
     /// Digests of the artifacts that the job reads, by the name it gives them: fixed when it first starts.
@@ -84,7 +84,7 @@ pub struct JobStatus {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptFailure {
-    /// The attempt.
+    /// Which attempt it was, counted from 1.
     pub attempt: u32,
     /// Whether the cluster was at fault; such a failure does not count against `maxRestarts`.
     pub disruption: bool,

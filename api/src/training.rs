@@ -10,12 +10,12 @@ pub struct TrainingParams {
     /// Number of optimiser steps.
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub steps: u64,
-    /// What one step sees.
+    /// What one step sees, over all data-parallel ranks together.
     pub batch: BatchSpec,
     /// AdamW, its learning-rate schedule and gradient clipping.
     #[serde(default)]
     pub optimizer: OptimizerSpec,
-    /// Number format of weights, activations and gradients.
+    /// Number format of weights, activations and gradients: `fp32`, 32-bit floating point everywhere.
     #[serde(default)]
     pub precision: Precision,
     /// Keep only each block's input and compute the rest again in the backward pass: less memory, about a third more
@@ -27,7 +27,7 @@ pub struct TrainingParams {
     #[serde(default)]
     #[schemars(range(max = 4_294_967_295_u64))]
     pub seed: u64,
-    /// Steps between evaluations on `data.evaluation`. The last step is always evaluated.
+    /// Steps between evaluations on `data.evaluation`. The last step is always evaluated, and no other when not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub evaluate_every_steps: Option<u64>,
@@ -61,14 +61,14 @@ pub struct OptimizerSpec {
     #[serde(default = "default_learning_rate")]
     #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
     pub learning_rate: f64,
-    /// Decay of the running means of the gradient and of its square.
+    /// AdamW's two betas: decay of the running means of the gradient and of its square.
     #[serde(default = "default_betas")]
     #[x_kube(
         validation = Rule::new("self.all(beta, beta >= 0.0 && beta < 1.0)")
             .message("both must be at least 0 and below 1, such as [0.9, 0.999]")
     )]
     pub betas: [f64; 2],
-    /// Added to the denominator of an update.
+    /// AdamW's epsilon: added to the denominator of an update.
     #[serde(default = "default_eps")]
     #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
     pub eps: f64,
@@ -80,7 +80,7 @@ pub struct OptimizerSpec {
     #[serde(default = "default_clip_norm")]
     #[x_kube(validation = Rule::new("self > 0.0").message("must be above 0"))]
     pub clip_norm: f64,
-    /// Steps over which the learning rate rises from 0.
+    /// Steps over which the learning rate rises from 0 to `learningRate`.
     #[serde(default)]
     #[schemars(range(max = 1_000_000_000))]
     pub warmup_steps: u64,

@@ -65,9 +65,10 @@ use crate::workload::{FailurePolicy, PodSettings, Resources, Scheduling};
     ),
 )]
 pub struct TrainingJobSpec {
-    /// The network: described here, or taken with its weights from an artifact.
+    /// The network to train: described here, or taken with its weights from an artifact.
     pub model: ModelSource,
-    /// What to learn from, and what to be measured on.
+    /// What the network learns from, and what it is measured on: folders of shards with an `index.json`, as `sensorium data
+    /// import` writes them.
     pub data: TrainingData,
     /// What the network learns to do, each at most once; their losses are added by weight.
     #[schemars(length(min = 1, max = 16))]
@@ -77,9 +78,9 @@ pub struct TrainingJobSpec {
             .message("the weights are all 0; nothing would be learned"),
     )]
     pub tasks: Vec<TaskSpec>,
-    /// Length, batch, optimiser, precision.
+    /// How the network is trained: number of steps, batch, optimiser, precision.
     pub training: TrainingParams,
-    /// How the processes share the work.
+    /// How the processes share the work: `data` x `tensor` x `pipeline` is their number.
     #[serde(default)]
     pub parallelism: Parallelism,
     /// Number of workers (pods).
@@ -90,41 +91,44 @@ pub struct TrainingJobSpec {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 64))]
     pub processes_per_worker: u32,
-    /// How far the number of workers may differ from `workers` when the job is started again.
+    /// Bounds of the number of workers. A group that cannot be placed whole is started again with fewer, never fewer than
+    /// `minWorkers`, and with a global batch that stays the same. Always `workers` when not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub elastic: Option<Elastic>,
-    /// Where, and how often, the state of the run is saved.
+    /// Where, and how often, the state of the run is saved. A job that was started again goes on from the newest whole
+    /// checkpoint, and ends with the same weights as one that was never stopped.
     #[serde(default)]
     pub checkpoint: CheckpointSpec,
-    /// What happens when a worker fails.
+    /// What happens when a worker fails: all of them start again together, a limited number of times.
     #[serde(default)]
     pub failure_policy: FailurePolicy,
     /// Stop all workers after a checkpoint and hold the job; `false` lets it go on from there.
     #[serde(default)]
     pub suspend: bool,
-    /// The job fails when it has run for this long, restarts included.
+    /// Seconds after which the job fails if it still runs, counted from its first start, restarts included; a suspension
+    /// starts the count anew. No limit when not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub active_deadline_seconds: Option<u64>,
-    /// All workers must run within this time of being started; a group that is not whole by then is taken down whole
-    /// and tried again later, so that two jobs that each have half of their pods never starve each other.
+    /// Seconds within which all workers must run once they are started. A group that is not whole by then is taken down
+    /// whole and tried again later, so that two jobs that each have half of their pods never starve each other.
     #[serde(default = "crate::workload::default_pre_running_deadline_seconds")]
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub pre_running_deadline_seconds: u64,
-    /// Seconds after its end when the job is deleted, with its pods; its artifact stays. Kept when not set.
+    /// Seconds after its end when the job is deleted, with its pods; its artifact stays. Kept for ever when not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 1_000_000_000))]
     pub ttl_seconds_after_finished: Option<u64>,
-    /// Where the pods may run.
+    /// Where the pods may run: queue, priority, kinds of nodes. All of it is passed to Kubernetes as it is.
     #[serde(default)]
     pub scheduling: Scheduling,
-    /// What the pods are made of.
+    /// What the pods are made of: image, environment, account, credentials.
     #[serde(default)]
     pub pods: PodSettings,
-    /// What one worker needs of the machine.
+    /// What one worker (one pod) needs of the machine, in Kubernetes' words. Runs on one machine do not limit anything.
     #[serde(default)]
     pub resources: Resources,
-    /// Where the trained model goes.
+    /// Under which name, and where, the trained model is left.
     pub output: OutputSpec,
 }
 
@@ -132,7 +136,7 @@ pub struct TrainingJobSpec {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub enum ModelSource {
-    /// A new network with random weights.
+    /// A new network with random weights: an encoder for each modality, and a fusion Transformer that reads their features.
     Architecture(Architecture),
     /// Name (or `sha256:` digest) of an artifact in `output.store` whose network and weights are the start.
     #[schemars(schema_with = "crate::storage::artifact_reference_schema")]
@@ -146,7 +150,7 @@ pub struct TrainingData {
     /// What the network learns from: `pvc://CLAIM/PATH`, `s3://BUCKET/PREFIX` or `file:///PATH`.
     #[schemars(schema_with = "location_schema")]
     pub train: String,
-    /// Held-out data that the network is measured on and never learns from.
+    /// Held-out data that the network is measured on and never learns from; a location as `train` is.
     #[schemars(schema_with = "location_schema")]
     pub evaluation: String,
 }
@@ -155,10 +159,11 @@ pub struct TrainingData {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TaskSpec {
-    /// The task.
+    /// `vqa`: answer a question about an image, out of the answers seen in training. `contrastive`: bring an image's embedding
+    /// and its caption's together, as CLIP does, over the batch of all ranks.
     #[serde(rename = "type")]
     pub type_: TaskType,
-    /// Factor of this task's loss in the sum.
+    /// Factor of this task's loss in the sum of all tasks' losses.
     #[serde(default = "default_weight")]
     #[schemars(range(min = 0.0))]
     pub weight: f64,
@@ -182,20 +187,20 @@ pub enum TaskType {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Parallelism {
-    /// Replicas of the network, each with its part of the batch.
+    /// Replicas of the network, each with its part of the batch (data parallel).
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 65_536))]
     pub data: u32,
-    /// Processes that share each layer's weights.
+    /// Processes that share each layer's weights (tensor parallel).
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 1024))]
     pub tensor: u32,
-    /// Consecutive groups of layers, each on its own processes.
+    /// Consecutive groups of layers, each on its own processes (pipeline parallel).
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 1024))]
     pub pipeline: u32,
-    /// What the data-parallel replicas split instead of repeating: 0 nothing, 1 optimiser states, 2 also gradients,
-    /// 3 also weights.
+    /// ZeRO stage, what the data-parallel replicas split instead of repeating: 0 nothing, 1 optimiser states, 2 also
+    /// gradients, 3 also weights.
     #[serde(default)]
     #[schemars(range(max = 3))]
     pub zero_stage: u8,
@@ -237,7 +242,7 @@ pub struct CheckpointSpec {
     #[serde(default = "default_every_steps")]
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub every_steps: u64,
-    /// How many are kept; older ones are removed.
+    /// How many checkpoints are kept; older ones are removed.
     #[serde(default = "default_keep")]
     #[schemars(range(min = 1, max = 10_000))]
     pub keep: u32,

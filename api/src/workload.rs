@@ -36,7 +36,8 @@ pub struct FailureRule {
     /// The exit codes; a process that a signal ended has 128 and the signal's number.
     #[schemars(length(min = 1, max = 255), inner(range(min = 1, max = 255)))]
     pub exit_codes: Vec<i32>,
-    /// What to do about them.
+    /// `fail`: the job has failed, since starting it again could not help. `restart`: all workers start again from the
+    /// newest checkpoint, within `maxRestarts`. `ignore`: the same without counting it, because the machine was at fault.
     pub action: FailureAction,
 }
 
@@ -65,10 +66,11 @@ pub(crate) fn default_pre_running_deadline_seconds() -> u64 {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Resources {
-    /// What the scheduler sets aside, such as `cpu: "4"`, `memory: 8Gi`.
+    /// What the scheduler sets aside for the worker, such as `cpu: "4"`, `memory: 8Gi`.
     #[serde(default)]
     pub requests: BTreeMap<String, Quantity>,
-    /// What the worker may not exceed, such as `memory: 8Gi`, `nvidia.com/gpu: "1"`.
+    /// What the worker may not exceed, such as `memory: 8Gi`. GPUs are asked for here, one for each process:
+    /// `nvidia.com/gpu: "2"`, or a MIG slice such as `nvidia.com/mig-1g.10gb: "1"`.
     #[serde(default)]
     pub limits: BTreeMap<String, Quantity>,
 }
@@ -81,15 +83,15 @@ pub struct Scheduling {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     pub queue_name: Option<String>,
-    /// PriorityClass of the pods.
+    /// PriorityClass of the pods; the cluster's default one when not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub priority_class_name: Option<String>,
-    /// The scheduler that places the pods, where it is not the default one.
+    /// The scheduler that places the pods, such as `volcano`; Kubernetes' own when not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub scheduler_name: Option<String>,
-    /// RuntimeClass of the pods, such as `nvidia`.
+    /// RuntimeClass of the pods, such as `nvidia`; the nodes' default runtime when not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub runtime_class_name: Option<String>,
@@ -97,14 +99,15 @@ pub struct Scheduling {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     pub gpu_product: Option<String>,
-    /// Labels that a node must have.
+    /// Labels that a node must have, all of them, such as `disk: ssd`.
     #[serde(default)]
     pub node_selector: BTreeMap<String, String>,
-    /// Taints that the pods put up with.
+    /// Taints of nodes that the pods put up with. That of GPU nodes, `nvidia.com/gpu`, is tolerated by every pod that asks
+    /// for a GPU.
     #[serde(default)]
     #[schemars(length(max = 64))]
     pub tolerations: Vec<Toleration>,
-    /// How the pods lie to each other.
+    /// Whether the pods are placed close together or far apart; as the scheduler likes when not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topology: Option<Topology>,
 }
@@ -116,7 +119,8 @@ pub struct Topology {
     /// Label of the nodes that tells one domain from another, such as `topology.kubernetes.io/zone`.
     #[schemars(length(min = 1, max = 317))]
     pub key: String,
-    /// Whether they belong together or apart.
+    /// `pack`: all in one domain, for short ways between workers. `spread`: evenly over the domains, so that a lost one takes
+    /// few pods along.
     pub mode: TopologyMode,
 }
 
@@ -134,18 +138,19 @@ pub enum TopologyMode {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct PodSettings {
-    /// The image, where it is not the operator's.
+    /// The image, such as `registry.example.com/sensorium-trainer:0.1.0-cuda`; the one that the operator was installed with
+    /// when not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 1024))]
     pub image: Option<String>,
     /// Environment variables on top of what the job needs, such as `NCCL_SOCKET_IFNAME`.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
-    /// ServiceAccount of the pods. Its token is not mounted: no program of ours calls the API server.
+    /// ServiceAccount of the pods; `default` when not set. Its token is not mounted: no program of ours calls the API server.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub service_account_name: Option<String>,
-    /// Secrets whose keys become environment variables: credentials of a store, such as `AWS_ACCESS_KEY_ID`.
+    /// Names of Secrets whose keys become environment variables: credentials of a store, such as `AWS_ACCESS_KEY_ID`.
     #[serde(default)]
     #[schemars(length(max = 16), inner(length(min = 1, max = 253)))]
     pub env_from_secrets: Vec<String>,

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use kube::core::cel::compile_schema;
 use sensorium_api::crds::{GENERATE, definitions};
+use sensorium_api::reference;
 use serde_json::Value;
 
 #[test]
@@ -21,6 +22,14 @@ fn the_committed_definitions_are_the_generated_ones() {
     }
     let files = std::fs::read_dir(folder).unwrap().count();
     assert_eq!(files, generated.len(), "crds/ holds files that no kind generates");
+}
+
+#[test]
+fn the_committed_reference_is_the_generated_one() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(reference::FILE_NAME);
+    let committed = std::fs::read_to_string(file).unwrap_or_default();
+    let generated = reference::markdown(&definitions().unwrap());
+    assert!(committed == generated, "docs/{} is not what the types say; run: {GENERATE}", reference::FILE_NAME);
 }
 
 #[test]
@@ -112,6 +121,23 @@ fn every_field_is_documented() {
                 }
             });
         }
+    }
+}
+
+/// A schema keeps the names of an enum's values and drops what is said of each.
+#[test]
+fn a_field_that_is_a_choice_describes_every_value() {
+    for definition in definitions().unwrap() {
+        // What datatypes there are, and which kinds, needs no explanation.
+        walk(&definition.schema()["properties"]["spec"], ".spec", &mut |path, schema| {
+            let values = schema["enum"].as_array().into_iter().flatten().filter_map(Value::as_str);
+            if !path.ends_with(".datatype") && !path.ends_with(".job.kind") {
+                for value in values {
+                    let described = schema["description"].as_str().unwrap().contains(&format!("`{value}`"));
+                    assert!(described, "{}{path} does not say what `{value}` means", definition.kind);
+                }
+            }
+        });
     }
 }
 

@@ -70,7 +70,7 @@ fn a_wrong_value_is_told_what_would_be_right() {
         (training(), "/spec/parallelism/zeroStage", json!(4), "is 4, must be at most 3"),
         (training(), "/spec/model/artifact", json!("vqa"), "has architecture and artifact, must have exactly one of"),
         (training(), "/spec/model", json!({}), "has none, must have exactly one of architecture, artifact"),
-        (training(), "/spec/output", Value::Null, "spec.output: is missing: Where the trained model goes"),
+        (training(), "/spec/output", Value::Null, "spec.output: is missing: Under which name, and where,"),
         (training(), "/metadata/name", Value::Null, "metadata.name: is missing"),
         (training(), "/metadata/name", json!("My Job"), "'My Job' is not an object name"),
         (serving(), "/spec/ports", json!({"grpc": 70_000}), "is 70000, must be at most 65535"),
