@@ -6,3 +6,4 @@ mod batching;
 mod bench;
 mod control;
 mod loading;
+mod sequences;

@@ -119,20 +119,22 @@ impl Server {
 
     /// Status and body of a plain HTTP request; status 0 when nobody listens.
     pub(crate) async fn get(&self, address: SocketAddr, path: &str) -> (u16, String) {
-        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-        let Ok(mut stream) = tokio::net::TcpStream::connect(address).await else { return (0, String::new()) };
-        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
-        let mut response = String::new();
-        let exchange = async {
-            stream.write_all(request.as_bytes()).await?;
-            stream.read_to_string(&mut response).await
-        };
-        if exchange.await.is_err() {
-            return (0, String::new());
+        match http(address, "GET", path, &[], b"").await {
+            Ok(answer) => (answer.status, String::from_utf8(answer.body).unwrap()),
+            Err(_) => (0, String::new()),
         }
-        let status = response.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
-        let body = response.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-        (status, body.to_owned())
+    }
+
+    /// The answer to a POST on the HTTP port.
+    pub(crate) async fn post(&self, path: &str, headers: &[(&str, &str)], body: &[u8]) -> HttpAnswer {
+        http(self.http, "POST", path, headers, body).await.unwrap()
+    }
+
+    /// The JSON that a path of the HTTP port answers with 200.
+    pub(crate) async fn json(&self, path: &str) -> serde_json::Value {
+        let (status, body) = self.get(self.http, path).await;
+        assert_eq!(status, 200, "{path}: {body}");
+        serde_json::from_str(&body).unwrap()
     }
 
     /// The value of one sample on the metrics page, such as `sensorium_server_ready`; labels included in the name.
@@ -177,6 +179,53 @@ impl Drop for Server {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// What came back over HTTP/1.
+#[derive(Debug)]
+pub(crate) struct HttpAnswer {
+    pub(crate) status: u16,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: Vec<u8>,
+}
+
+impl HttpAnswer {
+    /// A header by its name in small letters.
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    pub(crate) fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {:?}", self.body))
+    }
+}
+
+/// One exchange over a connection of its own, written by hand: no client stands between the test and the bytes.
+pub(crate) async fn http(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> std::io::Result<HttpAnswer> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = tokio::net::TcpStream::connect(address).await?;
+    let mut head = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n");
+    for (name, value) in headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    if method == "POST" && !headers.iter().any(|(name, _)| *name == "content-length") {
+        head.push_str(&format!("content-length: {}\r\n", body.len()));
+    }
+    stream.write_all(&[head.as_bytes(), b"\r\n", body].concat()).await?;
+    let mut response = Vec::new();
+    stream.read_to_end(&mut response).await?;
+    let end = response.windows(4).position(|window| window == b"\r\n\r\n").ok_or(std::io::ErrorKind::UnexpectedEof)?;
+    let head = String::from_utf8(response[..end].to_vec()).unwrap();
+    let mut lines = head.lines();
+    let status = lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|status| status.parse().ok());
+    let headers = lines.filter_map(|line| line.split_once(": ")).map(|(name, value)| (name.to_lowercase(), value.to_owned()));
+    Ok(HttpAnswer { status: status.unwrap(), headers: headers.collect(), body: response[end + 4..].to_vec() })
 }
 
 pub(crate) fn endpoint(address: SocketAddr) -> Endpoint {

@@ -6,5 +6,6 @@ mod harness;
 mod inference;
 mod load;
 mod malformed;
+mod rest;
 mod shutdown;
 mod triton;

@@ -89,21 +89,26 @@ fn parameter(name: &str, value: ParameterChoice) -> std::collections::HashMap<St
 
 fn wrong_tensors() -> Vec<Case> {
     vec![
-        invalid("truncated tensor", "needs 768", |n| tensor("FP32", &[1, 3, 8, 8], &vec![0; 767 - n % 700])),
-        invalid("tensor with more data", "needs 768", |n| tensor("FP32", &[1, 3, 8, 8], &vec![0; 769 + n % 700])),
-        invalid("no data", "needs 768", |_| tensor("FP32", &[1, 3, 8, 8], &[])),
+        invalid("truncated tensor", "which has 768", |n| tensor("FP32", &[1, 3, 8, 8], &vec![0; 767 - n % 700])),
+        invalid("tensor with more data", "which has 768", |n| tensor("FP32", &[1, 3, 8, 8], &vec![0; 769 + n % 700])),
+        invalid("no data", "which has 768", |_| tensor("FP32", &[1, 3, 8, 8], &[])),
         invalid("another rank", "[-1, 3, 8, 8]", |n| tensor("FP32", &vec![1; [1, 2, 3, 5, 9][n % 5]], &[0; 4])),
-        invalid("another size", "[-1, 3, 8, 8]", |n| tensor("FP32", &[1, 3, 9 + n as i64, 8], &[0; 4])),
-        invalid("negative size", "[-1, 3, 8, 8]", |n| tensor("FP32", &[-1 - n as i64, 3, 8, 8], &[0; 4])),
+        invalid("a thousand dimensions", "32 at most", |n| tensor("FP32", &vec![1; 1000 + n], &[0; 4])),
+        invalid("another size", "[-1, 3, 8, 8]", |n| tensor("FP32", &[1, 3, 9 + n as i64, 8], &vec![0; (9 + n) * 96])),
+        invalid("negative size", "no tensor in memory", |n| tensor("FP32", &[-1 - n as i64, 3, 8, 8], &[0; 4])),
         invalid("no rows", "[-1, 3, 8, 8]", |_| tensor("FP32", &[0, 3, 8, 8], &[])),
-        invalid("overflowing shape", "more elements than memory", |n| ids(&[i64::MAX - n as i64, i64::MAX], &[0; 8])),
-        invalid("overflowing bytes", "more elements than memory", |_| ids(&[1 << 61, 1], &[0; 8])),
-        invalid("shape of a gigabyte", "8 bytes of raw contents", |n| ids(&[1, GIGABYTE + n as i64], &[0; 8])),
+        invalid("overflowing shape", "no tensor in memory", |n| ids(&[i64::MAX - n as i64, i64::MAX], &[0; 8])),
+        invalid("overflowing bytes", "no tensor in memory", |_| ids(&[1 << 61, 1], &[0; 8])),
+        invalid("shape of a gigabyte", "8 bytes came", |n| ids(&[1, GIGABYTE + n as i64], &[0; 8])),
         invalid("too many rows", "at most 32", |_| ids(&[33, 1], &[0; 33 * 8])),
         invalid("another datatype", "takes FP32", |n| {
-            tensor(["FP16", "BF16", "FP64", "INT32", "BYTES", "", "float32", "\u{0}"][n % 8], &[1, 3, 8, 8], &[0; 384])
+            let (datatype, size) = [("FP16", 2), ("BF16", 2), ("FP64", 8), ("INT32", 4), ("UINT16", 2)][n % 5];
+            tensor(datatype, &[1, 3, 8, 8], &vec![0; 192 * size])
         }),
-        invalid("a megabyte of datatype", "takes FP32", |n| tensor(&"x".repeat((1 << 19) + n), &[1, 3, 8, 8], &[0; 4])),
+        invalid("a datatype that is none", "which the protocol does not have", |n| {
+            tensor(["", "float32", "\u{0}", "TYPE_FP32"][n % 4], &[1, 3, 8, 8], &[0; 384])
+        }),
+        invalid("a megabyte of datatype", "which the protocol does not have", |n| tensor(&"x".repeat((1 << 19) + n), &[1, 3, 8, 8], &[0; 4])),
         invalid("unknown input", "not one of the model's: pixel_values", |n| {
             spoiled(pixels(), |request| request.inputs[0].name = format!("input{n}"))
         }),
@@ -115,7 +120,7 @@ fn wrong_tensors() -> Vec<Case> {
             })
         }),
         invalid("thousands of inputs", "not one of the model's", |n| {
-            let inputs = vec![(input("", "", &[]), vec![]); 1000 + n];
+            let inputs = vec![(input("", "INT8", &[0]), vec![]); 1000 + n];
             raw_request("tiny.image_encoder", inputs)
         }),
         invalid("both forms of contents", "use one of the two", |n| {
@@ -142,15 +147,22 @@ fn wrong_tensors() -> Vec<Case> {
                 request.raw_input_contents[2] = floats(&[0.0; 8]).into();
             })
         }),
-        invalid("shared memory", "shared_memory_region", |_| {
+        invalid("shared memory without a size", "shared_memory_byte_size", |_| {
+            spoiled(pixels(), |request| {
+                request.inputs[0].parameters =
+                    parameter("shared_memory_region", ParameterChoice::StringParam("r".to_owned()));
+                request.raw_input_contents.clear();
+            })
+        }),
+        invalid("shared memory and raw contents", "for 0 inputs", |_| {
             spoiled(pixels(), |request| {
                 request.inputs[0].parameters =
                     parameter("shared_memory_region", ParameterChoice::StringParam("r".to_owned()));
             })
         }),
-        invalid("a sequence", "sequence_id", |n| {
+        invalid("a sequence that is none", "sequence_id", |n| {
             spoiled(pixels(), |request| {
-                request.parameters = parameter("sequence_id", ParameterChoice::Int64Param(1 + n as i64));
+                request.parameters = parameter("sequence_id", ParameterChoice::Int64Param(-1 - n as i64));
             })
         }),
         invalid("a reserved parameter", "triton_secret", |_| {
@@ -218,14 +230,14 @@ fn wrong_strings_and_images() -> Vec<Case> {
         raw_request("tiny", vec![image, (input("text", "BYTES", &[1]), bytes_tensor(&[text]))])
     };
     vec![
-        invalid("string of a claimed gigabyte", "1073741824 bytes should follow", |n| {
+        invalid("string of a claimed gigabyte", "needs 1073741824 bytes", |n| {
             images(&[1], &[&0x4000_0000_u32.to_le_bytes()[..], &vec![0; n % 100]].concat())
         }),
-        invalid("a thousand million strings", "ends inside element", |n| {
+        invalid("a thousand million strings", "element 1 of 107374", |n| {
             images(&[GIGABYTE + n as i64], &bytes_tensor(&[b"a"]))
         }),
-        invalid("half a length", "4 bytes should follow", |n| images(&[1], &vec![0; n % 4])),
-        invalid("bytes after the last string", "after the last", |n| {
+        invalid("half a length", "needs 4 bytes", |n| images(&[1], &vec![0; n % 4])),
+        invalid("bytes after the last string", "follow after the last", |n| {
             images(&[1], &[bytes_tensor(&[b"a"]), vec![0; 1 + n]].concat())
         }),
         invalid("no image at all", "row 0 of input \"image\"", |_| images(&[1], &bytes_tensor(&[b""]))),
