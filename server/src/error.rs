@@ -3,7 +3,7 @@
 use sensorium_engine::{EngineError, PipelineError, RawTensorError};
 use tonic::{Code, Status};
 
-use crate::{pool::PoolError, scheduler::ScheduleError, wire::InvalidRequest};
+use crate::{model::SequenceError, pool::PoolError, scheduler::ScheduleError, wire::InvalidRequest};
 
 /// Why a request has no answer. [`InferError::code`] says whose fault it is and whether to try again.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +68,9 @@ pub enum InferError {
     /// Preparing inputs did not happen.
     #[error(transparent)]
     Prepare(#[from] PoolError),
+    /// The request does not fit into its sequence.
+    #[error(transparent)]
+    Sequence(#[from] SequenceError),
     /// A tensor has not the elements of the shape that the model's configuration gives it.
     #[error("a tensor of {model:?} cannot be reshaped as its configuration says")]
     Reshape {
@@ -150,6 +153,13 @@ impl InferError {
             Self::Prepare(PoolError::Overloaded { .. }) | Self::Schedule(ScheduleError::Overloaded { .. }) => {
                 Code::ResourceExhausted
             }
+            Self::Sequence(SequenceError::Overloaded { .. }) => Code::ResourceExhausted,
+            Self::Sequence(
+                SequenceError::NoId { .. }
+                | SequenceError::NotStarted { .. }
+                | SequenceError::Rows { .. }
+                | SequenceError::TextId { .. },
+            ) => Code::InvalidArgument,
             Self::Decoupled { .. } => Code::Unimplemented,
             Self::DeadlineExceeded | Self::Schedule(ScheduleError::DeadlineExceeded { .. }) => Code::DeadlineExceeded,
             // As Triton says it.

@@ -5,6 +5,7 @@ mod fit;
 mod graph;
 mod multimodal;
 mod request;
+mod sequence;
 mod statistics;
 
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
@@ -18,6 +19,7 @@ pub use self::{
     graph::Graph,
     multimodal::{Item, Multimodal, Task},
     request::{NamedTensor, Parameter, Request, Response, Sequence, SequenceId, Timings},
+    sequence::{SequenceError, Sequences},
     statistics::Statistics,
 };
 use crate::{error::InferError, scheduler::Work};
@@ -39,6 +41,7 @@ pub struct ModelVersion {
 #[derive(Clone, Debug)]
 pub(crate) enum Runs {
     Graph(Arc<Graph>, Binding),
+    Sequence(Arc<Graph>, Binding, Arc<Sequences>),
     Multimodal(Arc<Multimodal>),
 }
 
@@ -107,7 +110,7 @@ impl ModelVersion {
     /// The graph that it is, where it is one.
     pub(crate) fn graph(&self) -> Option<&Arc<Graph>> {
         match &self.runs {
-            Runs::Graph(graph, _) => Some(graph),
+            Runs::Graph(graph, _) | Runs::Sequence(graph, ..) => Some(graph),
             Runs::Multimodal(_) => None,
         }
     }
@@ -120,14 +123,26 @@ impl ModelVersion {
         let mut counted = Counted { statistics: &self.statistics, started: Instant::now(), is_answered: false };
         let fitted = self.interface.fit(request.inputs, &request.outputs)?;
         let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
+        let Request { priority, timeout, deadline, .. } = request;
+        let unfit = |source| InferError::reshape(&self.name, source);
         let (outputs, timings) = match &self.runs {
             Runs::Graph(graph, binding) => {
-                let unfit = |source| InferError::reshape(&self.name, source);
                 let (inputs, outputs) = binding.bind(fitted).map_err(unfit)?;
-                // A graph whose inputs are not all a client's is run as a sequence.
+                // Every input is a client's: one that is not belongs to a sequence.
                 let inputs = inputs.into_iter().flatten().collect();
-                let Request { priority, timeout, deadline, .. } = request;
                 let done = graph.run(Work { inputs, rows, outputs, priority, timeout, deadline }).await?;
+                (binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings)
+            }
+            Runs::Sequence(graph, binding, sequences) => {
+                let turn = sequences.enter(request.sequence.as_ref(), rows)?;
+                let (inputs, mut outputs) = binding.bind(fitted).map_err(unfit)?;
+                let (step, inputs) = turn.begin(inputs).await?;
+                let waited = counted.started.elapsed();
+                outputs.extend_from_slice(sequences.state_outputs());
+                let work = Work { inputs, rows, outputs, priority, timeout, deadline };
+                let mut done = graph.run(work).await?;
+                step.finish(done.outputs.split_off(wanted.len()));
+                done.timings.queue += waited;
                 (binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings)
             }
             Runs::Multimodal(multimodal) => {

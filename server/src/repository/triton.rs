@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs, num::NonZeroUsize, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use sensorium_engine::{Engine, OnnxRuntime, Options};
-use sensorium_proto::inference::{ModelConfig, ModelOutput, model_instance_group::Kind};
+use sensorium_proto::inference::{ModelConfig, ModelOutput, model_config::SchedulingChoice, model_instance_group::Kind};
 
 use super::{
     LoadParameters, Loaded, Opening,
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     error::chain,
-    model::{Graph, ModelVersion, Runs, Statistics},
+    model::{Graph, ModelVersion, Runs, Sequences, Statistics},
     scheduler::{Padding, Policy, Reopen, Scheduler, Setup},
 };
 
@@ -134,10 +134,25 @@ fn open_version(name: &str, version: u64, path: &Path, written: Written, opening
         statistics: statistics.clone(),
         lost: opening.lost.clone(),
     };
+    let sequences = match &config.scheduling_choice {
+        Some(SchedulingChoice::SequenceBatching(sequence)) => {
+            let slots = interface.max_rows.unwrap_or(1).saturating_mul(count);
+            let folder = path.parent().unwrap_or(path);
+            Some(Sequences::new(name, sequence, &signature, interface.max_rows.is_some(), slots, folder)?)
+        }
+        _ => None,
+    };
     let scheduler = Scheduler::start(setup, &signature)?;
     let graph = Graph::new(name.to_owned(), signature, scheduler);
+    let runs = match sequences {
+        Some(sequences) => {
+            sequences.watch();
+            Runs::Sequence(graph, binding, sequences)
+        }
+        None => Runs::Graph(graph, binding),
+    };
     tracing::info!(model = name, version, path = %file.display(), "opened");
-    Ok(ModelVersion::new(version.to_string(), config, interface, statistics, Runs::Graph(graph, binding)))
+    Ok(ModelVersion::new(version.to_string(), config, interface, statistics, runs))
 }
 
 /// The backend that a configuration names, or that opens the file which is there.

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use sensorium_proto::inference::{
     ModelConfig, ModelDynamicBatching, ModelQueuePolicy, model_config::SchedulingChoice,
-    model_queue_policy::TimeoutAction,
+    model_queue_policy::TimeoutAction, model_sequence_batching::StrategyChoice,
 };
 
 use super::Batching;
@@ -95,25 +95,42 @@ impl Policy {
         let base = Self { max_rows, max_waiting_rows, ..Self::of_server(batching) };
         match &config.scheduling_choice {
             Some(SchedulingChoice::DynamicBatching(dynamic)) => base.dynamic(dynamic),
-            Some(SchedulingChoice::SequenceBatching(_) | SchedulingChoice::EnsembleScheduling(_)) | None => Ok(base),
+            Some(SchedulingChoice::SequenceBatching(sequence)) => match &sequence.strategy_choice {
+                Some(StrategyChoice::Oldest(oldest)) => Ok(Self {
+                    preferred: base.preferred("sequence_batching.oldest", &oldest.preferred_batch_size)?,
+                    delay: base.waiting(oldest.max_queue_delay_microseconds),
+                    preserve_ordering: oldest.preserve_ordering,
+                    ..base
+                }),
+                Some(StrategyChoice::Direct(direct)) => {
+                    Ok(Self { delay: base.waiting(direct.max_queue_delay_microseconds), ..base })
+                }
+                None => Ok(base),
+            },
+            Some(SchedulingChoice::EnsembleScheduling(_)) | None => Ok(base),
         }
     }
 
-    fn dynamic(self, dynamic: &ModelDynamicBatching) -> Result<Self, String> {
-        let mut preferred = Vec::new();
-        for &size in &dynamic.preferred_batch_size {
-            match usize::try_from(size) {
-                Ok(size) if (1..=self.max_rows).contains(&size) => preferred.push(size),
-                _ => {
-                    return Err(format!(
-                        "its dynamic_batching has preferred_batch_size {size}, which must be 1 to its max_batch_size, {}",
-                        self.max_rows
-                    ));
-                }
-            }
-        }
+    fn waiting(&self, microseconds: u64) -> Delay {
+        if microseconds == 0 { self.delay } else { Delay::Always(Duration::from_micros(microseconds)) }
+    }
+
+    /// Checked batch sizes, ascending.
+    fn preferred(&self, option: &str, sizes: &[i32]) -> Result<Vec<usize>, String> {
+        let check = |&size: &i32| match usize::try_from(size) {
+            Ok(size) if (1..=self.max_rows).contains(&size) => Ok(size),
+            _ => Err(format!(
+                "its {option} has preferred_batch_size {size}, which must be 1 to its max_batch_size, {}",
+                self.max_rows
+            )),
+        };
+        let mut preferred = sizes.iter().map(check).collect::<Result<Vec<_>, _>>()?;
         preferred.sort_unstable();
         preferred.dedup();
+        Ok(preferred)
+    }
+
+    fn dynamic(self, dynamic: &ModelDynamicBatching) -> Result<Self, String> {
         let levels = dynamic.priority_levels.max(1);
         let default_level = match dynamic.default_priority_level {
             0 if dynamic.priority_levels > 0 => {
@@ -131,13 +148,12 @@ impl Policy {
                 "its dynamic_batching has a priority_queue_policy for level {level}, but {levels} priority_levels"
             ));
         }
-        let delay = match dynamic.max_queue_delay_microseconds {
-            0 => self.delay,
-            microseconds => Delay::Always(Duration::from_micros(microseconds)),
-        };
+        if dynamic.preserve_ordering && levels > 1 {
+            return Err("its dynamic_batching has preserve_ordering and priority_levels, which contradict".to_owned());
+        }
         Ok(Self {
-            preferred,
-            delay,
+            preferred: self.preferred("dynamic_batching", &dynamic.preferred_batch_size)?,
+            delay: self.waiting(dynamic.max_queue_delay_microseconds),
             preserve_ordering: dynamic.preserve_ordering,
             levels,
             default_level,

@@ -1,0 +1,316 @@
+//! Models that keep state between the requests of a sequence.
+//!
+//! The state travels: each request of a sequence takes it from the one before and leaves it for the one after, so that
+//! they run one at a time and in the order of their coming, while requests of different sequences share batches. The
+//! number of sequences that are under way at a time is bounded; more of them wait for one to end.
+//!
+//! Both strategies of Triton's configuration are run so. They differ where an engine remembers which row of its batch a
+//! sequence had last time, and no engine here does.
+
+mod fill;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use sensorium_engine::{RawTensor, Signature};
+use sensorium_proto::inference::{ModelSequenceBatching, model_sequence_batching::StrategyChoice};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use self::fill::Fills;
+use super::{Sequence, SequenceId};
+
+/// Sequences that may wait for others to end, for each that may be under way.
+const BACKLOG: usize = 32;
+
+/// The sequences of one model.
+#[derive(Debug)]
+pub struct Sequences {
+    name: String,
+    fills: Fills,
+    idle: Duration,
+    max_candidates: usize,
+    /// One permit for each sequence that may be under way.
+    candidates: Arc<Semaphore>,
+    /// One permit for each that may be under way or wait.
+    admitted: Arc<Semaphore>,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    under_way: HashMap<SequenceId, Entry>,
+    swept: Option<Instant>,
+}
+
+/// A sequence of which more is expected.
+#[derive(Debug)]
+struct Entry {
+    /// Where the last request leaves the state.
+    last: oneshot::Receiver<Carried>,
+    touched: Instant,
+    /// Held by each request that waits or runs.
+    users: Arc<()>,
+}
+
+/// What goes from one request of a sequence to the next.
+#[derive(Debug)]
+struct Carried {
+    state: Vec<RawTensor>,
+    _candidate: OwnedSemaphorePermit,
+    _admitted: OwnedSemaphorePermit,
+}
+
+/// Why a request is not part of any sequence.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SequenceError {
+    /// It does not say which.
+    #[error("inference request to model {model:?} must specify a non-zero or non-empty correlation ID (sequence_id)")]
+    NoId {
+        /// The model.
+        model: String,
+    },
+    /// There is no such sequence, or it was idle for too long.
+    #[error(
+        "inference request for sequence {sequence} to model {model:?} must specify the START flag on the first request of \
+         the sequence; it has ended, was idle for more than {idle:?}, or never began"
+    )]
+    NotStarted {
+        /// The model.
+        model: String,
+        /// The id.
+        sequence: String,
+        /// How long a sequence may be idle.
+        idle: Duration,
+    },
+    /// A request of a sequence is one step of it.
+    #[error("a request of a sequence has one row, this one has {rows}")]
+    Rows {
+        /// Of the request.
+        rows: usize,
+    },
+    /// The model takes the id as a number.
+    #[error("model {model:?} takes correlation IDs as numbers, this one is a text")]
+    TextId {
+        /// The model.
+        model: String,
+    },
+    /// Too many sequences wait. Trying again later may succeed.
+    #[error("model {model:?} has as many sequences as it takes, {limit}; try again later")]
+    Overloaded {
+        /// The model.
+        model: String,
+        /// Sequences under way and waiting.
+        limit: usize,
+    },
+}
+
+impl Sequences {
+    /// The sequences of a model with this configuration, whose engines run `slots` rows at a time.
+    ///
+    /// # Errors
+    /// The first option that does not fit the graph, as a sentence about the model.
+    pub(crate) fn new(
+        name: &str,
+        config: &ModelSequenceBatching,
+        signature: &Signature,
+        batches: bool,
+        slots: usize,
+        folder: &std::path::Path,
+    ) -> Result<Arc<Self>, String> {
+        if config.iterative_sequence {
+            return Err("its sequence_batching is iterative, which this server does not do".to_owned());
+        }
+        let count = match &config.strategy_choice {
+            Some(StrategyChoice::Oldest(oldest)) => usize::try_from(oldest.max_candidate_sequences).unwrap_or(0).max(1),
+            Some(StrategyChoice::Direct(_)) | None => slots,
+        };
+        let idle = match config.max_sequence_idle_microseconds {
+            0 => Duration::from_secs(1),
+            microseconds => Duration::from_micros(microseconds),
+        };
+        Ok(Arc::new(Self {
+            name: name.to_owned(),
+            fills: Fills::new(config, signature, batches, folder)?,
+            idle,
+            max_candidates: count,
+            candidates: Arc::new(Semaphore::new(count)),
+            admitted: Arc::new(Semaphore::new(count.saturating_mul(1 + BACKLOG).min(Semaphore::MAX_PERMITS))),
+            table: Mutex::default(),
+        }))
+    }
+
+    /// The graph's outputs that are state, to be asked for beside those that the client wants.
+    pub(super) fn state_outputs(&self) -> &[usize] {
+        &self.fills.state_outputs
+    }
+
+    /// Takes the request's place behind those of its sequence that came before, in the moment of the call.
+    ///
+    /// # Errors
+    /// [`SequenceError`].
+    pub(super) fn enter(self: &Arc<Self>, sequence: Option<&Sequence>, rows: usize) -> Result<Turn, SequenceError> {
+        let sequence = sequence.ok_or_else(|| SequenceError::NoId { model: self.name.clone() })?;
+        if rows != 1 {
+            return Err(SequenceError::Rows { rows });
+        }
+        self.fills.check_id(&self.name, &sequence.id)?;
+        let (next, last) = oneshot::channel();
+        let mut table = self.lock();
+        self.sweep(&mut table);
+        let before = table.under_way.remove(&sequence.id);
+        let (before, admission) = if sequence.start {
+            let admitted = self.admitted.clone().try_acquire_owned();
+            let admitted = admitted
+                .map_err(|_| SequenceError::Overloaded { model: self.name.clone(), limit: self.max_candidates * (1 + BACKLOG) });
+            // One that begins again lets go of what it was.
+            (before.map(|entry| (entry.last, entry.users)), Some(admitted?))
+        } else {
+            let entry = before.ok_or_else(|| SequenceError::NotStarted {
+                model: self.name.clone(),
+                sequence: sequence.id.to_string(),
+                idle: self.idle,
+            })?;
+            (Some((entry.last, entry.users)), None)
+        };
+        let (before, users) = before.map_or((None, Arc::default()), |(last, users)| (Some(last), users));
+        if !sequence.end {
+            let entry = Entry { last, touched: Instant::now(), users: users.clone() };
+            table.under_way.insert(sequence.id.clone(), entry);
+        }
+        drop(table);
+        Ok(Turn { sequences: self.clone(), sequence: sequence.clone(), before, admission, next: Some(next), users })
+    }
+
+    /// Lets go of sequences that nobody continued in time: the state, and the place among candidates.
+    fn sweep(&self, table: &mut Table) {
+        let now = Instant::now();
+        // Twice in the time that one may be idle is often enough, whatever the traffic.
+        if table.swept.is_some_and(|swept| now.saturating_duration_since(swept) < self.idle / 2) {
+            return;
+        }
+        table.swept = Some(now);
+        table.under_way.retain(|_, entry| {
+            Arc::strong_count(&entry.users) > 1 || now.saturating_duration_since(entry.touched) <= self.idle
+        });
+    }
+
+    /// Lets go of idle sequences now and then, for those that wait for their place; ends with the model.
+    pub(crate) fn watch(self: &Arc<Self>) {
+        let (weak, pause) = (Arc::downgrade(self), (self.idle / 2).max(Duration::from_millis(1)));
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(pause).await;
+                let Some(sequences) = weak.upgrade() else { return };
+                sequences.sweep(&mut sequences.lock());
+            }
+        });
+    }
+
+    /// Only this module's few lines run under the lock.
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A request's turn in its sequence. Dropping it in any moment passes the state on as it was.
+#[derive(Debug)]
+pub(super) struct Turn {
+    sequences: Arc<Sequences>,
+    sequence: Sequence,
+    before: Option<oneshot::Receiver<Carried>>,
+    admission: Option<OwnedSemaphorePermit>,
+    next: Option<oneshot::Sender<Carried>>,
+    users: Arc<()>,
+}
+
+impl Turn {
+    /// Waits for the requests before this one, and for a place if it begins a sequence. Then the graph's inputs are
+    /// whole: those in `inputs` that are `None` have their control or state.
+    ///
+    /// # Errors
+    /// [`SequenceError`].
+    pub(super) async fn begin(mut self, inputs: Vec<Option<RawTensor>>) -> Result<(Step, Vec<RawTensor>), SequenceError> {
+        let mut carried = match &mut self.before {
+            Some(before) => before.await.ok(),
+            None => None,
+        };
+        self.before = None;
+        if let Some(admitted) = self.admission.take() {
+            drop(carried.take());
+            // The semaphore is never closed.
+            let candidate = self.sequences.candidates.clone().acquire_owned().await.ok();
+            carried = candidate.map(|candidate| Carried {
+                state: self.sequences.fills.initial.clone(),
+                _candidate: candidate,
+                _admitted: admitted,
+            });
+        }
+        let Some(carried) = carried else {
+            let (model, sequence) = (self.sequences.name.clone(), self.sequence.id.to_string());
+            return Err(SequenceError::NotStarted { model, sequence, idle: self.sequences.idle });
+        };
+        let inputs = self.sequences.fills.fill(inputs, &self.sequence, &carried.state);
+        Ok((Step { turn: self, carried: Some(carried) }, inputs))
+    }
+}
+
+impl Drop for Turn {
+    /// Somebody who left before it was his turn must not cut the others off.
+    fn drop(&mut self) {
+        if let (Some(before), Some(next), None) = (self.before.take(), self.next.take(), &self.admission)
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(async move {
+                if let Ok(carried) = before.await {
+                    // Without a next request the state ends here.
+                    let _ = next.send(carried);
+                }
+            });
+        }
+    }
+}
+
+/// A request of a sequence that runs.
+#[derive(Debug)]
+pub(super) struct Step {
+    turn: Turn,
+    carried: Option<Carried>,
+}
+
+impl Step {
+    /// Keeps the state that the graph gave.
+    pub(super) fn finish(mut self, state: Vec<RawTensor>) {
+        if let Some(carried) = &mut self.carried {
+            // A row of a large batch must not keep the whole of it alive between requests.
+            carried.state = state.iter().map(RawTensor::detached).collect();
+        }
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        if let (Some(next), Some(carried)) = (self.turn.next.take(), self.carried.take()) {
+            let mut table = self.turn.sequences.lock();
+            if let Some(entry) = table.under_way.get_mut(&self.turn.sequence.id)
+                && Arc::ptr_eq(&entry.users, &self.turn.users)
+            {
+                entry.touched = Instant::now();
+            }
+            drop(table);
+            // Without a next request the state ends here.
+            let _ = next.send(carried);
+        }
+    }
+}
+
+impl std::fmt::Display for SequenceId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Number(number) => write!(f, "{number}"),
+            Self::Text(text) => write!(f, "{:?}", crate::wire::excerpt(text)),
+        }
+    }
+}
