@@ -68,6 +68,14 @@ pub enum InferError {
     /// Preparing inputs did not happen.
     #[error(transparent)]
     Prepare(#[from] PoolError),
+    /// A step of an ensemble did not give what it was asked for.
+    #[error("no step of {model:?} gave tensor {tensor:?}")]
+    Ensemble {
+        /// The ensemble.
+        model: String,
+        /// The tensor.
+        tensor: String,
+    },
     /// The request does not fit into its sequence.
     #[error(transparent)]
     Sequence(#[from] SequenceError),
@@ -167,6 +175,7 @@ impl InferError {
             Self::Draining | Self::NotReady { .. } | Self::Schedule(ScheduleError::Stopped { .. }) => Code::Unavailable,
             Self::Schedule(ScheduleError::Engine { source, .. }) => fault(source.is_callers_fault()),
             Self::Prepare(PoolError::CutShort)
+            | Self::Ensemble { .. }
             | Self::Reshape { .. }
             | Self::Schedule(ScheduleError::Outputs { .. }) => Code::Internal,
         }

@@ -1,6 +1,7 @@
 //! Models as clients call them: tensors in, tensors out, whatever runs behind.
 
 mod binding;
+mod ensemble;
 mod fit;
 mod graph;
 mod multimodal;
@@ -13,7 +14,10 @@ use std::{collections::BTreeMap, sync::Arc, time::Instant};
 use sensorium_artifact::TensorSpec;
 use sensorium_proto::inference::{ModelConfig, ModelStatistics};
 
-pub(crate) use self::binding::{Binding, Bound, Reshape};
+pub(crate) use self::{
+    binding::{Binding, Bound, Reshape},
+    ensemble::{Ensemble, Find},
+};
 pub use self::{
     fit::{Fitted, Interface},
     graph::Graph,
@@ -43,6 +47,7 @@ pub(crate) enum Runs {
     Graph(Arc<Graph>, Binding),
     Sequence(Arc<Graph>, Binding, Arc<Sequences>),
     Multimodal(Arc<Multimodal>),
+    Ensemble(Arc<Ensemble>),
 }
 
 impl ModelVersion {
@@ -111,7 +116,7 @@ impl ModelVersion {
     pub(crate) fn graph(&self) -> Option<&Arc<Graph>> {
         match &self.runs {
             Runs::Graph(graph, _) | Runs::Sequence(graph, ..) => Some(graph),
-            Runs::Multimodal(_) => None,
+            Runs::Multimodal(_) | Runs::Ensemble(_) => None,
         }
     }
 
@@ -119,9 +124,10 @@ impl ModelVersion {
     ///
     /// # Errors
     /// [`InferError`], which says whose fault it is.
-    pub async fn infer(&self, request: Request) -> Result<Response, InferError> {
+    pub async fn infer(&self, mut request: Request) -> Result<Response, InferError> {
         let mut counted = Counted { statistics: &self.statistics, started: Instant::now(), is_answered: false };
-        let fitted = self.interface.fit(request.inputs, &request.outputs)?;
+        let inputs = std::mem::take(&mut request.inputs);
+        let fitted = self.interface.fit(inputs, &request.outputs)?;
         let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
         let Request { priority, timeout, deadline, .. } = request;
         let unfit = |source| InferError::reshape(&self.name, source);
@@ -144,6 +150,11 @@ impl ModelVersion {
                 step.finish(done.outputs.split_off(wanted.len()));
                 done.timings.queue += waited;
                 (binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings)
+            }
+            Runs::Ensemble(ensemble) => {
+                let answer = ensemble.infer(fitted, &request).await?;
+                self.statistics.composed();
+                answer
             }
             Runs::Multimodal(multimodal) => {
                 let outputs = multimodal.infer(&fitted).await?;

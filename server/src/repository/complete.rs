@@ -94,6 +94,32 @@ pub(super) fn complete(written: Written, signature: &Signature, default_rows: us
     Ok(Complete { config, interface, binding })
 }
 
+/// What clients see of a model that has no file: its configuration says all.
+///
+/// # Errors
+/// A type or size that it leaves open.
+pub(super) fn written_interface(config: &ModelConfig) -> Result<Interface, String> {
+    let kept = usize::from(config.max_batch_size > 0);
+    let spec = |kind: &str, name: &str, data_type: i32, dims: &[i64]| {
+        let dtype = DataType::try_from(data_type).ok().and_then(dtype);
+        let dtype = dtype.ok_or_else(|| format!("its configuration gives {kind} `{name}` no data_type"))?;
+        let batch = std::iter::repeat_n(None, kept);
+        let shape = batch.chain(dims.iter().map(|&size| u64::try_from(size).ok())).collect();
+        Ok(TensorSpec { name: name.to_owned(), dtype, shape })
+    };
+    let inputs = config.input.iter().map(|input| spec("input", &input.name, input.data_type, &input.dims));
+    let outputs = config.output.iter().map(|output| spec("output", &output.name, output.data_type, &output.dims));
+    let interface = Interface {
+        inputs: inputs.collect::<Result<_, String>>()?,
+        outputs: outputs.collect::<Result<_, String>>()?,
+        max_rows: (kept > 0).then_some(config.max_batch_size as usize),
+    };
+    if interface.inputs.is_empty() || interface.outputs.is_empty() {
+        return Err("its configuration has no input or no output, which an ensemble must write down".to_owned());
+    }
+    Ok(interface)
+}
+
 /// Inputs that no request has, because the server fills them: a sequence's controls and state.
 fn filled_by_server(config: &ModelConfig) -> Vec<&str> {
     let Some(SchedulingChoice::SequenceBatching(sequence)) = &config.scheduling_choice else { return Vec::new() };

@@ -7,15 +7,17 @@ use std::{
     time::Duration,
 };
 
+use sensorium_proto::inference::model_config::SchedulingChoice;
 use tokio_util::sync::CancellationToken;
 
 use super::{
     ControlError, ControlMode, LoadError, LoadParameters, Loaded, ModelSource, Opening, Registry, RepositoryConfig, Slot,
-    State, artifact, folder, poll, triton,
+    State, artifact, folder, poll,
+    triton::Found,
 };
 use crate::{
-    error::chain,
-    model::{Graph, ModelVersion},
+    error::{InferError, chain},
+    model::{Ensemble, Find, Graph, ModelVersion},
 };
 
 /// Where a unit of models comes from.
@@ -50,6 +52,10 @@ impl Registry {
             ControlMode::Explicit => registry.0.config.load.clone(),
         };
         for name in wanted {
+            // An ensemble before it may have brought it already.
+            if registry.ready(&name, "") {
+                continue;
+            }
             if let Err(error) = registry.bring(&name, LoadParameters::default()).await {
                 tracing::error!(model = name, error = chain(&error), "not loaded");
             }
@@ -90,6 +96,11 @@ impl Registry {
 
     /// As [`Registry::load`], by whoever holds `changing`.
     pub(super) async fn bring(&self, name: &str, parameters: LoadParameters) -> Result<(), ControlError> {
+        self.bring_below(name, parameters, &[]).await
+    }
+
+    /// As [`Registry::bring`], for ensembles `above`.
+    async fn bring_below(&self, name: &str, parameters: LoadParameters, above: &[&str]) -> Result<(), ControlError> {
         let failed = |reason| ControlError::Failed { name: name.to_owned(), reason };
         self.loading(name);
         let loaded = match self.origin(name, &parameters) {
@@ -100,12 +111,7 @@ impl Registry {
             Some(Origin::Artifact(source)) => {
                 artifact::load(&source, &self.0.opening).await.map_err(|error| chain(&error))
             }
-            Some(Origin::Folder(path)) => {
-                let (name, opening) = (name.to_owned(), self.0.opening.clone());
-                // Opening a graph reads and optimises it: seconds of CPU for a large one.
-                let opened = tokio::task::spawn_blocking(move || triton::load(&name, &path, &parameters, &opening)).await;
-                opened.unwrap_or_else(|_| Err("opening it was cut short".to_owned()))
-            }
+            Some(Origin::Folder(path)) => self.bring_folder(name, path, parameters, above).await,
             None => {
                 self.forget(name);
                 return Err(ControlError::NotFound { name: name.to_owned() });
@@ -116,6 +122,37 @@ impl Registry {
         self.install(name, loaded).map_err(|taken| failed(format!("another model is called {taken:?}")))?;
         let reasons: Vec<_> = broken.iter().map(|(version, reason)| format!("version {version}: {reason}")).collect();
         if reasons.is_empty() { Ok(()) } else { Err(failed(reasons.join("; "))) }
+    }
+
+    /// Opens a model's folder, and the models that it is made of before it, where they are not loaded.
+    async fn bring_folder(
+        &self,
+        name: &str,
+        path: PathBuf,
+        parameters: LoadParameters,
+        above: &[&str],
+    ) -> Result<Loaded, String> {
+        let cut_short = |_| "opening it was cut short".to_owned();
+        let own = name.to_owned();
+        let found = tokio::task::spawn_blocking(move || Found::read(&own, &path, &parameters)).await.map_err(cut_short)??;
+        let above = [above, &[name]].concat();
+        for step in found.ensembling().map(Ensemble::models).unwrap_or_default() {
+            if above.contains(&step) {
+                return Err(format!("it is made of itself: {}, {step}", above.join(", ")));
+            }
+            if !self.ready(step, "") {
+                let brought = Box::pin(self.bring_below(step, LoadParameters::default(), &above)).await;
+                brought.map_err(|error| format!("it needs model {step:?}: {}", chain(&error)))?;
+            }
+        }
+        let registry = Arc::downgrade(&self.0);
+        let find: Find = Arc::new(move |name, version| match registry.upgrade() {
+            Some(registry) => Self(registry).model(name, version),
+            None => Err(InferError::NotReady { model: name.to_owned(), reason: "the server ends".to_owned() }),
+        });
+        let (own, opening) = (name.to_owned(), self.0.opening.clone());
+        // Opening a graph reads and optimises it: seconds of CPU for a large one.
+        tokio::task::spawn_blocking(move || found.open(&own, &opening, &find)).await.map_err(cut_short)?
     }
 
     fn origin(&self, name: &str, parameters: &LoadParameters) -> Option<Origin> {
@@ -133,16 +170,26 @@ impl Registry {
         }
     }
 
-    /// Takes a model away: it answers what it has admitted, and its memory is given back.
+    /// Takes a model away: it answers what it has admitted, and its memory is given back. With `dependents` the models
+    /// that an ensemble is made of go with it.
     ///
     /// # Errors
     /// [`ControlError`].
-    pub async fn unload(&self, name: &str, _dependents: bool) -> Result<(), ControlError> {
+    pub async fn unload(&self, name: &str, dependents: bool) -> Result<(), ControlError> {
         self.allowed()?;
         let _changing = self.0.changing.lock().await;
         let unit = self.read().by_name.get(name).map(|entry| entry.unit.clone());
         let unit = unit.ok_or_else(|| ControlError::NotFound { name: name.to_owned() })?;
+        let mut below = BTreeSet::new();
+        if dependents {
+            for model in self.loaded().iter().filter(|model| model.name() == name) {
+                if let Some(SchedulingChoice::EnsembleScheduling(steps)) = &model.config().scheduling_choice {
+                    below.extend(Ensemble::models(steps).into_iter().map(str::to_owned));
+                }
+            }
+        }
         self.remove(&unit);
+        below.iter().for_each(|unit| self.remove(unit));
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs, num::NonZeroUsize, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use sensorium_engine::{Engine, OnnxRuntime, Options};
-use sensorium_proto::inference::{ModelConfig, ModelOutput, model_config::SchedulingChoice, model_instance_group::Kind};
+use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, model_config::SchedulingChoice, model_instance_group::Kind};
 
 use super::{
     LoadParameters, Loaded, Opening,
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     error::chain,
-    model::{Graph, ModelVersion, Runs, Sequences, Statistics},
+    model::{Ensemble, Find, Graph, ModelVersion, Runs, Sequences, Statistics},
     scheduler::{Padding, Policy, Reopen, Scheduler, Setup},
 };
 
@@ -30,37 +30,91 @@ impl Backend {
         [(Self::OnnxRuntime, "onnxruntime", "onnxruntime_onnx", "model.onnx")];
 }
 
-/// Opens the versions of a model that its configuration chooses. Blocks: seconds of CPU for a large model.
-///
-/// # Errors
-/// Why there is no version to open. A version that fails is in [`Loaded::failed`].
-pub(super) fn load(name: &str, path: &Path, parameters: &LoadParameters, opening: &Opening) -> Result<Loaded, String> {
-    let own = if parameters.files.is_empty() { None } else { Some(materialise(&parameters.files)?) };
-    let path = own.as_ref().map_or(path, tempfile::TempDir::path);
-    let folder = Folder::read(path).map_err(|error| format!("its folder {} cannot be read: {error}", path.display()))?;
-    let written = match (&parameters.config, &folder.config) {
-        (Some(json), _) => config::from_json(json).map_err(|error| format!("the configuration in the request: {error}"))?,
-        (None, Some(text)) => config::from_text(text).map_err(|error| format!("config.pbtxt, {error}"))?,
-        (None, None) => Written::default(),
-    };
-    if !written.config.name.is_empty() && written.config.name != name {
-        return Err(format!("its configuration calls it {:?}; the name is that of the folder", written.config.name));
-    }
-    let versions = folder.chosen(&written.config)?;
-    if versions.is_empty() {
-        return Err("it has no folder of a version, such as 1".to_owned());
-    }
-    let mut loaded = Loaded::default();
-    for (version, path) in versions {
-        let opened = open_version(name, version, &path, written.clone(), opening);
-        match opened.and_then(|model| Ok(model.with_labels(labels(&folder.path, &written.config)?))) {
-            Ok(model) => loaded.versions.push(model),
-            Err(reason) => {
-                loaded.failed.insert(version, reason);
+/// A model's folder and configuration, read and not yet opened.
+#[derive(Debug)]
+pub(super) struct Found {
+    folder: Folder,
+    written: Written,
+    /// Keeps files that came with a request until the model is open.
+    _own: Option<tempfile::TempDir>,
+}
+
+impl Found {
+    /// Reads what there is at `path`, or what came with a request instead.
+    ///
+    /// # Errors
+    /// Why it is no model.
+    pub(super) fn read(name: &str, path: &Path, parameters: &LoadParameters) -> Result<Self, String> {
+        let own = if parameters.files.is_empty() { None } else { Some(materialise(&parameters.files)?) };
+        let path = own.as_ref().map_or(path, tempfile::TempDir::path);
+        let folder =
+            Folder::read(path).map_err(|error| format!("its folder {} cannot be read: {error}", path.display()))?;
+        let written = match (&parameters.config, &folder.config) {
+            (Some(json), _) => {
+                config::from_json(json).map_err(|error| format!("the configuration in the request: {error}"))?
             }
+            (None, Some(text)) => config::from_text(text).map_err(|error| format!("config.pbtxt, {error}"))?,
+            (None, None) => Written::default(),
+        };
+        if !written.config.name.is_empty() && written.config.name != name {
+            return Err(format!("its configuration calls it {:?}; the name is that of the folder", written.config.name));
+        }
+        Ok(Self { folder, written, _own: own })
+    }
+
+    /// The steps, where the model is made of others.
+    pub(super) fn ensembling(&self) -> Option<&ModelEnsembling> {
+        match &self.written.config.scheduling_choice {
+            Some(SchedulingChoice::EnsembleScheduling(ensembling)) => Some(ensembling),
+            _ => None,
         }
     }
-    Ok(loaded)
+
+    /// Opens the versions that the configuration chooses. Blocks: seconds of CPU for a large model.
+    ///
+    /// # Errors
+    /// Why there is no version to open. A version that fails is in [`Loaded::failed`].
+    pub(super) fn open(&self, name: &str, opening: &Opening, find: &Find) -> Result<Loaded, String> {
+        let mut versions = self.folder.chosen(&self.written.config)?;
+        if versions.is_empty() && self.ensembling().is_some() {
+            // Nothing of an ensemble lies in a version's folder.
+            versions.insert(1, self.folder.path.clone());
+        }
+        if versions.is_empty() {
+            return Err("it has no folder of a version, such as 1".to_owned());
+        }
+        let mut loaded = Loaded::default();
+        for (version, path) in versions {
+            let written = self.written.clone();
+            let opened = match self.ensembling() {
+                Some(ensembling) => open_ensemble(name, version, written, ensembling, find.clone()),
+                None => open_version(name, version, &path, written, opening),
+            };
+            match opened.and_then(|model| Ok(model.with_labels(labels(&self.folder.path, &self.written.config)?))) {
+                Ok(model) => loaded.versions.push(model),
+                Err(reason) => {
+                    loaded.failed.insert(version, reason);
+                }
+            }
+        }
+        Ok(loaded)
+    }
+}
+
+fn open_ensemble(
+    name: &str,
+    version: u64,
+    written: Written,
+    ensembling: &ModelEnsembling,
+    find: Find,
+) -> Result<ModelVersion, String> {
+    let mut config = written.config;
+    name.clone_into(&mut config.name);
+    "ensemble".clone_into(&mut config.platform);
+    let interface = complete::written_interface(&config)?;
+    let ensemble = Ensemble::new(&config, ensembling, &interface, find)?;
+    let runs = Runs::Ensemble(Arc::new(ensemble));
+    Ok(ModelVersion::new(version.to_string(), config, interface, Arc::default(), runs))
 }
 
 /// Names of classes by output: one a line in the file that the configuration names.

@@ -5,5 +5,6 @@
 mod batching;
 mod bench;
 mod control;
+mod ensembles;
 mod loading;
 mod sequences;

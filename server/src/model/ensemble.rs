@@ -1,0 +1,253 @@
+//! Models that are made of other models: a graph of steps whose tensors are handed over without a copy.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use sensorium_artifact::TensorSpec;
+use sensorium_engine::{RawTensor, dtype_name};
+use sensorium_proto::inference::{ModelConfig, ModelEnsembling};
+
+use super::{Fitted, Interface, ModelVersion, NamedTensor, Request, Response, Timings};
+use crate::error::InferError;
+
+/// Finds the model of a step when it is called, so that a step's model may be loaded again under the ensemble.
+pub(crate) type Find = Arc<dyn Fn(&str, &str) -> Result<Arc<ModelVersion>, InferError> + Send + Sync>;
+
+/// A step that runs.
+type Call<'a> = BoxFuture<'a, Result<(&'a Step, Response), InferError>>;
+
+/// The steps of an ensemble.
+pub(crate) struct Ensemble {
+    name: String,
+    steps: Vec<Step>,
+    /// Names of the tensors that clients send and get, in the order of the interface.
+    inputs: Vec<String>,
+    outputs: Vec<String>,
+    find: Find,
+}
+
+/// One call of a model.
+#[derive(Clone, Debug)]
+struct Step {
+    model: String,
+    /// Empty for the newest.
+    version: String,
+    /// Input of the model, tensor of the ensemble.
+    inputs: Vec<(String, String)>,
+    /// Output of the model, tensor of the ensemble.
+    outputs: Vec<(String, String)>,
+}
+
+impl std::fmt::Debug for Ensemble {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ensemble").field("name", &self.name).field("steps", &self.steps).finish_non_exhaustive()
+    }
+}
+
+impl Ensemble {
+    /// Names of the models that an ensemble calls.
+    pub(crate) fn models(ensembling: &ModelEnsembling) -> BTreeSet<&str> {
+        ensembling.step.iter().map(|step| step.model_name.as_str()).collect()
+    }
+
+    /// An ensemble whose models are all loaded.
+    ///
+    /// # Errors
+    /// The first thing that does not fit together, as a sentence about the model.
+    pub(crate) fn new(
+        config: &ModelConfig,
+        ensembling: &ModelEnsembling,
+        interface: &Interface,
+        find: Find,
+    ) -> Result<Self, String> {
+        let steps: Vec<Step> = ensembling.step.iter().map(Step::from).collect();
+        if steps.is_empty() {
+            return Err("its ensemble_scheduling has no step".to_owned());
+        }
+        check(&steps, interface, config.max_batch_size, &find)?;
+        let names = |specs: &[TensorSpec]| specs.iter().map(|spec| spec.name.clone()).collect();
+        Ok(Self {
+            name: config.name.clone(),
+            steps,
+            inputs: names(&interface.inputs),
+            outputs: names(&interface.outputs),
+            find,
+        })
+    }
+
+    /// Runs every step that a wanted output needs, as soon as its tensors are there. `request` has what the client said
+    /// beside its tensors.
+    pub(super) async fn infer(&self, fitted: Fitted, request: &Request) -> Result<(Vec<RawTensor>, Timings), InferError> {
+        let wanted: Vec<&str> = fitted.outputs.iter().map(|&output| self.outputs[output].as_str()).collect();
+        let mut tensors: BTreeMap<&str, RawTensor> =
+            self.inputs.iter().map(String::as_str).zip(fitted.inputs).collect();
+        let mut waiting = self.needed(&wanted);
+        let mut running: FuturesUnordered<Call<'_>> = FuturesUnordered::new();
+        let mut timings = Timings::default();
+        loop {
+            waiting.retain(|step| {
+                let is_ready = step.inputs.iter().all(|(_, tensor)| tensors.contains_key(tensor.as_str()));
+                if is_ready {
+                    let call = step.request(&tensors, request);
+                    running.push(self.call(step, call));
+                }
+                !is_ready
+            });
+            let Some(done) = running.next().await else { break };
+            let (step, response) = done?;
+            timings.queue += response.timings.queue;
+            timings.compute_input += response.timings.compute_input;
+            timings.compute_infer += response.timings.compute_infer;
+            timings.compute_output += response.timings.compute_output;
+            for (NamedTensor { tensor, .. }, (_, name)) in response.outputs.into_iter().zip(&step.outputs) {
+                tensors.insert(name, tensor);
+            }
+        }
+        let output = |name: &&str| {
+            tensors.remove(*name).ok_or_else(|| InferError::Ensemble { model: self.name.clone(), tensor: (*name).to_owned() })
+        };
+        Ok((wanted.iter().map(output).collect::<Result<_, _>>()?, timings))
+    }
+
+    /// Boxed, because a step may be an ensemble, too.
+    fn call<'a>(&'a self, step: &'a Step, request: Request) -> Call<'a> {
+        Box::pin(async move {
+            let model = (self.find)(&step.model, &step.version)?;
+            Ok((step, model.infer(request).await?))
+        })
+    }
+
+    /// The steps without which one of `wanted` is not made.
+    fn needed(&self, wanted: &[&str]) -> Vec<&Step> {
+        let mut tensors: BTreeSet<&str> = wanted.iter().copied().collect();
+        let mut needed: Vec<bool> = vec![false; self.steps.len()];
+        // Each round finds at least one more step, or is the last.
+        while let Some(index) = (0..self.steps.len()).find(|&index| {
+            !needed[index] && self.steps[index].outputs.iter().any(|(_, tensor)| tensors.contains(tensor.as_str()))
+        }) {
+            needed[index] = true;
+            tensors.extend(self.steps[index].inputs.iter().map(|(_, tensor)| tensor.as_str()));
+        }
+        self.steps.iter().zip(needed).filter_map(|(step, needed)| needed.then_some(step)).collect()
+    }
+}
+
+impl Step {
+    fn request(&self, tensors: &BTreeMap<&str, RawTensor>, request: &Request) -> Request {
+        let input = |(name, tensor): &(String, String)| {
+            Some(NamedTensor { name: name.clone(), tensor: tensors.get(tensor.as_str())?.clone() })
+        };
+        Request {
+            id: request.id.clone(),
+            inputs: self.inputs.iter().filter_map(input).collect(),
+            outputs: self.outputs.iter().map(|(output, _)| output.clone()).collect(),
+            priority: request.priority,
+            timeout: None,
+            deadline: request.deadline,
+            sequence: request.sequence.clone(),
+            parameters: request.parameters.clone(),
+        }
+    }
+}
+
+impl From<&sensorium_proto::inference::model_ensembling::Step> for Step {
+    fn from(step: &sensorium_proto::inference::model_ensembling::Step) -> Self {
+        let sorted = |map: &std::collections::HashMap<String, String>| {
+            map.iter().map(|(key, value)| (key.clone(), value.clone())).collect::<BTreeMap<_, _>>().into_iter().collect()
+        };
+        Self {
+            model: step.model_name.clone(),
+            // -1, and 0 for a field that is left out, stand for the newest.
+            version: if step.model_version > 0 { step.model_version.to_string() } else { String::new() },
+            inputs: sorted(&step.input_map),
+            outputs: sorted(&step.output_map),
+        }
+    }
+}
+
+/// Where a tensor of the ensemble comes from, for messages, and what it is.
+struct Origin {
+    from: String,
+    spec: TensorSpec,
+}
+
+/// Walks through the steps in an order in which they can run.
+fn check(steps: &[Step], interface: &Interface, max_batch_size: i32, find: &Find) -> Result<(), String> {
+    let mut origins: BTreeMap<String, Origin> = BTreeMap::new();
+    for spec in &interface.inputs {
+        origins.insert(spec.name.clone(), Origin { from: "the ensemble's inputs".to_owned(), spec: spec.clone() });
+    }
+    let makers: BTreeSet<&str> = steps.iter().flat_map(|step| &step.outputs).map(|(_, tensor)| tensor.as_str()).collect();
+    let mut waiting: Vec<(usize, &Step)> = steps.iter().enumerate().collect();
+    while !waiting.is_empty() {
+        let is_ready = |step: &Step| step.inputs.iter().all(|(_, tensor)| origins.contains_key(tensor));
+        let Some(position) = waiting.iter().position(|(_, step)| is_ready(step)) else {
+            let unknown = waiting.iter().flat_map(|(_, step)| &step.inputs).find(|(_, tensor)| {
+                !origins.contains_key(tensor) && !makers.contains(tensor.as_str())
+            });
+            if let Some((_, tensor)) = unknown {
+                return Err(format!("its step needs tensor `{tensor}`, which is no input and no step gives"));
+            }
+            let models: Vec<_> = waiting.iter().map(|(_, step)| step.model.as_str()).collect();
+            return Err(format!("its steps wait for each other in a circle: {}", models.join(", ")));
+        };
+        let (index, step) = waiting.remove(position);
+        check_step(index, step, &mut origins, max_batch_size, find)?;
+    }
+    for spec in &interface.outputs {
+        let origin = origins.get(&spec.name).ok_or_else(|| format!("its output `{}` is given by no step", spec.name))?;
+        compare(&format!("its output `{}`", spec.name), spec, origin)?;
+    }
+    Ok(())
+}
+
+fn check_step(
+    index: usize,
+    step: &Step,
+    origins: &mut BTreeMap<String, Origin>,
+    max_batch_size: i32,
+    find: &Find,
+) -> Result<(), String> {
+    let place = format!("step {} ({})", index + 1, step.model);
+    let model = find(&step.model, &step.version).map_err(|error| format!("its {place} cannot be called: {error}"))?;
+    let allowed = model.config().max_batch_size;
+    if max_batch_size > allowed && allowed > 0 {
+        return Err(format!("its max_batch_size is {max_batch_size}, its {place} takes {allowed} rows at most"));
+    }
+    for (input, tensor) in &step.inputs {
+        let spec = model.inputs().iter().find(|spec| spec.name == *input);
+        let spec = spec.ok_or_else(|| format!("its {place} maps input `{input}`, which that model has not"))?;
+        compare(&format!("input `{input}` of its {place}"), spec, &origins[tensor])?;
+    }
+    if let Some(spec) = model.inputs().iter().find(|spec| !step.inputs.iter().any(|(input, _)| *input == spec.name)) {
+        return Err(format!("its {place} does not map input `{}`", spec.name));
+    }
+    for (output, tensor) in &step.outputs {
+        let spec = model.outputs().iter().find(|spec| spec.name == *output);
+        let spec = spec.ok_or_else(|| format!("its {place} maps output `{output}`, which that model has not"))?;
+        let origin = Origin { from: format!("output `{output}` of step {} ({})", index + 1, step.model), spec: spec.clone() };
+        if let Some(first) = origins.insert(tensor.clone(), origin) {
+            return Err(format!("its tensor `{tensor}` comes from {} and from {place}", first.from));
+        }
+    }
+    Ok(())
+}
+
+fn compare(what: &str, wanted: &TensorSpec, origin: &Origin) -> Result<(), String> {
+    let given = &origin.spec;
+    let fits = |(a, b): (&Option<u64>, &Option<u64>)| a.is_none() || b.is_none() || a == b;
+    if wanted.dtype == given.dtype
+        && wanted.shape.len() == given.shape.len()
+        && wanted.shape.iter().zip(&given.shape).all(fits)
+    {
+        return Ok(());
+    }
+    let text = |spec: &TensorSpec| {
+        let sizes = spec.shape.iter().map(|size| size.map_or_else(|| "-1".to_owned(), |size| size.to_string()));
+        format!("{} [{}]", dtype_name(spec.dtype), sizes.collect::<Vec<_>>().join(", "))
+    };
+    Err(format!("{what} is {}, but {} are {}", text(wanted), origin.from, text(given)))
+}

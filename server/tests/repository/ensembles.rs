@@ -1,0 +1,99 @@
+//! Models that are made of models.
+
+use sensorium_server::{
+    error::InferError,
+    repository::{ControlMode, LoadParameters},
+};
+
+use crate::bench::{Bench, answer, f32s, index, infer, request, scale, scale_three};
+
+/// `sum` is twice and thrice `x`, each by a model, then doubled again: a diamond of steps.
+const DIAMOND: &str = r#"
+    platform: "ensemble" max_batch_size: 8
+    input { name: "x" data_type: TYPE_FP32 dims: -1 }
+    output [ { name: "six" data_type: TYPE_FP32 dims: -1 }, { name: "four" data_type: TYPE_FP32 dims: -1 } ]
+    ensemble_scheduling { step [
+        { model_name: "twice" model_version: -1 input_map { key: "x" value: "thrice_x" } output_map { key: "y" value: "six" } },
+        { model_name: "thrice" input_map { key: "x" value: "x" } output_map { key: "y" value: "thrice_x" } },
+        { model_name: "twice" input_map { key: "x" value: "twice_x" } output_map { key: "y" value: "four" } },
+        { model_name: "twice" input_map { key: "x" value: "x" } output_map { key: "y" value: "twice_x" } }
+    ] }"#;
+
+fn models() -> Bench {
+    let bench = Bench::new();
+    bench.write("twice", "1/model.onnx", scale(2.0, None)).write("thrice", "1/model.onnx", scale(3.0, None));
+    bench
+}
+
+#[tokio::test]
+async fn steps_run_when_their_tensors_are_there_whatever_their_order() {
+    let bench = models();
+    bench.write("diamond", "config.pbtxt", DIAMOND);
+    let registry = bench.open_all().await;
+    assert!(registry.ready("diamond", "1"), "{:?}", index(&registry));
+    let response = infer(&registry, "diamond", request(f32s(&[1, 2], &[1.0, 5.0]))).await.unwrap();
+    let outputs: Vec<_> = response.outputs.into_iter().map(|output| (output.name, output.tensor)).collect();
+    assert_eq!(outputs[0], ("six".to_owned(), f32s(&[1, 2], &[6.0, 30.0])));
+    assert_eq!(outputs[1], ("four".to_owned(), f32s(&[1, 2], &[4.0, 20.0])));
+    let count = |name| registry.statistics(name, "").unwrap().remove(0).execution_count;
+    assert_eq!((count("diamond"), count("thrice")), (1, 1));
+
+    let mut four = request(f32s(&[1, 1], &[1.0]));
+    four.outputs.push("four".to_owned());
+    infer(&registry, "diamond", four).await.unwrap();
+    assert_eq!(count("thrice"), 1, "no step runs for an output that nobody wants");
+}
+
+#[tokio::test]
+async fn loading_an_ensemble_loads_what_it_is_made_of_and_its_models_can_be_replaced() {
+    let bench = models();
+    bench.write("diamond", "config.pbtxt", DIAMOND);
+    let registry = bench.open(ControlMode::Explicit, &["diamond"]).await;
+    assert_eq!(registry.names(), ["diamond", "thrice", "twice"]);
+    bench.write("thrice", "1/model.onnx", scale(30.0, None));
+    registry.load("thrice", LoadParameters::default()).await.unwrap();
+    assert_eq!(answer(&registry, "diamond", &[1, 1], &[1.0]).await, [60.0]);
+    registry.unload("thrice", false).await.unwrap();
+    let error = infer(&registry, "diamond", request(f32s(&[1, 1], &[1.0]))).await.unwrap_err();
+    assert!(matches!(&error, InferError::NotReady { model, .. } if model == "thrice"), "{error}");
+    registry.load("diamond", LoadParameters::default()).await.unwrap();
+    registry.unload("diamond", true).await.unwrap();
+    assert!(registry.names().is_empty());
+}
+
+#[tokio::test]
+async fn steps_that_do_not_fit_together_are_reasons() {
+    let step = |model: &str, from: &str, to: &str| {
+        format!("step {{ model_name: \"{model}\" input_map {{ key: \"x\" value: \"{from}\" }} output_map {{ key: \"y\" value: \"{to}\" }} }}")
+    };
+    let wrong_input = "step { model_name: \"twice\" input_map { key: \"z\" value: \"x\" } output_map { key: \"y\" value: \"y\" } }";
+    for (steps, reason) in [
+        (step("twice", "x", "a"), "its output `y` is given by no step"),
+        (step("twice", "b", "y"), "needs tensor `b`, which is no input and no step gives"),
+        (step("twice", "b", "y") + &step("thrice", "y", "b"), "wait for each other in a circle: twice, thrice"),
+        (step("twice", "x", "y") + &step("thrice", "x", "y"), "its tensor `y` comes from output `y` of step 1 (twice) and from step 2"),
+        (step("nobody", "x", "y"), "it needs model \"nobody\""),
+        (step("e", "x", "y"), "it is made of itself: e, e"),
+        (step("three", "x", "y"), "input `x` of its step 1 (three) is FP32 [3], but the ensemble's inputs are FP32 [-1, -1]"),
+        (step("whole", "x", "y"), "is INT64 [-1, -1], but"),
+        (wrong_input.to_owned(), "maps input `z`, which that model has not"),
+    ] {
+        let bench = models();
+        let identity = {
+            use sensorium_onnx::{DType, Dim, GraphBuilder};
+            let mut graph = GraphBuilder::new("whole");
+            let shape = [Dim::Symbol("batch"), Dim::Symbol("length")];
+            let x = graph.input("x", DType::I64, &shape);
+            let y = graph.node("Identity", &[&x], vec![]);
+            graph.output("y", &y, DType::I64, &shape);
+            graph.finish(20).unwrap().to_bytes()
+        };
+        bench.write("three", "1/model.onnx", scale_three(1.0)).write("whole", "1/model.onnx", identity);
+        let head = "max_batch_size: 4 input { name: \"x\" data_type: TYPE_FP32 dims: -1 } output { name: \"y\" data_type: TYPE_FP32 dims: -1 }";
+        bench.write("e", "config.pbtxt", format!("{head} ensemble_scheduling {{ {steps} }}"));
+        let registry = bench.open_all().await;
+        let entry = registry.index(false).into_iter().find(|entry| entry.name == "e").unwrap();
+        assert!(entry.reason.contains(reason), "{}", entry.reason);
+        assert!(registry.ready("twice", ""));
+    }
+}
