@@ -1,5 +1,7 @@
 //! What a caller is told when a request is not answered.
 
+use std::sync::Arc;
+
 use sensorium_engine::{EngineError, PipelineError, RawTensorError};
 use tonic::{Code, Status};
 
@@ -68,6 +70,9 @@ pub enum InferError {
     /// Preparing inputs did not happen.
     #[error(transparent)]
     Prepare(#[from] PoolError),
+    /// Another caller asked the same and was told this.
+    #[error(transparent)]
+    Shared(Arc<InferError>),
     /// A step of an ensemble did not give what it was asked for.
     #[error("no step of {model:?} gave tensor {tensor:?}")]
     Ensemble {
@@ -168,6 +173,7 @@ impl InferError {
                 | SequenceError::Rows { .. }
                 | SequenceError::TextId { .. },
             ) => Code::InvalidArgument,
+            Self::Shared(error) => error.code(),
             Self::Decoupled { .. } => Code::Unimplemented,
             Self::DeadlineExceeded | Self::Schedule(ScheduleError::DeadlineExceeded { .. }) => Code::DeadlineExceeded,
             // As Triton says it.
@@ -205,6 +211,18 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 }
 
 impl InferError {
+    /// Whether it is one caller's patience that ended: another would be answered.
+    pub(crate) fn is_one_callers(&self) -> bool {
+        match self {
+            Self::Shared(error) => error.is_one_callers(),
+            Self::DeadlineExceeded => true,
+            Self::Schedule(error) => {
+                matches!(error, ScheduleError::DeadlineExceeded { .. } | ScheduleError::TimedOut { .. })
+            }
+            _ => false,
+        }
+    }
+
     /// A tensor could not take the shape that the configuration of `model` gives it.
     pub(crate) fn reshape(model: &str, source: RawTensorError) -> Self {
         Self::Reshape { model: model.to_owned(), source }

@@ -31,7 +31,7 @@ pub use self::{
 use crate::{
     error::InferError,
     metrics::Metrics,
-    model::{Graph, ModelVersion, Multimodal},
+    model::{Graph, ModelVersion, Multimodal, ResponseCache},
     pool::CpuPool,
     scheduler::{Batching, Slots},
     wire::excerpt,
@@ -86,6 +86,8 @@ pub struct Opening {
     pub batching: Batching,
     /// The machine's compute, shared by all models.
     pub slots: Slots,
+    /// Answers of models that want them kept.
+    pub responses: ResponseCache,
     /// What is accepted of media and texts.
     pub limits: Limits,
     /// Where they are prepared.

@@ -90,7 +90,8 @@ impl Found {
                 Some(ensembling) => open_ensemble(name, version, written, ensembling, find.clone()),
                 None => open_version(name, version, &path, written, opening),
             };
-            match opened.and_then(|model| Ok(model.with_labels(labels(&self.folder.path, &self.written.config)?))) {
+            let labelled = |model: ModelVersion| Ok(model.with_labels(labels(&self.folder.path, &self.written.config)?));
+            match opened.and_then(labelled).map(|model| model.with_cache(&opening.responses)) {
                 Ok(model) => loaded.versions.push(model),
                 Err(reason) => {
                     loaded.failed.insert(version, reason);

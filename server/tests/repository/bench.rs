@@ -14,7 +14,7 @@ use sensorium_onnx::{DType as OnnxDType, Dim, GraphBuilder};
 use sensorium_server::{
     error::InferError,
     metrics::Metrics,
-    model::{NamedTensor, Request, Response},
+    model::{NamedTensor, Request, Response, ResponseCache},
     pool::CpuPool,
     repository::{ControlMode, IndexEntry, Opening, Registry, RepositoryConfig},
     scheduler::{Batching, Slots},
@@ -90,6 +90,7 @@ fn opening() -> Opening {
         engine: Options { threads: NonZeroUsize::MIN },
         batching: Batching { max_rows: 32, max_waiting_rows: 1024, max_delay: Duration::ZERO },
         slots: Slots::new(1),
+        responses: ResponseCache::new(1 << 20),
         limits: Limits::default(),
         pool: CpuPool::new(1, 16),
         metrics: Metrics::new(),

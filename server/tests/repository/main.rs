@@ -4,6 +4,7 @@
 
 mod batching;
 mod bench;
+mod cache;
 mod control;
 mod ensembles;
 mod loading;
