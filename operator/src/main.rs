@@ -73,17 +73,37 @@ struct Options {
     /// Objects of one kind that are visited at the same time
     #[arg(long, env = "SENSORIUM_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
     concurrency: u16,
+    /// Collector that takes spans by OTLP over gRPC, from the operator and from the pods of its jobs
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
+    otlp_endpoint: Option<String>,
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    if let Err(error) = sensorium_telemetry::init("sensorium-operator") {
-        eprintln!("sensorium-operator: {error}");
-        return ExitCode::from(2);
-    }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let outcome =
-        runtime.context("could not start the async runtime").and_then(|runtime| runtime.block_on(run(options)));
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("sensorium-operator: could not start the async runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    // The exporter of traces wants to be made in the runtime that carries its connection.
+    let entered = runtime.enter();
+    let traces = sensorium_telemetry::Options {
+        service: "sensorium-operator",
+        otlp_endpoint: options.otlp_endpoint.clone(),
+        sampling: sensorium_telemetry::Sampling::default(),
+    };
+    let telemetry = match sensorium_telemetry::start(traces) {
+        Ok(telemetry) => telemetry,
+        Err(error) => {
+            eprintln!("sensorium-operator: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    drop(entered);
+    let outcome = runtime.block_on(run(options));
+    telemetry.shutdown();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -124,6 +144,7 @@ async fn run(options: Options) -> anyhow::Result<()> {
         concurrency: options.concurrency,
         identity: identity.clone(),
         pod_monitors: knows_pod_monitors(&client).await,
+        otlp_endpoint: options.otlp_endpoint,
     };
     if !options.leader_elect {
         health.leads(true);

@@ -49,6 +49,24 @@ impl Parent {
         context.is_valid().then_some(Self(context))
     }
 
+    /// The trace of all that is done for one Kubernetes object, by whichever process: its id is the object's uid.
+    /// `None` for what is no UUID.
+    pub fn of_object(uid: &str) -> Option<Self> {
+        let digits = uid.replace('-', "");
+        Self::parse(&format!("00-{digits}-{}-01", digits.get(16..)?), None)
+    }
+
+    /// The header `traceparent`, with which another process goes on with this trace.
+    pub fn traceparent(&self) -> String {
+        format!("00-{}-{}-{:02x}", self.0.trace_id(), self.0.span_id(), self.0.trace_flags().to_u8())
+    }
+
+    /// Makes `span`, which nobody has entered yet, part of this trace.
+    pub fn adopt(&self, span: &Span) {
+        // Fails only for a span that nobody exports.
+        let _ = span.set_parent(Context::new().with_remote_span_context(self.0.clone()));
+    }
+
     pub(crate) fn is_sampled(&self) -> bool {
         self.0.is_sampled()
     }
@@ -77,8 +95,7 @@ impl TraceControl {
         let span =
             tracing::info_span!("infer", model, id, otel.kind = "server", otel.status_code = tracing::field::Empty);
         if let Some(parent) = parent {
-            // Fails only for a span that nobody exports.
-            let _ = span.set_parent(Context::new().with_remote_span_context(parent.0.clone()));
+            parent.adopt(&span);
         }
         let trace = TraceId(span.context().span().span_context().trace_id());
         span.with_subscriber(|(id, dispatch)| {
@@ -158,6 +175,14 @@ mod tests {
         assert_eq!(parent.0.trace_state().header(), "vendor=1");
         assert!(!Parent::parse(&format!("00-{TRACE}-{SPAN}-00"), None).unwrap().is_sampled());
         assert!(Parent::parse(&format!("01-{TRACE}-{SPAN}-01-more"), None).is_some(), "a later version");
+    }
+
+    #[test]
+    fn the_trace_of_an_object_has_its_uid() {
+        let parent = Parent::of_object("0eb54409-3616-4b36-a777-0df9732676cb").unwrap();
+        assert_eq!(parent.traceparent(), "00-0eb5440936164b36a7770df9732676cb-a7770df9732676cb-01");
+        assert_eq!(Parent::parse(&parent.traceparent(), None), Some(parent));
+        assert_eq!(Parent::of_object("no uid"), None);
     }
 
     #[test]

@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use sensorium_api::run::{ArtifactResult, RunResult, RunState};
+use sensorium_api::CompressionJobSpec;
+use sensorium_api::run::{ArtifactResult, RunConfig, RunResult, RunState};
 use sensorium_artifact::{Volume, Volumes};
 use sensorium_compress::{CompressError, Control};
 use sensorium_dist::{Launch, keep_freed_memory};
+use sensorium_telemetry::{Options, Parent, Telemetry};
 use sensorium_trainer::launch::launch;
 use sensorium_trainer::progress::Reporter;
 use sensorium_trainer::publish::publish;
@@ -20,6 +22,7 @@ use sensorium_trainer::setup::{Setup, read_config};
 use sensorium_trainer::stop::Stop;
 use sensorium_trainer::train::{Run, Trained};
 use sensorium_trainer::{TrainError, result};
+use tracing::Instrument as _;
 
 /// How long workers wait for each other to start, and for each collective.
 const GROUP_TIMEOUT: Duration = Duration::from_mins(5);
@@ -75,34 +78,55 @@ struct RunArgs {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Err(error) = sensorium_telemetry::init("sensorium-trainer") {
-        eprintln!("sensorium-trainer: {error}");
-        return ExitCode::from(2);
-    }
-    match cli.command {
-        Command::Train(args) => run(train, &args),
-        Command::Compress(args) => run(compress, &args),
-        Command::Launch(LaunchArgs { processes, command }) => {
-            match runtime().and_then(|runtime| runtime.block_on(launch(processes, &command))) {
-                Ok(code) => ExitCode::from(code),
-                Err(error) => {
-                    tracing::error!(error = format!("{error:#}"), "could not start the workers");
-                    ExitCode::FAILURE
-                }
-            }
+    let (runtime, telemetry) = match runtime().and_then(|runtime| telemetry(&runtime).map(|it| (runtime, it))) {
+        Ok(both) => both,
+        Err(error) => {
+            eprintln!("sensorium-trainer: {error:#}");
+            return ExitCode::from(2);
         }
+    };
+    let code = match cli.command {
+        Command::Train(args) => run(train, &args, &runtime),
+        Command::Compress(args) => run(compress, &args, &runtime),
+        Command::Launch(LaunchArgs { processes, command }) => match runtime.block_on(launch(processes, &command)) {
+            Ok(code) => ExitCode::from(code),
+            Err(error) => {
+                tracing::error!(error = format!("{error:#}"), "could not start the workers");
+                ExitCode::FAILURE
+            }
+        },
+    };
+    telemetry.shutdown();
+    code
+}
+
+/// Logs, and spans where the environment names a collector.
+fn telemetry(runtime: &tokio::runtime::Runtime) -> anyhow::Result<Telemetry> {
+    let _entered = runtime.enter();
+    let otlp_endpoint = std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok().filter(|endpoint| !endpoint.is_empty());
+    let sampling = sensorium_telemetry::Sampling::default();
+    Ok(sensorium_telemetry::start(Options { service: "sensorium-trainer", otlp_endpoint, sampling })?)
+}
+
+/// The span of all that this process does, in the trace that the environment names.
+fn span(job: &str) -> tracing::Span {
+    let rank = std::env::var("RANK").unwrap_or_default();
+    let span = tracing::info_span!("run", job, rank);
+    if let Some(parent) = std::env::var("TRACEPARENT").ok().and_then(|parent| Parent::parse(&parent, None)) {
+        parent.adopt(&span);
     }
+    span
 }
 
 /// Rank 0 returns the result, the others nothing.
 type Job = fn(&RunArgs, &Volumes, &tokio::runtime::Runtime) -> anyhow::Result<Option<RunResult>>;
 
 /// Runs a job, and tells how it ended by the result file and the exit code.
-fn run(job: Job, args: &RunArgs) -> ExitCode {
+fn run(job: Job, args: &RunArgs, runtime: &tokio::runtime::Runtime) -> ExitCode {
     let mut volumes = Volumes::default();
     args.volumes.iter().for_each(|volume| volumes.insert(volume.clone()));
     let started = Instant::now();
-    let (result, code) = match runtime().and_then(|runtime| job(args, &volumes, &runtime)) {
+    let (result, code) = match job(args, &volumes, runtime) {
         // A candidate that the gate refused is a result, and a failed job.
         Ok(Some(result)) if result.state == RunState::Failed => (result, ExitCode::FAILURE),
         Ok(Some(result)) => (result, ExitCode::SUCCESS),
@@ -172,10 +196,12 @@ fn train(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -
         samples = setup.train.len(),
         "training"
     );
+    let _span = span(&config.job.to_string()).entered();
     let Trained { weights, mut metrics, seconds } = Run::new(&config, &setup, &group, &reporter, &stop)?.train()?;
     let artifact = if is_first {
         reporter.update(|progress| progress.state = "exporting".to_owned());
-        Some(runtime.block_on(publish(&config, &setup, &weights, metrics.clone(), volumes))?)
+        let publish = publish(&config, &setup, &weights, metrics.clone(), volumes);
+        Some(runtime.block_on(publish.instrument(tracing::info_span!("publish")))?)
     } else {
         None
     };
@@ -202,7 +228,9 @@ fn share_cores() {
 
 fn compress(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -> anyhow::Result<Option<RunResult>> {
     let bytes = std::fs::read(&args.config).with_context(|| args.config.display().to_string())?;
-    let config = serde_json::from_slice(&bytes).with_context(|| args.config.display().to_string())?;
+    let config: RunConfig<CompressionJobSpec> =
+        serde_json::from_slice(&bytes).with_context(|| args.config.display().to_string())?;
+    let _span = span(&config.job.to_string()).entered();
     let (reporter, stop) = (Reporter::default(), Stop::default());
     runtime.block_on(listen(&reporter, &stop, args.progress_addr))?;
     let control =

@@ -103,6 +103,7 @@ impl<'a> Run<'a> {
         self.started = Instant::now();
         let mut pace = Pace::start();
         for step in first..spec.steps {
+            let _span = tracing::info_span!("step", step).entered();
             let rate = learning_rate(&spec.optimizer, step, spec.steps);
             let (loss, stop) = self.losses(&loader.next()?, step)?;
             let grad_norm = self.optimizer.clip(&self.parameters)?;
@@ -222,6 +223,7 @@ impl<'a> Run<'a> {
         if self.group.rank() != 0 {
             return Ok(());
         }
+        let _span = tracing::info_span!("checkpoint", step).entered();
         let mut state = TrainingState {
             step,
             seconds: self.seconds(),
@@ -257,6 +259,7 @@ impl<'a> Run<'a> {
         if self.setup.weight(Task::Vqa).is_none() {
             return Ok(None);
         }
+        let _span = tracing::info_span!("evaluate").entered();
         self.reporter.update(|progress| progress.state = "evaluating".to_owned());
         let Setup { network, preparation, evaluation, answers, .. } = self.setup;
         let executor = Executor::new(network, &self.parameters, Memory::KeepGraphs);

@@ -5,9 +5,11 @@ use std::fmt::Debug;
 use k8s_openapi::NamespaceResourceScope;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions, PropagationPolicy};
 use kube::{Api, Resource, ResourceExt};
+use sensorium_telemetry::Parent;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tracing::{Instrument as _, Span};
 
 use super::Error;
 use super::context::Context;
@@ -19,13 +21,25 @@ fn named<K: Resource<DynamicType = ()>>(name: &str) -> String {
     format!("{}/{name}", K::kind(&()))
 }
 
+/// The span of a write, in the trace of the resource that `object` is or belongs to.
+fn span<K: Resource<DynamicType = ()>>(verb: &'static str, object: &K) -> Span {
+    let span = tracing::info_span!("write", verb, object = named::<K>(&object.name_any()), otel.kind = "client");
+    let owner = object.owner_references().iter().find(|owner| owner.controller == Some(true));
+    let uid = owner.map(|owner| owner.uid.clone()).or_else(|| object.uid());
+    if let Some(parent) = uid.and_then(|uid| Parent::of_object(&uid)) {
+        parent.adopt(&span);
+    }
+    span
+}
+
 /// Creates `object` unless it is there; what is there stays as it is. Says whether it was created.
 pub(super) async fn create<K>(context: &Context, owner: &'static str, object: &K) -> Result<bool, Error>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
 {
     let api: Api<K> = context.api_in(&object.namespace().unwrap_or_default());
-    match api.create(&PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() }, object).await {
+    let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
+    match api.create(&params, object).instrument(span("create", object)).await {
         Ok(_) => {
             context.health.wrote(owner, "create");
             Ok(true)
@@ -57,6 +71,7 @@ where
     let api: Api<K> = context.api_in(&desired.namespace().unwrap_or_default());
     let name = desired.name_any();
     api.patch(&name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&wanted))
+        .instrument(span("apply", desired))
         .await
         .map_err(Error::api("apply", named::<K>(&name)))?;
     context.health.wrote(owner, "apply");
@@ -75,6 +90,7 @@ where
         &PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() },
         &Patch::Merge(change),
     )
+    .instrument(span("merge", object))
     .await
     .map_err(Error::api("change", named::<K>(&name)))?;
     context.health.wrote(owner, "merge");
@@ -115,7 +131,7 @@ where
         preconditions: Some(Preconditions { uid: object.uid(), resource_version: None }),
         ..DeleteParams::default()
     };
-    match api.delete(&object.name_any(), &params).await {
+    match api.delete(&object.name_any(), &params).instrument(span("delete", object)).await {
         Ok(_) => {
             context.health.wrote(owner, "delete");
             Ok(())
@@ -152,7 +168,7 @@ where
     let api: Api<K> = context.api_in(&object.namespace().unwrap_or_default());
     let name = object.name_any();
     let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
-    match api.patch_status(&name, &params, &Patch::Merge(&change)).await {
+    match api.patch_status(&name, &params, &Patch::Merge(&change)).instrument(span("status", object)).await {
         Ok(_) => {
             context.health.wrote(owner, "status");
             Ok(true)

@@ -8,16 +8,19 @@ use std::time::{Duration, Instant};
 use futures::{Stream, StreamExt as _};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::core::DeserializeGuard;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::runtime::reflector::{self, Store};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource};
+use sensorium_telemetry::Parent;
 use serde::de::DeserializeOwned;
 
 use super::children::{self, Children, Key, prune_metadata};
 use super::health::Health;
 use super::pods::Pods;
+use crate::plan::WorkloadPlan;
 use crate::render::{Images, KIND_LABEL, MANAGED_BY};
 use crate::status::Note;
 
@@ -34,6 +37,19 @@ pub struct Settings {
     pub identity: String,
     /// Whether PodMonitors can be made: whether the cluster knows the kind.
     pub pod_monitors: bool,
+    /// Where spans go by OTLP, those of the pods too.
+    pub otlp_endpoint: Option<String>,
+}
+
+impl Settings {
+    /// Makes the pods of `plan` go on with the trace of their job, unless the job says otherwise.
+    pub(super) fn trace(&self, plan: &mut WorkloadPlan, job: &OwnerReference) {
+        if let (Some(endpoint), Some(parent)) = (&self.otlp_endpoint, Parent::of_object(&job.uid)) {
+            let env = &mut plan.pods.env;
+            env.entry("OTEL_EXPORTER_OTLP_ENDPOINT".to_owned()).or_insert_with(|| endpoint.clone());
+            env.entry("TRACEPARENT".to_owned()).or_insert_with(|| parent.traceparent());
+        }
+    }
 }
 
 /// Shared by all controllers.

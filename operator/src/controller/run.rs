@@ -326,9 +326,10 @@ impl Runs {
     ) -> Result<(), Error> {
         let (context, kind) = (&*self.context, K::KIND.as_str());
         let pins = Pins { artifacts: inputs.clone(), workers: Some(workers) };
-        let plan = plan_pinned(manifest, &pins).map_err(|error| Error::Object(error.to_string()))?;
-        let Some(role) = plan.roles.first() else { return Ok(()) };
+        let mut plan = plan_pinned(manifest, &pins).map_err(|error| Error::Object(error.to_string()))?;
         let Some(reference) = object.controller_owner_ref(&()) else { return Err(Error::NotReady) };
+        context.settings.trace(&mut plan, &reference);
+        let Some(role) = plan.roles.first() else { return Ok(()) };
         let owner = Owner { job: JobKey::of(object, K::KIND), reference };
         let objects = render_run(&owner, &plan, role, attempt, &context.settings.images);
         if self.configs.get(key, &objects.config.name_any()).is_none() {

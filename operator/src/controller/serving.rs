@@ -234,9 +234,10 @@ impl Servings {
     ) -> Result<ServingPlan, Error> {
         let context = &*self.context;
         let pins = Pins { artifacts: artifacts.clone(), workers: None };
-        let plan = plan_pinned(manifest, &pins).map_err(|error| Error::Object(error.to_string()))?;
-        let Some(role) = plan.roles.first() else { return Err(Error::Object("a plan without a role".to_owned())) };
+        let mut plan = plan_pinned(manifest, &pins).map_err(|error| Error::Object(error.to_string()))?;
         let Some(reference) = object.controller_owner_ref(&()) else { return Err(Error::NotReady) };
+        context.settings.trace(&mut plan, &reference);
+        let Some(role) = plan.roles.first() else { return Err(Error::Object("a plan without a role".to_owned())) };
         let owner = Owner { job: job.clone(), reference };
         let spec = &object.spec;
         let scaled = spec.autoscaling.is_some();

@@ -11,4 +11,5 @@ mod compression;
 mod explain;
 mod leadership;
 mod serving;
+mod traces;
 mod training;
