@@ -17,13 +17,15 @@ mod error;
 #[cfg(feature = "fixture")]
 pub mod fixture;
 pub mod onnxruntime;
+mod options;
 mod pipeline;
 mod raw;
 mod signature;
 
 pub use engine::{Engine, Named};
 pub use error::{EngineError, PipelineError};
-pub use onnxruntime::{OnnxRuntime, Options};
+pub use onnxruntime::OnnxRuntime;
+pub use options::{Device, Optimization, Options};
 pub use pipeline::{Encoded, GraphRunner, LocalPipeline, Pipeline, VqaAnswer, VqaInput, open_graph, rank_answers};
 pub use sensorium_artifact::TensorSpec;
 pub use raw::{RawTensor, RawTensorError, Strings, element_size};

@@ -1,4 +1,4 @@
-//! The onnxruntime engine: CPU sessions of the library that is loaded when it is first needed.
+//! The onnxruntime engine: sessions of the library that is loaded when it is first needed.
 
 use std::borrow::Cow;
 use std::env;
@@ -11,14 +11,16 @@ use bytemuck::{AnyBitPattern, NoUninit};
 use bytes::Bytes;
 use half::{bf16, f16};
 use ort::environment::Environment;
+use ort::ep;
 use ort::logging::LogLevel;
-use ort::session::builder::SessionBuilder;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{OutputSelector, RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType};
 use sensorium_artifact::DType;
 
 use crate::EngineError;
 use crate::engine::Engine;
+use crate::options::{Device, Optimization, Options};
 use crate::raw::{RawTensor, RawTensorError};
 use crate::signature::{Dim, Shape, Signature};
 
@@ -30,21 +32,6 @@ const LIBRARY_NAME: &str = "libonnxruntime.so";
 
 /// The one environment of this process, from the first load until its end.
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
-
-/// How a graph is run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Threads that share the work inside one operator, the caller's included. More make one run faster and, on a
-    /// loaded server, all runs together slower: there, more engines with one thread each do better.
-    pub threads: NonZeroUsize,
-}
-
-impl Default for Options {
-    /// One thread.
-    fn default() -> Self {
-        Self { threads: NonZeroUsize::MIN }
-    }
-}
 
 /// Loads the library, if that has not happened yet: from the path in `SENSORIUM_ONNXRUNTIME`, else from where it was
 /// when this program was built, else by name, as the dynamic loader finds it. Opening a graph calls this; a program
@@ -92,11 +79,12 @@ fn environment(path: &Path) -> Result<Environment, EngineError> {
     Ok(environment)
 }
 
-/// A graph in onnxruntime, on the CPU.
+/// A graph in onnxruntime.
 #[derive(Debug)]
 pub struct OnnxRuntime {
     session: Session,
     signature: Signature,
+    shrink_arena: bool,
 }
 
 impl OnnxRuntime {
@@ -128,18 +116,37 @@ impl OnnxRuntime {
         let read =
             |outlets: &[Outlet]| outlets.iter().map(|outlet| declared(origin, outlet)).collect::<Result<Vec<_>, _>>();
         let signature = Signature::new(read(session.inputs())?, read(session.outputs())?);
-        Ok(Self { session, signature })
+        Ok(Self { session, signature, shrink_arena: options.shrink_arena })
     }
 }
 
 fn configure(environment: &Environment, options: Options) -> ort::Result<SessionBuilder> {
-    Ok(Session::builder(environment)?
+    let level = match options.optimization {
+        Optimization::Basic => GraphOptimizationLevel::Level1,
+        Optimization::Extended => GraphOptimizationLevel::Level2,
+        Optimization::All => GraphOptimizationLevel::All,
+    };
+    let builder = Session::builder(environment)?
         .with_log_level(LogLevel::Error)?
+        .with_optimization_level(level)?
         .with_intra_threads(options.threads.get())?
-        .with_inter_threads(1)?
+        .with_parallel_execution(options.inter_threads.is_some())?
+        .with_inter_threads(options.inter_threads.map_or(1, NonZeroUsize::get))?
+        .with_memory_pattern(options.memory_pattern)?
         // Threads that wait for work sleep: beside other engines on the same cores, spinning takes their time.
         .with_intra_op_spinning(false)?
-        .with_inter_op_spinning(false)?)
+        .with_inter_op_spinning(false)?;
+    // A device that was asked for and is not there is an error, not a reason to run a hundred times slower.
+    let cuda = |device| ep::CUDA::default().with_device_id(device).build().error_on_failure();
+    let mut providers = match options.device {
+        Device::Cpu => Vec::new(),
+        Device::Cuda(device) => vec![cuda(device)],
+        Device::TensorRt(device) => {
+            vec![ep::TensorRT::default().with_device_id(device).build().error_on_failure(), cuda(device)]
+        }
+    };
+    providers.push(ep::CPU::default().with_arena_allocator(options.arena).build());
+    Ok(builder.with_execution_providers(providers)?)
 }
 
 impl Engine for OnnxRuntime {
@@ -155,7 +162,10 @@ impl Engine for OnnxRuntime {
         }
         let names = || outputs.iter().filter_map(|&index| Some(self.signature.outputs().get(index)?.name.as_str()));
         let selected = names().fold(OutputSelector::no_default(), OutputSelector::with);
-        let options = RunOptions::new().map_err(failed)?.with_outputs(selected);
+        let mut options = RunOptions::new().map_err(failed)?.with_outputs(selected);
+        if self.shrink_arena {
+            options.set("memory.enable_memory_arena_shrinkage", "cpu:0").map_err(failed)?;
+        }
         let mut found = self.session.run_with_options(values, &options).map_err(failed)?;
         let take = |name: &str| match found.remove(name) {
             Some(value) => from_value(value),

@@ -7,7 +7,9 @@ use std::path::Path;
 
 use bytes::Bytes;
 use proptest::prelude::*;
-use sensorium_engine::{DType as WireType, Engine, EngineError, OnnxRuntime, Options, RawTensor};
+use sensorium_engine::{
+    DType as WireType, Device, Engine, EngineError, OnnxRuntime, Optimization, Options, RawTensor,
+};
 use sensorium_modality::{Element, Tensor, TensorData};
 use sensorium_onnx::{Attribute, DType, Dim, GraphBuilder, Model};
 
@@ -235,12 +237,36 @@ fn more_threads_give_the_same_numbers() {
     let bytes = graph.finish(20).unwrap().to_bytes();
     let inputs = f32s(&[64, 256], &(0..64 * 256).map(|i| (i % 17) as f32 / 17.0).collect::<Vec<_>>());
     let [one, two] = [1, 2].map(|threads| {
-        let options = Options { threads: NonZeroUsize::new(threads).unwrap() };
+        let options = Options { threads: NonZeroUsize::new(threads).unwrap(), ..Options::default() };
         let mut engine = OnnxRuntime::open_bytes("wide", &bytes, options).unwrap();
         run(&mut engine, &[("x", inputs.clone())]).unwrap()[0].1.clone()
     });
     let difference = one.as_slice::<f32>().unwrap().iter().zip(two.as_slice::<f32>().unwrap());
     assert!(difference.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) <= 1e-6);
+}
+
+#[test]
+fn every_setting_gives_the_same_numbers() {
+    let settings = [
+        Options { arena: false, ..Options::default() },
+        Options { shrink_arena: true, memory_pattern: false, ..Options::default() },
+        Options { inter_threads: NonZeroUsize::new(2), optimization: Optimization::Basic, ..Options::default() },
+        Options { optimization: Optimization::Extended, ..Options::default() },
+    ];
+    for options in settings {
+        let mut engine = OnnxRuntime::open_bytes("linear", &linear().to_bytes(), options).unwrap();
+        let outputs = run(&mut engine, &[("x", f32s(&[1, 3], &[1.0; 3]))]).unwrap();
+        assert_eq!(outputs[0].1, f32s(&[1, 2], &[19.0, 32.0]), "{options:?}");
+    }
+}
+
+#[test]
+fn a_device_that_is_not_there_is_an_error_and_not_a_slow_run() {
+    for device in [Device::Cuda(77), Device::TensorRt(77)] {
+        let options = Options { device, ..Options::default() };
+        let error = OnnxRuntime::open_bytes("linear", &linear().to_bytes(), options).unwrap_err();
+        assert!(matches!(error, EngineError::Setup { .. } | EngineError::Open { .. }), "{error:?}");
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use sensorium_engine::Engine;
-use sensorium_engine::onnxruntime::{OnnxRuntime, Options};
+use sensorium_engine::{OnnxRuntime, Options};
 use sensorium_model::{
     Acts, Eager, Exported, FusionConfig, ImageConfig, Network, NetworkConfig, ParamView, Section, Slot, StemLayer,
     TextConfig, Weights, export, import, initialise,

@@ -11,7 +11,8 @@ use sensorium_modality::{Limits, Tensor};
 use super::{GraphRunner, Pipeline, VqaAnswer};
 use crate::engine::{Engine, Named};
 use crate::error::{EngineError, PipelineError};
-use crate::onnxruntime::{OnnxRuntime, Options};
+use crate::onnxruntime::OnnxRuntime;
+use crate::options::Options;
 
 /// Opens one graph of an artifact and makes sure that it is what the manifest says.
 ///

@@ -132,6 +132,9 @@ pub struct ServerArgs {
     /// Threads that decode images and split texts [default: one per core]
     #[arg(long, env = "SENSORIUM_PREPARE_THREADS", value_name = "THREADS", help_heading = "Scheduling")]
     pub prepare_threads: Option<NonZeroUsize>,
+    /// Memory for answers of models that turn response_cache on; 0 keeps none [default: 64 MiB]
+    #[arg(long, env = "SENSORIUM_RESPONSE_CACHE_BYTES", value_name = "BYTES", help_heading = "Scheduling")]
+    pub response_cache_bytes: Option<u64>,
     /// How long requests in flight may take to finish after SIGTERM; below the pod's grace period [default: 25]
     #[arg(long, env = "SENSORIUM_DRAIN_SECONDS", value_name = "SECONDS", help_heading = "Scheduling")]
     pub drain_seconds: Option<u64>,
@@ -235,6 +238,7 @@ impl ServerArgs {
             max_queue_delay_microseconds,
             engine_threads,
             prepare_threads,
+            response_cache_bytes,
             drain_seconds,
             otlp_endpoint,
             trace_rate,

@@ -52,6 +52,8 @@ pub struct ServerConfig {
     pub engine: Options,
     /// Threads that prepare inputs.
     pub prepare_threads: NonZeroUsize,
+    /// Memory for answers that are kept, in bytes.
+    pub response_cache_bytes: u64,
     /// How long requests in flight may take to finish.
     pub drain: Duration,
 }
@@ -206,8 +208,9 @@ impl TryFrom<ServerArgs> for ServerConfig {
                 at_once: args.client_concurrency,
             },
             limits: accepted,
-            engine: Options { threads: args.engine_threads.unwrap_or(cores) },
+            engine: Options { threads: args.engine_threads.unwrap_or(cores), ..Options::default() },
             prepare_threads: args.prepare_threads.unwrap_or(cores),
+            response_cache_bytes: args.response_cache_bytes.unwrap_or(64 << 20),
             drain: Duration::from_secs(args.drain_seconds.unwrap_or(25)),
         })
     }

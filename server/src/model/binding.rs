@@ -68,6 +68,19 @@ impl Binding {
         Ok((inputs, request.outputs.iter().map(|&output| self.outputs[output].index).collect()))
     }
 
+    /// Gives tensors that are in the order of the graph, and in the shapes of clients, the shapes of the graph.
+    ///
+    /// # Errors
+    /// As [`Binding::bind`].
+    pub(crate) fn shape(&self, inputs: &mut [RawTensor]) -> Result<(), RawTensorError> {
+        for (tensor, bound) in inputs.iter_mut().zip(&self.inputs) {
+            if let Some(Bound { reshape: Some(reshape), .. }) = bound {
+                *tensor = reshape.apply(tensor.clone())?;
+            }
+        }
+        Ok(())
+    }
+
     /// The graph's outputs as clients get them; `wanted` are indices of the interface's outputs.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ mod artifact;
 mod complete;
 mod config;
 mod control;
+mod engines;
 mod error;
 mod folder;
 mod poll;

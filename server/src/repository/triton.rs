@@ -1,21 +1,22 @@
 //! From a model's folder to versions that answer.
 
-use std::{collections::BTreeMap, fs, num::NonZeroUsize, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
 use bytes::Bytes;
-use sensorium_engine::{Engine, OnnxRuntime, Options};
-use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, model_config::SchedulingChoice, model_instance_group::Kind};
+use sensorium_engine::{Engine, OnnxRuntime};
+use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, model_config::SchedulingChoice};
 
 use super::{
     LoadParameters, Loaded, Opening,
     complete::{self, Complete},
     config::{self, Written},
+    engines,
     folder::Folder,
 };
 use crate::{
     error::chain,
     model::{Ensemble, Find, Graph, ModelVersion, Runs, Sequences, Statistics},
-    scheduler::{Padding, Policy, Reopen, Scheduler, Setup},
+    scheduler::{Policy, Reopen, Scheduler, Setup},
 };
 
 /// What opens a model.
@@ -157,7 +158,7 @@ fn open_version(name: &str, version: u64, path: &Path, written: Written, opening
     if file.is_dir() {
         file = file.join("model.onnx");
     }
-    let (count, options) = instances(&written.config, opening.engine)?;
+    let (count, options) = engines::instances(&written.config, opening.engine)?;
     let reopen: Reopen = {
         let file = file.clone();
         Arc::new(move || match backend {
@@ -167,15 +168,19 @@ fn open_version(name: &str, version: u64, path: &Path, written: Written, opening
             }
         })
     };
-    let engines = (0..count).map(|_| reopen()).collect::<Result<Vec<_>, String>>()?;
+    let mut engines = (0..count).map(|_| reopen()).collect::<Result<Vec<_>, String>>()?;
     let signature = engines[0].signature().clone();
     let Complete { mut config, interface, binding } =
         complete::complete(written, &signature, opening.batching.max_rows)?;
     name.clone_into(&mut config.name);
     platform.clone_into(&mut config.platform);
     backend_name.clone_into(&mut config.backend);
+    let folder = path.parent().unwrap_or(path);
+    for engine in &mut engines {
+        engines::warm_up(engine.as_mut(), &config, &binding, folder)?;
+    }
     let mut policy = Policy::of_model(&config, opening.batching)?;
-    policy.padding = padding(&config)?;
+    policy.padding = engines::padding(&config)?;
     let statistics = Arc::new(Statistics::default());
     let setup = Setup {
         graph: name.to_owned(),
@@ -192,7 +197,6 @@ fn open_version(name: &str, version: u64, path: &Path, written: Written, opening
     let sequences = match &config.scheduling_choice {
         Some(SchedulingChoice::SequenceBatching(sequence)) => {
             let slots = interface.max_rows.unwrap_or(1).saturating_mul(count);
-            let folder = path.parent().unwrap_or(path);
             Some(Sequences::new(name, sequence, &signature, interface.max_rows.is_some(), slots, folder)?)
         }
         _ => None,
@@ -233,52 +237,4 @@ fn backend(config: &ModelConfig, path: &Path) -> Result<Backend, String> {
         let files: Vec<_> = Backend::ALL.iter().map(|(_, _, _, file)| *file).collect();
         format!("{} has no {}", path.display(), files.join(" or "))
     })
-}
-
-/// How many engines a model has, and how each of them runs: the cores are shared among them unless it says otherwise.
-fn instances(config: &ModelConfig, server: Options) -> Result<(usize, Options), String> {
-    let mut count = 0;
-    for group in &config.instance_group {
-        if group.kind() == Kind::Gpu {
-            return Err("its instance_group asks for KIND_GPU, which this server does not have; use KIND_CPU".to_owned());
-        }
-        count += match group.count {
-            0 => 1,
-            count => usize::try_from(count)
-                .map_err(|_| format!("its instance_group has count {count}, it must be at least 1"))?,
-        };
-    }
-    let count = count.max(1);
-    let threads = match parameter(config, "intra_op_thread_count") {
-        None => NonZeroUsize::new(server.threads.get() / count).unwrap_or(NonZeroUsize::MIN),
-        Some(text) => {
-            let threads: usize = text
-                .parse()
-                .map_err(|_| format!("its parameter intra_op_thread_count is {text:?}, it must be a number"))?;
-            // As in onnxruntime, 0 leaves it to the server.
-            NonZeroUsize::new(threads).unwrap_or(server.threads)
-        }
-    };
-    Ok((count, Options { threads, ..server }))
-}
-
-/// What a model's parameters say about requests of unequal length: `padding` lists inputs and the value that the model
-/// ignores there, such as `input_ids=0,attention_mask=0`; `max_batch_elements` bounds a batch after padding.
-fn padding(config: &ModelConfig) -> Result<Option<Padding>, String> {
-    let wrong = |text: &str| format!("its parameter padding has {text:?}, it must be such as input_ids=0,attention_mask=0");
-    let Some(text) = parameter(config, "padding") else { return Ok(None) };
-    let mut padding = Padding::default();
-    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
-        let (name, value) = part.split_once('=').ok_or_else(|| wrong(part))?;
-        padding.values.insert(name.trim().to_owned(), value.trim().parse().map_err(|_| wrong(part))?);
-    }
-    if let Some(text) = parameter(config, "max_batch_elements") {
-        let wrong = |_| format!("its parameter max_batch_elements is {text:?}, it must be a number");
-        padding.max_elements = text.parse().map_err(wrong)?;
-    }
-    Ok(Some(padding))
-}
-
-fn parameter<'a>(config: &'a ModelConfig, name: &str) -> Option<&'a str> {
-    config.parameters.get(name).map(|parameter| parameter.string_value.as_str())
 }

@@ -90,7 +90,8 @@ async fn options_that_make_no_sense_are_reasons() {
     for (config, reason) in [
         ("max_batch_size: 4 dynamic_batching { preferred_batch_size: 8 }", "preferred_batch_size 8, which must be 1 to"),
         ("max_batch_size: 4 dynamic_batching { priority_levels: 2 }", "no default_priority_level"),
-        ("max_batch_size: 4 instance_group { kind: KIND_GPU }", "KIND_GPU"),
+        ("max_batch_size: 4 instance_group { count: -1 }", "count -1, it must be at least 1"),
+        ("parameters { key: \"intra_op_thread_count\" value { string_value: \"all\" } }", "it must be a number"),
         ("parameters { key: \"padding\" value { string_value: \"z=0\" } }", "padding names input `z`"),
     ] {
         let bench = Bench::new();

@@ -87,7 +87,7 @@ fn opening() -> Opening {
     Opening {
         volumes: Volumes::default(),
         cache: std::env::temp_dir(),
-        engine: Options { threads: NonZeroUsize::MIN },
+        engine: Options { threads: NonZeroUsize::MIN, ..Options::default() },
         batching: Batching { max_rows: 32, max_waiting_rows: 1024, max_delay: Duration::ZERO },
         slots: Slots::new(1),
         responses: ResponseCache::new(1 << 20),

@@ -98,3 +98,23 @@ async fn a_model_that_fails_says_why_and_harms_no_other() {
     assert!(matches!(&error, InferError::NotReady { reason, .. } if reason.contains("line 2")), "{error}");
     assert_eq!(registry.index(true).len(), 1);
 }
+
+#[tokio::test]
+async fn a_model_is_warm_before_it_is_ready() {
+    let bench = Bench::new();
+    let warm = |data: &str| {
+        format!(
+            "max_batch_size: 4 model_warmup {{ name: \"w\" batch_size: 2 count: 3 inputs {{ key: \"x\" value {{ \
+             data_type: TYPE_FP32 dims: 3 {data} }} }} }} parameters {{ key: \"enable_mem_arena\" value {{ string_value: \"0\" }} }}"
+        )
+    };
+    bench.write("zero", "1/model.onnx", scale(2.0, None)).write("zero", "config.pbtxt", warm("zero_data: true"));
+    bench.write("file", "1/model.onnx", scale(2.0, None)).write("file", "config.pbtxt", warm("input_data_file: \"x\""));
+    bench.write("file", "warmup/x", [0; 24]);
+    bench.write("none", "1/model.onnx", scale(2.0, None)).write("none", "config.pbtxt", warm("input_data_file: \"x\""));
+    let registry = bench.open_all().await;
+    assert!(registry.ready("zero", "") && registry.ready("file", ""), "{:?}", index(&registry));
+    let none = registry.model("none", "").unwrap_err().to_string();
+    assert!(none.contains("its model_warmup \"w\" input `x`") && none.contains("No such file"), "{none}");
+    assert_eq!(registry.statistics("zero", "").unwrap()[0].execution_count, 0, "only requests are counted");
+}

@@ -1,0 +1,189 @@
+//! How many engines a model has, how each of them runs, and what they run before anybody asks.
+
+use std::{num::NonZeroUsize, path::Path};
+
+use sensorium_artifact::TensorSpec;
+use sensorium_engine::{Device, Engine, Optimization, Options, RawTensor, Signature};
+use sensorium_proto::inference::{
+    ModelConfig, ModelWarmup,
+    model_instance_group::Kind,
+    model_warmup::{Input, input::InputDataType},
+};
+
+use super::complete;
+use crate::{error::chain, model::Binding, scheduler::Padding};
+
+/// How many engines a model has, and how each of them runs: the cores are shared among them unless it says otherwise.
+///
+/// # Errors
+/// An option that makes no sense, as a sentence about the model.
+pub(super) fn instances(config: &ModelConfig, server: Options) -> Result<(usize, Options), String> {
+    let (mut count, mut device) = (0, None);
+    for group in &config.instance_group {
+        count += match group.count {
+            0 => 1,
+            count => usize::try_from(count)
+                .map_err(|_| format!("its instance_group has count {count}, it must be at least 1"))?,
+        };
+        let own = match group.kind() {
+            Kind::Gpu => accelerated(config, group.gpus.first().copied().unwrap_or(0)),
+            Kind::Auto | Kind::Cpu | Kind::Model => Device::Cpu,
+        };
+        if device.replace(own).is_some_and(|other| other != own) {
+            return Err("its instance_group has instances on different devices; give it one group".to_owned());
+        }
+    }
+    let count = count.max(1);
+    let each = NonZeroUsize::new(server.threads.get() / count).unwrap_or(NonZeroUsize::MIN);
+    let inter_threads = NonZeroUsize::new(number(config, "inter_op_thread_count")?.unwrap_or(0));
+    let is_parallel = flag(config, "execution_mode")?.unwrap_or(false);
+    let level = config.optimization.as_ref().and_then(|optimization| optimization.graph.as_ref());
+    Ok((
+        count,
+        Options {
+            // As in onnxruntime, 0 leaves it to the server.
+            threads: number(config, "intra_op_thread_count")?.and_then(NonZeroUsize::new).unwrap_or(each),
+            inter_threads: is_parallel.then_some(inter_threads.unwrap_or(each)),
+            arena: flag(config, "enable_mem_arena")?.unwrap_or(server.arena),
+            memory_pattern: flag(config, "enable_mem_pattern")?.unwrap_or(server.memory_pattern),
+            shrink_arena: parameter(config, "memory.enable_memory_arena_shrinkage").is_some() || server.shrink_arena,
+            optimization: match level.map_or(0, |graph| graph.level) {
+                ..0 => Optimization::Basic,
+                0 => server.optimization,
+                1.. => Optimization::Extended,
+            },
+            device: device.unwrap_or(server.device),
+        },
+    ))
+}
+
+/// A GPU, with TensorRT where the configuration names it as an accelerator.
+fn accelerated(config: &ModelConfig, gpu: i32) -> Device {
+    let accelerators = config.optimization.as_ref().and_then(|optimization| optimization.execution_accelerators.as_ref());
+    let named = accelerators.into_iter().flat_map(|accelerators| &accelerators.gpu_execution_accelerator);
+    let has_tensorrt = named.into_iter().any(|accelerator| accelerator.name == "tensorrt");
+    if has_tensorrt { Device::TensorRt(gpu) } else { Device::Cuda(gpu) }
+}
+
+/// What a model's parameters say about requests of unequal length: `padding` lists inputs and the value that the model
+/// ignores there, such as `input_ids=0,attention_mask=0`; `max_batch_elements` bounds a batch after padding.
+///
+/// # Errors
+/// Text that is no such list.
+pub(super) fn padding(config: &ModelConfig) -> Result<Option<Padding>, String> {
+    let wrong = |text: &str| format!("its parameter padding has {text:?}, it must be such as input_ids=0,attention_mask=0");
+    let Some(text) = parameter(config, "padding") else { return Ok(None) };
+    let mut padding = Padding { max_elements: number(config, "max_batch_elements")?.unwrap_or(0), ..Padding::default() };
+    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        let (name, value) = part.split_once('=').ok_or_else(|| wrong(part))?;
+        padding.values.insert(name.trim().to_owned(), value.trim().parse().map_err(|_| wrong(part))?);
+    }
+    Ok(Some(padding))
+}
+
+fn parameter<'a>(config: &'a ModelConfig, name: &str) -> Option<&'a str> {
+    config.parameters.get(name).map(|parameter| parameter.string_value.trim())
+}
+
+fn number(config: &ModelConfig, name: &str) -> Result<Option<usize>, String> {
+    let parse = |text: &str| text.parse().map_err(|_| format!("its parameter {name} is {text:?}, it must be a number"));
+    parameter(config, name).map(parse).transpose()
+}
+
+fn flag(config: &ModelConfig, name: &str) -> Result<Option<bool>, String> {
+    let parse = |text: &str| match text {
+        "0" | "false" => Ok(false),
+        "1" | "true" => Ok(true),
+        _ => Err(format!("its parameter {name} is {text:?}, it must be 0 or 1")),
+    };
+    parameter(config, name).map(parse).transpose()
+}
+
+/// Runs the samples of `model_warmup` on an engine, so that the first request does not pay for what happens once.
+///
+/// # Errors
+/// A sample that does not fit the model, or that it fails at.
+pub(super) fn warm_up(
+    engine: &mut dyn Engine,
+    config: &ModelConfig,
+    binding: &Binding,
+    folder: &Path,
+) -> Result<(), String> {
+    for sample in &config.model_warmup {
+        let unfit = |reason: String| format!("its model_warmup {:?} {reason}", sample.name);
+        let signature = engine.signature().clone();
+        let inputs = inputs(sample, config, &signature, binding, folder).map_err(unfit)?;
+        signature.validate(&inputs).map_err(|error| unfit(chain(&error)))?;
+        let outputs: Vec<usize> = (0..signature.outputs().len()).collect();
+        for _ in 0..sample.count.max(1) {
+            engine.run_raw(&inputs, &outputs).map_err(|error| unfit(chain(&error)))?;
+        }
+    }
+    Ok(())
+}
+
+fn inputs(
+    sample: &ModelWarmup,
+    config: &ModelConfig,
+    signature: &Signature,
+    binding: &Binding,
+    folder: &Path,
+) -> Result<Vec<RawTensor>, String> {
+    let batch = (config.max_batch_size > 0).then_some(i64::from(sample.batch_size.max(1)));
+    let input = |(spec, bound): (&TensorSpec, &Option<_>)| {
+        let Some(input) = sample.inputs.get(&spec.name) else {
+            return match bound {
+                Some(_) => Err(format!("has no input `{}`", spec.name)),
+                // A control or state that the server fills in requests: zeros do here.
+                None => zeros(spec, batch.unwrap_or(1)),
+            };
+        };
+        tensor(input, spec, batch, folder).map_err(|reason| format!("input `{}`: {reason}", spec.name))
+    };
+    let mut inputs = signature.inputs().iter().zip(&binding.inputs).map(input).collect::<Result<Vec<_>, _>>()?;
+    // Sizes are written as clients see them, and go in as the graph has them.
+    binding.shape(&mut inputs).map_err(|error| error.to_string())?;
+    Ok(inputs)
+}
+
+fn zeros(spec: &TensorSpec, batch: i64) -> Result<RawTensor, String> {
+    let mut shape: Vec<i64> = spec.shape.iter().map(|size| size.map_or(1, |size| size as i64)).collect();
+    if let (Some(first), Some(None)) = (shape.first_mut(), spec.shape.first()) {
+        *first = batch;
+    }
+    RawTensor::zeros(spec.dtype, shape).map_err(|error| error.to_string())
+}
+
+fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -> Result<RawTensor, String> {
+    let dtype = complete::dtype(input.data_type()).unwrap_or(spec.dtype);
+    let shape: Vec<i64> = batch.into_iter().chain(input.dims.iter().copied()).collect();
+    let zeros = RawTensor::zeros(dtype, shape.clone()).map_err(|error| error.to_string())?;
+    let data = match &input.input_data_type {
+        None | Some(InputDataType::ZeroData(_)) => return Ok(zeros),
+        // Numbers of either sign and moderate size in every format; the same each time, so that a start is repeatable.
+        Some(InputDataType::RandomData(_)) if dtype != sensorium_engine::DType::Bytes => pattern(zeros.data().len(), dtype),
+        Some(InputDataType::RandomData(_)) => return Ok(zeros),
+        Some(InputDataType::InputDataFile(file)) => {
+            // Triton keeps these in a folder of this name.
+            let path = folder.join("warmup").join(file);
+            std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?
+        }
+    };
+    RawTensor::new(dtype, shape, data.into()).map_err(|error| error.to_string())
+}
+
+/// Elements that are small and differ from each other.
+fn pattern(bytes: usize, dtype: sensorium_engine::DType) -> Vec<u8> {
+    use sensorium_engine::DType;
+    let spread = |index: usize| (index * 37 % 101) as f32 / 101.0;
+    match dtype {
+        DType::Fp32 => (0..bytes / 4).flat_map(|index| spread(index).to_le_bytes()).collect(),
+        DType::Fp64 => (0..bytes / 8).flat_map(|index| f64::from(spread(index)).to_le_bytes()).collect(),
+        // Indices into tables have to be small; 0 and 1 are in most, and are booleans, too.
+        DType::Bool | DType::Int8 | DType::Uint8 => (0..bytes).map(|index| (index % 2) as u8).collect(),
+        DType::Int16 | DType::Uint16 | DType::Fp16 | DType::Bf16 => vec![0; bytes],
+        DType::Int32 | DType::Uint32 => (0..bytes / 4).flat_map(|index| ((index % 2) as u32).to_le_bytes()).collect(),
+        DType::Int64 | DType::Uint64 => (0..bytes / 8).flat_map(|index| ((index % 2) as u64).to_le_bytes()).collect(),
+        DType::Bytes => Vec::new(),
+    }
+}
