@@ -205,7 +205,7 @@ fn opening(config: &ServerConfig, metrics: &Metrics, lost: &CancellationToken) -
         engine: config.engine,
         batching: config.batching,
         slots: Slots::new(config.engine.threads.get()),
-        responses: crate::model::ResponseCache::new(64 << 20),
+        responses: crate::model::ResponseCache::new(config.response_cache_bytes),
         limits: config.limits,
         // Preparing takes about as long as a row in an engine, so as much of it may wait.
         pool: CpuPool::new(config.prepare_threads.get(), config.batching.max_waiting_rows),

@@ -11,11 +11,11 @@ const MAX_DEPTH: usize = 64;
 /// Where a text stopped being what it should be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the JSON is wrong at byte {offset}: {problem}")]
-pub struct JsonError {
+pub(super) struct JsonError {
     /// Bytes before the problem.
-    pub offset: usize,
+    pub(super) offset: usize,
     /// What should be there, or why it cannot be.
-    pub problem: Cow<'static, str>,
+    pub(super) problem: Cow<'static, str>,
 }
 
 /// A place in a JSON text.

@@ -17,7 +17,7 @@ pub struct Tokens(Vec<(String, [u8; 32])>);
 /// A line of the file that is no token.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("line {line} {problem}; write NAME TOKEN, the token of at least {SHORTEST} characters without blanks")]
-pub struct TokenError {
+pub(super) struct TokenError {
     line: usize,
     problem: &'static str,
 }

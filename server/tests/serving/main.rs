@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests, which clippy does not count as tests")]
 
+mod clients;
 mod harness;
 mod inference;
 mod load;
 mod malformed;
 mod rest;
+mod security;
 mod shutdown;
-mod triton;
+mod traces;

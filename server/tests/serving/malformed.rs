@@ -108,7 +108,9 @@ fn wrong_tensors() -> Vec<Case> {
         invalid("a datatype that is none", "which the protocol does not have", |n| {
             tensor(["", "float32", "\u{0}", "TYPE_FP32"][n % 4], &[1, 3, 8, 8], &[0; 384])
         }),
-        invalid("a megabyte of datatype", "which the protocol does not have", |n| tensor(&"x".repeat((1 << 19) + n), &[1, 3, 8, 8], &[0; 4])),
+        invalid("a megabyte of datatype", "which the protocol does not have", |n| {
+            tensor(&"x".repeat((1 << 19) + n), &[1, 3, 8, 8], &[0; 4])
+        }),
         invalid("unknown input", "not one of the model's: pixel_values", |n| {
             spoiled(pixels(), |request| request.inputs[0].name = format!("input{n}"))
         }),

@@ -154,9 +154,7 @@ async fn tensors_travel_through_shared_memory() {
     let status = server.json("/v2/systemsharedmemory/status").await;
     assert_eq!(status, json!([{"name": "all", "key": format!("/{key}"), "offset": 0, "byte_size": 832}]));
 
-    let place = |offset: usize, size: usize| {
-        json!({"shared_memory_region": "all", "shared_memory_offset": offset, "shared_memory_byte_size": size})
-    };
+    let place = |offset: usize, size: usize| json!({"shared_memory_region": "all", "shared_memory_offset": offset, "shared_memory_byte_size": size});
     let request = json!({
         "inputs": [{"name": "pixel_values", "shape": [1, 3, 8, 8], "datatype": "FP32", "parameters": place(0, 768)}],
         "outputs": [{"name": "image_embedding", "parameters": place(768, 64)}],
@@ -205,7 +203,7 @@ async fn generating_takes_plain_fields() {
     // A row of pixels has no shape of one size, which the model says.
     let refused = server.post("/v2/models/tiny.image_encoder/generate", &[], body.as_bytes()).await;
     assert_eq!(refused.status, 400, "{refused:?}");
-    let body = json!({"id": "g", "input_ids": [3, 4], "attention_mask": [1, 1], "temperature": 0.5}).to_string();
+    let body = json!({"id": "g", "input_ids": [3, 4], "temperature": 0.5, "stop": ["."]}).to_string();
     let answer = server.post("/v2/models/tiny.text_encoder/generate", &[], body.as_bytes()).await;
     assert_eq!(answer.status, 200, "{}", String::from_utf8_lossy(&answer.body));
     let object = answer.json();
@@ -285,7 +283,12 @@ async fn a_thousand_malformed_bodies_get_their_status_and_leave_no_trace() {
         (400, "an object", vec![], b"".to_vec()),
         (400, "an object", vec![], b"\xff\xfe\x00".to_vec()),
         (400, "nest too deeply", vec![], [&br#"{"x": "#[..], &vec![b'['; LIMIT / 2]].concat()),
-        (400, "nest too deeply", vec![], [&br#"{"inputs": [{"datatype": "FP32", "data": "#[..], &vec![b'['; LIMIT / 2]].concat()),
+        (
+            400,
+            "nest too deeply",
+            vec![],
+            [&br#"{"inputs": [{"datatype": "FP32", "data": "#[..], &vec![b'['; LIMIT / 2]].concat(),
+        ),
         (400, "more than", vec![], format!(r#"{{"inputs": [{}{{}}]}}"#, "{},".repeat(1 << 16)).into_bytes()),
         (400, "no `inputs`", vec![], b"{}".to_vec()),
         (400, "has no data", vec![], with(&|input| drop(input.as_object_mut().unwrap().remove("data")))),
@@ -296,10 +299,15 @@ async fn a_thousand_malformed_bodies_get_their_status_and_leave_no_trace() {
         (400, "no tensor in memory", vec![], with(&|input| input["shape"] = json!([i64::MAX, i64::MAX]))),
         (400, "is not one of the model's", vec![], with(&|input| input["name"] = json!("x".repeat(1 << 16)))),
         (400, "binary", vec![], with(&|input| input["datatype"] = json!("FP16"))),
-        (400, "need 1000000000000", vec![], with(&|input| {
-            input.as_object_mut().unwrap().remove("data");
-            input["parameters"] = json!({"binary_data_size": 1_000_000_000_000_u64});
-        })),
+        (
+            400,
+            "need 1000000000000",
+            vec![],
+            with(&|input| {
+                input.as_object_mut().unwrap().remove("data");
+                input["parameters"] = json!({"binary_data_size": 1_000_000_000_000_u64});
+            }),
+        ),
         (400, "Inference-Header-Content-Length", vec![("inference-header-content-length", "-1")], good.clone()),
         (400, "Inference-Header-Content-Length", vec![("inference-header-content-length", "99999999")], good.clone()),
         (400, "", vec![("inference-header-content-length", "17")], good.clone()),

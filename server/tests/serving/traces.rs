@@ -1,0 +1,123 @@
+//! Traces, from a client's `traceparent` to what an OTLP collector is sent.
+
+use std::time::Duration;
+
+use opentelemetry_proto::tonic::{
+    collector::trace::v1::{
+        ExportTraceServiceRequest, ExportTraceServiceResponse,
+        trace_service_server::{TraceService, TraceServiceServer},
+    },
+    common::v1::any_value::Value,
+    trace::v1::Span,
+};
+use sensorium_engine::fixture::{self, QUESTION};
+use tokio::{net::TcpListener, sync::mpsc, time};
+use tonic::{Request, Response, Status, async_trait, transport::server::TcpIncoming};
+
+use crate::harness::{Server, tensor_question};
+
+const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+const PARENT: &str = "b7ad6b7169203331";
+
+/// A collector that hands on the spans that it is sent.
+struct Collector(mpsc::UnboundedSender<Span>);
+
+#[async_trait]
+impl TraceService for Collector {
+    async fn export(
+        &self,
+        request: Request<ExportTraceServiceRequest>,
+    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        let scopes = request.into_inner().resource_spans.into_iter().flat_map(|resource| resource.scope_spans);
+        scopes.flat_map(|scope| scope.spans).for_each(|span| drop(self.0.send(span)));
+        Ok(Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+/// Where a collector listens, and the spans that it is sent.
+async fn collector() -> (String, mpsc::UnboundedReceiver<Span>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (sender, spans) = mpsc::unbounded_channel();
+    let server = tonic::transport::Server::builder().add_service(TraceServiceServer::new(Collector(sender)));
+    tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+    (format!("http://{address}"), spans)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn attribute(span: &Span, name: &str) -> Option<String> {
+    let found = span.attributes.iter().find(|attribute| attribute.key == name)?;
+    match found.value.as_ref()?.value.as_ref()? {
+        Value::StringValue(text) => Some(text.clone()),
+        value => Some(format!("{value:?}")),
+    }
+}
+
+/// The next span that `wanted` wants.
+async fn next(spans: &mut mpsc::UnboundedReceiver<Span>, wanted: impl Fn(&Span) -> bool) -> Span {
+    let found = async {
+        loop {
+            let span = spans.recv().await.expect("the collector goes on");
+            if wanted(&span) {
+                return span;
+            }
+        }
+    };
+    time::timeout(Duration::from_secs(30), found).await.expect("a span comes within 30 s")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_a_span_of_its_clients_trace_and_batches_link_to_it() {
+    let (endpoint, mut spans) = collector().await;
+    let server = Server::start(&["--otlp-endpoint", &endpoint]).await;
+    let mut request = Request::new(tensor_question(&fixture::png([200, 0, 0]), QUESTION));
+    request.get_mut().id = "seven".to_owned();
+    request.metadata_mut().insert("traceparent", format!("00-{TRACE}-{PARENT}-01").parse().unwrap());
+    server.inference().await.model_infer(request).await.unwrap();
+
+    let mut all = Vec::new();
+    let infer = loop {
+        let span = next(&mut spans, |_| true).await;
+        if span.name == "infer" {
+            break span;
+        }
+        all.push(span);
+    };
+    assert_eq!((hex(&infer.trace_id), hex(&infer.parent_span_id)), (TRACE.to_owned(), PARENT.to_owned()));
+    assert_eq!(attribute(&infer, "model").as_deref(), Some("tiny"));
+    assert_eq!(attribute(&infer, "id").as_deref(), Some("seven"));
+    let batch = match all.into_iter().find(|span| span.name == "batch") {
+        Some(batch) => batch,
+        None => next(&mut spans, |span| span.name == "batch").await,
+    };
+    assert!(batch.links.iter().any(|link| hex(&link.trace_id) == TRACE), "{batch:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn which_requests_are_traced_can_be_changed_and_probes_are_not() {
+    let (endpoint, mut spans) = collector().await;
+    let server = Server::start(&["--otlp-endpoint", &endpoint, "--trace-rate", "1000000"]).await;
+    assert!(server.json("/v2").await["extensions"].as_array().unwrap().contains(&"trace".into()));
+    let off = server.post("/v2/trace/setting", &[], br#"{"trace_level": ["OFF"]}"#).await;
+    assert_eq!(off.status, 200);
+    let body =
+        r#"{"id": "ID", "inputs": [{"name": "input_ids", "shape": [1, 2], "datatype": "INT64", "data": [3, 4]}]}"#;
+    let path = "/v2/models/tiny.text_encoder/infer";
+    let infer = async |id: &str| {
+        let answer = server.post(path, &[], body.replace("ID", id).as_bytes()).await;
+        assert_eq!(answer.status, 200, "{}", String::from_utf8_lossy(&answer.body));
+    };
+    infer("unseen").await;
+    let on = br#"{"trace_level": ["TIMESTAMPS"], "trace_rate": "1", "trace_count": "1"}"#;
+    server.post("/v2/trace/setting", &[], on).await;
+    infer("seen").await;
+    infer("beyond the count").await;
+    let span = next(&mut spans, |span| span.name == "infer").await;
+    assert_eq!(attribute(&span, "id").as_deref(), Some("seen"));
+    // Nothing else of that name comes in the time in which a batch of spans is sent.
+    let more = time::timeout(Duration::from_secs(7), next(&mut spans, |span| span.name == "infer")).await;
+    assert!(more.is_err(), "{more:?}");
+}
