@@ -6,6 +6,7 @@ node_name=node0 node_ip=192.0.2.1 service_range=10.96.0.0/16 api_service=10.96.0
 # certificate NAME SUBJECT. Elliptic curves: RSA keys take seconds to make.
 certificate() {
     local names=DNS:localhost,DNS:$node_name,DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc
+    names+=,DNS:metrics-server.kube-system.svc
     openssl req -x509 -CA pki/ca.crt -CAkey pki/ca.key -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 \
         -subj "$2" -addext "subjectAltName=$names,IP:127.0.0.1,IP:$node_ip,IP:$api_service" \
         -addext basicConstraints=critical,CA:FALSE -addext extendedKeyUsage=clientAuth,serverAuth \

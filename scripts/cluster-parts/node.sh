@@ -30,12 +30,14 @@ make_authority
 server=https://$node_ip:6443
 for subject in kube-apiserver=/CN=kube-apiserver admin=/O=system:masters/CN=admin \
     kube-controller-manager=/CN=system:kube-controller-manager kube-scheduler=/CN=system:kube-scheduler \
-    kubelet=/O=system:nodes/CN=system:node:$node_name kube-proxy=/CN=system:kube-proxy coredns=/O=system:masters/CN=coredns; do
+    kubelet=/O=system:nodes/CN=system:node:$node_name kube-proxy=/CN=system:kube-proxy coredns=/O=system:masters/CN=coredns \
+    metrics-server=/O=system:masters/CN=metrics-server; do
     certificate "${subject%%=*}" "${subject#*=}"
     kubeconfig "${subject%%=*}" "$server"
 done
 mv pki/kube-apiserver.crt pki/apiserver.crt
 mv pki/kube-apiserver.key pki/apiserver.key
+certificate front-proxy /CN=front-proxy # the API server's, when it passes a request on to metrics-server
 
 cat > containerd/config.toml <<TOML
 version = 2
@@ -97,11 +99,41 @@ cluster.local:53 {
 }
 CORE
 
+# As its manifest would, but of a process: the metrics API is served at the node's address.
+cat > metrics.yaml <<YAML
+apiVersion: apiregistration.k8s.io/v1
+kind: APIService
+metadata: {name: v1beta1.metrics.k8s.io}
+spec:
+  group: metrics.k8s.io
+  version: v1beta1
+  groupPriorityMinimum: 100
+  versionPriority: 100
+  service: {namespace: kube-system, name: metrics-server}
+  caBundle: $(base64 -w0 pki/ca.crt)
+---
+apiVersion: v1
+kind: Service
+metadata: {namespace: kube-system, name: metrics-server}
+spec: {ports: [{port: 443, targetPort: 4443}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {namespace: kube-system, name: metrics-server, labels: {kubernetes.io/service-name: metrics-server}}
+addressType: IPv4
+ports: [{port: 4443}]
+endpoints: [{addresses: [$node_ip]}]
+YAML
+
 start containerd containerd --config containerd/config.toml
 start_etcd
 api_server() {
     start_apiserver "$node_ip" 6443 --authorization-mode=Node,RBAC --kubelet-preferred-address-types=InternalIP \
-        --kubelet-client-certificate=pki/admin.crt --kubelet-client-key=pki/admin.key --kubelet-certificate-authority=pki/ca.crt
+        --kubelet-client-certificate=pki/admin.crt --kubelet-client-key=pki/admin.key --kubelet-certificate-authority=pki/ca.crt \
+        --proxy-client-cert-file=pki/front-proxy.crt --proxy-client-key-file=pki/front-proxy.key \
+        --requestheader-client-ca-file=pki/ca.crt --requestheader-allowed-names=front-proxy \
+        --requestheader-username-headers=X-Remote-User --requestheader-group-headers=X-Remote-Group \
+        --requestheader-extra-headers-prefix=X-Remote-Extra-
 }
 api_server
 await kube-apiserver kubectl get --raw=/readyz
@@ -112,7 +144,16 @@ await containerd test -S containerd/containerd.sock
 ctr --address containerd/containerd.sock --namespace k8s.io images import busybox.tar > logs/busybox.log
 start kubelet "$bin/kubelet" --kubeconfig=kubelet.kubeconfig --config=kubelet/config.yaml --root-dir="$state/kubelet/root" \
     --hostname-override="$node_name" --node-ip="$node_ip"
-start_controllers kube-controller-manager --use-service-account-credentials=true
+# An autoscaler waits for five minutes before it believes in less load, and for as long before it counts a new pod's.
+start_controllers kube-controller-manager --use-service-account-credentials=true \
+    --horizontal-pod-autoscaler-downscale-stabilization=15s --horizontal-pod-autoscaler-cpu-initialization-period=15s \
+    --horizontal-pod-autoscaler-initial-readiness-delay=5s
+start metrics-server "$bin/metrics-server" --kubeconfig=metrics-server.kubeconfig --bind-address="$node_ip" --secure-port=4443 \
+    --authentication-kubeconfig=metrics-server.kubeconfig --authorization-kubeconfig=metrics-server.kubeconfig \
+    --tls-cert-file=pki/metrics-server.crt --tls-private-key-file=pki/metrics-server.key \
+    --kubelet-certificate-authority=pki/ca.crt --kubelet-preferred-address-types=InternalIP --metric-resolution=10s \
+    --kubelet-request-timeout=5s
+kubectl apply --filename metrics.yaml > logs/metrics-api.log
 await "the node" kubectl wait --for=condition=Ready "node/$node_name" --timeout=1s
 touch ready
 # Bash waits for every child that it has or is given. The API server is started again when it has ended, as a kubelet does
