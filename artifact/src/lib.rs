@@ -48,6 +48,7 @@ mod digest;
 mod error;
 mod location;
 mod manifest;
+mod mirror;
 mod path;
 mod store;
 
@@ -58,4 +59,5 @@ pub use manifest::{
     DType, FileEntry, Format, Graph, Lineage, LineageJob, MANIFEST_FILE, Manifest, ManifestParts, SCHEMA_VERSION,
     TensorSpec,
 };
+pub use mirror::Mirror;
 pub use store::{Artifact, Draft, Store};

@@ -25,6 +25,7 @@ use crate::path::validate_name;
 use crate::{ArtifactError, Digest, Location, Manifest, ManifestParts, Volumes};
 use local::LocalStore;
 use s3::S3Store;
+pub(crate) use s3::client as s3_client;
 
 pub(crate) const OBJECTS: &str = "objects";
 pub(crate) const NAMES: &str = "names";

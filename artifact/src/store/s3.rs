@@ -34,6 +34,30 @@ pub(crate) struct S3Store {
     prefix: String,
 }
 
+/// A client of a bucket. `environment` gives the `AWS_*` variables: credentials, region, endpoint and the rest.
+pub(crate) fn client(
+    bucket: &str,
+    prefix: &str,
+    environment: impl Iterator<Item = (String, String)>,
+) -> Result<AmazonS3, ArtifactError> {
+    let mut builder = AmazonS3Builder::new();
+    for (name, value) in environment.filter(|(name, _)| name.starts_with("AWS_")) {
+        // Other AWS tools have variables that this client does not know: they are not ours to judge.
+        if let Ok(key) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {
+            builder = builder.with_config(key, value);
+        }
+    }
+    let endpoint = [AmazonS3ConfigKey::S3Endpoint, AmazonS3ConfigKey::Endpoint]
+        .iter()
+        .find_map(|key| builder.get_config_value(key));
+    if endpoint.is_some_and(|endpoint| is_loopback(&endpoint)) {
+        // A server on this machine has no certificate, and nobody else hears the plain text.
+        builder = builder.with_allow_http(true);
+    }
+    let uri = Location::S3 { bucket: bucket.to_owned(), prefix: prefix.to_owned() }.to_string();
+    builder.with_bucket_name(bucket).build().map_err(|source| ArtifactError::Remote { action: "set up the S3 client for", uri, source })
+}
+
 impl S3Store {
     /// `environment` gives the `AWS_*` variables: credentials, region, endpoint and the rest.
     pub(crate) fn new(
@@ -41,24 +65,7 @@ impl S3Store {
         prefix: String,
         environment: impl Iterator<Item = (String, String)>,
     ) -> Result<Self, ArtifactError> {
-        let mut builder = AmazonS3Builder::new();
-        for (name, value) in environment.filter(|(name, _)| name.starts_with("AWS_")) {
-            // Other AWS tools have variables that this client does not know: they are not ours to judge.
-            if let Ok(key) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {
-                builder = builder.with_config(key, value);
-            }
-        }
-        let endpoint = [AmazonS3ConfigKey::S3Endpoint, AmazonS3ConfigKey::Endpoint]
-            .iter()
-            .find_map(|key| builder.get_config_value(key));
-        if endpoint.is_some_and(|endpoint| is_loopback(&endpoint)) {
-            // A server on this machine has no certificate, and nobody else hears the plain text.
-            builder = builder.with_allow_http(true);
-        }
-        let uri = Location::S3 { bucket: bucket.clone(), prefix: prefix.clone() }.to_string();
-        let client = builder.with_bucket_name(&bucket).build();
-        let client =
-            client.map_err(|source| ArtifactError::Remote { action: "set up the S3 client for", uri, source })?;
+        let client = client(&bucket, &prefix, environment)?;
         Ok(Self { client, bucket, prefix })
     }
 

@@ -12,7 +12,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use s3s::auth::SimpleAuth;
 use s3s::service::{S3Service, S3ServiceBuilder};
-use sensorium_artifact::{Artifact, ArtifactError, Digest, Store, Volumes};
+use sensorium_artifact::{Artifact, ArtifactError, Digest, Mirror, Store, Volumes};
 use tempfile::TempDir;
 use tower::Service;
 
@@ -53,6 +53,10 @@ impl Server {
     }
 
     fn store_with_secret(&self, secret: &str) -> Store {
+        Store::open_with("s3://models/team-a", &Volumes::default(), self.environment(secret)).unwrap()
+    }
+
+    fn environment(&self, secret: &str) -> Vec<(String, String)> {
         let environment = [
             ("AWS_ENDPOINT_URL", self.endpoint.as_str()),
             ("AWS_ACCESS_KEY_ID", "tester"),
@@ -61,8 +65,7 @@ impl Server {
             ("AWS_SOMETHING_ELSE", "ignored"),
             ("HOME", "ignored"),
         ];
-        let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        Store::open_with("s3://models/team-a", &Volumes::default(), environment).unwrap()
+        environment.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec()
     }
 
     /// Refuse requests whose `METHOD /path` contains `part`.
@@ -195,4 +198,36 @@ async fn wrong_credentials_are_an_error_that_does_not_show_them() {
     let error = store.list().await.unwrap_err();
     assert!(matches!(&error, ArtifactError::Remote { action: "list", .. }), "{error}");
     assert!(!format!("{store:?} {error:?}").contains("wrong-secret"));
+}
+
+#[tokio::test]
+async fn a_mirror_follows_its_prefix_and_downloads_what_changed() {
+    let server = Server::start().await;
+    let bucket = server.folder.path().join("models");
+    let write = |path: &str, content: &str| {
+        let path = bucket.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    };
+    write("repository/a/1/model.onnx", "one");
+    write("repository/b/config.pbtxt", "two");
+    write("elsewhere/c", "three");
+    let cache = tempfile::tempdir().unwrap();
+    let mirror = Mirror::open_with("s3://models/repository", cache.path(), server.environment(SECRET)).unwrap();
+    mirror.refresh().await.unwrap();
+    let read = |path: &str| fs::read_to_string(mirror.folder().join(path)).ok();
+    assert_eq!((read("a/1/model.onnx").as_deref(), read("b/config.pbtxt").as_deref()), (Some("one"), Some("two")));
+    assert_eq!(fs::read_dir(mirror.folder()).unwrap().count(), 2, "and nothing else");
+
+    server.requests();
+    mirror.refresh().await.unwrap();
+    assert_eq!(server.requests().iter().filter(|request| request.contains("model.onnx")).count(), 0);
+
+    write("repository/a/1/model.onnx", "changed");
+    fs::remove_dir_all(bucket.join("repository/b")).unwrap();
+    let again = Mirror::open_with("s3://models/repository/", cache.path(), server.environment(SECRET)).unwrap();
+    again.refresh().await.unwrap();
+    assert_eq!(read("a/1/model.onnx").as_deref(), Some("changed"));
+    assert!(!mirror.folder().join("b").exists());
+    assert!(Mirror::open_with("file:///models", cache.path(), []).is_err());
 }

@@ -5,18 +5,19 @@
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
-use sensorium_artifact::{Artifact, Store};
+use sensorium_artifact::{Digest, MANIFEST_FILE, Manifest, Store};
 use sensorium_engine::{Engine as _, Pipeline, open_graph};
-use sensorium_proto::inference::ModelConfig;
+use sensorium_proto::inference::{ModelConfig, ModelDynamicBatching, model_config::SchedulingChoice};
 
 use super::{LoadError, Loaded, ModelSource, Opening, complete};
 use crate::{
+    error::chain,
     model::{Binding, Graph, Interface, ModelVersion, Multimodal, Runs, Statistics},
-    scheduler::{Policy, Scheduler, Setup},
+    scheduler::{Policy, Reopen, Scheduler, Setup},
 };
 
-/// The one version of an artifact's models: artifacts are told apart by digest.
-const VERSION: &str = "1";
+/// The version of an artifact that comes from a store: there, artifacts are told apart by digest.
+const VERSION: u64 = 1;
 
 /// Fetches, verifies and opens an artifact.
 ///
@@ -30,7 +31,7 @@ pub(super) async fn load(source: &ModelSource, opening: &Opening) -> Result<Load
     let opened = {
         let (name, opening, artifact) = (source.name.clone(), opening.clone(), artifact.clone());
         // Opening a graph reads and optimises it: seconds of CPU for a large one.
-        tokio::task::spawn_blocking(move || open(&name, &folder, &artifact, &opening)).await
+        tokio::task::spawn_blocking(move || open(&name, VERSION, &folder, &artifact.digest, &artifact.manifest, &opening)).await
     };
     let cut_short = |error| LoadError::Thread { name: source.name.clone(), source: std::io::Error::other(error) };
     let loaded = opened.map_err(cut_short)??;
@@ -38,23 +39,60 @@ pub(super) async fn load(source: &ModelSource, opening: &Opening) -> Result<Load
     Ok(loaded)
 }
 
+/// Whether a version's folder holds an artifact.
+pub(super) fn is_artifact(folder: &Path) -> bool {
+    folder.join(MANIFEST_FILE).is_file()
+}
+
+/// Verifies and opens an artifact that lies in a version's folder. Blocks.
+///
+/// # Errors
+/// The first thing that is not what the manifest says, as a sentence about the model.
+pub(super) fn open_folder(name: &str, version: u64, folder: &Path, opening: &Opening) -> Result<Loaded, String> {
+    let path = folder.join(MANIFEST_FILE);
+    let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let manifest = Manifest::from_slice(&path.display().to_string(), &bytes).map_err(|error| chain(&error))?;
+    for file in &manifest.files {
+        let (digest, _) = Digest::of_file(&folder.join(&file.path))
+            .map_err(|error| format!("its file {} cannot be read: {error}", file.path))?;
+        if digest != file.digest {
+            return Err(format!("its file {} is not the one that its manifest names", file.path));
+        }
+    }
+    open(name, version, folder, &Digest::of(&bytes), &manifest, opening).map_err(|error| chain(&error))
+}
+
 /// Opens the graphs of an artifact whose files are in `folder`, all as the same version.
-fn open(name: &str, folder: &Path, artifact: &Artifact, opening: &Opening) -> Result<Loaded, LoadError> {
+fn open(
+    name: &str,
+    version: u64,
+    folder: &Path,
+    digest: &Digest,
+    manifest: &Manifest,
+    opening: &Opening,
+) -> Result<Loaded, LoadError> {
     let failed = |source| LoadError::Open { name: name.to_owned(), source: Box::new(source) };
     let mut loaded = Loaded::default();
     let mut graphs = BTreeMap::new();
-    for graph in &artifact.manifest.graphs {
+    for graph in &manifest.graphs {
         let engine = open_graph(folder, graph, opening.engine).map_err(failed)?;
-        let model = open_one(&format!("{name}.{}", graph.name), engine, opening)
+        let reopen: Reopen = {
+            let (folder, graph, options) = (folder.to_owned(), graph.clone(), opening.engine);
+            Arc::new(move || match open_graph(&folder, &graph, options) {
+                Ok(engine) => Ok(Box::new(engine)),
+                Err(error) => Err(chain(&error)),
+            })
+        };
+        let model = open_one(&format!("{name}.{}", graph.name), version, engine, reopen, opening)
             .map_err(|source| LoadError::Thread { name: name.to_owned(), source })?;
         if let Some(opened) = model.graph() {
             graphs.insert(graph.name.clone(), opened.clone());
         }
         loaded.versions.push(model);
     }
-    if artifact.manifest.pipeline.is_some() {
-        let pipeline = Pipeline::new(folder, &artifact.manifest, opening.limits).map_err(failed)?;
-        let (digest, pool) = (artifact.digest.to_string(), opening.pool.clone());
+    if manifest.pipeline.is_some() {
+        let pipeline = Pipeline::new(folder, manifest, opening.limits).map_err(failed)?;
+        let (digest, pool) = (digest.to_string(), opening.pool.clone());
         let max_rows = opening.batching.max_rows;
         let multimodal = Arc::new(Multimodal::new(name.to_owned(), digest, pipeline, graphs, pool, max_rows));
         if let Some(interface) = multimodal.interface() {
@@ -64,7 +102,7 @@ fn open(name: &str, folder: &Path, artifact: &Artifact, opening: &Opening) -> Re
                 ..complete::config(&interface)
             };
             let runs = Runs::Multimodal(multimodal.clone());
-            loaded.versions.push(ModelVersion::new(VERSION.to_owned(), config, interface, Arc::default(), runs));
+            loaded.versions.push(ModelVersion::new(version.to_string(), config, interface, Arc::default(), runs));
         }
         loaded.multimodal = Some(multimodal);
     }
@@ -72,7 +110,13 @@ fn open(name: &str, folder: &Path, artifact: &Artifact, opening: &Opening) -> Re
 }
 
 /// One graph as a model of its own.
-fn open_one(name: &str, engine: sensorium_engine::OnnxRuntime, opening: &Opening) -> std::io::Result<ModelVersion> {
+fn open_one(
+    name: &str,
+    version: u64,
+    engine: sensorium_engine::OnnxRuntime,
+    reopen: Reopen,
+    opening: &Opening,
+) -> std::io::Result<ModelVersion> {
     let signature = engine.signature().clone();
     let mut batching = opening.batching;
     // A graph exported for one batch size takes exactly that.
@@ -88,6 +132,7 @@ fn open_one(name: &str, engine: sensorium_engine::OnnxRuntime, opening: &Opening
         name: name.to_owned(),
         platform: "onnxruntime_onnx".to_owned(),
         backend: "onnxruntime".to_owned(),
+        scheduling_choice: Some(SchedulingChoice::DynamicBatching(ModelDynamicBatching::default())),
         ..complete::config(&interface)
     };
     let binding = Binding::identity(signature.inputs().len(), signature.outputs().len());
@@ -95,16 +140,16 @@ fn open_one(name: &str, engine: sensorium_engine::OnnxRuntime, opening: &Opening
     let setup = Setup {
         graph: name.to_owned(),
         engines: vec![Box::new(engine)],
-        reopen: None,
+        reopen: Some(reopen),
         policy: Policy::of_server(batching),
         batches: true,
         slots: opening.slots.clone(),
         threads: opening.engine.threads.get(),
-        metrics: opening.metrics.graph(name, VERSION),
+        metrics: opening.metrics.graph(name, &version.to_string()),
         statistics: statistics.clone(),
         lost: opening.lost.clone(),
     };
     let scheduler = Scheduler::start(setup, &signature).map_err(std::io::Error::other)?;
     let runs = Runs::Graph(Graph::new(name.to_owned(), signature, scheduler), binding);
-    Ok(ModelVersion::new(VERSION.to_owned(), config, interface, statistics, runs))
+    Ok(ModelVersion::new(version.to_string(), config, interface, statistics, runs))
 }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, RwLock},
     time::Duration,
 };
@@ -11,7 +11,7 @@ use sensorium_proto::inference::model_config::SchedulingChoice;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ControlError, ControlMode, LoadError, LoadParameters, Loaded, ModelSource, Opening, Registry, RepositoryConfig, Slot,
+    ControlError, ControlMode, LoadError, LoadParameters, Loaded, ModelSource, Opening, Place, Registry, RepositoryConfig, Slot,
     State, artifact, folder, poll,
     triton::Found,
 };
@@ -33,8 +33,14 @@ impl Registry {
     /// # Errors
     /// [`LoadError`] for the first artifact that cannot be served, or a repository that cannot be read.
     pub async fn open(config: RepositoryConfig, opening: Opening) -> Result<Self, LoadError> {
+        let places = config.repositories.iter().map(|repository| {
+            let failed = |source| LoadError::Remote { path: repository.clone(), source: Box::new(source) };
+            Place::parse(repository, &opening).map_err(failed)
+        });
+        let places = places.collect::<Result<_, _>>()?;
         let registry = Self(Arc::new(super::Inner {
             config,
+            places,
             opening,
             models: RwLock::default(),
             changing: tokio::sync::Mutex::default(),
@@ -45,6 +51,7 @@ impl Registry {
             let loaded = artifact::load(source, &registry.0.opening).await?;
             registry.install(&source.name, loaded).map_err(|name| LoadError::Duplicate { name })?;
         }
+        registry.refresh().await?;
         let found = registry.look()?;
         let wanted = match registry.0.config.mode {
             ControlMode::None | ControlMode::Poll(_) => found.keys().cloned().collect(),
@@ -73,15 +80,27 @@ impl Registry {
     /// [`LoadError::Repository`].
     pub(super) fn look(&self) -> Result<BTreeMap<String, PathBuf>, LoadError> {
         let mut found = BTreeMap::new();
-        for repository in &self.0.config.repositories {
-            let path = PathBuf::from(repository);
-            let failed = |source| LoadError::Repository { path: repository.clone(), source };
-            for name in folder::models(&path).map_err(failed)? {
+        for place in &self.0.places {
+            let path = place.path();
+            let failed = |source| LoadError::Repository { path: path.display().to_string(), source };
+            for name in folder::models(path).map_err(failed)? {
                 let folder = path.join(&name);
                 found.entry(name).or_insert(folder);
             }
         }
         Ok(found)
+    }
+
+    /// Fetches what changed in repositories that are elsewhere.
+    ///
+    /// # Errors
+    /// [`LoadError::Remote`].
+    pub(super) async fn refresh(&self) -> Result<(), LoadError> {
+        for (place, uri) in self.0.places.iter().zip(&self.0.config.repositories) {
+            let failed = |source| LoadError::Remote { path: uri.clone(), source: Box::new(source) };
+            place.refresh().await.map_err(failed)?;
+        }
+        Ok(())
     }
 
     /// Loads a model, or loads it again: what is in flight finishes on the old one.
@@ -91,6 +110,8 @@ impl Registry {
     pub async fn load(&self, name: &str, parameters: LoadParameters) -> Result<(), ControlError> {
         self.allowed()?;
         let _changing = self.0.changing.lock().await;
+        let failed = |error: LoadError| ControlError::Failed { name: name.to_owned(), reason: chain(&error) };
+        self.refresh().await.map_err(failed)?;
         self.bring(name, parameters).await
     }
 
@@ -162,7 +183,7 @@ impl Registry {
         if !folder::is_model_name(name) {
             return None;
         }
-        let mut paths = self.0.config.repositories.iter().map(|repository| Path::new(repository).join(name));
+        let mut paths = self.0.places.iter().map(|place| place.path().join(name));
         match paths.find(|path| path.is_dir()) {
             Some(path) => Some(Origin::Folder(path)),
             // A model whose files come with the request needs no folder.

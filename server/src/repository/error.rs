@@ -20,6 +20,14 @@ pub enum LoadError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A repository elsewhere cannot be read, or is nowhere.
+    #[error("the model repository {path} could not be fetched")]
+    Remote {
+        /// Its URI.
+        path: String,
+        /// Why.
+        source: Box<ArtifactError>,
+    },
     /// The artifact cannot be read.
     #[error("model {name:?} could not be read")]
     Artifact {

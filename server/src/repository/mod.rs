@@ -7,6 +7,7 @@ mod control;
 mod engines;
 mod error;
 mod folder;
+mod place;
 mod poll;
 mod source;
 mod triton;
@@ -25,6 +26,7 @@ use sensorium_modality::Limits;
 use sensorium_proto::inference::ModelStatistics;
 use tokio_util::sync::CancellationToken;
 
+use self::place::Place;
 pub use self::{
     error::{ControlError, LoadError},
     source::{ModelSource, SourceError},
@@ -43,7 +45,7 @@ use crate::{
 pub struct RepositoryConfig {
     /// Artifacts, each under a name of its own.
     pub models: Vec<ModelSource>,
-    /// Folders in Triton's layout, or `s3://` prefixes that hold such folders.
+    /// Folders in Triton's layout, as a path, `file://`, `pvc://`, or an `s3://` prefix.
     pub repositories: Vec<String>,
     /// Who decides which models of the repositories are loaded.
     pub mode: ControlMode,
@@ -157,6 +159,8 @@ pub struct Registry(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     config: RepositoryConfig,
+    /// `config.repositories`, as places.
+    places: Vec<Place>,
     opening: Opening,
     models: RwLock<Models>,
     /// Held while models come or go, so that one change happens at a time.

@@ -29,6 +29,10 @@ async fn watch(registry: Weak<Inner>, interval: Duration, mut loaded: Seen) {
     loop {
         time::sleep(next).await;
         let Some(registry) = registry.upgrade().map(Registry) else { return };
+        if let Err(error) = registry.refresh().await {
+            tracing::warn!(error = chain(&error), "the models stay as they are");
+            continue;
+        }
         let now = match tokio::task::spawn_blocking({
             let registry = registry.clone();
             move || registry.look().map(fingerprints)

@@ -7,7 +7,7 @@ use sensorium_engine::{Engine, OnnxRuntime};
 use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, model_config::SchedulingChoice};
 
 use super::{
-    LoadParameters, Loaded, Opening,
+    LoadParameters, Loaded, Opening, artifact,
     complete::{self, Complete},
     config::{self, Written},
     engines,
@@ -86,6 +86,17 @@ impl Found {
         }
         let mut loaded = Loaded::default();
         for (version, path) in versions {
+            if artifact::is_artifact(&path) {
+                match artifact::open_folder(name, version, &path, opening) {
+                    Ok(found) => {
+                        loaded.versions.extend(found.versions);
+                        // The newest speaks for all: typed parts come without a version.
+                        loaded.multimodal = found.multimodal.or(loaded.multimodal);
+                    }
+                    Err(reason) => drop(loaded.failed.insert(version, reason)),
+                }
+                continue;
+            }
             let written = self.written.clone();
             let opened = match self.ensembling() {
                 Some(ensembling) => open_ensemble(name, version, written, ensembling, find.clone()),

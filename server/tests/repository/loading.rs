@@ -1,7 +1,12 @@
 //! What a repository holds and what is made of it.
 
+use sensorium_artifact::{Store, Volumes};
+use sensorium_engine::{RawTensor, fixture};
 use sensorium_proto::inference::{DataType, model_config::SchedulingChoice};
-use sensorium_server::error::InferError;
+use sensorium_server::{
+    error::InferError,
+    model::{NamedTensor, Request},
+};
 
 use crate::bench::{Bench, answer, f32s, index, infer, request, scale, scale_three};
 
@@ -117,4 +122,31 @@ async fn a_model_is_warm_before_it_is_ready() {
     let none = registry.model("none", "").unwrap_err().to_string();
     assert!(none.contains("its model_warmup \"w\" input `x`") && none.contains("No such file"), "{none}");
     assert_eq!(registry.statistics("zero", "").unwrap()[0].execution_count, 0, "only requests are counted");
+}
+
+#[tokio::test]
+async fn an_artifact_in_a_version_folder_is_served_whole_and_verified() {
+    let bench = Bench::new();
+    let stored = tempfile::tempdir().unwrap();
+    let store = Store::open(&format!("file://{}", stored.path().display()), &Volumes::default()).unwrap();
+    let artifact = fixture::commit(&store, "tiny").await.unwrap();
+    let files = store.fetch(&artifact, stored.path()).await.unwrap();
+    for file in artifact.manifest.files.iter().map(|file| file.path.as_str()).chain(["manifest.json"]) {
+        bench.write("tiny", &format!("2/{file}"), std::fs::read(files.join(file)).unwrap());
+        bench.write("bad", &format!("1/{file}"), std::fs::read(files.join(file)).unwrap());
+    }
+    bench.write("bad", "1/graphs/fusion.onnx", "another");
+    let registry = bench.open_all().await;
+    assert!(index(&registry).contains(&"tiny 2 READY".to_owned()), "{:?}", index(&registry));
+    assert!(registry.ready("tiny.fusion", "2") && registry.multimodal("tiny").is_ok());
+    let question = |name: &str, item: &[u8]| NamedTensor {
+        name: name.to_owned(),
+        tensor: RawTensor::from_strings(vec![1], &[item]).unwrap(),
+    };
+    let image = fixture::png([200, 30, 30]);
+    let inputs = vec![question("image", &image), question("text", fixture::QUESTION.as_bytes())];
+    let response = infer(&registry, "tiny", Request { inputs, ..Request::default() }).await.unwrap();
+    assert_eq!(response.outputs[0].tensor.strings().collect::<Vec<_>>(), [b"red"]);
+    let bad = registry.model("bad", "").unwrap_err().to_string();
+    assert!(bad.contains("its file graphs/fusion.onnx is not the one that its manifest names"), "{bad}");
 }
