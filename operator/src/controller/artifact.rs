@@ -63,7 +63,10 @@ async fn reconcile(object: Arc<DeserializeGuard<ModelArtifact>>, artifacts: Arc<
     let visit = Visit::begin(&artifacts.context.health, KIND);
     let result = match &object.0 {
         Ok(object) => artifacts.visit(object).await,
-        Err(_) => Ok(None),
+        Err(error) => {
+            artifacts.context.unreadable(&*object, error).await;
+            Ok(None)
+        }
     };
     visit.end(&result);
     result.map(|again| {

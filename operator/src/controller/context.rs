@@ -176,6 +176,18 @@ impl Context {
         }
     }
 
+    /// Says of an object that it is left alone, because it has fields that this operator does not know: a newer one, or
+    /// somebody whom nothing checked, wrote it.
+    pub(super) async fn unreadable<K>(&self, object: &K, error: &(dyn std::error::Error + Send + Sync))
+    where
+        K: Resource<DynamicType = ()>,
+    {
+        let (name, error) = (object.meta().name.as_deref().unwrap_or_default(), crate::error_line(error));
+        tracing::warn!(kind = %K::kind(&()), object = name, error, "cannot be read; left alone");
+        let message = format!("cannot be read, and is left alone: {error}");
+        self.publish(&object.object_ref(&()), &[Note::warning("Unreadable", message)]).await;
+    }
+
     /// The wait after yet another failed visit of `object`: doubles up to half a minute, with jitter.
     pub(super) fn retry_delay(&self, object: String) -> Duration {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);

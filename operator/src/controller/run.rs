@@ -162,13 +162,7 @@ async fn reconcile<K: Run>(object: Arc<DeserializeGuard<K>>, runs: Arc<Runs>) ->
     let result = match &object.0 {
         Ok(object) => runs.visit(object).await,
         Err(error) => {
-            let object = error.metadata.name.clone().unwrap_or_default();
-            tracing::warn!(
-                kind = K::KIND.as_str(),
-                object,
-                error = crate::error_line(error),
-                "cannot be read; left alone"
-            );
+            runs.context.unreadable(&*object, error).await;
             Ok(Again::await_change())
         }
     };
