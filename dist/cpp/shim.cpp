@@ -207,10 +207,10 @@ int sensorium_barrier(SensoriumGroup* group, SensoriumWork** out) {
 int sensorium_work_wait(SensoriumWork* work, int64_t slice_ms) {
   const int status = guarded([&] { work->work->wait(milliseconds(slice_ms)); });
   if (status == SENSORIUM_OK || slice_ms <= 0) return status;
-  // c10d throws when a slice is over, too. An operation that ends just now is found by the next call.
+  // c10d throws when a slice is over, too. An operation may have ended since: then only another wait tells how.
   bool completed = true;
-  guarded([&] { completed = work->work->isCompleted(); });
-  return completed ? status : SENSORIUM_PENDING;
+  if (guarded([&] { completed = work->work->isCompleted(); }) != SENSORIUM_OK) return status;
+  return completed ? guarded([&] { work->work->wait(); }) : SENSORIUM_PENDING;
 }
 
 void sensorium_work_free(SensoriumWork* work) {
