@@ -50,6 +50,8 @@ pub struct Door {
     pub tls: Option<Tls>,
     /// What answers them.
     pub app: Router,
+    /// Whether requests carry their [`Peer`], as an `Arc` among their extensions.
+    pub tells_peers: bool,
     /// Connections made before this finish what they have begun, and end.
     pub drain: CancellationToken,
     /// No connection is taken after this, and those made since `drain` finish as well.
@@ -59,7 +61,7 @@ pub struct Door {
 impl Door {
     /// Serves until it is closed and the last connection has ended. Dropping this ends all of them at once.
     pub async fn serve(self) {
-        let Self { listener, tls, app, drain, close } = self;
+        let Self { listener, tls, app, tells_peers, drain, close } = self;
         let connections = TaskTracker::new();
         // Whoever drops this future wants the port and its connections gone.
         let abort = CancellationToken::new();
@@ -78,7 +80,8 @@ impl Door {
                 },
             };
             let finish = if drain.is_cancelled() { close.clone() } else { drain.clone() };
-            let served = connection(stream, tls.clone(), app.clone(), Peer { address: address.ip() }, finish);
+            let peer = tells_peers.then(|| Arc::new(Peer { address: address.ip() }));
+            let served = connection(stream, tls.clone(), app.clone(), peer, finish);
             let abort = abort.clone();
             connections.spawn(async move {
                 tokio::select! {
@@ -93,27 +96,34 @@ impl Door {
     }
 }
 
-async fn connection(stream: TcpStream, tls: Option<Tls>, app: Router, peer: Peer, finish: CancellationToken) {
+async fn connection(
+    stream: TcpStream,
+    tls: Option<Tls>,
+    app: Router,
+    peer: Option<Arc<Peer>>,
+    finish: CancellationToken,
+) {
     // Answers are small and complete: waiting to join them would only delay them.
     let _ = stream.set_nodelay(true);
     match tls {
         None => exchange(stream, app, peer, finish).await,
         Some(tls) => match time::timeout(HANDSHAKE, tls.accept(stream)).await {
             Ok(Ok(stream)) => exchange(stream, app, peer, finish).await,
-            Ok(Err(error)) => tracing::debug!(%error, peer = %peer.address, "a TLS handshake failed"),
-            Err(_) => tracing::debug!(peer = %peer.address, "a TLS handshake took too long"),
+            Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+            Err(_) => tracing::debug!("a TLS handshake took too long"),
         },
     }
 }
 
-async fn exchange<S>(stream: S, app: Router, peer: Peer, finish: CancellationToken)
+async fn exchange<S>(stream: S, app: Router, peer: Option<Arc<Peer>>, finish: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let peer = Arc::new(peer);
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(Body::new);
-        request.extensions_mut().insert(peer.clone());
+        if let Some(peer) = &peer {
+            request.extensions_mut().insert(peer.clone());
+        }
         app.clone().oneshot(request)
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());

@@ -74,6 +74,10 @@ pub(super) async fn read(headers: &HeaderMap, body: Body, max: usize) -> Result<
             Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message)
         })?),
     };
+    // Said in advance, so there is no need to read any of it.
+    if http_body::Body::size_hint(&body).lower() > max as u64 {
+        return Err(too_large());
+    }
     let body = Limited::new(body, max).collect().await.map_err(|error| {
         if error.downcast_ref::<LengthLimitError>().is_some() {
             too_large()

@@ -11,6 +11,8 @@ mod request;
 mod response;
 mod tensor;
 
+use std::sync::Arc;
+
 use axum::{
     Router,
     routing::{get, post},
@@ -24,7 +26,7 @@ use crate::service::Service;
 /// What handlers work with.
 #[derive(Clone, Debug)]
 struct Rest {
-    service: Service,
+    service: Arc<Service>,
     /// Bytes of a body at most, also after it is decompressed.
     max_bytes: usize,
 }
@@ -80,5 +82,5 @@ pub fn router(service: Service, max_bytes: usize) -> Router {
             .route(&route("/unregister"), unregister.clone())
             .route(&route("/region/{region}/unregister"), unregister);
     }
-    router.with_state(Rest { service, max_bytes })
+    router.with_state(Rest { service: Arc::new(service), max_bytes })
 }

@@ -1,5 +1,7 @@
 //! Inference: decode, run, encode.
 
+use std::sync::Arc;
+
 use sensorium_proto::inference::{
     InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice,
 };
@@ -34,13 +36,15 @@ impl Service {
         requests: Streaming<ModelInferRequest>,
         call: Call,
     ) -> impl Stream<Item = Result<ModelStreamInferResponse, Status>> {
+        let shared = Arc::new((self, call));
         let answer = move |request: Result<ModelInferRequest, Status>| {
-            let (service, call) = (self.clone(), call.clone());
+            let shared = shared.clone();
             async move {
+                let (service, call) = &*shared;
                 // The connection, or what came over it, is broken: there is nothing to answer.
                 let request = request?;
                 let (id, name) = (request.id.clone(), request.model_name.clone());
-                let answer = service.counted(request, &call, |_| Ok(())).await;
+                let answer = service.counted(request, call, |_| Ok(())).await;
                 Ok(in_band(answer, id, name))
             }
         };

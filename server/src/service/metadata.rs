@@ -9,22 +9,24 @@ use sensorium_proto::inference::{
 use tonic::Status;
 
 use super::Service;
-use crate::wire;
+use crate::{model::ARTIFACT_DIGEST, wire};
 
 /// What `ServerMetadata` calls this server.
 const SERVER_NAME: &str = "sensorium";
-/// Extensions of the protocol's core that are always served. Clients act on this list, so nothing is in it that does not
+/// Extensions that are always served. Clients act on this list, so nothing is in it that does not
 /// work.
-const EXTENSIONS: [&str; 9] = [
+const EXTENSIONS: [&str; 11] = [
     "classification",
     "sequence",
     "model_repository",
     "model_repository(unload_dependents)",
     "schedule_policy",
     "model_configuration",
-    "statistics",
     "binary_tensor_data",
+    "parameters",
+    "statistics",
     "logging",
+    "generate",
 ];
 
 impl Service {
@@ -35,8 +37,6 @@ impl Service {
 
     pub(crate) fn server_metadata(&self) -> ServerMetadataResponse {
         let mut extensions: Vec<_> = EXTENSIONS.map(str::to_owned).to_vec();
-        extensions.push("parameters".to_owned());
-        extensions.push("generate".to_owned());
         if self.memory.is_allowed() {
             extensions.push("system_shared_memory".to_owned());
         }
@@ -60,7 +60,11 @@ impl Service {
             inputs: model.inputs().iter().map(tensor).collect(),
             outputs: model.outputs().iter().map(tensor).collect(),
             name,
-            ..ModelMetadataResponse::default()
+            properties: model
+                .artifact()
+                .map(|digest| (ARTIFACT_DIGEST.to_owned(), digest.to_owned()))
+                .into_iter()
+                .collect(),
         })
     }
 

@@ -157,3 +157,37 @@ async fn tritons_messages_are_a_part_of_ours() {
         );
     }
 }
+
+/// NVIDIA's load generator, where its binary can be had. Without it this test says so and passes, because the binary needs
+/// a package of Debian; CI has it.
+#[tokio::test(flavor = "multi_thread")]
+async fn perf_analyzer_measures_it_over_grpc_http_and_streams() {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/perf-analyzer");
+    let output = Command::new(script).output().expect("scripts/perf-analyzer can be run");
+    if !output.status.success() {
+        eprintln!("skipped: {}", String::from_utf8_lossy(&output.stderr));
+        return;
+    }
+    let analyzer = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+    let models = identities();
+    let server = serve(&models, &[]).await;
+    let (grpc, http) = (server.grpc.to_string(), server.http.to_string());
+    for arguments in [
+        vec!["-i", "grpc", "-u", &grpc],
+        vec!["-i", "grpc", "-u", &grpc, "-b", "4", "--async"],
+        vec!["-i", "grpc", "-u", &grpc, "--streaming", "--async"],
+        vec!["-i", "grpc", "-u", &grpc, "--shared-memory", "system", "--output-shared-memory-size", "1024"],
+        vec!["-i", "http", "-u", &http],
+        vec!["-i", "http", "-u", &http, "--shared-memory", "system", "--output-shared-memory-size", "1024"],
+    ] {
+        let mut command = Command::new(&analyzer);
+        command.args(["-m", "identity_fp32", "--shape", "x:16", "--concurrency-range", "2", "-s", "999", "-r", "3"]);
+        command.args(["--measurement-mode", "count_windows", "--measurement-request-count", "50"]).args(&arguments);
+        let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{arguments:?}:\n{said}\n{}", String::from_utf8_lossy(&output.stderr));
+        assert!(said.contains("Inferences/Second vs. Client"), "{arguments:?}:\n{said}");
+        // It shows the server's side only where it could read statistics.
+        assert!(said.contains("Inference count:") && said.contains("compute infer"), "{arguments:?}:\n{said}");
+    }
+}

@@ -82,11 +82,19 @@ impl Server {
 
     /// As [`Server::start`], with more to say about the process.
     pub(crate) async fn start_with(arguments: &[&str], adjust: impl FnOnce(&mut Command)) -> Self {
-        let store = Artifacts::shared().path();
+        let server = Self::launch(Artifacts::shared().path(), arguments, adjust);
+        // Where no certificate or token is in the way.
+        eventually("the server is ready", async || server.is_ready().await).await;
+        server
+    }
+
+    /// Starts a server of the artifact `tiny` of a store, which may not be ready yet.
+    pub(crate) fn launch(store: &std::path::Path, arguments: &[&str], adjust: impl FnOnce(&mut Command)) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sensorium-server"));
         command.arg("--model").arg(format!("tiny=file://{}/tiny", store.display()));
-        for port in ["--grpc-addr", "--http-addr", "--metrics-addr"] {
-            command.args([port, "127.0.0.1:0"]);
+        // Not as flags, which may be among the arguments.
+        for port in ["SENSORIUM_GRPC_ADDR", "SENSORIUM_HTTP_ADDR", "SENSORIUM_METRICS_ADDR"] {
+            command.env(port, "127.0.0.1:0");
         }
         command.args(arguments).env("SENSORIUM_LOG", "info").stdin(Stdio::null()).stderr(Stdio::piped());
         adjust(&mut command);
@@ -100,10 +108,12 @@ impl Server {
         // What follows is drained, so that the server never waits for a reader.
         std::thread::spawn(move || lines.for_each(drop));
         let address = |name: &str| serving[name].as_str().unwrap().parse().unwrap();
-        let server = Self { process, grpc: address("grpc"), http: address("http"), metrics: address("metrics") };
-        // Where no certificate or token is in the way.
-        eventually("the server is ready", async || server.sample("sensorium_server_ready").await == Some(1.0)).await;
-        server
+        Self { process, grpc: address("grpc"), http: address("http"), metrics: address("metrics") }
+    }
+
+    /// What its metrics say, where no certificate or token is in the way.
+    pub(crate) async fn is_ready(&self) -> bool {
+        self.sample("sensorium_server_ready").await == Some(1.0)
     }
 
     pub(crate) async fn channel(&self) -> Channel {

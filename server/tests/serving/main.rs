@@ -7,6 +7,8 @@ mod harness;
 mod inference;
 mod load;
 mod malformed;
+mod operations;
+mod remote;
 mod rest;
 mod security;
 mod shutdown;
