@@ -6,11 +6,12 @@
 //!
 //! Tests of the operator use a real API server, which `make cluster-binaries` builds: [`ApiCluster`] is one per test
 //! program, [`Operator`] the program under test, and [`Kubelet`] plays the node that is not there. [`Node`] is a
-//! real one, for root.
+//! real one, for root, and [`FakeGpus`] are what its kubelet takes for GPUs.
 
 mod bench;
 mod cluster;
 mod command;
+mod device_plugin;
 mod kubelet;
 mod manifests;
 mod node;
@@ -19,6 +20,7 @@ mod operator;
 pub use bench::Bench;
 pub use cluster::{ApiCluster, Namespace, refusal};
 pub use command::{Finished, Running};
+pub use device_plugin::FakeGpus;
 pub use kubelet::{Kubelet, RunAll};
 pub use manifests::{compression, serving, training};
 pub use node::{Node, images, python};

@@ -1,5 +1,6 @@
 //! A real Kubernetes node: kubelet, containerd, Services and cluster DNS, in namespaces of its own. Needs root.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -8,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::FakeGpus;
 
 const POLL: Duration = Duration::from_millis(500);
 
@@ -154,6 +157,18 @@ impl Node {
             }
         }
         Ok(killed)
+    }
+
+    /// Offers GPUs that do not exist to the kubelet, until what is returned is dropped: see [`FakeGpus::offer`].
+    ///
+    /// # Errors
+    /// When the kubelet refuses.
+    pub fn offer_gpus(&self, resource: &str, devices: &[&str]) -> Result<FakeGpus> {
+        let process = fs::read_to_string(self.state.join("pids/node"))?;
+        let process = process.split(' ').next().unwrap_or_default();
+        // The kubelet's folder, in the node's own view of the file system.
+        let folder = format!("/proc/{process}/root/var/lib/kubelet/device-plugins");
+        FakeGpus::offer(Path::new(&folder), resource, devices)
     }
 
     /// Ends the API server at once; the node starts it again.

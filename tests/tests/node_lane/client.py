@@ -1,7 +1,7 @@
-"""Asks a server many questions with tritonclient (gRPC) as published: node_client.py ADDRESS MODEL QUESTIONS.JSON [SECONDS]
+"""Asks a server many questions with tritonclient (gRPC) as published: client.py ADDRESS MODEL QUESTIONS.JSON [SECONDS]
 
 QUESTIONS.JSON lists [image file, question, expected answer]. Prints how many answers were right. With SECONDS it goes on
-asking for so long, and fails on the first request that fails."""
+asking for so long, over a new connection now and then, and fails on the first request that fails."""
 
 import json
 import os
@@ -10,6 +10,9 @@ import time
 
 import numpy as np
 import tritonclient.grpc as triton
+
+# A Service picks a server for a connection, not for a request.
+PER_CONNECTION = 10
 
 
 def column(name, item):
@@ -34,6 +37,9 @@ def main():
         right += answer == expected
         if until:
             time.sleep(0.02)
+            if asked % PER_CONNECTION == 0:
+                client.close()
+                client = triton.InferenceServerClient(address)
     print(json.dumps({"asked": asked, "right": right}))
 
 
