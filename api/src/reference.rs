@@ -31,7 +31,7 @@ fn introduction(definitions: &[Definition]) -> String {
         "# Reference\n\n\
          <!-- Generated from api/src by `{GENERATE}`; do not edit. -->\n\n\
          Every field of every kind of the API `{}`. `kubectl explain trainingjob.spec` says the same, for the version that \
-         a cluster has. [install.md](install.md) has a first job, [operations.md](operations.md) what the conditions mean, \
+         a cluster has. [quickstart.md](quickstart.md) has a first job, [operations.md](operations.md) what the conditions mean, \
          [examples/](../examples) whole manifests.\n\n{kinds}\n\
          A field without a default may be left out unless it is **required**; an object that is left out has the \
          defaults of its fields. Rules are checked when an object is applied, and offline by `sensorium plan FILE`; a rule \
