@@ -115,7 +115,7 @@ fn shape(object: &Value) -> String {
 /// A type with the limits of its values.
 fn type_of(schema: &Value, object: Option<&str>, limits: bool) -> String {
     if let Some(values) = schema["enum"].as_array() {
-        let values: Vec<String> = values.iter().filter(|value| !value.is_null()).map(|value| code(value)).collect();
+        let values: Vec<String> = values.iter().filter(|value| !value.is_null()).map(code).collect();
         return if values.len() == 1 { values[0].clone() } else { format!("one of {}", values.join(", ")) };
     }
     if schema["x-kubernetes-int-or-string"] == true {
