@@ -1,11 +1,12 @@
 use std::path::PathBuf;
 
+use sensorium_artifact::DType;
 use sensorium_modality::{ModalityError, TensorError};
 
-use crate::signature::Shape;
+use crate::signature::{Shape, dtype_name};
 
 /// Why a graph could not be opened or run.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum EngineError {
     /// The onnxruntime library could not be loaded.
     #[error(
@@ -46,12 +47,12 @@ pub enum EngineError {
         found: String,
     },
     /// An input that the graph needs is not there.
-    #[error("input `{input}` is missing, it must be {wanted}{wanted_shape}")]
+    #[error("input `{input}` is missing, it must be {}{wanted_shape}", dtype_name(*wanted))]
     MissingInput {
         /// The input.
         input: String,
         /// Its element type.
-        wanted: &'static str,
+        wanted: DType,
         /// Its shape.
         wanted_shape: Shape,
     },
@@ -64,16 +65,16 @@ pub enum EngineError {
         known: Vec<String>,
     },
     /// An input's element type or shape is not the graph's.
-    #[error("input `{input}` is {got}{got_shape:?}, it must be {wanted}{wanted_shape}")]
+    #[error("input `{input}` is {}{got_shape:?}, it must be {}{wanted_shape}", dtype_name(*got), dtype_name(*wanted))]
     WrongInput {
         /// The input.
         input: String,
         /// Its element type.
-        got: &'static str,
+        got: DType,
         /// Its shape.
         got_shape: Vec<i64>,
         /// The element type it must have.
-        wanted: &'static str,
+        wanted: DType,
         /// The shape it must have.
         wanted_shape: Shape,
     },
@@ -113,6 +114,14 @@ pub enum EngineError {
         /// What it said.
         reason: String,
     },
+    /// The graph runs elsewhere, and nobody there can run it, whatever the inputs are. Trying again later may succeed.
+    #[error("the graph runs at {address}, where nobody can run it now: {reason}")]
+    Unavailable {
+        /// Where.
+        address: String,
+        /// What the last attempt failed with, or what was answered.
+        reason: String,
+    },
 }
 
 impl EngineError {
@@ -129,7 +138,8 @@ impl EngineError {
             | Self::Setup { .. }
             | Self::Open { .. }
             | Self::UnsupportedType { .. }
-            | Self::Run { .. } => false,
+            | Self::Run { .. }
+            | Self::Unavailable { .. } => false,
         }
     }
 }

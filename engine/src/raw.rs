@@ -259,6 +259,7 @@ impl RawTensor {
     }
 
     /// A tensor of its own memory, where it is a small part of something large that it would keep alive.
+    #[must_use]
     pub fn detached(&self) -> Self {
         Self { data: Bytes::copy_from_slice(&self.data), shape: self.shape.clone(), dtype: self.dtype }
     }

@@ -104,6 +104,13 @@ impl Signature {
         }
     }
 
+    /// From a manifest, which does not name the sizes that requests decide.
+    pub fn of_manifest(inputs: &[TensorSpec], outputs: &[TensorSpec]) -> Self {
+        let dim = |size: &Option<u64>| size.map_or(Dim::Any, Dim::Fixed);
+        let port = |spec: &TensorSpec| (spec.name.clone(), spec.dtype, Shape(spec.shape.iter().map(dim).collect()));
+        Self::new(inputs.iter().map(port).collect(), outputs.iter().map(port).collect())
+    }
+
     /// What the graph takes, in order.
     pub fn inputs(&self) -> &[TensorSpec] {
         &self.input_specs
@@ -137,9 +144,9 @@ impl Signature {
             if got.dtype() != wanted.dtype || !wanted.shape.accepts(got.shape()) {
                 return Err(EngineError::WrongInput {
                     input: wanted.name.clone(),
-                    got: dtype_name(got.dtype()),
+                    got: got.dtype(),
                     got_shape: got.shape().to_vec(),
-                    wanted: dtype_name(wanted.dtype),
+                    wanted: wanted.dtype,
                     wanted_shape: wanted.shape.clone(),
                 });
             }
@@ -180,7 +187,7 @@ impl Port {
     fn missing(&self) -> EngineError {
         EngineError::MissingInput {
             input: self.name.clone(),
-            wanted: dtype_name(self.dtype),
+            wanted: self.dtype,
             wanted_shape: self.shape.clone(),
         }
     }

@@ -1,13 +1,19 @@
 //! One graph behind its queue.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use sensorium_engine::{EngineError, Named, RawTensor, Signature, dtype_name};
 use sensorium_modality::Tensor;
 
 use crate::{
     error::InferError,
-    scheduler::{Done, Scheduler, Work},
+    scheduler::{Done, ScheduleError, Scheduler, Work},
 };
 
 /// A graph with its signature and its engine.
@@ -16,12 +22,14 @@ pub struct Graph {
     name: String,
     signature: Signature,
     scheduler: Scheduler,
+    /// Whether a probe has ever succeeded.
+    takes_zeros: AtomicBool,
 }
 
 impl Graph {
     /// A graph called `name` whose engine `scheduler` owns.
     pub(crate) fn new(name: String, signature: Signature, scheduler: Scheduler) -> Arc<Self> {
-        Arc::new(Self { name, signature, scheduler })
+        Arc::new(Self { name, signature, scheduler, takes_zeros: AtomicBool::new(false) })
     }
 
     /// Its name, that of the model it is or is part of.
@@ -64,14 +72,30 @@ impl Graph {
 
     /// Runs one row of zeros, unless the engine has proven itself in the last `age`.
     ///
+    /// Zeros of the smallest shape are a guess, and some models take none of it: an image may be too small for its
+    /// filters. As long as it has never been a good one, an engine that refuses it has answered, and that is proof enough.
+    ///
     /// # Errors
-    /// What the engine says.
+    /// What the engine says, when it says so about something that it could do before, or that nobody answers.
     pub async fn probe(&self, age: Duration) -> Result<(), InferError> {
         if self.scheduler.last_success().is_some_and(|ago| ago < age) {
             return Ok(());
         }
         let outputs = (0..self.signature.outputs().len()).collect();
-        self.run(Work { inputs: zeros(&self.signature), rows: 1, outputs, ..Work::default() }).await.map(drop)
+        let work = Work { inputs: zeros(&self.signature), rows: 1, outputs, is_probe: true, ..Work::default() };
+        match self.run(work).await {
+            Ok(_) => {
+                self.takes_zeros.store(true, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(InferError::Schedule(error @ ScheduleError::Engine { .. }))
+                if !error.is_everybodys() && !self.takes_zeros.load(Ordering::Relaxed) =>
+            {
+                self.scheduler.note_success();
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Runs what waits and closes the engine.

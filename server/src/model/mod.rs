@@ -36,7 +36,7 @@ pub use self::{
     sequence::{SequenceError, Sequences},
     statistics::Statistics,
 };
-use crate::{error::InferError, scheduler::Work};
+use crate::{error::InferError, metrics::GraphMetrics, scheduler::Work};
 
 /// One version of a model, loaded and ready to be called.
 #[derive(Debug)]
@@ -49,7 +49,7 @@ pub struct ModelVersion {
     /// Names of classes, by output.
     labels: BTreeMap<String, Vec<String>>,
     /// Where answers are kept, if the model's configuration wants them to be.
-    cache: Option<ResponseCache>,
+    cache: Option<(ResponseCache, GraphMetrics)>,
     /// Which load of which model this is, among all of the process.
     load: u64,
     runs: Runs,
@@ -88,10 +88,10 @@ impl ModelVersion {
     }
 
     /// With answers kept in `cache`, where the configuration wants them to be and they depend on the request alone.
-    pub(crate) fn with_cache(self, cache: &ResponseCache) -> Self {
+    pub(crate) fn with_cache(self, cache: &ResponseCache, metrics: GraphMetrics) -> Self {
         let wanted = self.config.response_cache.is_some_and(|cache| cache.enable);
         let is_stateless = !matches!(self.runs, Runs::Sequence(..));
-        Self { cache: (wanted && is_stateless).then(|| cache.clone()), ..self }
+        Self { cache: (wanted && is_stateless).then(|| (cache.clone(), metrics)), ..self }
     }
 
     /// The model's name.
@@ -157,7 +157,11 @@ impl ModelVersion {
         let fitted = self.interface.fit(inputs, &request.outputs)?;
         let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
         let (outputs, timings) = match &self.cache {
-            Some(cache) => self.run_once(cache, fitted, &request).await?,
+            Some((cache, metrics)) => {
+                let (outputs, timings) = self.run_once(cache, fitted, &request).await?;
+                metrics.cache(timings.cache_hit);
+                (outputs, timings)
+            }
             None => self.run(fitted, &request).await?,
         };
         counted.is_answered = true;
@@ -198,7 +202,7 @@ impl ModelVersion {
                 let (inputs, outputs) = binding.bind(fitted).map_err(unfit)?;
                 // Every input is a client's: one that is not belongs to a sequence.
                 let inputs = inputs.into_iter().flatten().collect();
-                let done = graph.run(Work { inputs, rows, outputs, priority, timeout, deadline }).await?;
+                let done = graph.run(Work { inputs, rows, outputs, priority, timeout, deadline, is_probe: false }).await?;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }
             Runs::Sequence(graph, binding, sequences) => {
@@ -207,7 +211,7 @@ impl ModelVersion {
                 let (step, inputs) = turn.begin(inputs).await?;
                 let waited = started.elapsed();
                 outputs.extend_from_slice(sequences.state_outputs());
-                let mut done = graph.run(Work { inputs, rows, outputs, priority, timeout, deadline }).await?;
+                let mut done = graph.run(Work { inputs, rows, outputs, priority, timeout, deadline, is_probe: false }).await?;
                 step.finish(done.outputs.split_off(wanted.len()));
                 done.timings.queue += waited;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))

@@ -1,7 +1,7 @@
 //! A model's configuration: what was written, completed and held against what the model's file says. Pure.
 
 use sensorium_artifact::{DType, TensorSpec};
-use sensorium_engine::{Signature, dtype_name};
+use sensorium_engine::Signature;
 use sensorium_proto::inference::{
     DataType, ModelConfig, ModelDynamicBatching, ModelInput, ModelOutput, ModelTensorReshape,
     model_config::SchedulingChoice,

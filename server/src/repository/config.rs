@@ -62,11 +62,10 @@ fn with_colons(text: &str) -> String {
                 continue;
             }
             (Some(open), _) if character == open => quote = None,
-            (Some(_), _) => {}
             (None, '"' | '\'') => quote = Some(character),
             (None, '#') => is_comment = true,
             (None, '[') if last.is_ascii_alphanumeric() || last == '_' => result.push(':'),
-            (None, _) => {}
+            (Some(_) | None, _) => {}
         }
         if !is_comment && !character.is_whitespace() {
             last = character;
@@ -93,7 +92,7 @@ fn is_batch_size(line: &str) -> bool {
 
 /// Lines count from 1.
 fn line(text: &str, offset: usize) -> usize {
-    1 + text.as_bytes()[..offset.min(text.len())].iter().filter(|byte| **byte == b'\n').count()
+    text.get(..offset).unwrap_or(text).split('\n').count()
 }
 
 #[cfg(test)]

@@ -20,6 +20,9 @@ use crate::{
     model::{Ensemble, Find, Graph, ModelVersion},
 };
 
+/// How long a new engine may take for its first row before it is served without that proof.
+const FIRST_PROBE: Duration = Duration::from_secs(10);
+
 /// Where a unit of models comes from.
 #[derive(Clone, Debug)]
 enum Origin {
@@ -139,6 +142,12 @@ impl Registry {
             }
         };
         let loaded = loaded.inspect_err(|reason| self.note_failure(name, 0, reason)).map_err(failed)?;
+        // Proof that the engines run before they are asked: a model that comes must not make the server unready.
+        for graph in loaded.versions.iter().filter_map(ModelVersion::graph) {
+            if !matches!(tokio::time::timeout(FIRST_PROBE, graph.probe(Duration::ZERO)).await, Ok(Ok(()))) {
+                tracing::warn!(graph = graph.name(), "its engine did not answer at once");
+            }
+        }
         let broken = loaded.failed.clone();
         self.install(name, loaded).map_err(|taken| failed(format!("another model is called {taken:?}")))?;
         let reasons: Vec<_> = broken.iter().map(|(version, reason)| format!("version {version}: {reason}")).collect();
@@ -210,7 +219,9 @@ impl Registry {
             }
         }
         self.remove(&unit);
-        below.iter().for_each(|unit| self.remove(unit));
+        for unit in &below {
+            self.remove(unit);
+        }
         Ok(())
     }
 
@@ -275,7 +286,7 @@ impl Registry {
             let version = model.version().parse().unwrap_or(0);
             kept.insert((model.name().to_owned(), version));
             let entry = models.by_name.entry(model.name().to_owned()).or_default();
-            entry.unit = unit.to_owned();
+            unit.clone_into(&mut entry.unit);
             let slot = Slot { state: State::Ready, reason: String::new(), model: Some(Arc::new(model)) };
             old.extend(entry.versions.insert(version, slot).and_then(|slot| slot.model));
         }

@@ -3,7 +3,7 @@
 use std::{num::NonZeroUsize, path::Path};
 
 use sensorium_artifact::TensorSpec;
-use sensorium_engine::{Device, Engine, Optimization, Options, RawTensor, Signature};
+use sensorium_engine::{DType, Device, Engine, Optimization, Options, RawTensor, Signature};
 use sensorium_proto::inference::{
     ModelConfig, ModelWarmup,
     model_instance_group::Kind,
@@ -159,10 +159,9 @@ fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -
     let shape: Vec<i64> = batch.into_iter().chain(input.dims.iter().copied()).collect();
     let zeros = RawTensor::zeros(dtype, shape.clone()).map_err(|error| error.to_string())?;
     let data = match &input.input_data_type {
-        None | Some(InputDataType::ZeroData(_)) => return Ok(zeros),
-        // Numbers of either sign and moderate size in every format; the same each time, so that a start is repeatable.
-        Some(InputDataType::RandomData(_)) if dtype != sensorium_engine::DType::Bytes => pattern(zeros.data().len(), dtype),
-        Some(InputDataType::RandomData(_)) => return Ok(zeros),
+        // The same each time, so that a start is repeatable.
+        Some(InputDataType::RandomData(_)) if dtype != DType::Bytes => pattern(zeros.data().len(), dtype),
+        None | Some(InputDataType::ZeroData(_) | InputDataType::RandomData(_)) => return Ok(zeros),
         Some(InputDataType::InputDataFile(file)) => {
             // Triton keeps these in a folder of this name.
             let path = folder.join("warmup").join(file);
@@ -173,8 +172,7 @@ fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -
 }
 
 /// Elements that are small and differ from each other.
-fn pattern(bytes: usize, dtype: sensorium_engine::DType) -> Vec<u8> {
-    use sensorium_engine::DType;
+fn pattern(bytes: usize, dtype: DType) -> Vec<u8> {
     let spread = |index: usize| (index * 37 % 101) as f32 / 101.0;
     match dtype {
         DType::Fp32 => (0..bytes / 4).flat_map(|index| spread(index).to_le_bytes()).collect(),

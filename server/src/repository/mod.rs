@@ -273,20 +273,32 @@ impl Registry {
         Ok(models.iter().filter(|model| name.is_empty() || model.name() == name).map(|model| model.statistics()).collect())
     }
 
-    /// Every model version there is, or those that are ready.
+    /// Every model version there is, or those that are ready. A model that lies in a repository and that nobody asked for
+    /// is there, too.
     pub fn index(&self, ready_only: bool) -> Vec<IndexEntry> {
         let models = self.read();
-        let entries = models.by_name.iter().flat_map(|(name, entry)| {
-            let line = |(version, slot): (&u64, &Slot)| IndexEntry {
+        let mut entries = Vec::new();
+        for (name, entry) in &models.by_name {
+            entries.extend(entry.versions.iter().map(|(version, slot)| IndexEntry {
                 name: name.clone(),
                 // Version 0 stands for a model that could not be read so far as to know its versions.
                 version: if *version == 0 { String::new() } else { version.to_string() },
                 state: slot.state,
                 reason: slot.reason.clone(),
-            };
-            entry.versions.iter().map(line).collect::<Vec<_>>()
-        });
-        entries.filter(|entry| !ready_only || entry.state == State::Ready).collect()
+            }));
+        }
+        if ready_only {
+            entries.retain(|entry| entry.state == State::Ready);
+            return entries;
+        }
+        let known: BTreeSet<String> = models.by_name.keys().cloned().collect();
+        drop(models);
+        // A repository that cannot be read at the moment takes nothing from what is loaded.
+        for name in self.look().unwrap_or_default().into_keys().filter(|name| !known.contains(name)) {
+            entries.push(IndexEntry { name, version: String::new(), state: State::Unknown, reason: String::new() });
+        }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        entries
     }
 
     /// Every graph with an engine, for health.

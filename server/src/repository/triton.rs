@@ -103,8 +103,11 @@ impl Found {
                 None => open_version(name, version, &path, written, opening),
             };
             let labelled = |model: ModelVersion| Ok(model.with_labels(labels(&self.folder.path, &self.written.config)?));
-            match opened.and_then(labelled).map(|model| model.with_cache(&opening.responses)) {
-                Ok(model) => loaded.versions.push(model),
+            match opened.and_then(labelled) {
+                Ok(model) => {
+                    let metrics = opening.metrics.graph(name, &version.to_string());
+                    loaded.versions.push(model.with_cache(&opening.responses, metrics));
+                }
                 Err(reason) => {
                     loaded.failed.insert(version, reason);
                 }

@@ -50,7 +50,8 @@ pub(super) struct Queue {
 #[derive(Debug, Default)]
 struct State {
     line: Line<Job>,
-    order: Order<(Reply, Outcome)>,
+    /// `None` stands for an answer that died with its engine.
+    order: Order<Option<(Reply, Outcome)>>,
     closed: bool,
     last_success: Option<Instant>,
 }
@@ -90,9 +91,13 @@ impl Queue {
             (own, asked) => own.or(asked),
         };
         let timeout = timeout.map(|timeout| now + timeout);
-        let (class, length) = self.shapes.class(&work.inputs);
+        let (mut class, length) = self.shapes.class(&work.inputs);
+        if work.is_probe {
+            // No size is negative: it joins nobody.
+            class.push(-1);
+        }
         let ticket =
-            Ticket { rows: work.rows, level, class, length, arrived: now, timeout, deadline: work.deadline };
+            Ticket { rows: work.rows, level, class, length, arrived: now, is_alone: work.is_probe, timeout, deadline: work.deadline };
         let (reply, answer) = oneshot::channel();
         let job = Job { work, reply, span: Span::current(), admitted: now, place: None };
         let mut state = self.lock();
@@ -131,7 +136,9 @@ impl Queue {
             match state.line.next(&self.policy, now, was_busy, closing) {
                 Next::Run(mut jobs) => {
                     if self.policy.preserve_ordering {
-                        jobs.iter_mut().for_each(|job| job.place = Some(state.order.place()));
+                        for job in &mut jobs {
+                            job.place = Some(state.order.place());
+                        }
                     }
                     self.metrics.waiting(state.line.len());
                     if state.line.len() > 0 {
@@ -155,13 +162,22 @@ impl Queue {
 
     /// Hands an answer out, or keeps it until those before it are there.
     pub(super) fn answer(&self, place: Option<u64>, reply: Reply, outcome: Outcome) {
-        // A caller that left does not want its answer.
         match place {
+            // A caller that left does not want its answer.
             None => drop(reply.send(outcome)),
-            Some(place) => {
-                let leaving = self.lock().order.finish(place, (reply, outcome));
-                leaving.into_iter().for_each(|(reply, outcome)| drop(reply.send(outcome)));
-            }
+            Some(place) => self.leave(place, Some((reply, outcome))),
+        }
+    }
+
+    /// Gives a place among answers up: those behind it must not wait for what does not come.
+    pub(super) fn give_up(&self, place: u64) {
+        self.leave(place, None);
+    }
+
+    fn leave(&self, place: u64, answer: Option<(Reply, Outcome)>) {
+        let leaving = self.lock().order.finish(place, answer);
+        for (reply, outcome) in leaving.into_iter().flatten() {
+            let _ = reply.send(outcome);
         }
     }
 

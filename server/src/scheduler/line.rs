@@ -20,6 +20,8 @@ pub(super) struct Ticket {
     /// Elements of a row along axes that are padded; 1 where none is.
     pub(super) length: usize,
     pub(super) arrived: Instant,
+    /// Whether it does not wait for company.
+    pub(super) is_alone: bool,
     /// When its level's timeout strikes.
     pub(super) timeout: Option<Instant>,
     /// When its caller stops waiting.
@@ -168,7 +170,7 @@ impl<J> Line<J> {
     fn batch(&self, policy: &Policy) -> Option<Batch> {
         let (&first_key, (first, _)) = self.waiting.first_key_value()?;
         let max_elements = policy.padding.as_ref().map_or(0, |padding| padding.max_elements);
-        let mut batch = Batch { keys: vec![(first_key, first.rows)], rows: first.rows, oldest: first.arrived, is_stuck: false };
+        let mut batch = Batch { keys: vec![(first_key, first.rows)], rows: first.rows, oldest: first.arrived, is_stuck: first.is_alone };
         let mut length = first.length;
         for (&key, (ticket, _)) in self.waiting.iter().skip(1) {
             if batch.rows >= policy.max_rows {

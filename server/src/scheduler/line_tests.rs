@@ -21,7 +21,7 @@ fn ms(milliseconds: u64) -> Duration {
 }
 
 fn ticket(rows: usize, arrived: Instant) -> Ticket {
-    Ticket { rows, level: 1, class: Vec::new(), length: 1, arrived, timeout: None, deadline: None }
+    Ticket { rows, level: 1, class: Vec::new(), length: 1, arrived, is_alone: false, timeout: None, deadline: None }
 }
 
 /// A line of requests that are called by number, in order of their coming.
@@ -105,6 +105,8 @@ fn delay_waits_for_the_oldest_unless_more_would_not_help() {
     let mut bench = Bench::new(delayed());
     bench.come(8, 0, |_| {});
     assert_eq!(bench.next(0), Ok(vec![0]), "a full batch does not wait");
+    bench.come(1, 0, |ticket| ticket.is_alone = true);
+    assert_eq!(bench.next(0), Ok(vec![1]), "and neither does who wants no company");
 }
 
 #[test]

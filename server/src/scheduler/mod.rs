@@ -53,6 +53,8 @@ pub struct Work {
     pub timeout: Option<Duration>,
     /// When its caller stops waiting.
     pub deadline: Option<Instant>,
+    /// Whether the server itself asks, to see that the engine runs: such work runs alone and counts nowhere.
+    pub is_probe: bool,
 }
 
 /// What came of it.
@@ -77,7 +79,7 @@ pub struct Batching {
 }
 
 /// Why work was not run, or failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum ScheduleError {
     /// As much waits as the server lets. Trying again later may succeed.
     #[error("the queue of {graph:?} is full: {waiting} rows wait and {limit} may; try again later")]
@@ -131,6 +133,13 @@ pub enum ScheduleError {
         /// Rows of the batch.
         rows: usize,
     },
+}
+
+impl ScheduleError {
+    /// Whether the engine is not there for anybody, so that other work would have the same answer.
+    pub(crate) fn is_everybodys(&self) -> bool {
+        matches!(self, Self::Engine { source, .. } if matches!(**source, EngineError::Unavailable { .. }))
+    }
 }
 
 /// Makes an engine anew after one has died.
@@ -229,6 +238,11 @@ impl Scheduler {
     /// Time since an engine last ran something without failing; `None` before one did.
     pub fn last_success(&self) -> Option<Duration> {
         self.queue.last_success().map(|at| Instant::now().saturating_duration_since(at))
+    }
+
+    /// Takes it for granted that the engine runs, for whoever knows by other means.
+    pub fn note_success(&self) {
+        self.queue.note_success();
     }
 
     /// Admits nothing from now on, runs what waits, and returns when the engines are closed.

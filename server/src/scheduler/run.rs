@@ -30,6 +30,20 @@ pub(super) struct Instance {
     pub(super) alive: Arc<()>,
 }
 
+/// Places among answers that a batch holds; they are given up if it dies.
+struct Owed<'a> {
+    queue: &'a Queue,
+    places: Vec<u64>,
+}
+
+impl Drop for Owed<'_> {
+    fn drop(&mut self) {
+        for place in &self.places {
+            self.queue.give_up(*place);
+        }
+    }
+}
+
 impl Instance {
     /// Runs batches until the queue is closed and empty. An engine that dies is replaced after a pause; the requests that
     /// died with it are told.
@@ -82,14 +96,14 @@ impl Instance {
     fn run_batch(&self, engine: &mut dyn Engine, jobs: Vec<Job>) {
         let queue = &self.queue;
         let taken = Instant::now();
-        for job in &jobs {
+        for job in jobs.iter().filter(|job| !job.work.is_probe) {
             queue.metrics.queued(taken.saturating_duration_since(job.admitted));
         }
-        let places: Vec<Option<u64>> = jobs.iter().map(|job| job.place).collect();
+        let mut owed = Owed { queue, places: jobs.iter().filter_map(|job| job.place).collect() };
         let held = self.share.hold();
         let outcomes: Vec<Outcome> = match self.run_together(engine, &jobs, taken) {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
-            Err(error) if jobs.len() == 1 => vec![Err(error)],
+            Err(error) if jobs.len() == 1 || error.is_everybodys() => jobs.iter().map(|_| Err(error.clone())).collect(),
             // One member's values may have failed all of them, and only a run of its own shows whose.
             Err(error) => {
                 tracing::debug!(graph = queue.graph, requests = jobs.len(), %error, "batch failed, running each alone");
@@ -98,8 +112,9 @@ impl Instance {
             }
         };
         drop(held);
-        for ((job, place), outcome) in jobs.into_iter().zip(places).zip(outcomes) {
-            queue.answer(place, job.reply, outcome);
+        owed.places.clear();
+        for (job, outcome) in jobs.into_iter().zip(outcomes) {
+            queue.answer(job.place, job.reply, outcome);
         }
     }
 
@@ -129,8 +144,13 @@ impl Instance {
             batch_size: rows,
             ..Timings::default()
         };
-        queue.metrics.ran(rows, timings.compute_infer);
-        queue.statistics.executed(rows, &timings);
+        if !jobs.iter().any(|job| job.work.is_probe) {
+            queue.metrics.ran(rows, timings.compute_infer);
+            queue.statistics.executed(rows, &timings);
+            if let Some((useful, padding)) = queue.shapes.padded(&works) {
+                queue.metrics.padded(useful, padding);
+            }
+        }
         queue.note_success();
         let done = |(outputs, job): (Vec<_>, &Job)| Done {
             outputs,

@@ -18,7 +18,7 @@ pub(super) struct Shapes {
 #[derive(Clone, Copy, Debug)]
 struct Axis {
     input: usize,
-    axis: usize,
+    position: usize,
     is_padded: bool,
 }
 
@@ -39,13 +39,13 @@ impl Shapes {
         for (input, spec) in signature.inputs().iter().enumerate() {
             for axis in usize::from(batches)..spec.shape.len() {
                 if spec.shape[axis].is_none() {
-                    axes.push(Axis { input, axis, is_padded: !fills[input].is_empty() });
+                    axes.push(Axis { input, position: axis, is_padded: !fills[input].is_empty() });
                 }
             }
         }
         let padded = |symbol: &str| {
-            let followed = |axis: &&Axis| axis.is_padded && signature.input_symbol(axis.input, axis.axis) == Some(symbol);
-            axes.iter().find(followed).map(|axis| (axis.input, axis.axis))
+            let followed = |axis: &&Axis| axis.is_padded && signature.input_symbol(axis.input, axis.position) == Some(symbol);
+            axes.iter().find(followed).map(|axis| (axis.input, axis.position))
         };
         let grown = (0..signature.outputs().len()).map(|output| {
             let axes = 1..signature.outputs()[output].shape.len();
@@ -62,7 +62,7 @@ impl Shapes {
     /// Shapes of one matrix whose width requests decide.
     #[cfg(test)]
     pub(super) fn tail(axis: usize) -> Self {
-        let axes = vec![Axis { input: 0, axis, is_padded: false }];
+        let axes = vec![Axis { input: 0, position: axis, is_padded: false }];
         Self { axes, fills: vec![Vec::new()], grown: vec![Vec::new(); 2] }
     }
 
@@ -70,7 +70,7 @@ impl Shapes {
     pub(super) fn class(&self, inputs: &[RawTensor]) -> (Vec<i64>, usize) {
         let mut length = 1;
         let class = self.axes.iter().map(|axis| {
-            let size = inputs[axis.input].shape()[axis.axis];
+            let size = inputs[axis.input].shape()[axis.position];
             if axis.is_padded {
                 length = length.max(size as usize);
                 bucket(size)
@@ -126,16 +126,17 @@ impl Shapes {
         RawTensor::new(rows.dtype(), shape, data.freeze())
     }
 
-    /// Elements of a batch that mean something, and all of them, along padded axes.
-    pub(super) fn padded(&self, works: &[&Work]) -> (usize, usize) {
+    /// Elements of a batch along padded axes: those that mean something, and those that fill it up. `None` where nothing
+    /// is ever padded.
+    pub(super) fn padded(&self, works: &[&Work]) -> Option<(usize, usize)> {
+        if !self.axes.iter().any(|axis| axis.is_padded) {
+            return None;
+        }
         let lengths = || works.iter().map(|work| (work.rows, self.class(&work.inputs).1));
         let longest = lengths().map(|(_, length)| length).max().unwrap_or(0);
-        (lengths().map(|(rows, length)| rows * length).sum(), lengths().map(|(rows, _)| rows * longest).sum())
-    }
-
-    /// Whether anything is ever padded.
-    pub(super) fn pads(&self) -> bool {
-        self.axes.iter().any(|axis| axis.is_padded)
+        let useful: usize = lengths().map(|(rows, length)| rows * length).sum();
+        let all: usize = lengths().map(|(rows, _)| rows * longest).sum();
+        Some((useful, all - useful))
     }
 }
 

@@ -34,7 +34,7 @@ struct Fair {
 
 /// One model's claim on the slots. Clones, one for each of its instances, count together.
 #[derive(Clone, Debug)]
-pub struct Share {
+pub(super) struct Share {
     slots: Slots,
     /// Slots of a run.
     width: usize,
@@ -43,7 +43,7 @@ pub struct Share {
 
 /// Slots that are held.
 #[derive(Debug)]
-pub struct Held<'a> {
+pub(super) struct Held<'a> {
     share: &'a Share,
     since: Instant,
 }
@@ -57,7 +57,7 @@ impl Slots {
     }
 
     /// A claim for one more model, whose runs take `threads` threads each.
-    pub fn share(&self, threads: usize) -> Share {
+    pub(super) fn share(&self, threads: usize) -> Share {
         let width = threads.clamp(1, self.lock().total);
         Share { slots: self.clone(), width, used: Arc::default() }
     }

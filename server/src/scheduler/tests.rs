@@ -9,7 +9,7 @@ use sensorium_engine::{DType, Engine, EngineError, RawTensor, Signature};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::{Batching, Done, Policy, ScheduleError, Scheduler, Setup, Slots, Work, shape::Shapes};
+use super::{Batching, Done, Policy, Reopen, ScheduleError, Scheduler, Setup, Slots, Work, shape::Shapes};
 use crate::{metrics::Metrics, model::Statistics};
 
 /// Doubles `x`. Fails on a negative number, dies of a NaN, and says beforehand what it was given.
@@ -55,16 +55,20 @@ struct Bench {
 
 impl Bench {
     fn new(max_rows: usize, max_waiting_rows: usize, max_delay: Duration) -> Self {
+        let batching = Batching { max_rows, max_waiting_rows, max_delay };
+        Self::with(Policy::of_server(batching), None)
+    }
+
+    fn with(policy: Policy, reopen: Option<Reopen>) -> Self {
         let (gate, receiver) = mpsc::channel();
         let runs = Arc::<Mutex<Vec<_>>>::default();
         let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver });
         let lost = CancellationToken::new();
-        let batching = Batching { max_rows, max_waiting_rows, max_delay };
         let setup = Setup {
             graph: "m".to_owned(),
             engines: vec![engine],
-            reopen: None,
-            policy: Policy::of_server(batching),
+            reopen,
+            policy,
             batches: true,
             slots: Slots::new(1),
             threads: 1,
@@ -264,4 +268,20 @@ async fn stopping_answers_what_waits_and_refuses_what_comes() {
     first.await.unwrap().unwrap();
     waiting.await.unwrap().unwrap();
     assert!(!bench.lost.is_cancelled(), "it was asked to");
+}
+
+#[tokio::test]
+async fn an_engine_that_dies_is_replaced_and_the_order_of_answers_survives_it() {
+    let reopen: Reopen = Arc::new(|| Ok(Box::new(Doubler { runs: Arc::default(), gate: mpsc::channel().1 })));
+    let batching = Batching { max_rows: 1, max_waiting_rows: 100, max_delay: Duration::ZERO };
+    let policy = Policy { preserve_ordering: true, ..Policy::of_server(batching) };
+    let mut bench = Bench::with(policy, Some(reopen));
+    let first = bench.occupy().await;
+    let dying = bench.send(rows(&[f32::NAN])).await;
+    let last = bench.send(rows(&[2.0])).await;
+    bench.open_gate();
+    first.await.unwrap().unwrap();
+    assert!(matches!(dying.await.unwrap().unwrap_err(), ScheduleError::Stopped { .. }), "it is told");
+    assert_eq!(values(&last.await.unwrap().unwrap()), [vec![4.0]], "the next engine takes what waits");
+    assert!(!bench.lost.is_cancelled());
 }

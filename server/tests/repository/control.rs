@@ -15,6 +15,7 @@ async fn explicit_mode_loads_what_is_asked_for() {
     bench.write("a", "1/model.onnx", scale(2.0, None)).write("b", "1/model.onnx", scale(3.0, None));
     let registry = bench.open(ControlMode::Explicit, &["a"]).await;
     assert_eq!(registry.names(), ["a"]);
+    assert_eq!(index(&registry), ["a 1 READY", "b"], "what is there and not loaded is listed");
     registry.load("b", LoadParameters::default()).await.unwrap();
     assert_eq!(answer(&registry, "b", &[1, 1], &[5.0]).await, [15.0]);
     registry.unload("b", false).await.unwrap();
