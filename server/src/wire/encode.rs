@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use bytes::Bytes;
 use sensorium_proto::inference::{
     InferParameter, ModelInferResponse, infer_parameter::ParameterChoice, model_infer_response::InferOutputTensor,
 };
@@ -49,6 +50,8 @@ pub fn encode(
             }
             memory.write(region, &data)?;
             output.parameters = place(region, found as u64);
+            // Clients count entries to find an output's: each has one, and this one's is empty.
+            response.raw_output_contents.push(Bytes::new());
         } else {
             response.raw_output_contents.push(data);
         }
