@@ -40,6 +40,8 @@ const POLL: Duration = Duration::from_millis(50);
 const QUIET: Duration = Duration::from_secs(3);
 /// The longest watch that kube allows; the changes and what follows them take less.
 const WATCH_SECONDS: u32 = 294;
+/// Cores that the controllers of Kubernetes take when they only renew their leases.
+const RESTING: f64 = 0.05;
 /// Something is wrong when a step takes longer.
 const LIMIT: Duration = Duration::from_secs(900);
 
@@ -101,6 +103,7 @@ async fn main() -> Result<()> {
     controllers.go_on()?;
     until_count::<Pod>(&namespace, jobs).await?;
     until_quiet(&operator).await?;
+    controllers.until_rest().await?;
 
     step(&format!("{} s of changes", options.seconds));
     let steady = change(&namespace, &operator, jobs, options.seconds).await?;
@@ -281,9 +284,9 @@ fn memory(operator: &Operator) -> Result<f64> {
     Ok(kibibytes / 1024.0)
 }
 
-/// The seconds for which the operator has had a core.
-fn cpu_seconds(operator: &Operator) -> Result<f64> {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", operator.id()))?;
+/// The seconds for which a process has had a core.
+fn cpu_seconds(process: u32) -> Result<f64> {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
     let fields: Vec<&str> = stat.rsplit_once(") ").context("a name in parentheses")?.1.split(' ').collect();
     // Fields 14 and 15 of proc(5), which counts from 1 and has two before these.
     let ticks = fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
@@ -303,7 +306,7 @@ async fn change(namespace: &Namespace, operator: &Operator, jobs: usize, seconds
     let (_, version) = count::<Job>(namespace).await?;
     let (send, mut seen) = mpsc::unbounded_channel();
     let watcher = tokio::spawn(watch(namespace.api(), version, send));
-    let (before, start) = (cpu_seconds(operator)?, Instant::now());
+    let (before, start) = (cpu_seconds(operator.id())?, Instant::now());
     let mut interval = tokio::time::interval(CHANGE_INTERVAL);
     let mut patches = JoinSet::new();
     for round in 0..seconds as usize * CHANGES_PER_SECOND {
@@ -313,7 +316,7 @@ async fn change(namespace: &Namespace, operator: &Operator, jobs: usize, seconds
         patches.spawn(patch(namespace.api(), round * STRIDE % jobs, (round / jobs).is_multiple_of(2)));
     }
     let mut changes = patches.join_all().await.into_iter().collect::<Result<Vec<Change>>>()?;
-    let cores = (cpu_seconds(operator)? - before) / start.elapsed().as_secs_f64();
+    let cores = (cpu_seconds(operator.id())? - before) / start.elapsed().as_secs_f64();
     let mut latencies = Vec::new();
     while !changes.is_empty() {
         let next = tokio::time::timeout(EFFECT_LIMIT, seen.recv()).await;
@@ -420,6 +423,20 @@ impl Controllers {
 
     fn stop(&self) -> Result<()> {
         Ok(kill_process(self.0, Signal::STOP)?)
+    }
+
+    /// Waits until they have nothing left to do for the pods that they made: EndpointSlices, owners, status.
+    async fn until_rest(&self) -> Result<()> {
+        let id = self.0.as_raw_nonzero().get().unsigned_abs();
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let before = cpu_seconds(id)?;
+            tokio::time::sleep(QUIET).await;
+            if (cpu_seconds(id)? - before) / QUIET.as_secs_f64() < RESTING {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "the controllers of Kubernetes never come to rest");
+        }
     }
 
     fn go_on(&self) -> Result<()> {

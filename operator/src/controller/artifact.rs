@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::apply;
-use super::children::{Children, Key, owner_by_reference};
+use super::children::{Children, Key, owner_by_reference, prune_job};
 use super::context::{Context, DEBOUNCE, Visit};
 use super::{Error, Stop};
 use crate::render::{is_verification, render_removal, render_verification};
@@ -43,11 +43,7 @@ struct Artifacts {
 /// Runs the controller until `stop` ends.
 pub(super) async fn control(context: Arc<Context>, stop: Stop) {
     let (store, objects) = context.watch_main::<ModelArtifact>();
-    let (jobs, news) = context.watch_children(KIND, owner_by_reference(KIND), |job: &mut Job| {
-        if let Some(spec) = &mut job.spec {
-            spec.template = Default::default();
-        }
-    });
+    let (jobs, news) = context.watch_children(KIND, owner_by_reference(KIND), prune_job);
     let news = news.map(|(namespace, name): Key| ObjectRef::new(&name).within(&namespace));
     let artifacts = Arc::new(Artifacts { context: Arc::clone(&context), jobs, all: store.clone() });
     Controller::for_stream(objects, store)

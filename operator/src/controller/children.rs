@@ -3,16 +3,21 @@
 //! Every watch has a back-off of its own, so that one kind that cannot be listed holds up no other. What vanished while
 //! a watch was down is news too: the new list is compared with the old one.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use futures::{Stream, StreamExt as _};
+use k8s_openapi::api::batch::v1::{Job, JobSpec};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 
 use super::health::Watch;
+
+/// Annotation of the pods of an Indexed Job.
+const COMPLETION_INDEX: &str = "batch.kubernetes.io/job-completion-index";
 
 /// Namespace and name of an object.
 pub(super) type Key = (String, String);
@@ -29,9 +34,22 @@ impl<K> Clone for Children<K> {
     }
 }
 
+/// The children of each owner, by name. They are few, and owners may be many: a plain list takes the least memory.
+type ByOwner<K> = HashMap<Key, Vec<Arc<K>>>;
+
+fn put<K: ResourceExt>(children: &mut Vec<Arc<K>>, child: K) {
+    match children.binary_search_by_key(&child.name_any(), |known| known.name_any()) {
+        Ok(index) => children[index] = Arc::new(child),
+        Err(index) => {
+            children.reserve_exact(1);
+            children.insert(index, Arc::new(child));
+        }
+    }
+}
+
 #[derive(Debug)]
 struct State<K> {
-    by_owner: HashMap<Key, BTreeMap<String, Arc<K>>>,
+    by_owner: ByOwner<K>,
     /// Whether a first list is complete.
     listed: bool,
 }
@@ -40,13 +58,16 @@ impl<K> Children<K> {
     /// The children of `owner`, by name.
     pub(super) fn of(&self, owner: &Key) -> Vec<Arc<K>> {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        state.by_owner.get(owner).map(|children| children.values().cloned().collect()).unwrap_or_default()
+        state.by_owner.get(owner).cloned().unwrap_or_default()
     }
 
     /// The child of `owner` with this name.
-    pub(super) fn get(&self, owner: &Key, name: &str) -> Option<Arc<K>> {
+    pub(super) fn get(&self, owner: &Key, name: &str) -> Option<Arc<K>>
+    where
+        K: ResourceExt,
+    {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        state.by_owner.get(owner)?.get(name).cloned()
+        state.by_owner.get(owner)?.iter().find(|child| child.meta().name.as_deref() == Some(name)).cloned()
     }
 
     /// Whether all that exist are known.
@@ -69,7 +90,7 @@ where
 {
     let state = Arc::new(RwLock::new(State { by_owner: HashMap::new(), listed: false }));
     let children = Children { state: Arc::clone(&state) };
-    let mut listing: HashMap<Key, BTreeMap<String, Arc<K>>> = HashMap::new();
+    let mut listing: ByOwner<K> = HashMap::new();
     let stream = watcher(api, config)
         .inspect(move |event| health.note(event.as_ref().err()))
         .default_backoff()
@@ -80,9 +101,9 @@ where
             match event {
                 watcher::Event::Init => listing.clear(),
                 watcher::Event::InitApply(mut object) => {
-                    prune(&mut object);
                     if let Some(owner) = owner_of(&object) {
-                        listing.entry(owner).or_default().insert(object.name_any(), Arc::new(object));
+                        prune(&mut object);
+                        put(listing.entry(owner).or_default(), object);
                     }
                 }
                 watcher::Event::InitDone => {
@@ -93,9 +114,9 @@ where
                     touched.extend(old.into_keys().filter(|owner| !state.by_owner.contains_key(owner)));
                 }
                 watcher::Event::Apply(mut object) => {
-                    prune(&mut object);
                     if let Some(owner) = owner_of(&object) {
-                        write().by_owner.entry(owner.clone()).or_default().insert(object.name_any(), Arc::new(object));
+                        prune(&mut object);
+                        put(write().by_owner.entry(owner.clone()).or_default(), object);
                         touched.push(owner);
                     }
                 }
@@ -103,7 +124,7 @@ where
                     if let Some(owner) = owner_of(&object) {
                         let mut state = write();
                         if let Some(children) = state.by_owner.get_mut(&owner) {
-                            children.remove(&object.name_any());
+                            children.retain(|child| child.name_any() != object.name_any());
                             if children.is_empty() {
                                 state.by_owner.remove(&owner);
                             }
@@ -130,8 +151,53 @@ pub(super) fn owner_by_annotation<K: ResourceExt>(object: &K) -> Option<Key> {
     Some((object.namespace()?, object.annotations().get(crate::render::OWNER_ANNOTATION)?.clone()))
 }
 
+/// Drops the parts of a Job that nobody looks at: most of it.
+pub(super) fn prune_job(job: &mut Job) {
+    prune_identity(job);
+    if let Some(JobSpec { completions, suspend, .. }) = job.spec.take() {
+        job.spec = Some(JobSpec { completions, suspend, ..JobSpec::default() });
+    }
+}
+
+/// Drops the parts of a pod that nobody looks at.
+pub(super) fn prune_pod(pod: &mut Pod) {
+    prune_identity(pod);
+    pod.spec = None;
+    for container in pod.status.iter_mut().flat_map(|status| status.container_statuses.iter_mut().flatten()) {
+        // Long names of images, one for every pod.
+        container.image = String::new();
+        container.image_id = String::new();
+        container.volume_mounts = None;
+    }
+}
+
+/// Drops the content of a ConfigMap: it can't change, so that it is there is all there is to know.
+pub(super) fn prune_config(config: &mut ConfigMap) {
+    prune_identity(config);
+    config.data = None;
+}
+
+/// Drops from the metadata of what is never compared all that does not tell which one it is and whose.
+fn prune_identity<K: ResourceExt>(object: &mut K) {
+    let metadata = object.meta_mut();
+    if let Some(owners) = &mut metadata.owner_references {
+        owners.shrink_to_fit();
+    }
+    metadata.finalizers = None;
+    metadata.generate_name = None;
+    if let Some(annotations) = &mut metadata.annotations {
+        annotations.retain(|key, _| key == crate::render::OWNER_ANNOTATION || key == COMPLETION_INDEX);
+        if annotations.is_empty() {
+            metadata.annotations = None;
+        }
+    }
+}
+
 /// Drops what the API server keeps for itself.
 pub(super) fn prune_metadata<K: ResourceExt>(object: &mut K) {
-    object.managed_fields_mut().clear();
-    object.annotations_mut().remove("kubectl.kubernetes.io/last-applied-configuration");
+    let metadata = object.meta_mut();
+    metadata.managed_fields = None;
+    if let Some(annotations) = &mut metadata.annotations {
+        annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
+    }
 }

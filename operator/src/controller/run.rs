@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::apply;
-use super::children::{Children, Key, owner_by_annotation, owner_by_reference};
+use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_job, prune_pod};
 use super::context::{Context, DEBOUNCE, Visit};
 use super::{Error, Stop};
 use crate::plan::{Pins, WorkloadPlan, plan_pinned};
@@ -103,18 +103,10 @@ pub(super) async fn control<K: Run>(context: Arc<Context>, stop: Stop) {
     let kind = K::KIND.as_str();
     let (store, objects) = context.watch_main::<K>();
     let (artifacts, artifact_news) = context.watch_main::<ModelArtifact>();
-    let (jobs, job_news) = context.watch_children(kind, owner_by_reference(kind), |job: &mut Job| {
-        // The pods' template is never looked at again, and it is most of a Job.
-        if let Some(spec) = &mut job.spec {
-            spec.template = Default::default();
-        }
-    });
-    let (pods, pod_news) = context.watch_children(kind, owner_by_annotation, |pod: &mut Pod| pod.spec = None);
+    let (jobs, job_news) = context.watch_children(kind, owner_by_reference(kind), prune_job);
+    let (pods, pod_news) = context.watch_children(kind, owner_by_annotation, prune_pod);
     let (services, service_news) = context.watch_children(kind, owner_by_reference(kind), |_: &mut Service| {});
-    let (configs, config_news) = context.watch_children(kind, owner_by_reference(kind), |config: &mut ConfigMap| {
-        // It can't change, so that it is there is all there is to know.
-        config.data = None;
-    });
+    let (configs, config_news) = context.watch_children(kind, owner_by_reference(kind), prune_config);
     let (policies, policy_news) = context.watch_children(kind, owner_by_reference(kind), |_: &mut NetworkPolicy| {});
     let news = futures::stream::select_all([
         job_news.boxed(),
