@@ -1,30 +1,32 @@
-//! The gRPC model server: the Open Inference Protocol v2, `sensorium.v1`, and a batcher in front of every graph.
+//! The model server: the Open Inference Protocol v2 with Triton's extensions over gRPC and HTTP, `sensorium.v1`, and a
+//! scheduler in front of every model.
 //!
 //! A request passes through one module after the other:
 //!
 //! ```text
-//! service    finds the model in the repository, counts and traces the call
-//! wire       decodes and validates tensors against the model's signature; encodes the answer
-//! model      prepares images and texts on CPU threads, and calls graphs in order
-//! scheduler  admits or refuses, batches with other requests, runs on the engine's own thread, splits the answer
+//! front       connections, TLS, who is let in; the routes of gRPC and REST
+//! rest        JSON and binary tensors as the messages that gRPC carries, and back
+//! service     finds the model, counts and traces the call: one operation for both ways in
+//! wire        tensors between messages and memory, without a copy where they come as bytes
+//! model       holds the request against what the model takes; prepares images and texts; calls graphs in order
+//! scheduler   admits or refuses, batches with other requests, runs on the engine's own thread, splits the answer
 //! ```
 //!
-//! Around them, [`serve`] binds and drains, [`health`] proves that engines run, [`http`] serves health and metrics,
-//! [`config`] is what the operator set.
-//!
-//! What it is not: it loads its models once, when it starts, and speaks HTTP for health and metrics alone.
+//! Around them, [`repository`] has the models and lets them come and go, [`serve`] binds and drains, [`health`] proves that
+//! engines run, [`scrape`] serves metrics, [`security`] keeps certificates, tokens and limits, [`config`] is what the
+//! operator set.
 
 pub mod config;
 pub mod error;
 pub mod front;
 pub mod health;
-pub mod http;
 pub mod metrics;
 pub mod model;
 pub mod pool;
 pub mod repository;
-pub mod scheduler;
 pub mod rest;
+pub mod scheduler;
+pub mod scrape;
 pub mod security;
 pub mod serve;
 pub mod service;

@@ -18,11 +18,12 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::{Addresses, ServerConfig},
     front::{self, Door},
-    health, http,
+    health,
     metrics::Metrics,
     pool::CpuPool,
     repository::{IndexEntry, LoadError, Opening, Registry},
     scheduler::Slots,
+    scrape,
     security::{Admission, ReloadError, Reloaded, Tls, Tokens},
     service::Service,
     shared_memory::SharedMemory,
@@ -117,7 +118,10 @@ pub async fn serve(
     let (ready, is_ready) = watch::channel(false);
     let memory = SharedMemory::new(config.shared_memory);
     let service = Service::new(metrics.clone(), is_ready.clone(), memory, controls.logs, controls.traces);
-    let (app, reporter) = front::app(service.clone(), config.max_request_bytes, admission(&config)?);
+    let admission = admission(&config)?;
+    // Only limits ask who it is.
+    let tells_peers = admission.is_some();
+    let (app, reporter) = front::app(service.clone(), config.max_request_bytes, admission);
     let tls = config.tls.clone().map(Tls::watch).transpose()?;
 
     // Everything is answered from now on, with "not ready" while models load, so that the start can be watched.
@@ -126,14 +130,17 @@ pub async fn serve(
         listener,
         tls: tls.clone(),
         app: app.clone(),
+        tells_peers,
         drain: drain.clone(),
         close: close.clone(),
     };
     let mut grpc = Task::spawn("gRPC", door(listeners.grpc, &app, &drain, &drain));
     // Health is asked for over HTTP until the end, by connections that are made meanwhile.
     let mut http = Task::spawn("HTTP", door(listeners.http, &app, &drain, &close));
-    let scrapes =
-        Door { tls: None, ..door(listeners.metrics, &http::metrics(metrics.clone(), service.clone()), &close, &close) };
+    let scrapes = Door {
+        tls: None,
+        ..door(listeners.metrics, &scrape::metrics(metrics.clone(), service.clone()), &close, &close)
+    };
     let mut scrapes = Task::spawn("the metrics endpoint", scrapes);
 
     let opening = opening(&config, &metrics, &lost);
