@@ -36,6 +36,19 @@ pub enum InferError {
         /// What it is doing, or why it is not here.
         reason: String,
     },
+    /// The request is meant for another artifact than the one that the model is made of.
+    #[error(
+        "model {model:?} is of artifact {served}, and the request is meant for {}; ask a server of that one",
+        crate::wire::excerpt(wanted)
+    )]
+    OtherArtifact {
+        /// The model.
+        model: String,
+        /// Digest of its artifact.
+        served: String,
+        /// As the request says.
+        wanted: String,
+    },
     /// The model may answer any number of times, which one response cannot carry.
     #[error("model {model:?} is decoupled: call it with ModelStreamInfer, or generate_stream over HTTP")]
     Decoupled {
@@ -179,6 +192,8 @@ impl InferError {
             // As Triton says it.
             Self::Schedule(ScheduleError::QueueFull { .. } | ScheduleError::TimedOut { .. }) => Code::Unavailable,
             Self::Draining | Self::NotReady { .. } | Self::Schedule(ScheduleError::Stopped { .. }) => Code::Unavailable,
+            Self::OtherArtifact { .. } => Code::FailedPrecondition,
+            Self::Schedule(error) if error.is_everybodys() => Code::Unavailable,
             Self::Schedule(ScheduleError::Engine { source, .. }) => fault(source.is_callers_fault()),
             Self::Prepare(PoolError::CutShort)
             | Self::Ensemble { .. }

@@ -56,6 +56,12 @@ impl Parent {
         Self::parse(&format!("00-{digits}-{}-01", digits.get(16..)?), None)
     }
 
+    /// The span that this is called in; `None` where there is none that anybody exports.
+    pub fn current() -> Option<Self> {
+        let context = Span::current().context().span().span_context().clone();
+        context.is_valid().then_some(Self(context))
+    }
+
     /// The header `traceparent`, with which another process goes on with this trace.
     pub fn traceparent(&self) -> String {
         format!("00-{}-{}-{:02x}", self.0.trace_id(), self.0.span_id(), self.0.trace_flags().to_u8())

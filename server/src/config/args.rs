@@ -13,7 +13,7 @@ use sensorium_artifact::Volume;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 use super::ConfigError;
-use crate::repository::ModelSource;
+use crate::repository::{ModelSource, RemoteGraph};
 
 /// Serves models over gRPC and HTTP: the Open Inference Protocol v2 with Triton's extensions, and
 /// sensorium.v1.MultimodalService.
@@ -48,6 +48,14 @@ pub struct ServerArgs {
     #[arg(long = "model", value_name = "NAME=URI", help_heading = "Models")]
     #[serde(deserialize_with = "texts")]
     pub model: Vec<ModelSource>,
+    /// Serve only this graph of the artifacts, for servers that call it with --remote-graph; may be repeated
+    #[arg(long, value_name = "GRAPH", conflicts_with = "remote_graph", help_heading = "Models")]
+    pub graph: Vec<String>,
+    /// Call this graph of the artifacts at other servers (those started with --graph) instead of running it; may be
+    /// repeated
+    #[arg(long, value_name = "GRAPH=HOST:PORT[,...]", help_heading = "Models")]
+    #[serde(deserialize_with = "texts")]
+    pub remote_graph: Vec<RemoteGraph>,
     /// Folder or s3:// prefix of models in Triton's layout, MODEL/[config.pbtxt], MODEL/VERSION/FILE; may be repeated
     #[arg(long, env = "SENSORIUM_MODEL_REPOSITORY", value_name = "DIR|URI", help_heading = "Models")]
     pub model_repository: Vec<String>,
@@ -216,6 +224,8 @@ impl ServerArgs {
         filled!(
             config,
             model,
+            graph,
+            remote_graph,
             model_repository,
             model_control_mode,
             repository_poll_secs,

@@ -48,12 +48,17 @@ pub struct ModelVersion {
     statistics: Arc<Statistics>,
     /// Names of classes, by output.
     labels: BTreeMap<String, Vec<String>>,
+    /// Digest of the artifact that it is, or is part of.
+    artifact: Option<String>,
     /// Where answers are kept, if the model's configuration wants them to be.
     cache: Option<(ResponseCache, GraphMetrics)>,
     /// Which load of which model this is, among all of the process.
     load: u64,
     runs: Runs,
 }
+
+/// Parameter of a request: the digest of the artifact that it is meant for. A model of another one refuses it.
+pub const ARTIFACT_DIGEST: &str = "artifact_digest";
 
 /// Outputs in the order in which they were asked for, and where the time went.
 type Answer = (Vec<RawTensor>, Timings);
@@ -78,13 +83,18 @@ impl ModelVersion {
     ) -> Self {
         static LOADS: AtomicU64 = AtomicU64::new(0);
         let load = LOADS.fetch_add(1, Ordering::Relaxed);
-        let (labels, cache) = (BTreeMap::new(), None);
-        Self { name: config.name.clone(), version, config, interface, statistics, labels, cache, load, runs }
+        let (labels, artifact, cache) = (BTreeMap::new(), None, None);
+        Self { name: config.name.clone(), version, config, interface, statistics, labels, artifact, cache, load, runs }
     }
 
     /// With names for the classes of some outputs.
     pub(crate) fn with_labels(self, labels: BTreeMap<String, Vec<String>>) -> Self {
         Self { labels, ..self }
+    }
+
+    /// As part of the artifact with this digest.
+    pub(crate) fn of_artifact(self, digest: String) -> Self {
+        Self { artifact: Some(digest), ..self }
     }
 
     /// With answers kept in `cache`, where the configuration wants them to be and they depend on the request alone.
@@ -129,6 +139,11 @@ impl ModelVersion {
         &self.config
     }
 
+    /// Digest of the artifact that it is, or is part of.
+    pub fn artifact(&self) -> Option<&str> {
+        self.artifact.as_deref()
+    }
+
     /// The name of class `index` of an output, where the configuration names a file of labels.
     pub fn label(&self, output: &str, index: usize) -> Option<&str> {
         self.labels.get(output)?.get(index).map(String::as_str)
@@ -153,6 +168,7 @@ impl ModelVersion {
     /// [`InferError`], which says whose fault it is.
     pub async fn infer(&self, mut request: Request) -> Result<Response, InferError> {
         let mut counted = Counted { statistics: &self.statistics, started: Instant::now(), is_answered: false };
+        self.check_artifact(&request)?;
         let inputs = std::mem::take(&mut request.inputs);
         let fitted = self.interface.fit(inputs, &request.outputs)?;
         let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
@@ -169,6 +185,17 @@ impl ModelVersion {
         let named = wanted.into_iter().zip(outputs);
         let named = named.map(|(output, tensor)| NamedTensor { name: self.outputs()[output].name.clone(), tensor });
         Ok(Response { outputs: named.collect(), timings })
+    }
+
+    fn check_artifact(&self, request: &Request) -> Result<(), InferError> {
+        let (Some(served), Some(Parameter::Text(wanted))) = (&self.artifact, request.parameters.get(ARTIFACT_DIGEST)) else {
+            return Ok(());
+        };
+        if served == wanted {
+            return Ok(());
+        }
+        let (model, served, wanted) = (self.name.clone(), served.clone(), wanted.clone());
+        Err(InferError::OtherArtifact { model, served, wanted })
     }
 
     /// Runs a request whose answer nobody knows.

@@ -6,14 +6,14 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use sensorium_artifact::{Digest, MANIFEST_FILE, Manifest, Store};
-use sensorium_engine::{Engine as _, Pipeline, open_graph};
+use sensorium_engine::{Engine, Pipeline, PipelineError, Signature, open_graph};
 use sensorium_proto::inference::{ModelConfig, ModelDynamicBatching, model_config::SchedulingChoice};
 
-use super::{LoadError, Loaded, ModelSource, Opening, complete};
+use super::{LoadError, Loaded, ModelSource, Opening, complete, remote};
 use crate::{
     error::chain,
     model::{Binding, Graph, Interface, ModelVersion, Multimodal, Runs, Statistics},
-    scheduler::{Policy, Reopen, Scheduler, Setup},
+    scheduler::{Policy, Reopen, Scheduler, Setup, Slots},
 };
 
 /// The version of an artifact that comes from a store: there, artifacts are told apart by digest.
@@ -72,23 +72,28 @@ fn open(
     opening: &Opening,
 ) -> Result<Loaded, LoadError> {
     let failed = |source| LoadError::Open { name: name.to_owned(), source: Box::new(source) };
+    opening.graphs.check(name, manifest)?;
     let mut loaded = Loaded::default();
     let mut graphs = BTreeMap::new();
-    for graph in &manifest.graphs {
-        let engine = open_graph(folder, graph, opening.engine).map_err(failed)?;
-        let reopen: Reopen = {
-            let (folder, graph, options) = (folder.to_owned(), graph.clone(), opening.engine);
-            Arc::new(move || match open_graph(&folder, &graph, options) {
-                Ok(engine) => Ok(Box::new(engine)),
-                Err(error) => Err(chain(&error)),
-            })
+    for graph in manifest.graphs.iter().filter(|graph| opening.graphs.is_served(&graph.name)) {
+        let model = format!("{name}.{}", graph.name);
+        let addresses = opening.graphs.addresses(&graph.name);
+        let engines = if addresses.is_empty() {
+            here(folder, graph, opening).map_err(failed)?
+        } else {
+            elsewhere(&model, graph, digest, addresses)
         };
-        let model = open_one(&format!("{name}.{}", graph.name), version, engine, reopen, opening)
-            .map_err(|source| LoadError::Thread { name: name.to_owned(), source })?;
+        let model = open_one(&model, version, engines, opening)
+            .map_err(|source| LoadError::Thread { name: name.to_owned(), source })?
+            .of_artifact(digest.to_string());
         if let Some(opened) = model.graph() {
             graphs.insert(graph.name.clone(), opened.clone());
         }
         loaded.versions.push(model);
+    }
+    // What answers questions needs all graphs.
+    if !opening.graphs.are_all_served() {
+        return Ok(loaded);
     }
     if manifest.pipeline.is_some() {
         let pipeline = Pipeline::new(folder, manifest, opening.limits).map_err(failed)?;
@@ -102,22 +107,61 @@ fn open(
                 ..complete::config(&interface)
             };
             let runs = Runs::Multimodal(multimodal.clone());
-            loaded.versions.push(ModelVersion::new(version.to_string(), config, interface, Arc::default(), runs));
+            let model = ModelVersion::new(version.to_string(), config, interface, Arc::default(), runs);
+            loaded.versions.push(model.of_artifact(multimodal.digest().to_owned()));
         }
         loaded.multimodal = Some(multimodal);
     }
     Ok(loaded)
 }
 
+/// What runs a graph, here or elsewhere.
+struct Engines {
+    signature: Signature,
+    all: Vec<Box<dyn Engine>>,
+    reopen: Option<Reopen>,
+    slots: Slots,
+    /// Threads of each, as far as they compute here.
+    threads: usize,
+}
+
+/// One engine of this process.
+fn here(folder: &Path, graph: &sensorium_artifact::Graph, opening: &Opening) -> Result<Engines, PipelineError> {
+    let engine = open_graph(folder, graph, opening.engine)?;
+    let reopen: Reopen = {
+        let (folder, graph, options) = (folder.to_owned(), graph.clone(), opening.engine);
+        Arc::new(move || match open_graph(&folder, &graph, options) {
+            Ok(engine) => Ok(Box::new(engine)),
+            Err(error) => Err(chain(&error)),
+        })
+    };
+    Ok(Engines {
+        signature: engine.signature().clone(),
+        all: vec![Box::new(engine)],
+        reopen: Some(reopen),
+        slots: opening.slots.clone(),
+        threads: opening.engine.threads.get(),
+    })
+}
+
+/// As many calls of another server as may be under way.
+fn elsewhere(
+    model: &str,
+    graph: &sensorium_artifact::Graph,
+    digest: &Digest,
+    addresses: Vec<String>,
+) -> Engines {
+    let signature = Signature::of_manifest(&graph.inputs, &graph.outputs);
+    let calls = remote::open(model, signature.clone(), digest.to_string(), addresses);
+    // A call waits and computes nothing.
+    let slots = Slots::new(calls.len());
+    let all = calls.into_iter().map(|call| Box::new(call) as Box<dyn Engine>).collect();
+    Engines { signature, all, reopen: None, slots, threads: 1 }
+}
+
 /// One graph as a model of its own.
-fn open_one(
-    name: &str,
-    version: u64,
-    engine: sensorium_engine::OnnxRuntime,
-    reopen: Reopen,
-    opening: &Opening,
-) -> std::io::Result<ModelVersion> {
-    let signature = engine.signature().clone();
+fn open_one(name: &str, version: u64, engines: Engines, opening: &Opening) -> std::io::Result<ModelVersion> {
+    let Engines { signature, all, reopen, slots, threads } = engines;
     let mut batching = opening.batching;
     // A graph exported for one batch size takes exactly that.
     if let Some(rows) = signature.inputs().iter().find_map(|input| input.shape.first().copied().flatten()) {
@@ -139,12 +183,12 @@ fn open_one(
     let statistics = Arc::new(Statistics::default());
     let setup = Setup {
         graph: name.to_owned(),
-        engines: vec![Box::new(engine)],
-        reopen: Some(reopen),
+        engines: all,
+        reopen,
         policy: Policy::of_server(batching),
         batches: true,
-        slots: opening.slots.clone(),
-        threads: opening.engine.threads.get(),
+        slots,
+        threads,
         metrics: opening.metrics.graph(name, &version.to_string()),
         statistics: statistics.clone(),
         lost: opening.lost.clone(),

@@ -36,6 +36,16 @@ pub enum LoadError {
         /// Why.
         source: Box<ArtifactError>,
     },
+    /// A graph that was named is not in the artifact.
+    #[error("model {name:?} has no graph {graph:?}; it has {}", known.join(", "))]
+    UnknownGraph {
+        /// The model.
+        name: String,
+        /// As it was named.
+        graph: String,
+        /// Those it has.
+        known: Vec<String>,
+    },
     /// Its graphs cannot be run.
     #[error("model {name:?} could not be opened")]
     Open {

@@ -7,8 +7,10 @@ mod control;
 mod engines;
 mod error;
 mod folder;
+mod peers;
 mod place;
 mod poll;
+mod remote;
 mod source;
 mod triton;
 
@@ -29,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use self::place::Place;
 pub use self::{
     error::{ControlError, LoadError},
+    remote::{GraphPlaces, RemoteGraph, RemoteGraphError},
     source::{ModelSource, SourceError},
 };
 use crate::{
@@ -85,6 +88,8 @@ pub struct Opening {
     pub cache: PathBuf,
     /// Threads of each engine.
     pub engine: Options,
+    /// Which graphs of artifacts are served, and which of them run elsewhere.
+    pub graphs: GraphPlaces,
     /// How requests are put together, where a model does not say.
     pub batching: Batching,
     /// The machine's compute, shared by all models.

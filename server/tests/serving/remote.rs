@@ -110,7 +110,7 @@ async fn an_encoder_of_another_artifact_makes_no_server_ready() {
     let server = caller(&[encoder.grpc]);
     eventually("the models are loaded", async || server.get(server.http, "/v2/models/tiny").await.0 == 200).await;
     let status = ask(&server, COLORS[0]).await.unwrap_err();
-    assert_eq!(status.code(), Code::Internal);
+    assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains(&other.digest.to_string()), "{status}");
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(!server.is_ready().await, "probes run through the encoder, too");
