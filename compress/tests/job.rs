@@ -58,7 +58,7 @@ impl Bench {
             },
             spec_hash: "sha256:0".to_owned(),
             spec: CompressionJobSpec {
-                source: ArtifactSource { artifact: "tiny".to_owned(), store: "pvc://artifacts".to_owned(), retention: None },
+                source: ArtifactSource { artifact: "tiny".to_owned(), store: "pvc://artifacts".to_owned() },
                 steps: vec![CompressionStep::Quantize(quantize)],
                 acceptance: Acceptance {
                     data: "pvc://datasets/colors".to_owned(),
