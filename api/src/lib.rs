@@ -58,8 +58,8 @@ pub use model_artifact::{
     ModelArtifactStatus, TensorSignature,
 };
 pub use serving_job::{
-    Analysis, Autoscaling, Batching, Canary, CanaryStep, Engine, Limits, NetworkAccess, Ports, Rollout, RolloutStatus,
-    ScaleMetric, ServiceSpec, ServiceType, ServingJob, ServingJobSpec, ServingJobStatus, Verification,
+    Analysis, Autoscaling, Batching, Canary, CanaryStep, EncoderService, Engine, Limits, NetworkAccess, Ports, Rollout,
+    RolloutStatus, ScaleMetric, ServiceSpec, ServiceType, ServingJob, ServingJobSpec, ServingJobStatus, Verification,
 };
 pub use status::{AttemptFailure, JobState, JobStatus};
 pub use storage::{ArtifactSource, FilePolicy, OutputSpec, Retention};

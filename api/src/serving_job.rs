@@ -60,6 +60,12 @@ pub struct ServingJobSpec {
     /// Lets the load decide how many servers there are, by a HorizontalPodAutoscaler; instead of `replicas`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<Autoscaling>,
+    /// Graphs of the artifact that run in services of their own, such as an image encoder that takes most of the time; the
+    /// servers call them. All others run in the servers themselves.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["graph".into()]))]
+    pub encoders: Vec<EncoderService>,
     /// How a new model, or a changed spec, takes the place of the old one. Requests are answered all the while.
     #[serde(default)]
     pub rollout: Rollout,
@@ -99,6 +105,40 @@ pub struct ServingJobSpec {
 
 fn default_max_unavailable() -> u32 {
     1
+}
+
+/// A graph that runs in a service of its own, in as many pods as it needs. New servers bring new encoders along, so that
+/// both always have the same model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(
+    // It becomes part of the names of objects; `server` is in these already.
+    validation = Rule::new("self.graph.matches('^[a-z]([a-z0-9]|_[a-z0-9])*$') && self.graph != 'server'")
+        .field_path(".graph")
+        .message("must be small letters, digits and single underscores between them, and not `server`"),
+    validation = Rule::new("!(has(self.replicas) && has(self.autoscaling))")
+        .field_path(".replicas")
+        .message("set replicas or autoscaling, not both"),
+    validation = Rule::new(
+        "!has(self.autoscaling) || self.autoscaling.metric != 'cpu' || 'cpu' in self.resources.requests"
+    )
+    .field_path(".autoscaling")
+    .message("scaling on cpu is relative to what a server requests; set resources.requests.cpu")
+)]
+pub struct EncoderService {
+    /// Name of the graph in the artifact, such as `image_encoder`.
+    #[schemars(length(max = 32))]
+    pub graph: String,
+    /// Number of pods: 1 where neither this nor `autoscaling` is set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10_000))]
+    pub replicas: Option<u32>,
+    /// Lets the load decide how many pods there are, by a HorizontalPodAutoscaler; instead of `replicas`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub autoscaling: Option<Autoscaling>,
+    /// What one pod needs of the machine, in Kubernetes' words.
+    #[serde(default)]
+    pub resources: Resources,
 }
 
 /// Bounds and measure of the number of servers.

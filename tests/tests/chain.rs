@@ -82,6 +82,36 @@ fn a_chain_ends_with_a_served_model_and_a_report_and_is_reused_when_nothing_chan
 }
 
 #[test]
+fn an_encoder_in_a_process_of_its_own_changes_no_answer_and_ends_with_the_run() -> Result<()> {
+    let bench = bench()?;
+    bench.write("jobs/training.yaml", &training(12, 6))?;
+    bench.write("jobs/serving.yaml", &serving("tiny"))?;
+    bench.run(&["up", "jobs"], LIMIT)?.success()?;
+    let together = bench.report()?;
+    ensure!(together["questions"].as_array().is_some_and(|questions| questions.len() == 3), "{together:#}");
+
+    let encoders = "  encoders: [{graph: image_encoder, replicas: 2}]\n";
+    bench.write("jobs/serving.yaml", &(serving("tiny") + encoders))?;
+    let finished = bench.run(&["up", "jobs"], LIMIT)?.success()?;
+    let apart = bench.report()?;
+    let questions = |report: &Value| report["questions"].as_array().cloned().context("questions is a list");
+    for (apart, together) in questions(&apart)?.iter().zip(&questions(&together)?) {
+        for same in ["question", "answer"] {
+            ensure!(apart[same] == together[same], "{apart:#} {together:#}");
+        }
+        let score = |question: &Value| question["score"].as_f64().context("score");
+        // Kernels add in another order where memory begins at another place; f32 keeps seven digits.
+        ensure!((score(apart)? - score(together)?).abs() < 1e-5, "{apart:#} {together:#}");
+    }
+    ensure!(bench.processes().is_empty(), "processes left: {:?}", bench.processes());
+    let logs = bench.entries("jobs/servingjob-tiny/logs");
+    for name in ["server-0.log", "image_encoder-0.log", "image_encoder-1.log"] {
+        ensure!(logs.iter().any(|log| log == name), "{logs:?} {}", finished.stdout);
+    }
+    Ok(())
+}
+
+#[test]
 fn an_interrupted_run_leaves_nothing_half_done_and_the_next_goes_on_from_its_checkpoint() -> Result<()> {
     let bench = bench()?;
     bench.write("training.yaml", &training(LONG_STEPS, 5))?;

@@ -32,6 +32,11 @@ fn cases() -> Vec<Case> {
             "workers must lie between minWorkers and maxWorkers",
         ),
         (
+            with(serving(), "/spec/encoders", json!([{"graph": "server"}])),
+            "spec.encoders[0].graph",
+            "small letters, digits and single underscores between them, and not `server`",
+        ),
+        (
             with(
                 with(serving(), "/spec/replicas", json!(2)),
                 "/spec/autoscaling",

@@ -46,17 +46,17 @@ pub struct PortMap {
 }
 
 impl PortMap {
-    /// Chooses a port for everything that listens: for the first replica of a server the wished-for one, else the
-    /// declared one if it is free; free ones for all others, whose numbers nobody outside needs to know.
+    /// Chooses a port for everything that listens: for the first replica of the servers that clients talk to the wished-for
+    /// one, else the declared one if it is free; free ones for all others, whose numbers nobody outside needs to know.
     ///
     /// # Errors
     /// [`Error::PortTaken`] when a wish cannot be met.
     pub fn choose(plan: &WorkloadPlan, wishes: &PortWishes) -> Result<Self, Error> {
         let mut map = Self::default();
-        for role in &plan.roles {
+        for (position, role) in plan.roles.iter().enumerate() {
             for replica in 0..role.replicas {
                 for (name, &declared) in &role.ports {
-                    let is_public = role.program == Program::Server && replica == 0;
+                    let is_public = role.program == Program::Server && position == 0 && replica == 0;
                     let number = if is_public {
                         map.public(name, declared, wishes.get(name.as_str()).copied())?
                     } else {
@@ -91,6 +91,12 @@ impl PortMap {
     pub fn address(&self, role: &str, replica: u32, name: &str) -> Option<String> {
         let number = self.numbers.get(&(role.to_owned(), replica, name.to_owned()))?;
         Some(format!("{HOST}:{number}"))
+    }
+
+    /// The addresses of a port of all replicas, joined by commas.
+    fn addresses(&self, role: &str, name: &str) -> String {
+        let numbers = self.numbers.iter().filter(|((of, _, called), _)| of == role && called == name);
+        numbers.map(|(_, number)| format!("{HOST}:{number}")).collect::<Vec<_>>().join(",")
     }
 
     fn number(&self, role: &str, replica: u32, name: &str) -> u16 {
@@ -178,6 +184,10 @@ impl Resolve for Place<'_> {
 
     fn port(&self, role: &str, name: &str) -> u16 {
         self.ports.number(role, 0, name)
+    }
+
+    fn addresses(&self, role: &str, name: &str) -> String {
+        self.ports.addresses(role, name)
     }
 
     fn listen(&self, name: &str) -> String {

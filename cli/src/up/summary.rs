@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use sensorium_api::run::RunResult;
-use sensorium_operator::plan::{Program, WorkloadPlan};
+use sensorium_operator::plan::{Program, Role, WorkloadPlan};
 
 use super::typed;
 use crate::args::{DEFAULT_ADDRESS, DEFAULT_MODEL};
@@ -17,11 +17,14 @@ pub(super) fn done(result: &RunResult) -> String {
     format!("{}{accuracy} ({})", result.message, duration(result.seconds))
 }
 
-/// `2 workers`: what of a job runs.
+/// `2 workers`, or `1 server, 2 image_encoders`: what of a job runs.
 pub(super) fn processes(plan: &WorkloadPlan) -> String {
-    let count: u32 = plan.roles.iter().map(sensorium_operator::plan::Role::world_size).sum();
-    let noun = if plan.roles.iter().any(|role| role.program == Program::Server) { "server" } else { "worker" };
-    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+    let role = |role: &Role| {
+        let noun = if role.program == Program::Server { role.name.as_str() } else { "worker" };
+        let count = role.world_size();
+        format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+    };
+    plan.roles.iter().map(role).collect::<Vec<_>>().join(", ")
 }
 
 /// `ready: gRPC 127.0.0.1:8001, HTTP :8000, metrics :8002`.

@@ -15,6 +15,7 @@ use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 
 use super::health::Watch;
+use crate::render::{ENCODERS_ANNOTATION, OWNER_ANNOTATION};
 
 /// Annotation of the pods of an Indexed Job.
 const COMPLETION_INDEX: &str = "batch.kubernetes.io/job-completion-index";
@@ -148,7 +149,7 @@ pub(super) fn owner_by_reference<K: ResourceExt>(kind: &'static str) -> impl Fn(
 
 /// The owner that a pod's annotation names: its own reference is to a Job or a ReplicaSet.
 pub(super) fn owner_by_annotation<K: ResourceExt>(object: &K) -> Option<Key> {
-    Some((object.namespace()?, object.annotations().get(crate::render::OWNER_ANNOTATION)?.clone()))
+    Some((object.namespace()?, object.annotations().get(OWNER_ANNOTATION)?.clone()))
 }
 
 /// Drops the parts of a Job that nobody looks at: most of it.
@@ -186,7 +187,7 @@ fn prune_identity<K: ResourceExt>(object: &mut K) {
     metadata.finalizers = None;
     metadata.generate_name = None;
     if let Some(annotations) = &mut metadata.annotations {
-        annotations.retain(|key, _| key == crate::render::OWNER_ANNOTATION || key == COMPLETION_INDEX);
+        annotations.retain(|key, _| [OWNER_ANNOTATION, ENCODERS_ANNOTATION, COMPLETION_INDEX].contains(&key.as_str()));
         if annotations.is_empty() {
             metadata.annotations = None;
         }

@@ -1,5 +1,9 @@
 //! ServingJobs: servers that stay up while their model changes.
 
+mod encoders;
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +16,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{DynamicObject, Patch, PatchParams};
-use kube::core::{ApiResource, DeserializeGuard, GroupVersionKind};
+use kube::core::{ApiResource, DeserializeGuard, GroupVersionKind, NamespaceResourceScope};
 use kube::runtime::Controller;
 use kube::runtime::controller::{Action as Again, Config};
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -20,6 +24,7 @@ use kube::{Api, Resource, ResourceExt};
 use sensorium_api::manifest::Resource as Manifest;
 use sensorium_api::run::{JobKey, JobKind};
 use sensorium_api::{ModelArtifact, ServingJob, ServingJobStatus};
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 
 use super::apply;
@@ -27,10 +32,15 @@ use super::children::{Children, Key, owner_by_annotation, owner_by_reference};
 use super::context::{Context, DEBOUNCE, Visit};
 use super::{Error, Stop};
 use crate::plan::{Pins, Role, plan_pinned};
-use crate::render::{NAME_LABEL, Owner, Servers, Track, deployment_name, render_servers, render_serving, selector};
+use crate::render::{
+    NAME_LABEL, Owner, Revision, Servers, Track, child_name, deployment_name, render_encoders, render_servers,
+    render_serving, server_selector,
+};
 use crate::status::{Measured, Note, References, ServingObserved, ServingPlan, rollout, serving_status};
 
 const KIND: &str = "ServingJob";
+/// Label of an EndpointSlice: its Service.
+const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 /// How often a rollout that goes on is looked at.
 const ROLLOUT_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -130,8 +140,7 @@ async fn reconcile(object: Arc<DeserializeGuard<ServingJob>>, servings: Arc<Serv
     let result = match &object.0 {
         Ok(object) => servings.visit(object).await,
         Err(error) => {
-            let object = error.metadata.name.clone().unwrap_or_default();
-            tracing::warn!(kind = KIND, object, error = crate::error_line(error), "cannot be read; left alone");
+            servings.context.unreadable(&*object, error).await;
             Ok(Again::await_change())
         }
     };
@@ -189,8 +198,12 @@ impl Servings {
         let digest = resolved.as_ref().map(|artifacts| artifacts.values().next().map_or("", String::as_str));
         let pods: Vec<Pod> = self.pods.of(&key).iter().map(|pod| Pod::clone(pod)).collect();
         let (rollout, notes) = plan.map_or_else(Default::default, |plan| (plan.rollout, plan.notes));
-        let label = selector(&job);
+        let label = server_selector(&job);
         let slices_key = (key.0.clone(), label.get(NAME_LABEL).cloned().unwrap_or_default());
+        let service = child_name(&job.name, "");
+        let mut slices = self.slices.of(&slices_key);
+        slices.retain(|slice| slice.labels().get(SERVICE_LABEL) == Some(&service));
+        let encoders = self.encoders_of(&key, stable.as_deref());
         let again = rollout.as_ref().is_some_and(|rollout| rollout.failed.is_none());
         let status = serving_status(&ServingObserved {
             now: Timestamp::now(),
@@ -198,8 +211,9 @@ impl Servings {
             status: &before,
             artifact: digest.map_err(Clone::clone),
             stable: stable.as_deref(),
+            encoders: &encoders,
             pods: &pods,
-            endpoints: self.slices.of(&slices_key).iter().map(|slice| ready_addresses(slice)).sum(),
+            endpoints: slices.iter().map(|slice| ready_addresses(slice)).sum(),
             rollout,
             selector: label.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(","),
         });
@@ -228,7 +242,7 @@ impl Servings {
         manifest: &Manifest,
         key: &Key,
         job: &JobKey,
-        artifacts: &std::collections::BTreeMap<String, String>,
+        artifacts: &BTreeMap<String, String>,
         digest: &str,
         status: &ServingJobStatus,
     ) -> Result<ServingPlan, Error> {
@@ -242,8 +256,9 @@ impl Servings {
         let spec = &object.spec;
         let scaled = spec.autoscaling.is_some();
         let replicas = (!scaled).then_some(role.replicas);
-        let images = &context.settings.images;
-        let stable = render_servers(&owner, spec, &plan, role, digest, Track::Stable, replicas, images);
+        let revision = Revision { owner: &owner, spec, plan: &plan, digest, images: &context.settings.images };
+        let encoders = render_encoders(&revision);
+        let stable = render_servers(&revision, role, &encoders, Track::Stable, replicas);
         let live = self.deployments.get(key, &stable.deployment.name_any());
         let live_canary = self.deployments.get(key, &deployment_name(job, Track::Canary));
         let measured = self.measure(key, role, status).await;
@@ -258,6 +273,9 @@ impl Servings {
         );
 
         self.around(object, &owner, role, key).await?;
+        // Servers that are not started call nobody.
+        let encoders = if decided.apply || decided.canaries.is_some() { encoders } else { Vec::new() };
+        self.apply_encoders(key, &encoders).await?;
         if decided.apply {
             self.apply_servers(key, &stable, live.as_deref()).await?;
         } else if let (Some(live), Some(replicas)) = (&live, replicas)
@@ -268,13 +286,14 @@ impl Servings {
         }
         match (decided.canaries, live_canary) {
             (Some(count), live) => {
-                let canary = render_servers(&owner, spec, &plan, role, digest, Track::Canary, Some(count), images);
+                let canary = render_servers(&revision, role, &encoders, Track::Canary, Some(count));
                 self.apply_servers(key, &canary, live.as_deref()).await?;
             }
             (None, Some(live)) => apply::delete(context, KIND, &*live).await?,
             (None, None) => {}
         }
-        self.sweep(key, &stable).await?;
+        self.sweep_encoders(key, job, &encoders).await?;
+        self.sweep_configs(key, &stable).await?;
         Ok(decided)
     }
 
@@ -290,32 +309,11 @@ impl Servings {
     async fn around(&self, object: &ServingJob, owner: &Owner, role: &Role, key: &Key) -> Result<(), Error> {
         let context = &*self.context;
         let objects = render_serving(owner, &object.spec, role);
-        let live = self.services.get(key, &objects.service.name_any());
-        apply::apply(context, KIND, &objects.service, live.as_deref()).await?;
-        let live = self.budgets.get(key, &objects.budget.name_any());
-        apply::apply(context, KIND, &objects.budget, live.as_deref()).await?;
-        match &objects.network {
-            Some(network) => {
-                let live = self.policies.get(key, &network.name_any());
-                apply::apply(context, KIND, network, live.as_deref()).await?;
-            }
-            None => {
-                for live in self.policies.of(key) {
-                    apply::delete(context, KIND, &*live).await?;
-                }
-            }
-        }
-        match &objects.autoscaler {
-            Some(autoscaler) => {
-                let live = self.autoscalers.get(key, &autoscaler.name_any());
-                apply::apply(context, KIND, autoscaler, live.as_deref()).await?;
-            }
-            None => {
-                for live in self.autoscalers.of(key) {
-                    apply::delete(context, KIND, &*live).await?;
-                }
-            }
-        }
+        let name = deployment_name(&owner.job, Track::Stable);
+        self.settle(&self.services, key, &objects.service.name_any(), Some(&objects.service)).await?;
+        self.settle(&self.budgets, key, &name, Some(&objects.budget)).await?;
+        self.settle(&self.policies, key, &name, objects.network.as_ref()).await?;
+        self.settle(&self.autoscalers, key, &name, objects.autoscaler.as_ref()).await?;
         // Applied once per generation: the kind is not ours to watch.
         let seen = object.status.as_ref().and_then(|status| status.observed_generation);
         if context.settings.pod_monitors && seen != object.meta().generation {
@@ -332,8 +330,20 @@ impl Servings {
         Ok(())
     }
 
+    /// Makes the child of this name what is wanted: nothing, where that is `None`.
+    async fn settle<K>(&self, children: &Children<K>, key: &Key, name: &str, wanted: Option<&K>) -> Result<(), Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
+    {
+        match (wanted, children.get(key, name)) {
+            (Some(wanted), live) => apply::apply(&self.context, KIND, wanted, live.as_deref()).await.map(drop),
+            (None, Some(live)) => apply::delete(&self.context, KIND, &*live).await,
+            (None, None) => Ok(()),
+        }
+    }
+
     /// Removes files that no server reads any more.
-    async fn sweep(&self, key: &Key, stable: &Servers) -> Result<(), Error> {
+    async fn sweep_configs(&self, key: &Key, stable: &Servers) -> Result<(), Error> {
         let deployments = self.deployments.of(key);
         let read = |name: &str| {
             deployments.iter().any(|deployment| {

@@ -1,17 +1,23 @@
-//! ServingJob: replicas of the model server.
+//! ServingJob: replicas of the model server, and of encoders where these are services of their own.
 
 use std::collections::BTreeMap;
 
 use sensorium_api::run::{JobKey, JobKind};
 use sensorium_api::{
-    NetworkAccess, PodSettings, Resources, Rollout, Scheduling, ServiceSpec, ServingJob, ServingJobSpec,
+    EncoderService, NetworkAccess, PodSettings, Resources, Rollout, Scheduling, ServiceSpec, ServingJob, ServingJobSpec,
 };
 
 use super::config::{common_env, config_args, config_files, listen_args};
 use super::spec_hash;
 use super::storage::Claims;
+use super::template::{Part, Template};
 use super::workload::{HttpProbe, Lifetime, Program, Role, WorkloadPlan};
 use super::{Pins, PlanError};
+
+/// The servers' role; encoders' roles are called after their graphs.
+const SERVER: &str = "server";
+/// The port by which servers call encoders.
+const GRPC: &str = "grpc";
 
 pub(super) fn plan_serving(object: &ServingJob, pins: &Pins) -> Result<WorkloadPlan, PlanError> {
     let job = JobKey::of(object, JobKind::ServingJob);
@@ -19,10 +25,9 @@ pub(super) fn plan_serving(object: &ServingJob, pins: &Pins) -> Result<WorkloadP
     let requires = vec![object.spec.model.artifact.clone()];
     let mut spec = object.spec.clone();
     pins.pin(&mut spec.model.artifact);
-    // `verification.data` is missing on purpose: whoever verifies asks through the public API, like any client.
-    let claims = Claims::default().read(&spec.model.store);
-    let ports = [("grpc", spec.ports.grpc), ("http", spec.ports.http), ("metrics", spec.ports.metrics)];
-    let listen = ports.iter().flat_map(|(name, _)| listen_args(&format!("--{name}-addr"), name));
+    // Clients and the Service look for the servers first.
+    let mut roles = vec![servers(&spec)];
+    roles.extend(spec.encoders.iter().map(|encoder| encoder_of(&spec, encoder)));
     Ok(WorkloadPlan {
         files: config_files(&job, &spec_hash, &told(&spec))?,
         job,
@@ -30,31 +35,61 @@ pub(super) fn plan_serving(object: &ServingJob, pins: &Pins) -> Result<WorkloadP
         requires,
         produces: None,
         suspended: false,
-        roles: vec![Role {
-            name: "server".to_owned(),
-            program: Program::Server,
-            replicas: spec.replicas.unwrap_or(1),
-            processes: 1,
-            args: config_args(&claims).into_iter().chain(listen).collect(),
-            env: common_env(),
-            ports: BTreeMap::from(ports.map(|(name, number)| (name.to_owned(), number))),
-            mounts: claims.mounts(),
-            resources: spec.resources.clone(),
-            result: false,
-            readiness: Some(HttpProbe { port: "http".to_owned(), path: "/v2/health/ready".to_owned() }),
-        }],
+        roles,
         lifetime: Lifetime::Service,
         scheduling: spec.scheduling,
         pods: spec.pods,
     })
 }
 
+/// The servers that clients talk to.
+fn servers(spec: &ServingJobSpec) -> Role {
+    let remote = spec.encoders.iter().flat_map(|EncoderService { graph, .. }| {
+        let addresses = Part::Addresses { role: graph.clone(), name: GRPC.to_owned() };
+        [Template::text("--remote-graph"), Template::new([Part::Text(format!("{graph}=")), addresses])]
+    });
+    role(spec, SERVER, spec.replicas, &spec.resources, remote)
+}
+
+/// Servers of a single graph.
+fn encoder_of(spec: &ServingJobSpec, encoder: &EncoderService) -> Role {
+    let only = ["--graph", &encoder.graph].map(Template::text);
+    role(spec, &encoder.graph, encoder.replicas, &encoder.resources, only)
+}
+
+fn role(
+    spec: &ServingJobSpec,
+    name: &str,
+    replicas: Option<u32>,
+    resources: &Resources,
+    args: impl IntoIterator<Item = Template>,
+) -> Role {
+    // `verification.data` is missing on purpose: whoever verifies asks through the public API, like any client.
+    let claims = Claims::default().read(&spec.model.store);
+    let ports = [(GRPC, spec.ports.grpc), ("http", spec.ports.http), ("metrics", spec.ports.metrics)];
+    let listen = ports.iter().flat_map(|(name, _)| listen_args(&format!("--{name}-addr"), name));
+    Role {
+        name: name.to_owned(),
+        program: Program::Server,
+        replicas: replicas.unwrap_or(1),
+        processes: 1,
+        args: config_args(&claims).into_iter().chain(listen).chain(args).collect(),
+        env: common_env(),
+        ports: BTreeMap::from(ports.map(|(name, number)| (name.to_owned(), number))),
+        mounts: claims.mounts(),
+        resources: resources.clone(),
+        result: false,
+        readiness: Some(HttpProbe { port: "http".to_owned(), path: "/v2/health/ready".to_owned() }),
+    }
+}
+
 /// What a server is told of the spec: nothing that concerns others only, so that scaling a job, or changing who may reach
-/// it, does not make its servers new ones.
+/// it, does not make its servers new ones. Which graphs it runs itself is among its arguments.
 fn told(spec: &ServingJobSpec) -> ServingJobSpec {
     ServingJobSpec {
         replicas: None,
         autoscaling: None,
+        encoders: Vec::new(),
         rollout: Rollout::default(),
         verification: None,
         resources: Resources::default(),

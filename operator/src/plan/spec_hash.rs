@@ -60,7 +60,7 @@ pub(super) fn compression(spec: &CompressionJobSpec) -> String {
     digest(&json!({"kind": "CompressionJob", "source": source, "steps": steps, "acceptance": acceptance}))
 }
 
-/// Serving: everything that a server's answers, or the way it gives them, depend on.
+/// Serving: everything that a server's answers, or the way it gives them, depend on. Where its graphs run is not of it.
 pub(super) fn serving(spec: &ServingJobSpec) -> String {
     let ServingJobSpec {
         model,
@@ -69,6 +69,7 @@ pub(super) fn serving(spec: &ServingJobSpec) -> String {
         limits,
         replicas: _,
         autoscaling: _,
+        encoders: _,
         rollout: _,
         ports: _,
         verification: _,

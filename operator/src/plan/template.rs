@@ -28,6 +28,14 @@ pub enum Part {
         /// Name of the port.
         name: String,
     },
+    /// `{addresses ROLE NAME}`: HOST:PORT of that role's port, for those who do not care which replica answers. One name
+    /// for all of them on a cluster; every replica's, joined by commas, on one machine.
+    Addresses {
+        /// Name of the role.
+        role: String,
+        /// Name of the port.
+        name: String,
+    },
     /// `{listen NAME}`: ADDRESS:PORT on which this process offers its port of that name. All interfaces in a pod,
     /// loopback on one machine; each replica has its own.
     Listen {
@@ -51,6 +59,8 @@ pub trait Resolve {
     fn host(&self, role: &str, index: u32) -> String;
     /// The number of the port `name` of `role`'s replica 0.
     fn port(&self, role: &str, name: &str) -> u16;
+    /// HOST:PORT of the port `name` of all replicas of `role`.
+    fn addresses(&self, role: &str, name: &str) -> String;
     /// ADDRESS:PORT on which this process offers its port `name`.
     fn listen(&self, name: &str) -> String;
     /// Path of the mount `name`.
@@ -91,6 +101,7 @@ impl Part {
             Self::Text(text) => text.clone(),
             Self::Host { role, index } => resolve.host(role, *index),
             Self::Port { role, name } => resolve.port(role, name).to_string(),
+            Self::Addresses { role, name } => resolve.addresses(role, name),
             Self::Listen { name } => resolve.listen(name),
             Self::MountPath(name) => resolve.mount_path(name),
             Self::Rank => resolve.rank(),
@@ -112,6 +123,7 @@ impl fmt::Display for Part {
             Self::Text(text) => f.write_str(&text.replace('{', "{{").replace('}', "}}")),
             Self::Host { role, index } => write!(f, "{{host {role} {index}}}"),
             Self::Port { role, name } => write!(f, "{{port {role} {name}}}"),
+            Self::Addresses { role, name } => write!(f, "{{addresses {role} {name}}}"),
             Self::Listen { name } => write!(f, "{{listen {name}}}"),
             Self::MountPath(name) => write!(f, "{{mount {name}}}"),
             Self::Rank => f.write_str("{rank}"),
@@ -141,6 +153,9 @@ mod tests {
             assert_eq!((role, name), ("worker", "rendezvous"));
             29_500
         }
+        fn addresses(&self, role: &str, name: &str) -> String {
+            format!("vqa-{role}:{name}")
+        }
         fn listen(&self, name: &str) -> String {
             format!("0.0.0.0:{}", name.len())
         }
@@ -165,6 +180,8 @@ mod tests {
             Part::Text(":".to_owned()),
             Part::Port { role: "worker".to_owned(), name: "rendezvous".to_owned() },
             Part::Text(" ".to_owned()),
+            Part::Addresses { role: "encoder".to_owned(), name: "grpc".to_owned() },
+            Part::Text(" ".to_owned()),
             Part::Listen { name: "progress".to_owned() },
             Part::Text(" ".to_owned()),
             Part::MountPath("config".to_owned()),
@@ -175,10 +192,13 @@ mod tests {
             Part::Text(" ".to_owned()),
             Part::ResultFile,
         ]);
-        assert_eq!(template.render(&Worker3), "worker-0.vqa:29500 0.0.0.0:8 /mnt/config 3/1 /out/result.json");
+        assert_eq!(
+            template.render(&Worker3),
+            "worker-0.vqa:29500 vqa-encoder:grpc 0.0.0.0:8 /mnt/config 3/1 /out/result.json"
+        );
         assert_eq!(
             template.to_string(),
-            "{host worker 0}:{port worker rendezvous} {listen progress} {mount config} {rank}/{local rank} {result file}"
+            "{host worker 0}:{port worker rendezvous} {addresses encoder grpc} {listen progress} {mount config} {rank}/{local rank} {result file}"
         );
     }
 

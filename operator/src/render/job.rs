@@ -75,7 +75,7 @@ pub fn render_run(owner: &Owner, plan: &WorkloadPlan, role: &Role, attempt: u32,
         spec: Some(network::workers(&owner.job, role)),
     };
 
-    let place = Place { role, job: &name, domain: &domain };
+    let place = Place { plan, role, job: &name, domain: &domain, services: &BTreeMap::new() };
     let mut pod = pod_spec(&PodContext { plan, images, config: &name, peers: selector(&owner.job) }, &place);
     pod.restart_policy = Some("Never".to_owned());
     pod.subdomain = Some(domain.clone());

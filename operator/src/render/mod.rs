@@ -4,6 +4,7 @@
 //! change while it lives (Deployments, Services, policies) is applied as it is; what may not (Jobs, ConfigMaps) has the
 //! attempt or a hash of its content in its name and is created once.
 
+mod encoders;
 mod job;
 mod names;
 mod network;
@@ -11,12 +12,13 @@ mod pod;
 mod serving;
 mod store_jobs;
 
+pub use encoders::{ENCODERS_ANNOTATION, Encoder, render_encoders};
 pub use job::{RunObjects, attempt_of, render_run};
 pub use names::{ATTEMPT_LABEL, KIND_LABEL, MANAGED_BY, NAME_LABEL, OWNER_ANNOTATION, child_name, labels, selector};
 pub use pod::{CONTAINER, RESULT_FILE};
 pub use serving::{
-    ARTIFACT_ANNOTATION, REVISION_ANNOTATION, Servers, ServingObjects, Track, deployment_name, render_servers,
-    render_serving,
+    ARTIFACT_ANNOTATION, REVISION_ANNOTATION, Revision, Servers, ServingObjects, Track, deployment_name,
+    render_servers, render_serving, server_selector,
 };
 pub use store_jobs::{is_verification, render_removal, render_verification};
 

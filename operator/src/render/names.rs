@@ -11,6 +11,8 @@ pub const MANAGED_BY: &str = "sensorium";
 pub const KIND_LABEL: &str = "sensorium.dev/kind";
 /// Label with the owner's name, shortened as [`child_name`] does where it is too long for a label.
 pub const NAME_LABEL: &str = "sensorium.dev/name";
+/// Label with the part that an object plays among its owner's children.
+pub(crate) const COMPONENT_LABEL: &str = "app.kubernetes.io/component";
 /// Label with the number of the attempt.
 pub const ATTEMPT_LABEL: &str = "sensorium.dev/attempt";
 /// Annotation of a pod with the name of the resource that it works for, in full.
@@ -46,7 +48,7 @@ pub(crate) fn short_digest(text: &str) -> String {
 /// The labels of every child of `job`.
 pub fn labels(job: &JobKey, component: &str) -> BTreeMap<String, String> {
     let mut labels = selector(job);
-    labels.insert("app.kubernetes.io/component".to_owned(), component.to_owned());
+    labels.insert(COMPONENT_LABEL.to_owned(), component.to_owned());
     labels.insert("app.kubernetes.io/managed-by".to_owned(), MANAGED_BY.to_owned());
     labels
 }

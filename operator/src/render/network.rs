@@ -11,6 +11,7 @@ use sensorium_api::ServingJobSpec;
 use sensorium_api::run::JobKey;
 
 use super::names::selector;
+use super::serving::server_selector;
 use crate::plan::Role;
 
 /// Labels of the operator's own pods, in whatever namespace it runs.
@@ -19,7 +20,7 @@ const OPERATOR: (&str, &str) = ("app.kubernetes.io/name", "sensorium-operator");
 /// Workers: each other on every port (the collectives choose theirs as they go), the operator on the declared ones.
 pub(super) fn workers(job: &JobKey, role: &Role) -> NetworkPolicySpec {
     policy(
-        job,
+        selector(job),
         vec![
             NetworkPolicyIngressRule { from: Some(vec![pods(selector(job))]), ports: None },
             NetworkPolicyIngressRule { from: Some(vec![operator()]), ports: Some(ports(role)) },
@@ -29,17 +30,41 @@ pub(super) fn workers(job: &JobKey, role: &Role) -> NetworkPolicySpec {
 
 /// Servers: the pods of their namespace, those of the namespaces that the spec names, and the operator.
 pub(super) fn servers(job: &JobKey, spec: &ServingJobSpec, role: &Role) -> NetworkPolicySpec {
+    let rule = NetworkPolicyIngressRule { from: Some(clients(spec)), ports: Some(ports(role)) };
+    policy(server_selector(job), vec![rule])
+}
+
+/// An encoder, whose pods have the labels `selected`: the job's servers, and for its metrics whoever may reach these.
+pub(super) fn encoder(
+    job: &JobKey,
+    spec: &ServingJobSpec,
+    role: &Role,
+    selected: BTreeMap<String, String>,
+) -> NetworkPolicySpec {
+    let servers = vec![pods(server_selector(job))];
+    let watchers = (!spec.network_access.open).then(|| clients(spec));
+    let metrics = role.ports.get("metrics").map(port).into_iter().collect();
+    policy(
+        selected,
+        vec![
+            NetworkPolicyIngressRule { from: Some(servers), ports: Some(ports(role)) },
+            NetworkPolicyIngressRule { from: watchers, ports: Some(metrics) },
+        ],
+    )
+}
+
+fn clients(spec: &ServingJobSpec) -> Vec<NetworkPolicyPeer> {
     let mut from = vec![pods(BTreeMap::new()), operator()];
     if !spec.network_access.from_namespaces.is_empty() {
         let namespaces = matching(spec.network_access.from_namespaces.clone());
         from.push(NetworkPolicyPeer { namespace_selector: Some(namespaces), ..NetworkPolicyPeer::default() });
     }
-    policy(job, vec![NetworkPolicyIngressRule { from: Some(from), ports: Some(ports(role)) }])
+    from
 }
 
-fn policy(job: &JobKey, ingress: Vec<NetworkPolicyIngressRule>) -> NetworkPolicySpec {
+fn policy(selected: BTreeMap<String, String>, ingress: Vec<NetworkPolicyIngressRule>) -> NetworkPolicySpec {
     NetworkPolicySpec {
-        pod_selector: Some(matching(selector(job))),
+        pod_selector: Some(matching(selected)),
         policy_types: Some(vec!["Ingress".to_owned()]),
         ingress: Some(ingress),
         egress: None,
@@ -64,10 +89,13 @@ fn matching(labels: BTreeMap<String, String>) -> LabelSelector {
 }
 
 fn ports(role: &Role) -> Vec<NetworkPolicyPort> {
-    let port = |number: &u16| NetworkPolicyPort {
+    role.ports.values().map(port).collect()
+}
+
+fn port(number: &u16) -> NetworkPolicyPort {
+    NetworkPolicyPort {
         port: Some(IntOrString::Int(i32::from(*number))),
         protocol: Some("TCP".to_owned()),
         end_port: None,
-    };
-    role.ports.values().map(port).collect()
+    }
 }

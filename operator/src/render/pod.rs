@@ -28,11 +28,14 @@ const GPU_PREFIX: &str = "nvidia.com/";
 
 /// A pod's place in the cluster, for the holes of a plan's templates.
 pub(super) struct Place<'a> {
+    pub(super) plan: &'a WorkloadPlan,
     pub(super) role: &'a Role,
     /// Name of the Job, which the pods' host names begin with.
     pub(super) job: &'a str,
     /// Name of the headless Service that gives the pods their domain.
     pub(super) domain: &'a str,
+    /// Names of the Services by which other roles are reached.
+    pub(super) services: &'a BTreeMap<String, String>,
 }
 
 impl Resolve for Place<'_> {
@@ -41,6 +44,12 @@ impl Resolve for Place<'_> {
     }
     fn port(&self, _role: &str, name: &str) -> u16 {
         self.role.ports.get(name).copied().unwrap_or_default()
+    }
+    fn addresses(&self, role: &str, name: &str) -> String {
+        let service = self.services.get(role).map_or("", String::as_str);
+        let role = self.plan.roles.iter().find(|other| other.name == role);
+        let port = role.and_then(|role| role.ports.get(name)).copied().unwrap_or_default();
+        format!("{service}:{port}")
     }
     fn listen(&self, name: &str) -> String {
         format!("0.0.0.0:{}", self.port("", name))

@@ -1,4 +1,5 @@
-//! A ServingJob's objects: the Deployment of the servers, a second one while a canary runs, one Service over both.
+//! A ServingJob's objects: the Deployment of the servers, a second one while a canary runs, one Service over both. What its
+//! encoders are made of is in [`super::encoders`].
 
 use std::collections::BTreeMap;
 
@@ -8,8 +9,8 @@ use k8s_openapi::api::autoscaling::v2::{
     MetricTarget, PodsMetricSource, ResourceMetricSource,
 };
 use k8s_openapi::api::core::v1::{
-    ConfigMap, HTTPGetAction, Lifecycle, LifecycleHandler, PodTemplateSpec, Probe, Service, ServicePort, ServiceSpec,
-    SleepAction,
+    ConfigMap, HTTPGetAction, Lifecycle, LifecycleHandler, PodSpec, PodTemplateSpec, Probe, Service, ServicePort,
+    ServiceSpec, SleepAction,
 };
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
@@ -20,11 +21,14 @@ use sensorium_api::run::JobKey;
 use sensorium_api::{Autoscaling, ScaleMetric, ServingJobSpec};
 use serde_json::{Value, json};
 
-use super::names::{OWNER_ANNOTATION, child_name, labels, selector, short_digest};
+use super::encoders::{ENCODERS_ANNOTATION, Encoder};
+use super::names::{COMPONENT_LABEL, OWNER_ANNOTATION, child_name, labels, selector, short_digest};
 use super::pod::{Place, PodContext, pod_spec};
 use super::{Images, Owner, network};
 use crate::plan::{Role, WorkloadPlan};
 
+/// Component of the servers' pods.
+const SERVER: &str = "server";
 /// Label that tells stable servers from canaries; the Service does not look at it.
 const TRACK_LABEL: &str = "sensorium.dev/track";
 /// Annotation of a pod template: the revision that it serves.
@@ -37,7 +41,7 @@ const DEREGISTRATION_SECONDS: i64 = 5;
 /// Time for requests that were accepted to be answered, on top.
 const DRAIN_SECONDS: i64 = 30;
 /// A new server counts as one after it has been ready for so long: one that answers once and dies does not.
-const MIN_READY_SECONDS: i32 = 3;
+pub(super) const MIN_READY_SECONDS: i32 = 3;
 /// How long a server may take to load its model, in probes of a second each.
 const STARTUP_PROBES: i32 = 600;
 
@@ -74,7 +78,7 @@ pub struct ServingObjects {
     pub monitor: Value,
 }
 
-fn metadata(owner: &Owner, name: String, component: &str) -> ObjectMeta {
+pub(super) fn metadata(owner: &Owner, name: String, component: &str) -> ObjectMeta {
     ObjectMeta {
         name: Some(name),
         namespace: Some(owner.job.namespace.clone()),
@@ -84,6 +88,13 @@ fn metadata(owner: &Owner, name: String, component: &str) -> ObjectMeta {
     }
 }
 
+/// Labels of the servers' pods, of both tracks; encoders have other ones.
+pub fn server_selector(job: &JobKey) -> BTreeMap<String, String> {
+    let mut labels = selector(job);
+    labels.insert(COMPONENT_LABEL.to_owned(), SERVER.to_owned());
+    labels
+}
+
 /// Name of a track's Deployment.
 pub fn deployment_name(job: &JobKey, track: Track) -> String {
     child_name(&job.name, track.as_str())
@@ -91,53 +102,65 @@ pub fn deployment_name(job: &JobKey, track: Track) -> String {
 
 /// Renders everything but the servers.
 pub fn render_serving(owner: &Owner, spec: &ServingJobSpec, role: &Role) -> ServingObjects {
-    let name = || child_name(&owner.job.name, "server");
-    let matching = || LabelSelector { match_labels: Some(selector(&owner.job)), match_expressions: None };
-    let mut service_metadata = metadata(owner, child_name(&owner.job.name, ""), "server");
+    let name = || child_name(&owner.job.name, SERVER);
+    let mut service_metadata = metadata(owner, child_name(&owner.job.name, ""), SERVER);
     service_metadata.annotations = Some(spec.service.annotations.clone()).filter(|annotations| !annotations.is_empty());
     let service = Service {
         metadata: service_metadata,
         spec: Some(ServiceSpec {
             type_: Some(spec.service.type_.as_str().to_owned()),
-            selector: Some(selector(&owner.job)),
+            selector: Some(server_selector(&owner.job)),
             ports: Some(role.ports.iter().map(service_port).collect()),
             ..ServiceSpec::default()
         }),
         status: None,
     };
-    let budget = PodDisruptionBudget {
-        metadata: metadata(owner, name(), "server"),
-        spec: Some(PodDisruptionBudgetSpec {
-            max_unavailable: Some(IntOrString::Int(i32::try_from(spec.disruption_max_unavailable).unwrap_or(i32::MAX))),
-            selector: Some(matching()),
-            // A server that is not ready anyway may go.
-            unhealthy_pod_eviction_policy: Some("AlwaysAllow".to_owned()),
-            ..PodDisruptionBudgetSpec::default()
-        }),
-        status: None,
-    };
+    let budget = budget(metadata(owner, name(), SERVER), spec, server_selector(&owner.job));
     let network = (!spec.network_access.open).then(|| NetworkPolicy {
-        metadata: metadata(owner, name(), "server"),
+        metadata: metadata(owner, name(), SERVER),
         spec: Some(network::servers(&owner.job, spec, role)),
     });
-    let autoscaler = spec.autoscaling.as_ref().map(|scaling| HorizontalPodAutoscaler {
-        metadata: metadata(owner, name(), "server"),
-        spec: autoscaler(scaling, deployment_name(&owner.job, Track::Stable)),
-        status: None,
+    let autoscaler = spec.autoscaling.as_ref().map(|scaling| {
+        let scaled = deployment_name(&owner.job, Track::Stable);
+        autoscaler(metadata(owner, name(), SERVER), scaling, scaled)
     });
     let monitor = json!({
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PodMonitor",
-        "metadata": metadata(owner, name(), "server"),
+        "metadata": metadata(owner, name(), SERVER),
         "spec": {
-            "selector": matching(),
+            // Encoders, too.
+            "selector": matching(selector(&owner.job)),
             "podMetricsEndpoints": [{"port": "metrics", "path": "/metrics"}],
         },
     });
     ServingObjects { service, budget, network, autoscaler, monitor }
 }
 
-fn service_port((name, number): (&String, &u16)) -> ServicePort {
+pub(super) fn matching(labels: BTreeMap<String, String>) -> LabelSelector {
+    LabelSelector { match_labels: Some(labels), match_expressions: None }
+}
+
+/// How many of the pods with these labels drained nodes may take away at the same time.
+pub(super) fn budget(
+    metadata: ObjectMeta,
+    spec: &ServingJobSpec,
+    labels: BTreeMap<String, String>,
+) -> PodDisruptionBudget {
+    PodDisruptionBudget {
+        metadata,
+        spec: Some(PodDisruptionBudgetSpec {
+            max_unavailable: Some(IntOrString::Int(i32::try_from(spec.disruption_max_unavailable).unwrap_or(i32::MAX))),
+            selector: Some(matching(labels)),
+            // A server that is not ready anyway may go.
+            unhealthy_pod_eviction_policy: Some("AlwaysAllow".to_owned()),
+            ..PodDisruptionBudgetSpec::default()
+        }),
+        status: None,
+    }
+}
+
+pub(super) fn service_port((name, number): (&String, &u16)) -> ServicePort {
     let port = i32::from(*number);
     ServicePort {
         name: Some(name.clone()),
@@ -150,7 +173,8 @@ fn service_port((name, number): (&String, &u16)) -> ServicePort {
     }
 }
 
-fn autoscaler(scaling: &Autoscaling, deployment: String) -> HorizontalPodAutoscalerSpec {
+/// Lets the load decide on the number of a Deployment's pods.
+pub(super) fn autoscaler(metadata: ObjectMeta, scaling: &Autoscaling, deployment: String) -> HorizontalPodAutoscaler {
     let target = i32::try_from(scaling.target).unwrap_or(i32::MAX);
     let metric = match scaling.metric {
         ScaleMetric::Cpu => MetricSpec {
@@ -178,7 +202,7 @@ fn autoscaler(scaling: &Autoscaling, deployment: String) -> HorizontalPodAutosca
             ..MetricSpec::default()
         },
     };
-    HorizontalPodAutoscalerSpec {
+    let spec = HorizontalPodAutoscalerSpec {
         scale_target_ref: CrossVersionObjectReference {
             api_version: Some("apps/v1".to_owned()),
             kind: "Deployment".to_owned(),
@@ -188,13 +212,75 @@ fn autoscaler(scaling: &Autoscaling, deployment: String) -> HorizontalPodAutosca
         max_replicas: i32::try_from(scaling.max_replicas).unwrap_or(i32::MAX),
         metrics: Some(vec![metric]),
         behavior: None,
+    };
+    HorizontalPodAutoscaler { metadata, spec, status: None }
+}
+
+/// What one revision of a ServingJob's pods is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Revision<'a> {
+    /// Whose pods they are.
+    pub owner: &'a Owner,
+    /// What they are to be.
+    pub spec: &'a ServingJobSpec,
+    /// The spec's plan, pinned to an artifact.
+    pub plan: &'a WorkloadPlan,
+    /// Digest of that artifact.
+    pub digest: &'a str,
+    /// Where their programs come from.
+    pub images: &'a Images,
+}
+
+impl Revision<'_> {
+    /// The file that all pods read; its name has a digest of its content, so that old and new servers each keep theirs.
+    pub(super) fn config(&self) -> ConfigMap {
+        let content: String = self.plan.files.iter().map(|(name, text)| format!("{name}\n{text}\n")).collect();
+        let name = child_name(&self.owner.job.name, &format!("server-{}", short_digest(&content)));
+        ConfigMap {
+            metadata: metadata(self.owner, name, SERVER),
+            immutable: Some(true),
+            data: Some(self.plan.files.clone()),
+            binary_data: None,
+        }
+    }
+
+    /// A pod that serves until it is told to stop, and a digest of all that it is made of.
+    pub(super) fn pod(&self, place: &Place<'_>, peers: BTreeMap<String, String>) -> (PodSpec, String) {
+        let config = self.config().metadata.name.unwrap_or_default();
+        let role = place.role;
+        let mut pod = pod_spec(&PodContext { plan: self.plan, images: self.images, config: &config, peers }, place);
+        pod.termination_grace_period_seconds = Some(DEREGISTRATION_SECONDS + DRAIN_SECONDS);
+        for container in &mut pod.containers {
+            container.lifecycle = Some(Lifecycle {
+                pre_stop: Some(LifecycleHandler {
+                    sleep: Some(SleepAction { seconds: DEREGISTRATION_SECONDS }),
+                    ..LifecycleHandler::default()
+                }),
+                ..Lifecycle::default()
+            });
+            let port = role.ports.get("http").copied().unwrap_or_default();
+            container.startup_probe = Some(probe("/v2/health/live", port, 1, STARTUP_PROBES));
+            container.readiness_probe = role.readiness.as_ref().map(|readiness| probe(&readiness.path, port, 2, 2));
+            container.liveness_probe = Some(probe("/v2/health/live", port, 10, 6));
+        }
+        let revision = short_digest(&json!({"digest": self.digest, "pod": pod}).to_string());
+        (pod, revision)
+    }
+
+    /// Annotations of every pod.
+    pub(super) fn annotations(&self, revision: &str) -> BTreeMap<String, String> {
+        BTreeMap::from([
+            (REVISION_ANNOTATION.to_owned(), revision.to_owned()),
+            (ARTIFACT_ANNOTATION.to_owned(), self.digest.to_owned()),
+            (OWNER_ANNOTATION.to_owned(), self.owner.job.name.clone()),
+        ])
     }
 }
 
 /// One track's servers, with the file that they read.
 #[derive(Clone, Debug)]
 pub struct Servers {
-    /// The file; its name has a digest of its content, so that old and new servers each keep theirs.
+    /// The file.
     pub config: ConfigMap,
     /// The servers.
     pub deployment: Deployment,
@@ -202,54 +288,28 @@ pub struct Servers {
     pub revision: String,
 }
 
-/// Renders a track's servers. `replicas` is left out where something else decides on it; `digest` is that of the
-/// artifact which `plan` is pinned to.
+/// Renders a track's servers, which call `encoders`. `replicas` is left out where something else decides on it.
 pub fn render_servers(
-    owner: &Owner,
-    spec: &ServingJobSpec,
-    plan: &WorkloadPlan,
+    revision: &Revision<'_>,
     role: &Role,
-    digest: &str,
+    encoders: &[Encoder],
     track: Track,
     replicas: Option<u32>,
-    images: &Images,
 ) -> Servers {
-    let content: String = plan.files.iter().map(|(name, text)| format!("{name}\n{text}\n")).collect();
-    let config_name = child_name(&owner.job.name, &format!("server-{}", short_digest(&content)));
-    let config = ConfigMap {
-        metadata: metadata(owner, config_name.clone(), "server"),
-        immutable: Some(true),
-        data: Some(plan.files.clone()),
-        binary_data: None,
-    };
+    let Revision { owner, spec, plan, .. } = *revision;
     let name = deployment_name(&owner.job, track);
-    let place = Place { role, job: &name, domain: &name };
-    let context = PodContext { plan, images, config: &config_name, peers: selector(&owner.job) };
-    let mut pod = pod_spec(&context, &place);
-    pod.termination_grace_period_seconds = Some(DEREGISTRATION_SECONDS + DRAIN_SECONDS);
-    for container in &mut pod.containers {
-        container.lifecycle = Some(Lifecycle {
-            pre_stop: Some(LifecycleHandler {
-                sleep: Some(SleepAction { seconds: DEREGISTRATION_SECONDS }),
-                ..LifecycleHandler::default()
-            }),
-            ..Lifecycle::default()
-        });
-        let port = role.ports.get("http").copied().unwrap_or_default();
-        container.startup_probe = Some(probe("/v2/health/live", port, 1, STARTUP_PROBES));
-        container.readiness_probe = role.readiness.as_ref().map(|readiness| probe(&readiness.path, port, 2, 2));
-        container.liveness_probe = Some(probe("/v2/health/live", port, 10, 6));
-    }
-    let revision = short_digest(&json!({"digest": digest, "pod": pod}).to_string());
-    let mut pod_labels = labels(&owner.job, "server");
+    let services: BTreeMap<String, String> =
+        encoders.iter().map(|encoder| (encoder.graph.clone(), encoder.name.clone())).collect();
+    let place = Place { plan, role, job: &name, domain: &name, services: &services };
+    let (pod, digest) = revision.pod(&place, server_selector(&owner.job));
+    let mut pod_labels = labels(&owner.job, SERVER);
     pod_labels.insert(TRACK_LABEL.to_owned(), track.as_str().to_owned());
-    let mut matching = selector(&owner.job);
-    matching.insert(TRACK_LABEL.to_owned(), track.as_str().to_owned());
-    let annotations = BTreeMap::from([
-        (REVISION_ANNOTATION.to_owned(), revision.clone()),
-        (ARTIFACT_ANNOTATION.to_owned(), digest.to_owned()),
-        (OWNER_ANNOTATION.to_owned(), owner.job.name.clone()),
-    ]);
+    let mut selected = selector(&owner.job);
+    selected.insert(TRACK_LABEL.to_owned(), track.as_str().to_owned());
+    let mut annotations = revision.annotations(&digest);
+    if !encoders.is_empty() {
+        annotations.insert(ENCODERS_ANNOTATION.to_owned(), services.into_values().collect::<Vec<_>>().join(","));
+    }
     let template_metadata =
         ObjectMeta { labels: Some(pod_labels), annotations: Some(annotations), ..ObjectMeta::default() };
     let rolling = RollingUpdateDeployment {
@@ -257,10 +317,10 @@ pub fn render_servers(
         max_unavailable: Some(IntOrString::Int(0)),
     };
     let deployment = Deployment {
-        metadata: metadata(owner, name, "server"),
+        metadata: metadata(owner, name, SERVER),
         spec: DeploymentSpec {
             replicas: replicas.map(|replicas| i32::try_from(replicas).unwrap_or(i32::MAX)),
-            selector: LabelSelector { match_labels: Some(matching), match_expressions: None },
+            selector: matching(selected),
             strategy: Some(DeploymentStrategy {
                 type_: Some("RollingUpdate".to_owned()),
                 rolling_update: Some(rolling),
@@ -273,7 +333,7 @@ pub fn render_servers(
         },
         status: None,
     };
-    Servers { config, deployment, revision }
+    Servers { config: revision.config(), deployment, revision: digest }
 }
 
 fn probe(path: &str, port: u16, period: i32, failures: i32) -> Probe {

@@ -1,6 +1,8 @@
 //! A ServingJob: which servers there should be while a new model takes the place of an old one, and whether the whole
 //! answers.
 
+use std::sync::Arc;
+
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
@@ -227,6 +229,8 @@ pub struct Observed<'a> {
     pub artifact: Result<&'a str, String>,
     /// The stable servers.
     pub stable: Option<&'a Deployment>,
+    /// The encoders that these call, by name, as far as they are there.
+    pub encoders: &'a [(String, Option<Arc<Deployment>>)],
     /// All of the job's pods.
     pub pods: &'a [Pod],
     /// Addresses that the Service sends requests to.
@@ -263,8 +267,12 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
         Ok(digest) => conditions.set("ArtifactsReady", true, "Resolved", *digest),
         Err(missing) => conditions.set("ArtifactsReady", false, "ArtifactNotReady", missing),
     }
-    let servers = format!("{available} of {wanted} servers answer");
-    let workloads = observed.stable.is_some() && available >= wanted && wanted > 0;
+    let absent = observed.encoders.iter().find_map(|(name, live)| absent(name, live.as_deref()));
+    let servers = match &absent {
+        None => format!("{available} of {wanted} servers answer"),
+        Some(absent) => format!("{available} of {wanted} servers answer; {absent}"),
+    };
+    let workloads = observed.stable.is_some() && available >= wanted && wanted > 0 && absent.is_none();
     match (observed.stable, wanted) {
         (None, _) => conditions.set("WorkloadsReady", false, "NotStarted", "no server has been started"),
         (Some(_), 0) => conditions.set("WorkloadsReady", false, "ScaledToZero", "no server is wanted"),
@@ -329,6 +337,12 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
     status.state = Some(state);
     status.message = Some(message);
     status
+}
+
+/// How many of an encoder's pods answer, unless all do.
+fn absent(name: &str, live: Option<&Deployment>) -> Option<String> {
+    let (available, wanted) = live.map_or((0, 1), |live| (available(live), wanted(live)));
+    (available < wanted).then(|| format!("encoder {name}: {available} of {wanted} answer"))
 }
 
 /// Whether `status` says that the job answers.

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 pub(crate) const TRAINING: &str = include_str!("../../../examples/easy-vqa/training.yaml");
 pub(crate) const COMPRESSION: &str = include_str!("../../../examples/easy-vqa/compression.yaml");
 pub(crate) const SERVING: &str = include_str!("../../../examples/easy-vqa/serving.yaml");
+pub(crate) const ENCODERS: &str = include_str!("../../../examples/encoders/serving.yaml");
 
 /// The plan of a manifest with one document.
 pub(crate) fn plan_of(text: &str) -> WorkloadPlan {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::fixtures::{COMPRESSION, SERVING, TRAINING, plan_of, plan_of_topology};
+use crate::fixtures::{COMPRESSION, ENCODERS, SERVING, TRAINING, plan_of, plan_of_topology};
 use proptest::prelude::*;
 use sensorium_operator::plan::{Part, Role, Template, WorkloadPlan};
 
@@ -17,7 +17,9 @@ fn assert_holes_can_be_filled(plan: &WorkloadPlan) {
         for part in templates(role).flat_map(Template::parts) {
             match part {
                 Part::Host { role, index } => assert!(*index < find(role).replicas),
-                Part::Port { role, name } => assert!(find(role).ports.contains_key(name)),
+                Part::Port { role, name } | Part::Addresses { role, name } => {
+                    assert!(find(role).ports.contains_key(name))
+                }
                 Part::Listen { name } => assert!(role.ports.contains_key(name)),
                 Part::MountPath(name) => assert!(role.mounts.iter().any(|mount| mount.name == *name)),
                 Part::ResultFile => assert!(role.result),
@@ -34,7 +36,7 @@ fn assert_holes_can_be_filled(plan: &WorkloadPlan) {
 
 #[test]
 fn the_examples_ask_only_for_what_their_plans_have() {
-    for text in [TRAINING, COMPRESSION, SERVING] {
+    for text in [TRAINING, COMPRESSION, SERVING, ENCODERS] {
         assert_holes_can_be_filled(&plan_of(text));
     }
 }

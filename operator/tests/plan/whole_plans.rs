@@ -32,6 +32,14 @@ fn easy_vqa_serving() {
 }
 
 #[test]
+fn serving_with_an_encoder_as_a_service_of_its_own() {
+    let encoders = json!([{"graph": "image_encoder", "replicas": 2, "resources": {"limits": {"nvidia.com/gpu": "1"}}}]);
+    let plan = plan_with(SERVING, &[("/spec/encoders", encoders)]);
+    assert_eq!(plan.files, plan_of(SERVING).files, "no server is told of more than it runs or calls");
+    assert_yaml_snapshot!(plan.roles);
+}
+
+#[test]
 fn training_on_four_workers_of_two_processes() {
     assert_yaml_snapshot!(plan_of_topology(4, 2).roles);
 }

@@ -4,7 +4,9 @@ use insta::assert_yaml_snapshot;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use sensorium_api::manifest::{Resource, parse_documents};
 use sensorium_operator::plan::{Pins, plan_pinned};
-use sensorium_operator::render::{Images, Owner, Track, render_run, render_servers, render_serving};
+use sensorium_operator::render::{
+    Images, Owner, Revision, Track, render_encoders, render_run, render_servers, render_serving,
+};
 use serde_json::{Value, json};
 
 const TRAINING: &str = include_str!("../../../examples/easy-vqa/training.yaml");
@@ -93,7 +95,9 @@ fn a_serving_job_with_everything() {
     let owner = owner(&resource);
     let Resource::ServingJob(job) = &resource else { panic!("it is a ServingJob") };
     let around = render_serving(&owner, &job.spec, &plan.roles[0]);
-    let servers = render_servers(&owner, &job.spec, &plan, &plan.roles[0], &digest, Track::Stable, None, &images());
+    let (spec, images) = (&job.spec, images());
+    let revision = Revision { owner: &owner, spec, plan: &plan, digest: &digest, images: &images };
+    let servers = render_servers(&revision, &plan.roles[0], &[], Track::Stable, None);
     assert!(servers.config.data.unwrap()["job.json"].contains(&digest), "the servers read exactly this artifact");
     assert_yaml_snapshot!(json!([
         servers.deployment,
@@ -103,4 +107,36 @@ fn a_serving_job_with_everything() {
         around.autoscaler,
         around.monitor
     ]));
+}
+
+#[test]
+fn an_encoder_as_a_service_of_its_own() {
+    let encoders = json!([{"graph": "image_encoder", "autoscaling": {"maxReplicas": 4, "metric": "queueDepth"}}]);
+    let resource = resource(SERVING, &[("/spec/encoders", encoders)]);
+    let plan = plan_pinned(&resource, &Pins::default()).unwrap();
+    let (owner, images) = (owner(&resource), images());
+    let Resource::ServingJob(job) = &resource else { panic!("it is a ServingJob") };
+    let revision = |digest| Revision { owner: &owner, spec: &job.spec, plan: &plan, digest, images: &images };
+    let encoder = render_encoders(&revision("sha256:a")).remove(0);
+    let pod = &encoder.deployment.spec.template;
+    assert_yaml_snapshot!(json!([
+        pod.spec.as_ref().unwrap().containers[0].args,
+        pod.metadata,
+        encoder.deployment.spec.selector,
+        encoder.deployment.spec.replicas,
+        encoder.service,
+        encoder.budget,
+        encoder.network,
+        encoder.autoscaler,
+    ]));
+
+    let other = render_encoders(&revision("sha256:b")).remove(0);
+    assert_ne!(encoder.name, other.name, "another model has encoders of its own");
+    let servers = |encoder| {
+        let servers = render_servers(&revision("sha256:a"), &plan.roles[0], &[encoder], Track::Stable, None);
+        (serde_json::to_string(&servers.deployment).unwrap(), servers.revision)
+    };
+    let ((text, one), (_, another)) = (servers(encoder.clone()), servers(other));
+    assert!(text.contains(&format!("image_encoder={}:8001", encoder.name)), "{text}");
+    assert_ne!(one, another, "servers that call other encoders are other servers");
 }

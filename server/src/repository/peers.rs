@@ -133,7 +133,8 @@ mod tests {
 
     #[tokio::test]
     async fn names_are_looked_up_and_what_is_known_stays_while_they_cannot_be() {
-        let peers = Peers { addresses: vec!["127.0.0.1:7".to_owned()], known: Mutex::default(), turn: AtomicUsize::new(0) };
+        let peers =
+            Peers { addresses: vec!["127.0.0.1:7".to_owned()], known: Mutex::default(), turn: AtomicUsize::new(0) };
         peers.refresh().await;
         assert_eq!(peers.known()[0].0, address(7));
         let lost = Peers { addresses: vec!["no-such-name.invalid:1".to_owned()], ..peers };

@@ -205,7 +205,9 @@ impl RemoteEngine {
         let address = self.peers.text();
         let reason = format!("{:?}: {}", status.code(), status.message());
         match status.code() {
-            Code::Internal | Code::InvalidArgument => EngineError::Run { reason: format!("{address} answered {reason}") },
+            Code::Internal | Code::InvalidArgument => {
+                EngineError::Run { reason: format!("{address} answered {reason}") }
+            }
             _ => EngineError::Unavailable { address, reason },
         }
     }

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
@@ -11,7 +12,7 @@ use kube::api::ListParams;
 use sensorium_api::{ServingJob, TrainingJob};
 use serde_json::json;
 
-use crate::common::{Case, LIMIT, serving, training};
+use crate::common::{Case, LIMIT, serving, serving_with_encoder, training};
 
 /// Deletes a child and waits until another one of its name is there.
 async fn deleted_and_back<K>(case: &Case, name: &str) -> Result<()>
@@ -56,6 +57,32 @@ async fn every_child_of_a_serving_job_comes_back() -> Result<()> {
 }
 
 #[tokio::test]
+async fn every_child_of_an_encoder_comes_back_and_goes_when_it_is_not_wanted() -> Result<()> {
+    let case = Case::start("children-encoder").await?;
+    case.artifact("model", 'a').await?;
+    let mut manifest = serving_with_encoder("vqa", "model");
+    manifest["spec"]["encoders"][0]["autoscaling"] = json!({"maxReplicas": 2, "metric": "queueDepth"});
+    case.apply(&manifest).await?;
+    let running = case.kubelet.run_all("sensorium.dev/kind=ServingJob");
+    let name = case.encoders(1).await?.remove(0);
+    deleted_and_back::<Deployment>(&case, &name).await?;
+    deleted_and_back::<Service>(&case, &name).await?;
+    deleted_and_back::<PodDisruptionBudget>(&case, &name).await?;
+    deleted_and_back::<NetworkPolicy>(&case, &name).await?;
+    deleted_and_back::<HorizontalPodAutoscaler>(&case, &name).await?;
+
+    case.patch::<ServingJob>("vqa", json!({"spec": {"encoders": null}})).await?;
+    case.namespace.eventually_gone::<Deployment>(&name, LIMIT).await?;
+    case.namespace.eventually_gone::<Service>(&name, LIMIT).await?;
+    case.namespace.eventually_gone::<PodDisruptionBudget>(&name, LIMIT).await?;
+    case.namespace.eventually_gone::<NetworkPolicy>(&name, LIMIT).await?;
+    case.namespace.eventually_gone::<HorizontalPodAutoscaler>(&name, LIMIT).await?;
+    case.namespace.api::<PodDisruptionBudget>().get("vqa-server").await?;
+    drop(running);
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_child_that_was_changed_by_hand_is_put_right() -> Result<()> {
     let case = Case::start("drift").await?;
     case.artifact("model", 'a').await?;
@@ -83,7 +110,7 @@ async fn a_deleted_job_takes_its_children_along() -> Result<()> {
 async fn a_visit_that_changes_nothing_writes_nothing() -> Result<()> {
     let mut case = Case::start("quiet").await?;
     case.artifact("model", 'a').await?;
-    case.apply(&serving("srv", "model")).await?;
+    case.apply(&serving_with_encoder("srv", "model")).await?;
     let pods = case.kubelet.run_all("sensorium.dev/kind=ServingJob");
     case.serving("srv", "to be ready", |job| {
         crate::common::holds_of(job.status.as_ref().map(|status| &status.conditions[..]), "Ready")

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
-use kube::api::{Patch, PatchParams};
+use kube::api::{ListParams, Patch, PatchParams};
 use sensorium_api::{CompressionJob, ModelArtifact, ServingJob, TrainingJob};
 use sensorium_tests::{ApiCluster, Kubelet, Namespace, Operator};
 use serde_json::{Value, json};
@@ -125,6 +126,21 @@ impl Case {
         Ok(())
     }
 
+    /// Names of all encoders' Deployments, once there are so many.
+    pub(crate) async fn encoders(&self, count: usize) -> Result<Vec<String>> {
+        let encoders = ListParams::default().labels("app.kubernetes.io/component=encoder");
+        let deadline = std::time::Instant::now() + LIMIT;
+        loop {
+            let names = self.namespace.api::<Deployment>().list_metadata(&encoders).await?.items;
+            let names: Vec<String> = names.iter().map(ResourceExt::name_any).collect();
+            if names.len() == count {
+                return Ok(names);
+            }
+            anyhow::ensure!(std::time::Instant::now() < deadline, "{count} encoders were expected, there are {names:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
     /// Changes part of a TrainingJob's spec, as `kubectl patch` does.
     pub(crate) async fn patch<K>(&self, name: &str, change: Value) -> Result<K>
     where
@@ -242,6 +258,13 @@ pub(crate) fn compression(name: &str, source: &str) -> Value {
             "output": {"artifact": format!("{name}-model")},
         },
     })
+}
+
+/// [`serving`] with its image encoder as a service of its own.
+pub(crate) fn serving_with_encoder(name: &str, artifact: &str) -> Value {
+    let mut manifest = serving(name, artifact);
+    manifest["spec"]["encoders"] = json!([{"graph": "image_encoder"}]);
+    manifest
 }
 
 /// A ServingJob of two servers of `artifact`.

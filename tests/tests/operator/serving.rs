@@ -3,14 +3,15 @@
 use anyhow::Result;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Pod, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::ResourceExt;
-use kube::api::{Patch, PatchParams};
+use kube::api::{ListParams, Patch, PatchParams};
 use sensorium_api::ServingJob;
 use serde_json::json;
 
-use crate::common::{Case, LIMIT, digest, holds_of, reason_of, serving};
+use crate::common::{Case, LIMIT, digest, holds_of, reason_of, serving, serving_with_encoder};
 
 fn conditions(job: &ServingJob) -> Option<&[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition]> {
     job.status.as_ref().map(|status| &status.conditions[..])
@@ -21,6 +22,7 @@ fn is_ready(job: &ServingJob) -> bool {
 }
 
 const SERVERS: &str = "sensorium.dev/kind=ServingJob";
+const SERVERS_ALONE: &str = "sensorium.dev/kind=ServingJob,app.kubernetes.io/component=server";
 
 async fn ready(name: &str) -> Result<Case> {
     let case = Case::start(name).await?;
@@ -89,6 +91,73 @@ async fn a_newer_artifact_of_the_name_rolls_out_by_itself_before_an_old_server_s
         outcome = case.serving("vqa", "to serve the newer one", rolled) => { outcome?; }
         outcome = watched => { let never: Result<()> = outcome; never?; }
     }
+    drop(running);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_encoder_that_is_not_up_is_named() -> Result<()> {
+    let case = Case::start("encoder-down").await?;
+    case.artifact("model", 'a').await?;
+    case.apply(&serving_with_encoder("vqa", "model")).await?;
+    let name = case.encoders(1).await?.remove(0);
+    // Real servers would not be ready either.
+    let servers = case.kubelet.run_all(SERVERS_ALONE);
+    let says = |job: &ServingJob| {
+        let message = job.status.as_ref().and_then(|status| status.message.clone()).unwrap_or_default();
+        message == format!("2 of 2 servers answer; encoder {name}: 0 of 1 answer")
+    };
+    let job = case.serving("vqa", "to name the encoder", says).await?;
+    assert!(!holds_of(conditions(&job), "WorkloadsReady"));
+    let encoders = case.kubelet.run_all(SERVERS);
+    case.serving("vqa", "to be whole", |job| holds_of(conditions(job), "WorkloadsReady")).await?;
+    let job = case.serving("vqa", "to be ready", is_ready).await?;
+    assert_eq!(job.status.unwrap().ready_replicas, 2, "encoders are no servers");
+    let slices: Vec<EndpointSlice> = case
+        .namespace
+        .api::<EndpointSlice>()
+        .list(&ListParams::default().labels("kubernetes.io/service-name=vqa"))
+        .await?
+        .items;
+    let addresses: usize = slices.iter().map(|slice| slice.endpoints.as_ref().map_or(0, Vec::len)).sum();
+    assert_eq!(addresses, 2, "clients do not reach encoders by the job's Service");
+    drop((servers, encoders));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_rollout_brings_its_own_encoders_and_the_old_ones_stay_for_the_old_servers() -> Result<()> {
+    let case = Case::start("rollout-encoder").await?;
+    case.artifact("model", 'a').await?;
+    case.apply(&serving_with_encoder("vqa", "model")).await?;
+    let running = case.kubelet.run_all(SERVERS);
+    case.serving("vqa", "to be ready", is_ready).await?;
+    let old = case.encoders(1).await?.remove(0);
+    case.artifact("model", 'b').await?;
+    let rolled = |job: &ServingJob| {
+        job.status.as_ref().is_some_and(|status| status.digest == Some(digest('b'))) && is_ready(job)
+    };
+    let watched = async {
+        loop {
+            // Pods first: an encoder that goes after its last server is no fault.
+            let pods = case.namespace.api::<Pod>().list(&ListParams::default().labels(SERVERS_ALONE)).await?;
+            let encoders = case.namespace.api::<Deployment>();
+            for pod in &pods {
+                let called = &pod.annotations()["sensorium.dev/encoders"];
+                let is_there = encoders.get_metadata_opt(called).await?.is_some();
+                let has_gone = case.namespace.api::<Pod>().get_metadata_opt(&pod.name_any()).await?.is_none();
+                anyhow::ensure!(is_there || has_gone, "{} calls {called}, which is gone", pod.name_any());
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    tokio::select! {
+        outcome = case.serving("vqa", "to serve the newer one", rolled) => { outcome?; }
+        outcome = watched => { let never: Result<()> = outcome; never?; }
+    }
+    case.namespace.eventually_gone::<Deployment>(&old, LIMIT).await?;
+    case.namespace.eventually_gone::<Service>(&old, LIMIT).await?;
+    assert_ne!(case.encoders(1).await?, [old]);
     drop(running);
     Ok(())
 }

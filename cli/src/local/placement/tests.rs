@@ -125,3 +125,26 @@ fn a_program_that_is_not_installed_is_named_with_where_it_was_looked_for() {
     let error = processes(&plan, &ports, &state, &nowhere, 1).unwrap_err();
     assert!(error.to_string().starts_with("cannot find the program sensorium-trainer; looked in /"), "{error}");
 }
+
+#[test]
+fn servers_are_told_where_every_replica_of_an_encoder_listens_and_clients_reach_servers_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, programs) = machine(&dir);
+    let plan = planned(
+        "
+apiVersion: sensorium.dev/v1alpha1
+kind: ServingJob
+metadata: {name: vqa}
+spec: {model: {artifact: vqa}, encoders: [{graph: image_encoder, replicas: 2}]}
+",
+    );
+    let wished = FreePorts::default().take().unwrap();
+    let ports = PortMap::choose(&plan, &[("grpc", wished)].into()).unwrap();
+    assert_eq!(ports.address("server", 0, "grpc"), Some(format!("{HOST}:{wished}")));
+    let specs = processes(&plan, &ports, &state, &programs, 1).unwrap();
+    let names: Vec<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
+    assert_eq!(names, ["server-0", "image_encoder-0", "image_encoder-1"]);
+    let listening = [&specs[1], &specs[2]].map(|spec| option(spec, "--grpc-addr"));
+    assert_eq!(option(&specs[0], "--remote-graph"), format!("image_encoder={}", listening.join(",")));
+    assert_eq!(option(&specs[1], "--graph"), "image_encoder");
+}

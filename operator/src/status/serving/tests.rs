@@ -158,6 +158,7 @@ fn old_servers_that_answer_do_not_make_a_job_ready_whose_new_ones_crash() {
             status: &ServingJobStatus::default(),
             artifact: Ok("sha256:x"),
             stable: Some(&stable),
+            encoders: &[],
             pods,
             endpoints: 2,
             rollout: None,
@@ -168,4 +169,35 @@ fn old_servers_that_answer_do_not_make_a_job_ready_whose_new_ones_crash() {
     let status = observed(&[pod]);
     assert!(!is_ready(&status) && is_true(&status.conditions, "Degraded"));
     assert_eq!(status.message.unwrap(), "pod vqa-server-x crashes (started again 2 times): exit code 1, no such file");
+}
+
+#[test]
+fn an_encoder_that_does_not_answer_is_named_and_the_job_is_ready_while_its_servers_are() {
+    let stable = deployment("r", 2);
+    let status = |answering: Option<i32>| {
+        let encoder = answering.map(|answering| {
+            let mut encoder = deployment("e", 2);
+            encoder.status.as_mut().unwrap().available_replicas = Some(answering);
+            Arc::new(encoder)
+        });
+        serving_status(&Observed {
+            now: at(0),
+            generation: Some(1),
+            status: &ServingJobStatus::default(),
+            artifact: Ok("sha256:x"),
+            stable: Some(&stable),
+            encoders: &[("vqa-image-encoder-e".to_owned(), encoder)],
+            pods: &[],
+            endpoints: 2,
+            rollout: None,
+            selector: String::new(),
+        })
+    };
+    let whole = status(Some(2));
+    assert!(is_true(&whole.conditions, "WorkloadsReady") && !is_true(&whole.conditions, "Degraded"));
+    let half = status(Some(1));
+    assert!(!is_true(&half.conditions, "WorkloadsReady") && is_true(&half.conditions, "Degraded") && is_ready(&half));
+    assert_eq!(half.message.unwrap(), "2 of 2 servers answer; encoder vqa-image-encoder-e: 1 of 2 answer");
+    let message = status(None).message.unwrap();
+    assert_eq!(message, "2 of 2 servers answer; encoder vqa-image-encoder-e: 0 of 1 answer", "it was deleted");
 }
