@@ -77,7 +77,8 @@ impl Mirror {
         for folder in [&self.folder, &self.scratch] {
             std::fs::create_dir_all(folder).map_err(|source| ArtifactError::io("create", folder, source))?;
         }
-        let mut tags: Tags = std::fs::read(&tags_file).ok().and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
+        let mut tags: Tags =
+            std::fs::read(&tags_file).ok().and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
         let mut found = Tags::new();
         for object in objects {
             // A name that ends in a slash stands for a folder, and is none of a file.
@@ -104,7 +105,8 @@ impl Mirror {
     }
 
     async fn download(&self, key: &Key, target: &Path) -> Result<(), ArtifactError> {
-        let failed = |source| ArtifactError::Remote { action: "download", uri: format!("{} ({key})", self.uri), source };
+        let failed =
+            |source| ArtifactError::Remote { action: "download", uri: format!("{} ({key})", self.uri), source };
         let mut content = self.client.get(key).await.map_err(failed)?.into_stream();
         let parent = target.parent().unwrap_or(&self.folder);
         std::fs::create_dir_all(parent).map_err(|source| ArtifactError::io("create", parent, source))?;

@@ -75,7 +75,11 @@ impl Bench {
                 scheduling: Default::default(),
                 pods: Default::default(),
                 resources: Resources::default(),
-                output: OutputSpec { artifact: "tiny-int8".to_owned(), store: "pvc://artifacts".to_owned(), retention: None },
+                output: OutputSpec {
+                    artifact: "tiny-int8".to_owned(),
+                    store: "pvc://artifacts".to_owned(),
+                    retention: None,
+                },
             },
         }
     }

@@ -192,7 +192,8 @@ impl RawTensor {
             Ok(Self { shape, ..self })
         } else {
             let (found, datatype) = (self.data.len(), dtype_name(self.dtype));
-            let expected = element_count(&shape).unwrap_or(usize::MAX).saturating_mul(element_size(self.dtype).unwrap_or(1));
+            let expected =
+                element_count(&shape).unwrap_or(usize::MAX).saturating_mul(element_size(self.dtype).unwrap_or(1));
             Err(RawTensorError::Length { found, expected, shape, datatype })
         }
     }
@@ -216,7 +217,9 @@ impl RawTensor {
     /// # Errors
     /// [`RawTensorError::Unlike`], naming the first two that differ; [`RawTensorError::Shape`] for none at all.
     pub fn concat(parts: &[&Self]) -> Result<Self, RawTensorError> {
-        let Some((&first, others)) = parts.split_first() else { return Err(RawTensorError::Shape { shape: Vec::new() }) };
+        let Some((&first, others)) = parts.split_first() else {
+            return Err(RawTensorError::Shape { shape: Vec::new() });
+        };
         if others.is_empty() {
             return Ok(first.clone());
         }

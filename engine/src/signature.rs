@@ -185,11 +185,7 @@ impl Port {
     }
 
     fn missing(&self) -> EngineError {
-        EngineError::MissingInput {
-            input: self.name.clone(),
-            wanted: self.dtype,
-            wanted_shape: self.shape.clone(),
-        }
+        EngineError::MissingInput { input: self.name.clone(), wanted: self.dtype, wanted_shape: self.shape.clone() }
     }
 
     /// Notes the sizes that `got` gives to names, and compares them with those noted before.

@@ -7,9 +7,7 @@ use std::path::Path;
 
 use bytes::Bytes;
 use proptest::prelude::*;
-use sensorium_engine::{
-    DType as WireType, Device, Engine, EngineError, OnnxRuntime, Optimization, Options, RawTensor,
-};
+use sensorium_engine::{DType as WireType, Device, Engine, EngineError, OnnxRuntime, Optimization, Options, RawTensor};
 use sensorium_modality::{Element, Tensor, TensorData};
 use sensorium_onnx::{Attribute, DType, Dim, GraphBuilder, Model};
 

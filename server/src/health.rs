@@ -7,11 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::watch, task::JoinSet, time};
 
-use crate::{
-    metrics::Metrics,
-    model::Graph,
-    repository::Registry,
-};
+use crate::{metrics::Metrics, model::Graph, repository::Registry};
 
 /// How long an engine may be without proof before it is probed.
 const PROBE_AGE: Duration = Duration::from_secs(5);

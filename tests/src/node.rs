@@ -214,9 +214,9 @@ pub fn python() -> Result<(String, Vec<String>)> {
         Path::new(&python).ancestors().nth(2).context("an environment has a folder")?.display().to_string();
     let mut folders = vec![environment, "/lib".to_owned(), "/lib64".to_owned(), "/usr/lib".to_owned()];
     if prefix.trim() == "/usr" {
-        folders.push("/usr/bin".to_owned())
+        folders.push("/usr/bin".to_owned());
     } else {
-        folders.push(prefix.trim().to_owned())
+        folders.push(prefix.trim().to_owned());
     }
     Ok((python, folders))
 }

@@ -55,7 +55,11 @@ pub(crate) fn client(
         builder = builder.with_allow_http(true);
     }
     let uri = Location::S3 { bucket: bucket.to_owned(), prefix: prefix.to_owned() }.to_string();
-    builder.with_bucket_name(bucket).build().map_err(|source| ArtifactError::Remote { action: "set up the S3 client for", uri, source })
+    builder.with_bucket_name(bucket).build().map_err(|source| ArtifactError::Remote {
+        action: "set up the S3 client for",
+        uri,
+        source,
+    })
 }
 
 impl S3Store {

@@ -26,7 +26,8 @@ impl ResponseCache {
     /// A cache of at most `bytes`; the answers that were not asked for lately go first.
     pub fn new(bytes: u64) -> Self {
         let weigh = |_: &Key, answer: &Answer| {
-            let tensors = answer.iter().map(|tensor| tensor.data().len() + size_of::<RawTensor>() + 8 * tensor.shape().len());
+            let tensors =
+                answer.iter().map(|tensor| tensor.data().len() + size_of::<RawTensor>() + 8 * tensor.shape().len());
             u32::try_from(tensors.sum::<usize>() + OVERHEAD).unwrap_or(u32::MAX)
         };
         Self(Cache::builder().max_capacity(bytes).weigher(weigh).build())

@@ -80,7 +80,11 @@ impl Ensemble {
 
     /// Runs every step that a wanted output needs, as soon as its tensors are there. `request` has what the client said
     /// beside its tensors.
-    pub(super) async fn infer(&self, fitted: Fitted, request: &Request) -> Result<(Vec<RawTensor>, Timings), InferError> {
+    pub(super) async fn infer(
+        &self,
+        fitted: Fitted,
+        request: &Request,
+    ) -> Result<(Vec<RawTensor>, Timings), InferError> {
         let wanted: Vec<&str> = fitted.outputs.iter().map(|&output| self.outputs[output].as_str()).collect();
         let mut tensors: BTreeMap<&str, RawTensor> =
             self.inputs.iter().map(String::as_str).zip(fitted.inputs).collect();
@@ -107,7 +111,9 @@ impl Ensemble {
             }
         }
         let output = |name: &&str| {
-            tensors.remove(*name).ok_or_else(|| InferError::Ensemble { model: self.name.clone(), tensor: (*name).to_owned() })
+            tensors
+                .remove(*name)
+                .ok_or_else(|| InferError::Ensemble { model: self.name.clone(), tensor: (*name).to_owned() })
         };
         Ok((wanted.iter().map(output).collect::<Result<_, _>>()?, timings))
     }
@@ -156,7 +162,11 @@ impl Step {
 impl From<&sensorium_proto::inference::model_ensembling::Step> for Step {
     fn from(step: &sensorium_proto::inference::model_ensembling::Step) -> Self {
         let sorted = |map: &std::collections::HashMap<String, String>| {
-            map.iter().map(|(key, value)| (key.clone(), value.clone())).collect::<BTreeMap<_, _>>().into_iter().collect()
+            map.iter()
+                .map(|(key, value)| (key.clone(), value.clone()))
+                .collect::<BTreeMap<_, _>>()
+                .into_iter()
+                .collect()
         };
         Self {
             model: step.model_name.clone(),
@@ -180,14 +190,16 @@ fn check(steps: &[Step], interface: &Interface, max_batch_size: i32, find: &Find
     for spec in &interface.inputs {
         origins.insert(spec.name.clone(), Origin { from: "the ensemble's inputs".to_owned(), spec: spec.clone() });
     }
-    let makers: BTreeSet<&str> = steps.iter().flat_map(|step| &step.outputs).map(|(_, tensor)| tensor.as_str()).collect();
+    let makers: BTreeSet<&str> =
+        steps.iter().flat_map(|step| &step.outputs).map(|(_, tensor)| tensor.as_str()).collect();
     let mut waiting: Vec<(usize, &Step)> = steps.iter().enumerate().collect();
     while !waiting.is_empty() {
         let is_ready = |step: &Step| step.inputs.iter().all(|(_, tensor)| origins.contains_key(tensor));
         let Some(position) = waiting.iter().position(|(_, step)| is_ready(step)) else {
-            let unknown = waiting.iter().flat_map(|(_, step)| &step.inputs).find(|(_, tensor)| {
-                !origins.contains_key(tensor) && !makers.contains(tensor.as_str())
-            });
+            let unknown = waiting
+                .iter()
+                .flat_map(|(_, step)| &step.inputs)
+                .find(|(_, tensor)| !origins.contains_key(tensor) && !makers.contains(tensor.as_str()));
             if let Some((_, tensor)) = unknown {
                 return Err(format!("its step needs tensor `{tensor}`, which is no input and no step gives"));
             }
@@ -198,7 +210,8 @@ fn check(steps: &[Step], interface: &Interface, max_batch_size: i32, find: &Find
         check_step(index, step, &mut origins, max_batch_size, find)?;
     }
     for spec in &interface.outputs {
-        let origin = origins.get(&spec.name).ok_or_else(|| format!("its output `{}` is given by no step", spec.name))?;
+        let origin =
+            origins.get(&spec.name).ok_or_else(|| format!("its output `{}` is given by no step", spec.name))?;
         compare(&format!("its output `{}`", spec.name), spec, origin)?;
     }
     Ok(())
@@ -228,7 +241,8 @@ fn check_step(
     for (output, tensor) in &step.outputs {
         let spec = model.outputs().iter().find(|spec| spec.name == *output);
         let spec = spec.ok_or_else(|| format!("its {place} maps output `{output}`, which that model has not"))?;
-        let origin = Origin { from: format!("output `{output}` of step {} ({})", index + 1, step.model), spec: spec.clone() };
+        let origin =
+            Origin { from: format!("output `{output}` of step {} ({})", index + 1, step.model), spec: spec.clone() };
         if let Some(first) = origins.insert(tensor.clone(), origin) {
             return Err(format!("its tensor `{tensor}` comes from {} and from {place}", first.from));
         }

@@ -63,7 +63,10 @@ impl Graph {
         let typed = |(spec, raw): (&sensorium_artifact::TensorSpec, RawTensor)| {
             let unsupported = |dtype| {
                 let (origin, found) = (self.name.clone(), dtype_name(dtype).to_owned());
-                InferError::engine(&self.name, EngineError::UnsupportedType { origin, tensor: spec.name.clone(), found })
+                InferError::engine(
+                    &self.name,
+                    EngineError::UnsupportedType { origin, tensor: spec.name.clone(), found },
+                )
             };
             Ok((spec.name.clone(), Tensor::try_from(raw).map_err(unsupported)?))
         };

@@ -188,7 +188,8 @@ impl ModelVersion {
     }
 
     fn check_artifact(&self, request: &Request) -> Result<(), InferError> {
-        let (Some(served), Some(Parameter::Text(wanted))) = (&self.artifact, request.parameters.get(ARTIFACT_DIGEST)) else {
+        let (Some(served), Some(Parameter::Text(wanted))) = (&self.artifact, request.parameters.get(ARTIFACT_DIGEST))
+        else {
             return Ok(());
         };
         if served == wanted {
@@ -229,7 +230,8 @@ impl ModelVersion {
                 let (inputs, outputs) = binding.bind(fitted).map_err(unfit)?;
                 // Every input is a client's: one that is not belongs to a sequence.
                 let inputs = inputs.into_iter().flatten().collect();
-                let done = graph.run(Work { inputs, rows, outputs, priority, timeout, deadline, is_probe: false }).await?;
+                let done =
+                    graph.run(Work { inputs, rows, outputs, priority, timeout, deadline, is_probe: false }).await?;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }
             Runs::Sequence(graph, binding, sequences) => {
@@ -238,7 +240,8 @@ impl ModelVersion {
                 let (step, inputs) = turn.begin(inputs).await?;
                 let waited = started.elapsed();
                 outputs.extend_from_slice(sequences.state_outputs());
-                let mut done = graph.run(Work { inputs, rows, outputs, priority, timeout, deadline, is_probe: false }).await?;
+                let mut done =
+                    graph.run(Work { inputs, rows, outputs, priority, timeout, deadline, is_probe: false }).await?;
                 step.finish(done.outputs.split_off(wanted.len()));
                 done.timings.queue += waited;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))

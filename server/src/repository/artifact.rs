@@ -31,7 +31,10 @@ pub(super) async fn load(source: &ModelSource, opening: &Opening) -> Result<Load
     let opened = {
         let (name, opening, artifact) = (source.name.clone(), opening.clone(), artifact.clone());
         // Opening a graph reads and optimises it: seconds of CPU for a large one.
-        tokio::task::spawn_blocking(move || open(&name, VERSION, &folder, &artifact.digest, &artifact.manifest, &opening)).await
+        tokio::task::spawn_blocking(move || {
+            open(&name, VERSION, &folder, &artifact.digest, &artifact.manifest, &opening)
+        })
+        .await
     };
     let cut_short = |error| LoadError::Thread { name: source.name.clone(), source: std::io::Error::other(error) };
     let loaded = opened.map_err(cut_short)??;
@@ -145,12 +148,7 @@ fn here(folder: &Path, graph: &sensorium_artifact::Graph, opening: &Opening) -> 
 }
 
 /// As many calls of another server as may be under way.
-fn elsewhere(
-    model: &str,
-    graph: &sensorium_artifact::Graph,
-    digest: &Digest,
-    addresses: Vec<String>,
-) -> Engines {
+fn elsewhere(model: &str, graph: &sensorium_artifact::Graph, digest: &Digest, addresses: Vec<String>) -> Engines {
     let signature = Signature::of_manifest(&graph.inputs, &graph.outputs);
     let calls = remote::open(model, signature.clone(), digest.to_string(), addresses);
     // A call waits and computes nothing.

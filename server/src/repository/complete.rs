@@ -63,7 +63,8 @@ pub(super) fn complete(written: Written, signature: &Signature, default_rows: us
     }
 
     let filled: Vec<String> = filled_by_server(&config).into_iter().map(str::to_owned).collect();
-    let mut interface = Interface { max_rows: (kept > 0).then_some(config.max_batch_size as usize), ..Interface::default() };
+    let mut interface =
+        Interface { max_rows: (kept > 0).then_some(config.max_batch_size as usize), ..Interface::default() };
     let mut binding = Binding { inputs: vec![None; signature.inputs().len()], outputs: Vec::new() };
     for (position, input) in config.input.iter_mut().enumerate() {
         let (index, spec) = find("input", &input.name, signature.inputs())?;
@@ -157,7 +158,9 @@ fn batch_size(config: &ModelConfig, written: bool, signature: &Signature, defaul
     // Sizes that are written with the batch axis mean a model without one.
     let whole = config.input.iter().any(|input| {
         let spec = signature.inputs().iter().find(|spec| spec.name == input.name);
-        input.reshape.is_none() && !input.dims.is_empty() && spec.is_some_and(|spec| spec.shape.len() == input.dims.len())
+        input.reshape.is_none()
+            && !input.dims.is_empty()
+            && spec.is_some_and(|spec| spec.shape.len() == input.dims.len())
     });
     if fixed.is_some() || whole { Ok(0) } else { Ok(i32::try_from(default_rows).unwrap_or(i32::MAX)) }
 }

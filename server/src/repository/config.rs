@@ -81,7 +81,8 @@ fn descriptor() -> Result<MessageDescriptor, String> {
 }
 
 fn typed(message: &DynamicMessage, has_batch_size: bool) -> Result<Written, String> {
-    let config = message.transcode_to().map_err(|error| format!("it is no {}: {error}", message.descriptor().name()))?;
+    let config =
+        message.transcode_to().map_err(|error| format!("it is no {}: {error}", message.descriptor().name()))?;
     Ok(Written { config, has_batch_size })
 }
 
@@ -118,7 +119,10 @@ mod tests {
         let config = written.config;
         assert!(written.has_batch_size);
         assert_eq!((config.name.as_str(), config.max_batch_size, config.input.len()), ("m", 8, 2));
-        assert_eq!((config.input[0].dims.as_slice(), config.input[1].data_type()), (&[3, -1][..], DataType::TypeString));
+        assert_eq!(
+            (config.input[0].dims.as_slice(), config.input[1].data_type()),
+            (&[3, -1][..], DataType::TypeString)
+        );
         let Some(SchedulingChoice::DynamicBatching(batching)) = config.scheduling_choice else { panic!("dynamic") };
         assert_eq!((batching.preferred_batch_size, batching.max_queue_delay_microseconds), (vec![4, 8], 100));
         assert_eq!(config.parameters["intra_op_thread_count"].string_value, "2");
@@ -142,7 +146,8 @@ mod tests {
 
     #[test]
     fn json_is_the_same_message() {
-        let written = from_json(r#"{"max_batch_size": 0, "instance_group": [{"count": 2, "kind": "KIND_CPU"}]}"#).unwrap();
+        let written =
+            from_json(r#"{"max_batch_size": 0, "instance_group": [{"count": 2, "kind": "KIND_CPU"}]}"#).unwrap();
         assert!(written.has_batch_size);
         assert_eq!(written.config.instance_group[0].count, 2);
         assert!(from_json(r#"{"max_batch": 8}"#).unwrap_err().contains("max_batch"));

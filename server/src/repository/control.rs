@@ -11,9 +11,8 @@ use sensorium_proto::inference::model_config::SchedulingChoice;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ControlError, ControlMode, LoadError, LoadParameters, Loaded, ModelSource, Opening, Place, Registry, RepositoryConfig, Slot,
-    State, artifact, folder, poll,
-    triton::Found,
+    ControlError, ControlMode, LoadError, LoadParameters, Loaded, ModelSource, Opening, Place, Registry,
+    RepositoryConfig, Slot, State, artifact, folder, poll, triton::Found,
 };
 use crate::{
     error::{InferError, chain},
@@ -58,7 +57,9 @@ impl Registry {
         let found = registry.look()?;
         let wanted = match registry.0.config.mode {
             ControlMode::None | ControlMode::Poll(_) => found.keys().cloned().collect(),
-            ControlMode::Explicit if registry.0.config.load.iter().any(|name| name == "*") => found.keys().cloned().collect(),
+            ControlMode::Explicit if registry.0.config.load.iter().any(|name| name == "*") => {
+                found.keys().cloned().collect()
+            }
             ControlMode::Explicit => registry.0.config.load.clone(),
         };
         for name in wanted {
@@ -164,7 +165,8 @@ impl Registry {
     ) -> Result<Loaded, String> {
         let cut_short = |_| "opening it was cut short".to_owned();
         let own = name.to_owned();
-        let found = tokio::task::spawn_blocking(move || Found::read(&own, &path, &parameters)).await.map_err(cut_short)??;
+        let found =
+            tokio::task::spawn_blocking(move || Found::read(&own, &path, &parameters)).await.map_err(cut_short)??;
         let above = [above, &[name]].concat();
         for step in found.ensembling().map(Ensemble::models).unwrap_or_default() {
             if above.contains(&step) {
@@ -240,7 +242,8 @@ impl Registry {
     /// Takes back [`Registry::loading`] for a model that does not exist.
     fn forget(&self, name: &str) {
         let mut models = self.write();
-        let is_new = |entry: &super::Entry| entry.versions.iter().all(|(version, slot)| *version == 0 && slot.model.is_none());
+        let is_new =
+            |entry: &super::Entry| entry.versions.iter().all(|(version, slot)| *version == 0 && slot.model.is_none());
         if models.by_name.get(name).is_some_and(is_new) {
             models.by_name.remove(name);
         }

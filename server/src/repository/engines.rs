@@ -59,7 +59,8 @@ pub(super) fn instances(config: &ModelConfig, server: Options) -> Result<(usize,
 
 /// A GPU, with TensorRT where the configuration names it as an accelerator.
 fn accelerated(config: &ModelConfig, gpu: i32) -> Device {
-    let accelerators = config.optimization.as_ref().and_then(|optimization| optimization.execution_accelerators.as_ref());
+    let accelerators =
+        config.optimization.as_ref().and_then(|optimization| optimization.execution_accelerators.as_ref());
     let named = accelerators.into_iter().flat_map(|accelerators| &accelerators.gpu_execution_accelerator);
     let has_tensorrt = named.into_iter().any(|accelerator| accelerator.name == "tensorrt");
     if has_tensorrt { Device::TensorRt(gpu) } else { Device::Cuda(gpu) }
@@ -71,9 +72,11 @@ fn accelerated(config: &ModelConfig, gpu: i32) -> Device {
 /// # Errors
 /// Text that is no such list.
 pub(super) fn padding(config: &ModelConfig) -> Result<Option<Padding>, String> {
-    let wrong = |text: &str| format!("its parameter padding has {text:?}, it must be such as input_ids=0,attention_mask=0");
+    let wrong =
+        |text: &str| format!("its parameter padding has {text:?}, it must be such as input_ids=0,attention_mask=0");
     let Some(text) = parameter(config, "padding") else { return Ok(None) };
-    let mut padding = Padding { max_elements: number(config, "max_batch_elements")?.unwrap_or(0), ..Padding::default() };
+    let mut padding =
+        Padding { max_elements: number(config, "max_batch_elements")?.unwrap_or(0), ..Padding::default() };
     for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
         let (name, value) = part.split_once('=').ok_or_else(|| wrong(part))?;
         padding.values.insert(name.trim().to_owned(), value.trim().parse().map_err(|_| wrong(part))?);

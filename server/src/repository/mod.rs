@@ -275,7 +275,11 @@ impl Registry {
             self.model(name, version)?;
         }
         let models = self.loaded();
-        Ok(models.iter().filter(|model| name.is_empty() || model.name() == name).map(|model| model.statistics()).collect())
+        Ok(models
+            .iter()
+            .filter(|model| name.is_empty() || model.name() == name)
+            .map(|model| model.statistics())
+            .collect())
     }
 
     /// Every model version there is, or those that are ready. A model that lies in a repository and that nobody asked for

@@ -58,7 +58,10 @@ impl Found {
             (None, None) => Written::default(),
         };
         if !written.config.name.is_empty() && written.config.name != name {
-            return Err(format!("its configuration calls it {:?}; the name is that of the folder", written.config.name));
+            return Err(format!(
+                "its configuration calls it {:?}; the name is that of the folder",
+                written.config.name
+            ));
         }
         Ok(Self { folder, written, _own: own })
     }
@@ -102,7 +105,8 @@ impl Found {
                 Some(ensembling) => open_ensemble(name, version, written, ensembling, find.clone()),
                 None => open_version(name, version, &path, written, opening),
             };
-            let labelled = |model: ModelVersion| Ok(model.with_labels(labels(&self.folder.path, &self.written.config)?));
+            let labelled =
+                |model: ModelVersion| Ok(model.with_labels(labels(&self.folder.path, &self.written.config)?));
             match opened.and_then(labelled) {
                 Ok(model) => {
                     let metrics = opening.metrics.graph(name, &version.to_string());
@@ -158,7 +162,13 @@ fn materialise(files: &BTreeMap<String, Bytes>) -> Result<tempfile::TempDir, Str
     Ok(folder)
 }
 
-fn open_version(name: &str, version: u64, path: &Path, written: Written, opening: &Opening) -> Result<ModelVersion, String> {
+fn open_version(
+    name: &str,
+    version: u64,
+    path: &Path,
+    written: Written,
+    opening: &Opening,
+) -> Result<ModelVersion, String> {
     let backend = backend(&written.config, path)?;
     let Some((_, backend_name, platform, file)) = Backend::ALL.into_iter().find(|(known, ..)| *known == backend) else {
         return Err("no backend opens it".to_owned());

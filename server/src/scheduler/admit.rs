@@ -96,8 +96,16 @@ impl Queue {
             // No size is negative: it joins nobody.
             class.push(-1);
         }
-        let ticket =
-            Ticket { rows: work.rows, level, class, length, arrived: now, is_alone: work.is_probe, timeout, deadline: work.deadline };
+        let ticket = Ticket {
+            rows: work.rows,
+            level,
+            class,
+            length,
+            arrived: now,
+            is_alone: work.is_probe,
+            timeout,
+            deadline: work.deadline,
+        };
         let (reply, answer) = oneshot::channel();
         let job = Job { work, reply, span: Span::current(), admitted: now, place: None };
         let mut state = self.lock();
@@ -128,7 +136,8 @@ impl Queue {
             for job in state.line.expire(&self.policy, now) {
                 let graph = self.graph.clone();
                 let is_over = job.work.deadline.is_some_and(|deadline| deadline <= now);
-                let error = if is_over { ScheduleError::DeadlineExceeded { graph } } else { ScheduleError::TimedOut { graph } };
+                let error =
+                    if is_over { ScheduleError::DeadlineExceeded { graph } } else { ScheduleError::TimedOut { graph } };
                 // Its caller has most likely noticed by itself.
                 let _ = job.reply.send(Err(error));
             }

@@ -77,13 +77,7 @@ pub(super) enum Next<J> {
 
 impl<J> Default for Line<J> {
     fn default() -> Self {
-        Self {
-            waiting: BTreeMap::new(),
-            expiries: BTreeSet::new(),
-            by_level: BTreeMap::new(),
-            rows: 0,
-            arrivals: 0,
-        }
+        Self { waiting: BTreeMap::new(), expiries: BTreeSet::new(), by_level: BTreeMap::new(), rows: 0, arrivals: 0 }
     }
 }
 
@@ -170,7 +164,12 @@ impl<J> Line<J> {
     fn batch(&self, policy: &Policy) -> Option<Batch> {
         let (&first_key, (first, _)) = self.waiting.first_key_value()?;
         let max_elements = policy.padding.as_ref().map_or(0, |padding| padding.max_elements);
-        let mut batch = Batch { keys: vec![(first_key, first.rows)], rows: first.rows, oldest: first.arrived, is_stuck: first.is_alone };
+        let mut batch = Batch {
+            keys: vec![(first_key, first.rows)],
+            rows: first.rows,
+            oldest: first.arrived,
+            is_stuck: first.is_alone,
+        };
         let mut length = first.length;
         for (&key, (ticket, _)) in self.waiting.iter().skip(1) {
             if batch.rows >= policy.max_rows {

@@ -78,7 +78,8 @@ fn a_lower_level_number_goes_first_and_fills_its_batch_from_below() {
 #[test]
 fn each_level_has_a_bound_of_its_own_and_all_share_one_on_rows() {
     let narrow = QueuePolicy { max_requests: 1, ..QueuePolicy::default() };
-    let mut bench = Bench::new(Policy { levels: 2, by_level: BTreeMap::from([(2, narrow)]), max_waiting_rows: 4, ..policy(8) });
+    let mut bench =
+        Bench::new(Policy { levels: 2, by_level: BTreeMap::from([(2, narrow)]), max_waiting_rows: 4, ..policy(8) });
     let at = |level| Ticket { level, ..ticket(1, Instant::now()) };
     bench.push(at(2)).unwrap();
     assert_eq!(bench.push(at(2)), Err(Refused::Level { limit: 1 }));

@@ -28,11 +28,11 @@ use std::{
 use sensorium_engine::{Engine, EngineError, RawTensor, Signature};
 use tokio_util::sync::CancellationToken;
 
+use self::{admit::Queue, run::Instance, shape::Shapes};
 pub use self::{
     policy::{Delay, Padding, Policy, QueuePolicy},
     slots::Slots,
 };
-use self::{admit::Queue, run::Instance, shape::Shapes};
 use crate::{
     metrics::GraphMetrics,
     model::{Statistics, Timings},

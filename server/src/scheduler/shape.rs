@@ -44,7 +44,8 @@ impl Shapes {
             }
         }
         let padded = |symbol: &str| {
-            let followed = |axis: &&Axis| axis.is_padded && signature.input_symbol(axis.input, axis.position) == Some(symbol);
+            let followed =
+                |axis: &&Axis| axis.is_padded && signature.input_symbol(axis.input, axis.position) == Some(symbol);
             axes.iter().find(followed).map(|axis| (axis.input, axis.position))
         };
         let grown = (0..signature.outputs().len()).map(|output| {

@@ -27,10 +27,9 @@ fn batches(registry: &Registry) -> Vec<(u64, u64)> {
 
 #[tokio::test]
 async fn a_preferred_size_is_sent_as_soon_as_it_is_there() {
-    let registry = serve(
-        "max_batch_size: 8 dynamic_batching { preferred_batch_size: 4 max_queue_delay_microseconds: 20000000 }",
-    )
-    .await;
+    let registry =
+        serve("max_batch_size: 8 dynamic_batching { preferred_batch_size: 4 max_queue_delay_microseconds: 20000000 }")
+            .await;
     let four = (0..4).map(|value| infer(&registry, "m", one(&[value as f32])));
     for (value, response) in join_all(four).await.into_iter().enumerate() {
         let response = response.unwrap();
@@ -88,7 +87,10 @@ async fn requests_of_unequal_length_run_together_where_padding_is_right() {
 #[tokio::test]
 async fn options_that_make_no_sense_are_reasons() {
     for (config, reason) in [
-        ("max_batch_size: 4 dynamic_batching { preferred_batch_size: 8 }", "preferred_batch_size 8, which must be 1 to"),
+        (
+            "max_batch_size: 4 dynamic_batching { preferred_batch_size: 8 }",
+            "preferred_batch_size 8, which must be 1 to",
+        ),
         ("max_batch_size: 4 dynamic_batching { priority_levels: 2 }", "no default_priority_level"),
         ("max_batch_size: 4 instance_group { count: -1 }", "count -1, it must be at least 1"),
         ("parameters { key: \"intra_op_thread_count\" value { string_value: \"all\" } }", "it must be a number"),

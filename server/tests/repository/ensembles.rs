@@ -64,17 +64,26 @@ async fn loading_an_ensemble_loads_what_it_is_made_of_and_its_models_can_be_repl
 #[tokio::test]
 async fn steps_that_do_not_fit_together_are_reasons() {
     let step = |model: &str, from: &str, to: &str| {
-        format!("step {{ model_name: \"{model}\" input_map {{ key: \"x\" value: \"{from}\" }} output_map {{ key: \"y\" value: \"{to}\" }} }}")
+        format!(
+            "step {{ model_name: \"{model}\" input_map {{ key: \"x\" value: \"{from}\" }} output_map {{ key: \"y\" value: \"{to}\" }} }}"
+        )
     };
-    let wrong_input = "step { model_name: \"twice\" input_map { key: \"z\" value: \"x\" } output_map { key: \"y\" value: \"y\" } }";
+    let wrong_input =
+        "step { model_name: \"twice\" input_map { key: \"z\" value: \"x\" } output_map { key: \"y\" value: \"y\" } }";
     for (steps, reason) in [
         (step("twice", "x", "a"), "its output `y` is given by no step"),
         (step("twice", "b", "y"), "needs tensor `b`, which is no input and no step gives"),
         (step("twice", "b", "y") + &step("thrice", "y", "b"), "wait for each other in a circle: twice, thrice"),
-        (step("twice", "x", "y") + &step("thrice", "x", "y"), "its tensor `y` comes from output `y` of step 1 (twice) and from step 2"),
+        (
+            step("twice", "x", "y") + &step("thrice", "x", "y"),
+            "its tensor `y` comes from output `y` of step 1 (twice) and from step 2",
+        ),
         (step("nobody", "x", "y"), "it needs model \"nobody\""),
         (step("e", "x", "y"), "it is made of itself: e, e"),
-        (step("three", "x", "y"), "input `x` of its step 1 (three) is FP32 [3], but the ensemble's inputs are FP32 [-1, -1]"),
+        (
+            step("three", "x", "y"),
+            "input `x` of its step 1 (three) is FP32 [3], but the ensemble's inputs are FP32 [-1, -1]",
+        ),
         (step("whole", "x", "y"), "is INT64 [-1, -1], but"),
         (wrong_input.to_owned(), "maps input `z`, which that model has not"),
     ] {

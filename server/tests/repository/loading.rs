@@ -65,7 +65,10 @@ async fn versions_are_served_as_the_policy_says() {
     bench.write("all", "1/model.onnx", scale(1.0, None)).write("all", "2/model.onnx", scale(2.0, None));
     bench.write("all", "config.pbtxt", "version_policy: { all { } }");
     let registry = bench.open_all().await;
-    assert_eq!((registry.versions("latest"), registry.versions("all")), (vec!["3".to_owned()], vec!["1".to_owned(), "2".to_owned()]));
+    assert_eq!(
+        (registry.versions("latest"), registry.versions("all")),
+        (vec!["3".to_owned()], vec!["1".to_owned(), "2".to_owned()])
+    );
     assert_eq!(answer(&registry, "all", &[1, 1], &[5.0]).await, [10.0], "the newest answers where none is named");
     let old = registry.model("all", "1").unwrap().infer(request(f32s(&[1, 1], &[5.0]))).await.unwrap();
     assert_eq!(old.outputs[0].tensor, f32s(&[1, 1], &[5.0]));
@@ -83,7 +86,11 @@ async fn a_model_that_fails_says_why_and_harms_no_other() {
     bench.write("other", "1/model.onnx", scale_three(1.0)).write("other", "config.pbtxt", "max_batch_size: 8");
     bench.write("type", "1/model.onnx", scale(1.0, None));
     bench.write("type", "config.pbtxt", "input { name: \"x\" data_type: TYPE_INT64 dims: -1 }");
-    bench.write("backend", "1/model.onnx", scale(1.0, None)).write("backend", "config.pbtxt", "backend: \"tensorflow\"");
+    bench.write("backend", "1/model.onnx", scale(1.0, None)).write(
+        "backend",
+        "config.pbtxt",
+        "backend: \"tensorflow\"",
+    );
     let registry = bench.open_all().await;
     assert_eq!(answer(&registry, "good", &[1, 1], &[5.0]).await, [10.0]);
     let index = index(&registry);

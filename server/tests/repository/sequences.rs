@@ -69,7 +69,10 @@ async fn state_is_kept_for_each_sequence_and_begins_anew() {
     let registry = serve("direct { }").await;
     let model = registry.model("m", "").unwrap();
     let names = |specs: &[sensorium_engine::TensorSpec]| specs.iter().map(|spec| spec.name.clone()).collect::<Vec<_>>();
-    assert_eq!((names(model.inputs()), names(model.outputs())), (vec!["x".to_owned()], vec!["y".to_owned(), "id".to_owned()]));
+    assert_eq!(
+        (names(model.inputs()), names(model.outputs())),
+        (vec!["x".to_owned()], vec!["y".to_owned(), "id".to_owned()])
+    );
     assert_eq!(total(&registry, step(1, 5.0, true, false)).await.unwrap(), 5.0);
     assert_eq!(total(&registry, step(2, 70.0, true, false)).await.unwrap(), 70.0);
     assert_eq!(total(&registry, step(1, 6.0, false, false)).await.unwrap(), 11.0);
@@ -123,8 +126,14 @@ async fn a_caller_that_leaves_does_not_cut_its_sequence_off() {
 #[tokio::test]
 async fn controls_that_do_not_fit_the_file_are_reasons() {
     for (sequence, reason) in [
-        ("control_input { name: \"begin\" control { kind: CONTROL_SEQUENCE_START } }", "control_input `begin`, which its file has not"),
-        ("control_input { name: \"start\" control { kind: CONTROL_SEQUENCE_START int32_false_true: [0, 1] } }", "needs two values of FP32"),
+        (
+            "control_input { name: \"begin\" control { kind: CONTROL_SEQUENCE_START } }",
+            "control_input `begin`, which its file has not",
+        ),
+        (
+            "control_input { name: \"start\" control { kind: CONTROL_SEQUENCE_START int32_false_true: [0, 1] } }",
+            "needs two values of FP32",
+        ),
         ("state { input_name: \"total\" output_name: \"total_out\" dims: 3 }", "begins as [1, 3]"),
         ("iterative_sequence: true", "iterative"),
     ] {

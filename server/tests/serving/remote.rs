@@ -13,9 +13,7 @@ use sensorium_proto::{
 };
 use tonic::{Code, Status};
 
-use crate::harness::{
-    Artifacts, Server, eventually, floats, image_part, input, parts_request, raw_request, text_part,
-};
+use crate::harness::{Artifacts, Server, eventually, floats, image_part, input, parts_request, raw_request, text_part};
 
 const COLORS: [[u8; 3]; 3] = [[200, 30, 30], [10, 180, 90], [0, 60, 240]];
 
@@ -147,6 +145,9 @@ async fn a_graph_that_the_artifact_has_not_is_refused_with_those_it_has() {
         let output = command.output().unwrap();
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success());
-        assert!(errors.contains("no graph \\\"sound_encoder\\\"; it has") && errors.contains("image_encoder"), "{errors}");
+        assert!(
+            errors.contains("no graph \\\"sound_encoder\\\"; it has") && errors.contains("image_encoder"),
+            "{errors}"
+        );
     }
 }

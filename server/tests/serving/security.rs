@@ -10,7 +10,7 @@ use tonic::Code;
 
 use crate::{
     clients::{identities, passes, serve},
-    harness::{Server, eventually, http},
+    harness::{eventually, http},
 };
 
 const TOKEN: &str = "0123456789abcdef0123456789abcdef";

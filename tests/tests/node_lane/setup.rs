@@ -21,7 +21,7 @@ pub(crate) fn install(node: &Node, more: &[&str]) -> Result<()> {
 
 /// Volumes on this machine for the claims that the example names, writable by the pods' user.
 pub(crate) fn claims(volumes: &Path) -> Result<String> {
-    let mut text = String::new();
+    let mut documents = Vec::new();
     for claim in ["artifacts", "checkpoints", "datasets"] {
         let folder = volumes.join(claim);
         fs::create_dir_all(&folder)?;
@@ -40,9 +40,9 @@ pub(crate) fn claims(volumes: &Path) -> Result<String> {
                 "resources": {"requests": {"storage": "1Gi"}},
             },
         });
-        text += &format!("{volume}\n---\n{claimed}\n---\n");
+        documents.extend([volume.to_string(), claimed.to_string()]);
     }
-    Ok(text)
+    Ok(documents.join("\n---\n"))
 }
 
 /// Gives a folder and all that is in it to the user of the images.

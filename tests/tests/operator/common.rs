@@ -136,7 +136,10 @@ impl Case {
             if names.len() == count {
                 return Ok(names);
             }
-            anyhow::ensure!(std::time::Instant::now() < deadline, "{count} encoders were expected, there are {names:?}");
+            anyhow::ensure!(
+                std::time::Instant::now() < deadline,
+                "{count} encoders were expected, there are {names:?}"
+            );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }

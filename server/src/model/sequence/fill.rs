@@ -51,7 +51,11 @@ impl Fills {
         for input in &config.control_input {
             let index = position("control_input", &input.name, signature.inputs())?;
             let [control] = input.control.as_slice() else {
-                return Err(format!("its control_input `{}` has {} controls, it needs one", input.name, input.control.len()));
+                return Err(format!(
+                    "its control_input `{}` has {} controls, it needs one",
+                    input.name,
+                    input.control.len()
+                ));
             };
             fills.by_input[index] = Some(control_fill(control, &signature.inputs()[index])?);
         }
@@ -88,7 +92,12 @@ impl Fills {
     }
 
     /// The graph's inputs, complete.
-    pub(super) fn fill(&self, inputs: Vec<Option<RawTensor>>, sequence: &Sequence, state: &[RawTensor]) -> Vec<RawTensor> {
+    pub(super) fn fill(
+        &self,
+        inputs: Vec<Option<RawTensor>>,
+        sequence: &Sequence,
+        state: &[RawTensor],
+    ) -> Vec<RawTensor> {
         let whole = |(given, fill): (Option<RawTensor>, &Option<Fill>)| match fill {
             None => given,
             Some(Fill::Start(values)) => Some(values[usize::from(sequence.start)].clone()),
@@ -117,22 +126,25 @@ fn control_fill(control: &Control, spec: &TensorSpec) -> Result<Fill, String> {
     let unfit = |reason: &str| format!("its control_input `{}` {reason}", spec.name);
     if control.kind() == Kind::ControlSequenceCorrid {
         return match spec.dtype {
-            DType::Uint64 | DType::Int64 | DType::Uint32 | DType::Int32 | DType::Bytes => Ok(Fill::Id(spec.dtype, one(spec))),
+            DType::Uint64 | DType::Int64 | DType::Uint32 | DType::Int32 | DType::Bytes => {
+                Ok(Fill::Id(spec.dtype, one(spec)))
+            }
             other => Err(unfit(&format!("is {} in its file, which holds no correlation ID", dtype_name(other)))),
         };
     }
-    let bytes: [Vec<u8>; 2] = match (spec.dtype, &*control.int32_false_true, &*control.fp32_false_true, &*control.bool_false_true) {
-        (DType::Int32, [no, yes], [], []) => [no, yes].map(|value| value.to_le_bytes().to_vec()),
-        (DType::Fp32, [], [no, yes], []) => [no, yes].map(|value| value.to_le_bytes().to_vec()),
-        (DType::Bool, [], [], [no, yes]) => [no, yes].map(|value| vec![u8::from(*value)]),
-        (dtype, ..) => {
-            return Err(unfit(&format!(
-                "needs two values of {}, the type that it has in its file: int32_false_true, fp32_false_true or \
+    let bytes: [Vec<u8>; 2] =
+        match (spec.dtype, &*control.int32_false_true, &*control.fp32_false_true, &*control.bool_false_true) {
+            (DType::Int32, [no, yes], [], []) => [no, yes].map(|value| value.to_le_bytes().to_vec()),
+            (DType::Fp32, [], [no, yes], []) => [no, yes].map(|value| value.to_le_bytes().to_vec()),
+            (DType::Bool, [], [], [no, yes]) => [no, yes].map(|value| vec![u8::from(*value)]),
+            (dtype, ..) => {
+                return Err(unfit(&format!(
+                    "needs two values of {}, the type that it has in its file: int32_false_true, fp32_false_true or \
                  bool_false_true",
-                dtype_name(dtype)
-            )));
-        }
-    };
+                    dtype_name(dtype)
+                )));
+            }
+        };
     let tensor = |bytes: Vec<u8>| {
         let tensor = RawTensor::new(spec.dtype, one(spec), bytes.into());
         tensor.map_err(|error| unfit(&format!("takes no single value: {error}")))
@@ -188,7 +200,8 @@ fn initial(state: &State, spec: &TensorSpec, batches: bool, folder: &Path) -> Re
         Some(StateData::DataFile(file)) => {
             // Triton keeps these in a folder of this name.
             let path = folder.join("initial_state").join(file);
-            let bytes = std::fs::read(&path).map_err(|error| unfit(format!("begins with {}: {error}", path.display())))?;
+            let bytes =
+                std::fs::read(&path).map_err(|error| unfit(format!("begins with {}: {error}", path.display())))?;
             RawTensor::new(spec.dtype, shape, bytes.into()).map_err(|error| unfit(error.to_string()))
         }
     }

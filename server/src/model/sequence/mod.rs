@@ -163,8 +163,10 @@ impl Sequences {
         let before = table.under_way.remove(&sequence.id);
         let (before, admission) = if sequence.start {
             let admitted = self.admitted.clone().try_acquire_owned();
-            let admitted = admitted
-                .map_err(|_| SequenceError::Overloaded { model: self.name.clone(), limit: self.max_candidates * (1 + BACKLOG) });
+            let admitted = admitted.map_err(|_| SequenceError::Overloaded {
+                model: self.name.clone(),
+                limit: self.max_candidates * (1 + BACKLOG),
+            });
             // One that begins again lets go of what it was.
             (before.map(|entry| (entry.last, entry.users)), Some(admitted?))
         } else {
@@ -232,7 +234,10 @@ impl Turn {
     ///
     /// # Errors
     /// [`SequenceError`].
-    pub(super) async fn begin(mut self, inputs: Vec<Option<RawTensor>>) -> Result<(Step, Vec<RawTensor>), SequenceError> {
+    pub(super) async fn begin(
+        mut self,
+        inputs: Vec<Option<RawTensor>>,
+    ) -> Result<(Step, Vec<RawTensor>), SequenceError> {
         let mut carried = match &mut self.before {
             Some(before) => before.await.ok(),
             None => None,
