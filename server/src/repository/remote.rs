@@ -141,7 +141,7 @@ impl Engine for RemoteEngine {
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
         let request = self.request(inputs, outputs);
         let response = self.runtime.block_on(self.call(&request))?;
-        let tensors = self.tensors(response, &request);
+        let tensors = tensors(response, &request);
         tensors.map_err(|reason| EngineError::Run { reason: format!("{}: {reason}", self.peers.text()) })
     }
 }
@@ -211,22 +211,22 @@ impl RemoteEngine {
             _ => EngineError::Unavailable { address, reason },
         }
     }
+}
 
-    /// The tensors of an answer, which has to have those that were asked for.
-    fn tensors(&self, response: ModelInferResponse, request: &ModelInferRequest) -> Result<Vec<RawTensor>, String> {
-        let names = |outputs: &mut dyn Iterator<Item = &String>| outputs.cloned().collect::<Vec<_>>().join(", ");
-        let found = names(&mut response.outputs.iter().map(|output| &output.name));
-        let wanted = names(&mut request.outputs.iter().map(|output| &output.name));
-        if found != wanted || response.raw_output_contents.len() != response.outputs.len() {
-            return Err(format!("it was asked for {wanted} and answered {found}"));
-        }
-        let tensor = |(output, data): (_, Bytes)| {
-            let InferOutputTensor { name, datatype, shape, .. } = output;
-            let dtype = wire::datatype(&datatype).ok_or_else(|| format!("its output {name} is of type {datatype}"))?;
-            RawTensor::new(dtype, shape, data).map_err(|error| format!("its output {name}: {error}"))
-        };
-        response.outputs.into_iter().zip(response.raw_output_contents).map(tensor).collect()
+/// The tensors of an answer, which has to have those that were asked for.
+fn tensors(response: ModelInferResponse, request: &ModelInferRequest) -> Result<Vec<RawTensor>, String> {
+    let names = |outputs: &mut dyn Iterator<Item = &String>| outputs.cloned().collect::<Vec<_>>().join(", ");
+    let found = names(&mut response.outputs.iter().map(|output| &output.name));
+    let wanted = names(&mut request.outputs.iter().map(|output| &output.name));
+    if found != wanted || response.raw_output_contents.len() != response.outputs.len() {
+        return Err(format!("it was asked for {wanted} and answered {found}"));
     }
+    let tensor = |(output, data): (_, Bytes)| {
+        let InferOutputTensor { name, datatype, shape, .. } = output;
+        let dtype = wire::datatype(&datatype).ok_or_else(|| format!("its output {name} is of type {datatype}"))?;
+        RawTensor::new(dtype, shape, data).map_err(|error| format!("its output {name}: {error}"))
+    };
+    response.outputs.into_iter().zip(response.raw_output_contents).map(tensor).collect()
 }
 
 /// Whether nobody answered, or somebody who is about to leave. Only what happened on this side has a cause; an inference
