@@ -60,6 +60,13 @@ pub struct ModelArtifactSpec {
     pub retention: Option<Retention>,
 }
 
+impl ModelArtifactSpec {
+    /// The store that it lies in, as STORE/objects/DIGEST; `None` where `uri` is no such place.
+    pub fn store(&self) -> Option<&str> {
+        self.uri.rsplitn(3, '/').nth(2).filter(|store| store.contains("://"))
+    }
+}
+
 /// What an artifact's graphs are stored as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

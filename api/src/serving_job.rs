@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::core::Rule;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -38,14 +39,8 @@ use crate::workload::{PodSettings, Resources, Scheduling};
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
-    validation = Rule::new("!(has(self.replicas) && has(self.autoscaling))")
-        .field_path(".replicas")
-        .message("set replicas or autoscaling, not both"),
-    validation = Rule::new(
-        "!has(self.autoscaling) || self.autoscaling.metric != 'cpu' || 'cpu' in self.resources.requests"
-    )
-    .field_path(".autoscaling")
-    .message("scaling on cpu is relative to what a server requests; set resources.requests.cpu")
+    validation = replicas_or_autoscaling(),
+    validation = cpu_is_requested()
 )]
 pub struct ServingJobSpec {
     /// The artifact to serve.
@@ -116,14 +111,8 @@ fn default_max_unavailable() -> u32 {
     validation = Rule::new("self.graph.matches('^[a-z]([a-z0-9]|_[a-z0-9])*$') && self.graph != 'server'")
         .field_path(".graph")
         .message("must be small letters, digits and single underscores between them, and not `server`"),
-    validation = Rule::new("!(has(self.replicas) && has(self.autoscaling))")
-        .field_path(".replicas")
-        .message("set replicas or autoscaling, not both"),
-    validation = Rule::new(
-        "!has(self.autoscaling) || self.autoscaling.metric != 'cpu' || 'cpu' in self.resources.requests"
-    )
-    .field_path(".autoscaling")
-    .message("scaling on cpu is relative to what a server requests; set resources.requests.cpu")
+    validation = replicas_or_autoscaling(),
+    validation = cpu_is_requested()
 )]
 pub struct EncoderService {
     /// Name of the graph in the artifact, such as `image_encoder`.
@@ -139,6 +128,20 @@ pub struct EncoderService {
     /// What one pod needs of the machine, in Kubernetes' words.
     #[serde(default)]
     pub resources: Resources,
+}
+
+/// The rule of whatever is scaled by hand or by the load.
+fn replicas_or_autoscaling() -> Rule {
+    Rule::new("!(has(self.replicas) && has(self.autoscaling))")
+        .field_path(".replicas")
+        .message("set replicas or autoscaling, not both")
+}
+
+/// The rule of whatever is scaled by its share of the CPU.
+fn cpu_is_requested() -> Rule {
+    Rule::new("!has(self.autoscaling) || self.autoscaling.metric != 'cpu' || 'cpu' in self.resources.requests")
+        .field_path(".autoscaling")
+        .message("scaling on cpu is relative to what a server requests; set resources.requests.cpu")
 }
 
 /// Bounds and measure of the number of servers.

@@ -26,11 +26,9 @@ use super::context::{Context, DEBOUNCE, Visit};
 use super::{Error, Stop};
 use crate::render::{is_verification, render_removal, render_verification};
 use crate::status::conditions::is_true;
-use crate::status::{Note, Reader, reader_of, removal, removes_files, surplus, verification};
+use crate::status::{FINALIZER, Note, Reader, is_verified, reader_of, removal, removes_files, surplus, verification};
 
 const KIND: &str = "ModelArtifact";
-/// Keeps a record until its files are removed.
-const FINALIZER: &str = "sensorium.dev/stored-files";
 /// When to look again whether something that may go is still used.
 const STILL_USED: Duration = Duration::from_secs(300);
 
@@ -80,6 +78,11 @@ fn on_error(object: Arc<DeserializeGuard<ModelArtifact>>, error: &Error, artifac
     super::context::again_after(&artifacts.context, id(&object), error)
 }
 
+/// Whether the record stays until its files are removed.
+fn is_kept(artifact: &ModelArtifact) -> bool {
+    artifact.finalizers().iter().any(|name| name == FINALIZER)
+}
+
 impl Artifacts {
     /// Gives the time after which to look again, if nothing happens until then.
     async fn visit(&self, artifact: &ModelArtifact) -> Result<Option<Duration>, Error> {
@@ -92,7 +95,7 @@ impl Artifacts {
             let job = jobs.iter().find(|job| !is_verification(job));
             return self.remove(artifact, job.map(|job| &**job)).await;
         }
-        if removes_files(artifact) && !artifact.finalizers().iter().any(|name| name == FINALIZER) {
+        if removes_files(artifact) && !is_kept(artifact) {
             let finalizers: Vec<&str> = artifact.finalizers().iter().map(String::as_str).chain([FINALIZER]).collect();
             self.set_finalizers(artifact, &finalizers).await?;
         }
@@ -104,7 +107,7 @@ impl Artifacts {
     /// Has the stored files compared with their digests.
     async fn verify(&self, artifact: &ModelArtifact, live: Option<&Job>) -> Result<(), Error> {
         let Some(owner) = artifact.controller_owner_ref(&()) else { return Err(Error::NotReady) };
-        let verified = artifact.status.as_ref().is_some_and(|status| is_true(&status.conditions, "Verified"));
+        let verified = is_verified(artifact);
         let mut problem = None;
         // The files are immutable: once verified they need not be read again.
         if !verified && live.is_none() {
@@ -149,7 +152,7 @@ impl Artifacts {
 
     /// A record that is being deleted: first its files go, if they should and no other record is of the same ones.
     async fn remove(&self, artifact: &ModelArtifact, live: Option<&Job>) -> Result<Option<Duration>, Error> {
-        if !artifact.finalizers().iter().any(|name| name == FINALIZER) {
+        if !is_kept(artifact) {
             return Ok(None);
         }
         let known = self.all.state();

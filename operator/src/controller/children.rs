@@ -15,10 +15,7 @@ use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 
 use super::health::Watch;
-use crate::render::{ENCODERS_ANNOTATION, OWNER_ANNOTATION};
-
-/// Annotation of the pods of an Indexed Job.
-const COMPLETION_INDEX: &str = "batch.kubernetes.io/job-completion-index";
+use crate::render::{COMPLETION_INDEX, ENCODERS_ANNOTATION, OWNER_ANNOTATION};
 
 /// Namespace and name of an object.
 pub(super) type Key = (String, String);

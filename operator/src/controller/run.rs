@@ -28,7 +28,7 @@ use super::{Error, Stop};
 use crate::plan::{Pins, WorkloadPlan, plan_pinned};
 use crate::render::{Owner, attempt_of, render_run};
 use crate::status::conditions::is_true;
-use crate::status::{ARTIFACT_LABEL, Action, Decision, Observed, References, decide};
+use crate::status::{ARTIFACT_LABEL, Action, Decision, Observed, References, decide, index};
 
 /// A kind whose jobs come to an end.
 pub(super) trait Run:
@@ -247,10 +247,9 @@ impl Runs {
         let (turn, again) = self.context.pods.turn(uid);
         let port = plan.and_then(|plan| plan.roles.first()?.ports.get("progress").copied());
         let newest = format!("{}", status.attempt);
-        let first = pods.iter().find(|pod| {
-            pod.labels().get(crate::render::ATTEMPT_LABEL) == Some(&newest)
-                && pod.annotations().get("batch.kubernetes.io/job-completion-index").is_some_and(|index| index == "0")
-        });
+        let first = pods
+            .iter()
+            .find(|pod| pod.labels().get(crate::render::ATTEMPT_LABEL) == Some(&newest) && index(pod) == Some(0));
         match (turn, port, first) {
             (true, Some(port), Some(pod)) => (self.context.pods.progress(pod, port).await, Some(again)),
             _ => (None, Some(again)),

@@ -28,7 +28,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 
 use super::apply;
-use super::children::{Children, Key, owner_by_annotation, owner_by_reference};
+use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_pod};
 use super::context::{Context, DEBOUNCE, Visit};
 use super::{Error, Stop};
 use crate::plan::{Pins, Role, plan_pinned};
@@ -64,14 +64,13 @@ pub(super) async fn control(context: Arc<Context>, stop: Stop) {
     let (deployments, deployment_news) =
         context.watch_children(KIND, owner_by_reference(KIND), |_: &mut Deployment| {});
     let (services, service_news) = context.watch_children(KIND, owner_by_reference(KIND), |_: &mut Service| {});
-    let (configs, config_news) =
-        context.watch_children(KIND, owner_by_reference(KIND), |config: &mut ConfigMap| config.data = None);
+    let (configs, config_news) = context.watch_children(KIND, owner_by_reference(KIND), prune_config);
     let (budgets, budget_news) =
         context.watch_children(KIND, owner_by_reference(KIND), |_: &mut PodDisruptionBudget| {});
     let (policies, policy_news) = context.watch_children(KIND, owner_by_reference(KIND), |_: &mut NetworkPolicy| {});
     let (autoscalers, autoscaler_news) =
         context.watch_children(KIND, owner_by_reference(KIND), |_: &mut HorizontalPodAutoscaler| {});
-    let (pods, pod_news) = context.watch_children(KIND, owner_by_annotation, |pod: &mut Pod| pod.spec = None);
+    let (pods, pod_news) = context.watch_children(KIND, owner_by_annotation, prune_pod);
     let (slices, slice_news) = context.watch_children(KIND, owner_by_label, |_: &mut EndpointSlice| {});
     let news = futures::stream::select_all([
         deployment_news.boxed(),

@@ -14,6 +14,7 @@ mod store_jobs;
 
 pub use encoders::{ENCODERS_ANNOTATION, Encoder, render_encoders};
 pub use job::{RunObjects, attempt_of, render_run};
+pub(crate) use names::COMPLETION_INDEX;
 pub use names::{ATTEMPT_LABEL, KIND_LABEL, MANAGED_BY, NAME_LABEL, OWNER_ANNOTATION, child_name, labels, selector};
 pub use pod::{CONTAINER, RESULT_FILE};
 pub use serving::{

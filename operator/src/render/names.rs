@@ -17,6 +17,8 @@ pub(crate) const COMPONENT_LABEL: &str = "app.kubernetes.io/component";
 pub const ATTEMPT_LABEL: &str = "sensorium.dev/attempt";
 /// Annotation of a pod with the name of the resource that it works for, in full.
 pub const OWNER_ANNOTATION: &str = "sensorium.dev/owner";
+/// Annotation of a pod of an Indexed Job, which Kubernetes sets: its number.
+pub(crate) const COMPLETION_INDEX: &str = "batch.kubernetes.io/job-completion-index";
 /// Longest label value, and longest name of a Service. A pod of an Indexed Job has the Job's name and its index as host
 /// name, under the same limit.
 const LONGEST: usize = 63;

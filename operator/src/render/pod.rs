@@ -13,6 +13,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use sensorium_api::{Scheduling, TopologyMode};
 
 use super::Images;
+use super::names::COMPLETION_INDEX;
 use crate::plan::{MountSource, Program, Resolve, Role, WorkloadPlan};
 
 /// Name of the one container of every pod.
@@ -183,7 +184,7 @@ fn env(context: &PodContext<'_>, place: &Place<'_>, gpus: bool) -> Vec<EnvVar> {
     let plain = |name: &str, value: String| EnvVar { name: name.to_owned(), value: Some(value), value_from: None };
     let mut env = Vec::new();
     if role.program == Program::Trainer {
-        env.push(from_field(POD_INDEX, "metadata.annotations['batch.kubernetes.io/job-completion-index']"));
+        env.push(from_field(POD_INDEX, &format!("metadata.annotations['{COMPLETION_INDEX}']")));
         env.push(plain("GROUP_RANK", format!("$({POD_INDEX})")));
         // Peers reach a worker at its pod's address; it need not find that out by itself.
         env.push(from_field("SENSORIUM_INTERFACE_ADDR", "status.podIP"));

@@ -9,11 +9,9 @@ use kube::ResourceExt;
 use sensorium_api::ModelArtifact;
 
 use super::Images;
-use super::names::{KIND_LABEL, MANAGED_BY, NAME_LABEL, child_name};
+use super::names::{COMPONENT_LABEL, KIND_LABEL, MANAGED_BY, NAME_LABEL, child_name};
 use super::pod::{CONTAINER, RESULT_FILE, container_security, pod_security, program_path, pull_secrets};
 
-/// Label that tells the two Jobs apart.
-const COMPONENT_LABEL: &str = "app.kubernetes.io/component";
 /// Component label of the Job that compares digests, and the end of its name.
 const VERIFIER: &str = "verify";
 /// The same of the Job that removes files.
@@ -53,8 +51,7 @@ fn store_job(
     ]
     .map(|(key, value)| (key.to_owned(), value.to_owned()));
     let uri = &artifact.spec.uri;
-    // An artifact lies in STORE/objects/DIGEST.
-    let store = uri.rsplitn(3, '/').nth(2).filter(|store| store.contains("://")).ok_or_else(|| {
+    let store = artifact.spec.store().ok_or_else(|| {
         format!(
             "spec.uri is {uri}, which is not STORE/objects/DIGEST, as jobs write it; correct it in a new ModelArtifact"
         )

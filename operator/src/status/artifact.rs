@@ -11,6 +11,8 @@ use sensorium_api::{ModelArtifact, ModelArtifactStatus, ModelSource};
 use super::Note;
 use super::conditions::{Conditions, Truth, is_true};
 
+/// Finalizer that keeps a record until its files are removed.
+pub const FINALIZER: &str = "sensorium.dev/stored-files";
 /// Label with the name under which a job left an artifact.
 pub const ARTIFACT_LABEL: &str = "sensorium.dev/artifact";
 
@@ -60,6 +62,16 @@ pub enum Resolution {
     Missing(String),
 }
 
+/// Whether its files were found to be what it says.
+pub(crate) fn is_verified(artifact: &ModelArtifact) -> bool {
+    artifact.status.as_ref().is_some_and(|status| is_true(&status.conditions, "Verified"))
+}
+
+/// Orders artifacts, the oldest first. Times are whole seconds, so that names have to decide too.
+pub(super) fn age(artifact: &ModelArtifact) -> (Option<Timestamp>, String) {
+    (artifact.metadata.creation_timestamp.as_ref().map(|time| time.0), artifact.name_any())
+}
+
 fn is_meant(artifact: &ModelArtifact, reference: &str) -> bool {
     artifact.spec.digest == reference
         || artifact.labels().get(ARTIFACT_LABEL).is_some_and(|name| name == reference)
@@ -71,16 +83,11 @@ pub fn resolve<'a>(reference: &str, store: &str, artifacts: impl Iterator<Item =
     let mut known: Vec<&ModelArtifact> = artifacts
         .filter(|artifact| artifact.metadata.deletion_timestamp.is_none() && is_meant(artifact, reference))
         .collect();
-    known.sort_by_key(|artifact| {
-        (artifact.metadata.creation_timestamp.as_ref().map(|time| time.0), artifact.name_any())
-    });
+    known.sort_by_key(|artifact| age(artifact));
     let here = |artifact: &&&ModelArtifact| {
         artifact.spec.uri.strip_prefix(store).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     };
-    let verified = |artifact: &&ModelArtifact| {
-        artifact.status.as_ref().is_some_and(|status| is_true(&status.conditions, "Verified"))
-    };
-    if let Some(found) = known.iter().filter(here).rev().find(|artifact| verified(artifact)) {
+    if let Some(found) = known.iter().filter(here).rev().find(|artifact| is_verified(artifact)) {
         return Resolution::Found(found.spec.digest.clone());
     }
     let newest_here = known.iter().filter(here).next_back();
@@ -164,7 +171,7 @@ pub fn removal(
             (job.map(ResourceExt::name_any).unwrap_or_default(), condition.message.as_deref().unwrap_or_default());
         let message = format!(
             "the stored files could not be removed ({why}); kubectl logs job/{job} says which; delete the Job and it is \
-             tried again, or remove the finalizer sensorium.dev/stored-files to leave the files where they are"
+             tried again, or remove the finalizer {FINALIZER} to leave the files where they are"
         );
         ("RemovalFailed", message)
     } else {

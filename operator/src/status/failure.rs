@@ -6,7 +6,7 @@ use kube::ResourceExt;
 use sensorium_api::run::{RunResult, RunState};
 use sensorium_api::{FailureAction, FailurePolicy};
 
-use crate::render::CONTAINER;
+use crate::render::{COMPLETION_INDEX, CONTAINER};
 
 /// Exit code by which a program says that the job itself has to be changed.
 const USAGE: i32 = 2;
@@ -128,8 +128,8 @@ fn tail(text: &str) -> String {
 }
 
 /// The number of a pod within its Job.
-pub(super) fn index(pod: &Pod) -> Option<u32> {
-    pod.annotations().get("batch.kubernetes.io/job-completion-index")?.parse().ok()
+pub(crate) fn index(pod: &Pod) -> Option<u32> {
+    pod.annotations().get(COMPLETION_INDEX)?.parse().ok()
 }
 
 fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {

@@ -8,7 +8,9 @@ mod retention;
 mod run;
 mod serving;
 
-pub use artifact::{ARTIFACT_LABEL, References, Resolution, removal, resolve, verification};
+pub(crate) use artifact::is_verified;
+pub use artifact::{ARTIFACT_LABEL, FINALIZER, References, Resolution, removal, resolve, verification};
+pub(crate) use failure::index;
 pub use failure::{Cause, Failure};
 pub use retention::{Reader, reader_of, removes_files, surplus};
 pub use run::{Action, Decision, Observed, decide};

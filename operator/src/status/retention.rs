@@ -6,8 +6,7 @@ use kube::ResourceExt;
 use sensorium_api::manifest::Resource;
 use sensorium_api::{FilePolicy, JobState, JobStatus, ModelArtifact};
 
-use super::artifact::{ARTIFACT_LABEL, References};
-use super::conditions::is_true;
+use super::artifact::{ARTIFACT_LABEL, References, age, is_verified};
 
 /// A job or a server, and what it reads.
 #[derive(Clone, Debug)]
@@ -62,19 +61,11 @@ pub fn reader_of<'a>(artifact: &ModelArtifact, readers: &'a [Reader]) -> Option<
 /// store. Newer ones that are not verified yet are not counted: they may never be.
 pub fn surplus<'a>(newest: &ModelArtifact, all: impl Iterator<Item = &'a ModelArtifact>) -> Vec<&'a ModelArtifact> {
     let (Some(retention), Some(group)) = (&newest.spec.retention, group(newest)) else { return Vec::new() };
-    let age = |artifact: &ModelArtifact| {
-        (artifact.metadata.creation_timestamp.as_ref().map(|time| time.0), artifact.name_any())
-    };
     let mut members: Vec<&ModelArtifact> = all
-        .filter(|artifact| {
-            artifact.metadata.deletion_timestamp.is_none() && self::group(artifact) == Some(group.clone())
-        })
+        .filter(|artifact| artifact.metadata.deletion_timestamp.is_none() && self::group(artifact) == Some(group))
         .collect();
     members.sort_by_key(|artifact| std::cmp::Reverse(age(artifact)));
-    let verified = |artifact: &&ModelArtifact| {
-        artifact.status.as_ref().is_some_and(|status| is_true(&status.conditions, "Verified"))
-    };
-    let known = members.into_iter().skip_while(|artifact| !verified(artifact)).collect::<Vec<_>>();
+    let known = members.into_iter().skip_while(|artifact| !is_verified(artifact)).collect::<Vec<_>>();
     match known.first() {
         Some(first) if first.name_any() == newest.name_any() => {
             known.into_iter().skip(retention.keep as usize).collect()
@@ -89,10 +80,9 @@ pub fn removes_files(artifact: &ModelArtifact) -> bool {
 }
 
 /// Namespace, name and store: what a rule is about.
-fn group(artifact: &ModelArtifact) -> Option<(Option<String>, String, String)> {
-    let name = artifact.labels().get(ARTIFACT_LABEL)?.clone();
-    let store = artifact.spec.uri.rsplitn(3, '/').nth(2)?.to_owned();
-    Some((artifact.namespace(), name, store))
+fn group(artifact: &ModelArtifact) -> Option<(Option<&str>, &str, &str)> {
+    let name = artifact.labels().get(ARTIFACT_LABEL)?;
+    Some((artifact.metadata.namespace.as_deref(), name, artifact.spec.store()?))
 }
 
 #[cfg(test)]

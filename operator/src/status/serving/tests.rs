@@ -139,6 +139,22 @@ fn canaries_stay_until_the_stable_servers_have_taken_over() {
     assert_eq!((plan.apply, plan.canaries), (true, None));
 }
 
+/// A job whose servers all answer.
+fn served<'a>(status: &'a ServingJobStatus, stable: &'a Deployment) -> Observed<'a> {
+    Observed {
+        now: at(0),
+        generation: Some(1),
+        status,
+        artifact: Ok("sha256:x"),
+        stable: Some(stable),
+        encoders: &[],
+        pods: &[],
+        endpoints: 2,
+        rollout: None,
+        selector: String::new(),
+    }
+}
+
 #[test]
 fn old_servers_that_answer_do_not_make_a_job_ready_whose_new_ones_crash() {
     let pod: Pod = serde_json::from_value(json!({
@@ -151,20 +167,8 @@ fn old_servers_that_answer_do_not_make_a_job_ready_whose_new_ones_crash() {
     }))
     .unwrap();
     let stable = deployment("old", 2);
-    let observed = |pods: &[Pod]| {
-        serving_status(&Observed {
-            now: at(0),
-            generation: Some(1),
-            status: &ServingJobStatus::default(),
-            artifact: Ok("sha256:x"),
-            stable: Some(&stable),
-            encoders: &[],
-            pods,
-            endpoints: 2,
-            rollout: None,
-            selector: String::new(),
-        })
-    };
+    let observed =
+        |pods: &[Pod]| serving_status(&Observed { pods, ..served(&ServingJobStatus::default(), &stable) });
     assert!(is_ready(&observed(&[])));
     let status = observed(&[pod]);
     assert!(!is_ready(&status) && is_true(&status.conditions, "Degraded"));
@@ -180,18 +184,8 @@ fn an_encoder_that_does_not_answer_is_named_and_the_job_is_ready_while_its_serve
             encoder.status.as_mut().unwrap().available_replicas = Some(answering);
             Arc::new(encoder)
         });
-        serving_status(&Observed {
-            now: at(0),
-            generation: Some(1),
-            status: &ServingJobStatus::default(),
-            artifact: Ok("sha256:x"),
-            stable: Some(&stable),
-            encoders: &[("vqa-image-encoder-e".to_owned(), encoder)],
-            pods: &[],
-            endpoints: 2,
-            rollout: None,
-            selector: String::new(),
-        })
+        let encoders = [("vqa-image-encoder-e".to_owned(), encoder)];
+        serving_status(&Observed { encoders: &encoders, ..served(&ServingJobStatus::default(), &stable) })
     };
     let whole = status(Some(2));
     assert!(is_true(&whole.conditions, "WorkloadsReady") && !is_true(&whole.conditions, "Degraded"));
