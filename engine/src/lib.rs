@@ -27,7 +27,7 @@ pub use error::{EngineError, PipelineError};
 pub use onnxruntime::OnnxRuntime;
 pub use options::{Device, Optimization, Options};
 pub use pipeline::{Encoded, GraphRunner, LocalPipeline, Pipeline, VqaAnswer, VqaInput, open_graph, rank_answers};
-pub use raw::{RawTensor, RawTensorError, Strings, element_size};
+pub use raw::{RawTensor, RawTensorError, Strings, element_size, smallest_shape};
 pub use sensorium_artifact::DType;
 pub use sensorium_artifact::TensorSpec;
 pub use signature::{Signature, artifact_dtype, dtype_name};

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use bytemuck::{AnyBitPattern, NoUninit};
 use bytes::{Bytes, BytesMut};
-use sensorium_artifact::DType;
+use sensorium_artifact::{DType, TensorSpec};
 use sensorium_modality::{Element, Tensor, TensorData};
 
 use crate::signature::{artifact_dtype, dtype_name};
@@ -146,6 +146,19 @@ impl RawTensor {
             Some(bytes) => Self::new(dtype, shape, vec![0; bytes].into()),
             None => Err(RawTensorError::Shape { shape }),
         }
+    }
+
+    /// Zeros of the smallest shape that `spec` takes: sizes that a request chooses are 1, and the first of all, where it is
+    /// one of these, is `rows`.
+    ///
+    /// # Errors
+    /// As [`RawTensor::zeros`].
+    pub fn smallest(spec: &TensorSpec, rows: i64) -> Result<Self, RawTensorError> {
+        let mut shape = smallest_shape(spec);
+        if let (Some(first), Some(None)) = (shape.first_mut(), spec.shape.first()) {
+            *first = rows;
+        }
+        Self::zeros(spec.dtype, shape)
     }
 
     /// Element type.
@@ -302,6 +315,11 @@ pub fn element_size(dtype: DType) -> Option<usize> {
         DType::Uint64 | DType::Int64 | DType::Fp64 => Some(8),
         DType::Bytes => None,
     }
+}
+
+/// The smallest shape that `spec` takes: sizes that a request chooses are 1.
+pub fn smallest_shape(spec: &TensorSpec) -> Vec<i64> {
+    spec.shape.iter().map(|size| size.map_or(1, |size| size as i64)).collect()
 }
 
 /// Elements of a shape; `None` when it has a negative size or too many of them.

@@ -110,9 +110,5 @@ impl Graph {
 /// The smallest request that a graph takes: sizes that a request chooses are 1. Zero is an index that every lookup table
 /// has. An input that cannot be made is left out, and the signature names it.
 fn zeros(signature: &Signature) -> Vec<RawTensor> {
-    let zeros = |spec: &sensorium_artifact::TensorSpec| {
-        let shape = spec.shape.iter().map(|size| size.map_or(1, |size| size as i64)).collect();
-        RawTensor::zeros(spec.dtype, shape).ok()
-    };
-    signature.inputs().iter().filter_map(zeros).collect()
+    signature.inputs().iter().filter_map(|spec| RawTensor::smallest(spec, 1).ok()).collect()
 }

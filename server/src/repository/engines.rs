@@ -138,7 +138,7 @@ fn inputs(
             return match bound {
                 Some(_) => Err(format!("has no input `{}`", spec.name)),
                 // A control or state that the server fills in requests: zeros do here.
-                None => zeros(spec, batch.unwrap_or(1)),
+                None => RawTensor::smallest(spec, batch.unwrap_or(1)).map_err(|error| error.to_string()),
             };
         };
         tensor(input, spec, batch, folder).map_err(|reason| format!("input `{}`: {reason}", spec.name))
@@ -147,14 +147,6 @@ fn inputs(
     // Sizes are written as clients see them, and go in as the graph has them.
     binding.shape(&mut inputs).map_err(|error| error.to_string())?;
     Ok(inputs)
-}
-
-fn zeros(spec: &TensorSpec, batch: i64) -> Result<RawTensor, String> {
-    let mut shape: Vec<i64> = spec.shape.iter().map(|size| size.map_or(1, |size| size as i64)).collect();
-    if let (Some(first), Some(None)) = (shape.first_mut(), spec.shape.first()) {
-        *first = batch;
-    }
-    RawTensor::zeros(spec.dtype, shape).map_err(|error| error.to_string())
 }
 
 fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -> Result<RawTensor, String> {

@@ -28,8 +28,7 @@ pub(super) async fn generate(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
-    let (request, call) = read(&rest, target, &headers, body).await?;
-    let answer = rest.service.infer(request, &call).await?;
+    let answer = ask(&rest, target, &headers, body).await?;
     Ok(axum::Json(answer_object(answer)?).into_response())
 }
 
@@ -40,8 +39,7 @@ pub(super) async fn generate_stream(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
-    let (request, call) = read(&rest, target, &headers, body).await?;
-    let answer = rest.service.infer(request, &call).await?;
+    let answer = ask(&rest, target, &headers, body).await?;
     let event = match answer_object(answer) {
         Ok(answer) => answer.get().to_owned(),
         Err(refusal) => json!({ "error": refusal.message() }).to_string(),
@@ -50,19 +48,14 @@ pub(super) async fn generate_stream(
     Ok(Sse::new(events).into_response())
 }
 
-async fn read(
-    rest: &Rest,
-    target: Target,
-    headers: &HeaderMap,
-    body: Body,
-) -> Result<(ModelInferRequest, Call), Refusal> {
+async fn ask(rest: &Rest, target: Target, headers: &HeaderMap, body: Body) -> Result<ModelInferResponse, Refusal> {
     let call = Call::new(headers);
     let body = body::read(headers, body, rest.max_bytes).await?;
     let model = rest.service.model(&target.model, &target.version)?;
     let mut request = fields(&model, &body).map_err(|error| Refusal::invalid(error.to_string()))?;
     request.model_name = target.model;
     request.model_version = target.version;
-    Ok((request, call))
+    Ok(rest.service.infer(request, &call).await?)
 }
 
 /// Fields that are named like inputs are those; `id` and `parameters` are themselves, and the rest are parameters.

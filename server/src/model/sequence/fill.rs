@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use sensorium_artifact::{DType, TensorSpec};
-use sensorium_engine::{RawTensor, Signature, dtype_name};
+use sensorium_engine::{RawTensor, Signature, dtype_name, smallest_shape};
 use sensorium_proto::inference::{
     ModelSequenceBatching,
     model_sequence_batching::{Control, InitialState, State, control::Kind, initial_state::StateData},
@@ -117,17 +117,12 @@ fn position(what: &str, name: &str, specs: &[TensorSpec]) -> Result<usize, Strin
     })
 }
 
-/// One value, in the shape of the input with every open size 1.
-fn one(spec: &TensorSpec) -> Vec<i64> {
-    spec.shape.iter().map(|size| size.map_or(1, |size| size as i64)).collect()
-}
-
 fn control_fill(control: &Control, spec: &TensorSpec) -> Result<Fill, String> {
     let unfit = |reason: &str| format!("its control_input `{}` {reason}", spec.name);
     if control.kind() == Kind::ControlSequenceCorrid {
         return match spec.dtype {
             DType::Uint64 | DType::Int64 | DType::Uint32 | DType::Int32 | DType::Bytes => {
-                Ok(Fill::Id(spec.dtype, one(spec)))
+                Ok(Fill::Id(spec.dtype, smallest_shape(spec)))
             }
             other => Err(unfit(&format!("is {} in its file, which holds no correlation ID", dtype_name(other)))),
         };
@@ -146,7 +141,7 @@ fn control_fill(control: &Control, spec: &TensorSpec) -> Result<Fill, String> {
             }
         };
     let tensor = |bytes: Vec<u8>| {
-        let tensor = RawTensor::new(spec.dtype, one(spec), bytes.into());
+        let tensor = RawTensor::new(spec.dtype, smallest_shape(spec), bytes.into());
         tensor.map_err(|error| unfit(&format!("takes no single value: {error}")))
     };
     let [no, yes] = bytes;
@@ -158,7 +153,7 @@ fn control_fill(control: &Control, spec: &TensorSpec) -> Result<Fill, String> {
             let [_, yes] = values;
             Fill::Ready(yes)
         }
-        Kind::ControlSequenceCorrid => Fill::Id(spec.dtype, one(spec)),
+        Kind::ControlSequenceCorrid => Fill::Id(spec.dtype, smallest_shape(spec)),
     })
 }
 
@@ -185,7 +180,7 @@ fn initial(state: &State, spec: &TensorSpec, batches: bool, folder: &Path) -> Re
     let written = state.initial_state.first();
     let dims = written.map_or(&state.dims, |initial| &initial.dims);
     let sizes: Vec<i64> = match dims.as_slice() {
-        [] => one(spec).into_iter().skip(usize::from(batches)).collect(),
+        [] => smallest_shape(spec).into_iter().skip(usize::from(batches)).collect(),
         dims => dims.iter().map(|size| if *size < 0 { 1 } else { *size }).collect(),
     };
     let shape: Vec<i64> = std::iter::repeat_n(1, usize::from(batches)).chain(sizes).collect();
