@@ -39,7 +39,7 @@
 //! # }
 //! ```
 //!
-//! What this is not: a registry. There is no search, no deletion and no access control; names are last-writer-wins.
+//! What this is not: a registry. There is no search and no access control; names are last-writer-wins.
 //! Given up: sharing equal files between artifacts. They are small next to the data that made them, and a folder that
 //! holds everything can be copied, mounted and inspected with ordinary tools.
 

@@ -10,7 +10,7 @@ use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 use tokio::io::AsyncWriteExt;
 
 use crate::atomic;
-use crate::store::s3_client;
+use crate::store::{s3_client, s3_environment};
 use crate::{ArtifactError, Digest, Location};
 
 /// Files under a prefix as a folder that follows them. Objects are told apart by their entity tags, as the store gives
@@ -37,8 +37,7 @@ impl Mirror {
     /// # Errors
     /// [`ArtifactError::InvalidUri`], [`ArtifactError::Remote`] for `AWS_*` variables that contradict each other.
     pub fn open(uri: &str, cache: &Path) -> Result<Self, ArtifactError> {
-        let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
-        Self::open_with(uri, cache, environment)
+        Self::open_with(uri, cache, s3_environment())
     }
 
     /// As [`Mirror::open`], with these environment variables instead of the process's own.

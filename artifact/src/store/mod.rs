@@ -25,7 +25,7 @@ use crate::path::validate_name;
 use crate::{ArtifactError, Digest, Location, Manifest, ManifestParts, Volumes};
 use local::LocalStore;
 use s3::S3Store;
-pub(crate) use s3::client as s3_client;
+pub(crate) use s3::{client as s3_client, environment as s3_environment};
 
 pub(crate) const OBJECTS: &str = "objects";
 pub(crate) const NAMES: &str = "names";
@@ -72,9 +72,7 @@ impl Store {
     /// [`ArtifactError::InvalidUri`], [`ArtifactError::UnknownClaim`], and [`ArtifactError::Remote`] for S3 variables
     /// that contradict each other.
     pub fn open(uri: &str, volumes: &Volumes) -> Result<Self, ArtifactError> {
-        // A variable that is not Unicode is none of ours; `vars` would panic on it.
-        let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
-        Self::open_with(uri, volumes, environment)
+        Self::open_with(uri, volumes, s3::environment())
     }
 
     /// As [`Store::open`], with these environment variables instead of the process's own.

@@ -34,6 +34,11 @@ pub(crate) struct S3Store {
     prefix: String,
 }
 
+/// The variables of this process. One that is not Unicode is none of ours; `vars` would panic on it.
+pub(crate) fn environment() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+}
+
 /// A client of a bucket. `environment` gives the `AWS_*` variables: credentials, region, endpoint and the rest.
 pub(crate) fn client(
     bucket: &str,
