@@ -167,8 +167,7 @@ fn old_servers_that_answer_do_not_make_a_job_ready_whose_new_ones_crash() {
     }))
     .unwrap();
     let stable = deployment("old", 2);
-    let observed =
-        |pods: &[Pod]| serving_status(&Observed { pods, ..served(&ServingJobStatus::default(), &stable) });
+    let observed = |pods: &[Pod]| serving_status(&Observed { pods, ..served(&ServingJobStatus::default(), &stable) });
     assert!(is_ready(&observed(&[])));
     let status = observed(&[pod]);
     assert!(!is_ready(&status) && is_true(&status.conditions, "Degraded"));
