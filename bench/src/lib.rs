@@ -39,7 +39,7 @@ struct Row {
 #[derive(Debug, Serialize)]
 pub struct Report {
     #[serde(skip)]
-    name: &'static str,
+    name: String,
     date: String,
     commit: String,
     cpu: String,
@@ -57,7 +57,7 @@ impl Report {
         let arguments = std::env::args().skip(1);
         let command = std::iter::once(format!("bench-{name}")).chain(arguments).collect::<Vec<_>>().join(" ");
         Ok(Self {
-            name,
+            name: name.to_owned(),
             date: jiff::Timestamp::now().strftime("%Y-%m-%d").to_string(),
             commit: commit()?,
             cpu: cpu()?,
@@ -65,6 +65,12 @@ impl Report {
             command,
             rows: Vec::new(),
         })
+    }
+
+    /// The same, kept in `bench/results/NAME.json`.
+    #[must_use]
+    pub fn named(self, name: &str) -> Self {
+        Self { name: name.to_owned(), ..self }
     }
 
     /// Adds a figure `ours` beside that of the peer `(name, figure)`.
@@ -81,7 +87,7 @@ impl Report {
         print!("{}", self.table());
         let folder = repository().join("bench/results");
         fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-        let path = folder.join(self.name).with_extension("json");
+        let path = folder.join(&self.name).with_extension("json");
         let mut file = NamedTempFile::new_in(&folder)?;
         serde_json::to_writer_pretty(&mut file, self)?;
         writeln!(file)?;

@@ -1,0 +1,296 @@
+//! How fast the model server is: beside Triton and KServe's runtime, the same session in process, and a bare echo.
+//!
+//! Servers have the first core to themselves, the client has the second. All servers of a model run at the same time, and
+//! are asked in turn: a figure is the median over rounds, so that what disturbs the machine disturbs all of them.
+
+mod cases;
+mod ceilings;
+mod load;
+mod servers;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use clap::{Parser, Subcommand};
+use prost::Message as _;
+use rustix::thread::{CpuSet, sched_setaffinity};
+use sensorium_bench::{Better, Report};
+use sensorium_proto::inference::ModelInferResponse;
+
+use crate::cases::{CASES, Case, LONGEST_TEXT, PADDING, texts};
+use crate::ceilings::InProcess;
+use crate::load::{Message, Protocol, Sample, closed_loop};
+use crate::servers::{Kind, Server, Setting};
+
+/// Requests at a time.
+const CONCURRENCIES: [usize; 4] = [1, 8, 32, 128];
+/// From here on a server has enough to do to come near its limit.
+const SATURATED: usize = 32;
+/// A model of less in process is compared with an echo of its messages.
+const TINY: f64 = 0.001;
+/// Rows of a batch that servers may make where the model's best is smaller: they decide.
+const TEXTS: usize = 256;
+const TEXTS_AT_A_TIME: usize = 32;
+
+/// The limits that were set before anything was measured.
+mod limits {
+    /// Seconds that a request alone may take longer than the model.
+    pub(crate) const ADDED_LATENCY: f64 = 200e-6;
+}
+
+/// Measures the model server beside its peers
+#[derive(Debug, Parser)]
+struct Options {
+    #[command(subcommand)]
+    part: Option<Part>,
+    /// Python of the environment of the peers: `scripts/test-env bench` prints it
+    #[arg(long, env = "BENCH_PYTHON", default_value = "python3")]
+    python: PathBuf,
+    /// Folder of models, which bench/peers/models.py writes
+    #[arg(long, env = "BENCH_MODELS", default_value = "models")]
+    models: PathBuf,
+    /// Only these models
+    #[arg(long, value_name = "MODEL")]
+    model: Vec<String>,
+    /// Only these peers
+    #[arg(long, value_name = "PEER", default_values = ["triton", "kserve"])]
+    peer: Vec<Kind>,
+    /// Times that each figure is measured
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+    /// Seconds of each time, longer where a model is slow
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Name of the file of results
+    #[arg(long, default_value = "server")]
+    name: String,
+}
+
+/// What the program does in processes of its own.
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// Run a model without a server
+    #[command(hide = true)]
+    InProcess { model: String, models: PathBuf, batch: usize, seconds: f64 },
+    /// Answer with the same messages
+    #[command(hide = true)]
+    Echo { grpc: PathBuf, http: PathBuf, grpc_port: u16, http_port: u16 },
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    match options.part {
+        Some(Part::InProcess { model, models, batch, seconds }) => {
+            ceilings::run(case(&model)?, &models, batch, Duration::from_secs_f64(seconds))
+        }
+        Some(Part::Echo { grpc, http, grpc_port, http_port }) => ceilings::echo(&grpc, &http, grpc_port, http_port),
+        None => measure(&options),
+    }
+}
+
+fn case(name: &str) -> Result<&'static Case> {
+    CASES.iter().find(|case| case.name == name).with_context(|| format!("there is no model {name:?}"))
+}
+
+fn measure(options: &Options) -> Result<()> {
+    let cores = std::thread::available_parallelism()?.get();
+    ensure!(cores >= 2, "the server and its client need a core each, this machine has {cores}");
+    let mut second = CpuSet::new();
+    second.set(1);
+    let mut report = Report::new("server")?.named(&options.name);
+    let work = tempfile::tempdir()?;
+    let scripts = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/peers"));
+    let setting = Setting {
+        python: options.python.clone(),
+        scripts,
+        models: options.models.canonicalize().with_context(|| options.models.display().to_string())?,
+        work: work.path().to_owned(),
+    };
+    sched_setaffinity(None, &second)?;
+    let chosen = |case: &&Case| options.model.is_empty() || options.model.iter().any(|name| name == case.name);
+    for case in CASES.iter().filter(chosen) {
+        measure_case(case, &setting, options, &mut report)?;
+        if case.name == "minilm-int8" {
+            measure_texts(case, &setting, options, &mut report)?;
+        }
+    }
+    report.finish()
+}
+
+fn measure_case(case: &Case, setting: &Setting, options: &Options, report: &mut Report) -> Result<()> {
+    eprintln!("{}", case.name);
+    let time = Duration::from_secs_f64(options.seconds);
+    let best = ceilings::best_batch(case, &setting.models, time)?;
+    let alone = ceilings::in_process(case, &setting.models, 1, time)?;
+    let message = Message::new(case.name, &case.request(1)?);
+    let kinds: Vec<Kind> = std::iter::once(Kind::Ours).chain(options.peer.iter().copied()).collect();
+    let mut servers = Vec::new();
+    for &kind in &kinds {
+        let backend = if kind == Kind::Triton { "python" } else { "onnxruntime" };
+        let server = Server::start(kind, setting, case, &case.config(backend, best), &message)?;
+        eprintln!("  {} answers after {:.2} s, {:.0} MiB", kind.name(), server.start_seconds, server.idle_mebibytes);
+        servers.push(server);
+    }
+    let (ours, peers) = servers.split_first().context("ours is the first")?;
+    for peer in peers {
+        let name = peer.kind.name();
+        let row = |what: &str| format!("{}/{what}", case.name);
+        report.row(row("cold-start"), "s", Better::Lower, ours.start_seconds, (name, peer.start_seconds));
+        report.row(row("idle-memory"), "MiB", Better::Lower, ours.idle_mebibytes, (name, peer.idle_mebibytes));
+    }
+    let is_tiny = alone.median < TINY;
+    if is_tiny {
+        let grpc = load::ask_once(ours.port(Protocol::Grpc), Protocol::Grpc, &message)?;
+        let http = load::ask_once(ours.port(Protocol::Http), Protocol::Http, &message)?;
+        check(&grpc)?;
+        servers.push(Server::echo(setting, &grpc, &http, &message)?);
+    }
+    for protocol in [Protocol::Grpc, Protocol::Http] {
+        for concurrency in CONCURRENCIES {
+            let place = Place { case, protocol, concurrency, best, is_tiny };
+            let turns = take_turns(&place, &servers, setting, options, alone.median, &message)?;
+            place.report(&turns, report);
+        }
+    }
+    Ok(())
+}
+
+/// Whether an answer is one.
+fn check(grpc: &Bytes) -> Result<()> {
+    let answer = ModelInferResponse::decode(grpc.clone())?;
+    ensure!(!answer.raw_output_contents.is_empty(), "the answer has no outputs");
+    Ok(())
+}
+
+/// What is measured at a time.
+struct Place<'a> {
+    case: &'a Case,
+    protocol: Protocol,
+    concurrency: usize,
+    /// The batch that is best in process.
+    best: usize,
+    is_tiny: bool,
+}
+
+/// What came of it: samples of each server, in rounds, and of the session in process.
+struct Turns {
+    samples: Vec<(Kind, Vec<Sample>)>,
+    in_process: Vec<InProcess>,
+}
+
+fn take_turns(
+    place: &Place<'_>,
+    servers: &[Server],
+    setting: &Setting,
+    options: &Options,
+    row_seconds: f64,
+    message: &Message,
+) -> Result<Turns> {
+    // As long as all requests at a time take one after the other: the slowest server answers each twice.
+    let round = row_seconds * place.concurrency as f64;
+    let warm_up = Duration::from_secs_f64(round.max(0.3));
+    let time = Duration::from_secs_f64((2.0 * round).max(options.seconds));
+    let mut turns =
+        Turns { samples: servers.iter().map(|server| (server.kind, Vec::new())).collect(), in_process: Vec::new() };
+    let messages = [(1.0, message.clone())];
+    for round in 0..options.rounds as usize {
+        for turn in 0..servers.len() {
+            // Each round begins with another one.
+            let index = (round + turn) % servers.len();
+            let port = servers[index].port(place.protocol);
+            let sample = closed_loop(port, place.protocol, &messages, place.concurrency, (warm_up, time))
+                .with_context(|| servers[index].kind.name())?;
+            turns.samples[index].1.push(sample);
+        }
+        let batch = if place.concurrency == 1 { 1 } else { place.best };
+        let time = Duration::from_secs_f64(options.seconds);
+        turns.in_process.push(ceilings::in_process(place.case, &setting.models, batch, time)?);
+    }
+    Ok(turns)
+}
+
+impl Turns {
+    fn median(&self, kind: Kind, figure: impl Fn(&Sample) -> f64) -> Option<f64> {
+        let samples = self.samples.iter().find_map(|(own, samples)| (*own == kind).then_some(samples))?;
+        Some(median(samples.iter().map(figure)))
+    }
+}
+
+fn median(figures: impl Iterator<Item = f64>) -> f64 {
+    let mut figures: Vec<f64> = figures.collect();
+    figures.sort_by(f64::total_cmp);
+    figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+impl Place<'_> {
+    fn report(&self, turns: &Turns, report: &mut Report) {
+        let row = |what: &str| format!("{}/{}/c{}/{what}", self.case.name, self.protocol.name(), self.concurrency);
+        let throughput = |sample: &Sample| sample.per_second;
+        let p99 = |sample: &Sample| sample.latency(0.99) * 1e3;
+        let ours = turns.median(Kind::Ours, throughput).unwrap_or(f64::NAN);
+        let ours_p99 = turns.median(Kind::Ours, p99).unwrap_or(f64::NAN);
+        let mut line = format!("  {} c{}: ours {ours:.0}/s p99 {ours_p99:.2} ms", self.protocol.name(), self.concurrency);
+        for kind in [Kind::Triton, Kind::Kserve] {
+            let (Some(peer), Some(peer_p99)) = (turns.median(kind, throughput), turns.median(kind, p99)) else {
+                continue;
+            };
+            line.push_str(&format!(", {} {peer:.0}/s p99 {peer_p99:.2} ms", kind.name()));
+            report.row(row("throughput"), "requests/s", Better::Higher, ours, (kind.name(), peer));
+            report.row(row("p99"), "ms", Better::Lower, ours_p99, (kind.name(), peer_p99));
+        }
+        let in_process = median(turns.in_process.iter().map(|found| found.rows_per_second));
+        if self.concurrency == 1 {
+            let model = median(turns.in_process.iter().map(|found| found.median));
+            let p50 = turns.median(Kind::Ours, |sample| sample.latency(0.5)).unwrap_or(f64::NAN);
+            let added = (p50 - model) * 1e6;
+            line.push_str(&format!(", {added:.0} us more than in process"));
+            let limit = ("limit", limits::ADDED_LATENCY * 1e6);
+            report.row(row("added-latency-p50"), "us", Better::Lower, added, limit);
+        }
+        if self.concurrency >= SATURATED {
+            let (name, ceiling) = if self.is_tiny {
+                ("echo", turns.median(Kind::Echo, throughput).unwrap_or(f64::NAN))
+            } else {
+                ("ceiling", in_process)
+            };
+            line.push_str(&format!(", {name} {ceiling:.0}/s: {:.3} of it", ours / ceiling));
+            report.row(row("throughput"), "requests/s", Better::Higher, ours, (name, ceiling));
+            // One core does both: the model, and what there is to do about each message.
+            if self.is_tiny {
+                let both = 1.0 / (1.0 / ceiling + 1.0 / in_process);
+                line.push_str(&format!(", with the model {both:.0}/s: {:.3} of it", ours / both));
+                report.row(row("throughput"), "requests/s", Better::Higher, ours, ("echo-and-model", both));
+            }
+        }
+        eprintln!("{line}");
+    }
+}
+
+/// Tokens per second with texts of unequal lengths, by a server that pads, beside texts that the client has padded.
+fn measure_texts(case: &Case, setting: &Setting, options: &Options, report: &mut Report) -> Result<()> {
+    let as_messages = |padded_to| -> Result<Vec<(f64, Message)>> {
+        let texts = texts(TEXTS, padded_to)?;
+        Ok(texts.iter().map(|(tokens, inputs)| (*tokens as f64, Message::new(case.name, inputs))).collect())
+    };
+    let (unequal, padded) = (as_messages(None)?, as_messages(Some(LONGEST_TEXT))?);
+    let config = case.config("onnxruntime", 32);
+    let time = (Duration::from_secs(2), Duration::from_secs_f64(options.seconds.max(4.0)));
+    let (mut own, mut clients) = (Vec::new(), Vec::new());
+    for _ in 0..options.rounds {
+        for (messages, config, found) in
+            [(&unequal, format!("{config}{PADDING}"), &mut own), (&padded, config.clone(), &mut clients)]
+        {
+            let (_, first) = &messages[0];
+            let server = Server::start(Kind::Ours, setting, case, &config, first)?;
+            let sample = closed_loop(server.port(Protocol::Grpc), Protocol::Grpc, messages, TEXTS_AT_A_TIME, time)?;
+            found.push(sample.weight_per_second);
+        }
+    }
+    let (own, clients) = (median(own.into_iter()), median(clients.into_iter()));
+    eprintln!("  texts of 4 to 128 tokens: {own:.0} tokens/s, padded to the longest {clients:.0} tokens/s");
+    let row = format!("{}/texts/c{TEXTS_AT_A_TIME}/tokens", case.name);
+    report.row(row, "tokens/s", Better::Higher, own, ("padded", clients));
+    Ok(())
+}
