@@ -174,7 +174,7 @@ impl ModelVersion {
         let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
         let (outputs, timings) = match &self.cache {
             Some((cache, metrics)) => {
-                let (outputs, timings) = self.run_once(cache, fitted, &request).await?;
+                let (outputs, timings) = Box::pin(self.run_once(cache, fitted, &request)).await?;
                 metrics.cache(timings.cache_hit);
                 (outputs, timings)
             }
@@ -220,6 +220,7 @@ impl ModelVersion {
         }
     }
 
+    /// What is rare or slow is boxed, so that the common request does not carry room for it.
     async fn run(&self, fitted: Fitted, request: &Request) -> Result<Answer, InferError> {
         let Request { priority, timeout, deadline, .. } = *request;
         let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
@@ -247,12 +248,12 @@ impl ModelVersion {
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }
             Runs::Ensemble(ensemble) => {
-                let answer = ensemble.infer(fitted, request).await?;
+                let answer = Box::pin(ensemble.infer(fitted, request)).await?;
                 self.statistics.composed();
                 Ok(answer)
             }
             Runs::Multimodal(multimodal) => {
-                let outputs = multimodal.infer(&fitted).await?;
+                let outputs = Box::pin(multimodal.infer(&fitted)).await?;
                 self.statistics.composed();
                 Ok((outputs, Timings { compute_infer: started.elapsed(), ..Timings::default() }))
             }

@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use tokio::sync::oneshot;
+use tokio::{runtime::Handle, sync::oneshot};
 use tracing::Span;
 
 use super::{
@@ -42,6 +42,8 @@ pub(super) struct Queue {
     pub(super) shapes: Shapes,
     pub(super) metrics: GraphMetrics,
     pub(super) statistics: Arc<Statistics>,
+    /// Where the callers are, if there is one.
+    runtime: Option<Handle>,
     state: Mutex<State>,
     /// Signalled when work arrives and when the queue is closed.
     changed: Condvar,
@@ -74,7 +76,8 @@ impl Queue {
         metrics: GraphMetrics,
         statistics: Arc<Statistics>,
     ) -> Self {
-        Self { graph, policy, shapes, metrics, statistics, state: Mutex::default(), changed: Condvar::new() }
+        let runtime = Handle::try_current().ok();
+        Self { graph, policy, shapes, metrics, statistics, runtime, state: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Puts work in the line.
@@ -128,10 +131,18 @@ impl Queue {
         }
     }
 
-    /// The next batch, as soon as there is one to run; `None` when the queue is closed and empty.
-    pub(super) fn next_batch(&self, mut was_busy: bool) -> Option<Vec<Job>> {
+    /// The next batch, as soon as there is one to run; `None` when the queue is closed and empty. Where
+    /// the model `is_quick`, those who share this thread's core first do what they have to: they may bring more requests,
+    /// and to change between threads for each of them costs more than to run it.
+    pub(super) fn next_batch(&self, mut was_busy: bool, is_quick: bool) -> Option<Vec<Job>> {
+        let mut gives_way = is_quick;
         let mut state = self.lock();
         loop {
+            if std::mem::take(&mut gives_way) && state.line.len() > 0 {
+                drop(state);
+                std::thread::yield_now();
+                state = self.lock();
+            }
             let now = Instant::now();
             for job in state.line.expire(&self.policy, now) {
                 let graph = self.graph.clone();
@@ -158,7 +169,7 @@ impl Queue {
                 }
                 Next::Wait(_) if closing && state.line.len() == 0 => return None,
                 Next::Wait(None) => {
-                    was_busy = false;
+                    (was_busy, gives_way) = (false, is_quick);
                     state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 Next::Wait(Some(until)) => {
@@ -169,12 +180,25 @@ impl Queue {
         }
     }
 
-    /// Hands an answer out, or keeps it until those before it are there.
-    pub(super) fn answer(&self, place: Option<u64>, reply: Reply, outcome: Outcome) {
-        match place {
-            // A caller that left does not want its answer.
-            None => drop(reply.send(outcome)),
-            Some(place) => self.leave(place, Some((reply, outcome))),
+    /// Hands the answers of a batch out, and keeps those back that have to wait for others before them.
+    pub(super) fn answer(&self, answers: impl Iterator<Item = (Option<u64>, Reply, Outcome)>) {
+        let mut free = Vec::new();
+        for (place, reply, outcome) in answers {
+            match place {
+                None => free.push((reply, outcome)),
+                Some(place) => self.leave(place, Some((reply, outcome))),
+            }
+        }
+        let deliver = move || {
+            for (reply, outcome) in free {
+                // A caller that left does not want its answer.
+                drop(reply.send(outcome));
+            }
+        };
+        // From the runtime, which is woken once: waking it for each answer from here would mean a change of threads for each.
+        match &self.runtime {
+            Some(runtime) => drop(runtime.spawn(async { deliver() })),
+            None => deliver(),
         }
     }
 

@@ -20,6 +20,9 @@ use crate::model::Timings;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
+/// A batch that takes no longer than it takes to receive a few requests.
+const QUICK: Duration = Duration::from_micros(200);
+
 /// One engine's thread.
 pub(super) struct Instance {
     pub(super) queue: Arc<Queue>,
@@ -86,10 +89,11 @@ impl Instance {
     }
 
     fn run(&self, mut engine: Box<dyn Engine>) {
-        let mut was_busy = false;
-        while let Some(jobs) = self.queue.next_batch(was_busy) {
+        let (mut was_busy, mut is_quick) = (false, false);
+        while let Some(jobs) = self.queue.next_batch(was_busy, is_quick) {
+            let started = Instant::now();
             self.run_batch(engine.as_mut(), jobs);
-            was_busy = true;
+            (was_busy, is_quick) = (true, started.elapsed() < QUICK);
         }
     }
 
@@ -113,9 +117,7 @@ impl Instance {
         };
         drop(held);
         owed.places.clear();
-        for (job, outcome) in jobs.into_iter().zip(outcomes) {
-            queue.answer(job.place, job.reply, outcome);
-        }
+        queue.answer(jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome)));
     }
 
     /// Runs the rows of all jobs at once: an answer for each.

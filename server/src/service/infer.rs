@@ -1,6 +1,9 @@
 //! Inference: decode, run, encode.
 
-use std::sync::Arc;
+use std::{
+    pin::{Pin, pin},
+    sync::Arc,
+};
 
 use sensorium_proto::inference::{
     InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice,
@@ -62,11 +65,12 @@ impl Service {
         let name = request.model_name.clone();
         let served = model.as_ref().ok().cloned();
         let span = self.traces.request_span(&name, &request.id, call.parent.as_ref());
-        let answer = async {
+        // Pinned here: a future that is handed on by value has room for itself in each of those that it is handed to.
+        let answer = pin!(async {
             let model = model?;
             accept(&model).map_err(|error| error.into_status(&name))?;
             self.run(&model, request, call).await.map_err(|error| error.into_status(&name))
-        };
+        });
         self.observed(served.as_deref().map(|model| (model.name(), model.version())), answer).instrument(span).await
     }
 
@@ -80,7 +84,7 @@ impl Service {
         let id = request.id.clone();
         let wire::Decoded { mut request, reply } = wire::decode(request, &self.memory)?;
         request.deadline = call.deadline;
-        let answer = within(call, model.infer(request)).await?;
+        let answer = within(call, pin!(model.infer(request))).await?;
         Ok(wire::encode(model, id, answer, &reply, &self.memory)?)
     }
 
@@ -93,7 +97,7 @@ impl Service {
 /// Waits for `answer` until the call's deadline. What is given up leaves its queue by being dropped.
 pub(super) async fn within<T>(
     call: &Call,
-    answer: impl Future<Output = Result<T, InferError>>,
+    answer: Pin<&mut impl Future<Output = Result<T, InferError>>>,
 ) -> Result<T, InferError> {
     match call.deadline {
         None => answer.await,

@@ -1,5 +1,7 @@
 //! `sensorium.v1`: typed parts in, answers or embeddings out.
 
+use std::pin::pin;
+
 use sensorium_proto::multimodal::{
     Answer, Embedding, Image, InferRequest, InferResponse, Part, multimodal_service_server::MultimodalService,
     part::Content,
@@ -28,9 +30,9 @@ impl MultimodalService for Service {
         let is_served = model.is_ok();
         let answer = async {
             let _running = self.admit()?;
-            within(&call, perform(&*model?, request)).await
+            within(&call, pin!(perform(&*model?, request))).await
         };
-        let answer = async { answer.await.map_err(|error: InferError| error.into_status(&name)) };
+        let answer = pin!(async { answer.await.map_err(|error: InferError| error.into_status(&name)) });
         self.observed(is_served.then_some((&name, "")), answer).instrument(span).await.map(Response::new)
     }
 }

@@ -1,6 +1,6 @@
 //! What is recorded about every request, however it ends.
 
-use std::time::Instant;
+use std::{pin::Pin, time::Instant};
 
 use tonic::{Code, Status};
 
@@ -28,7 +28,7 @@ impl Service {
     pub(super) async fn observed<T>(
         &self,
         model: Option<(&str, &str)>,
-        answer: impl Future<Output = Result<T, Status>>,
+        answer: Pin<&mut impl Future<Output = Result<T, Status>>>,
     ) -> Result<T, Status> {
         // Labels are of what is served, so that clients cannot make up any.
         let (model, version) = model.unwrap_or((UNKNOWN_MODEL, ""));

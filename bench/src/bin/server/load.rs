@@ -29,7 +29,7 @@ const PER_CONNECTION: usize = 16;
 const MAX_MESSAGE: usize = 64 << 20;
 
 /// How a server is asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Protocol {
     Grpc,
     Http,

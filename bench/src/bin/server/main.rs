@@ -30,7 +30,7 @@ const CONCURRENCIES: [usize; 4] = [1, 8, 32, 128];
 const SATURATED: usize = 32;
 /// A model of less in process is compared with an echo of its messages.
 const TINY: f64 = 0.001;
-/// Rows of a batch that servers may make where the model's best is smaller: they decide.
+/// Texts of unequal lengths, and how many are asked at a time.
 const TEXTS: usize = 256;
 const TEXTS_AT_A_TIME: usize = 32;
 
@@ -74,6 +74,8 @@ enum Part {
     /// Run a model without a server
     #[command(hide = true)]
     InProcess { model: String, models: PathBuf, batch: usize, seconds: f64 },
+    /// Only send requests, to a server that a profiler looks at
+    Load { model: String, port: u16, protocol: Protocol, concurrency: usize, seconds: f64 },
     /// Answer with the same messages
     #[command(hide = true)]
     Echo { grpc: PathBuf, http: PathBuf, grpc_port: u16, http_port: u16 },
@@ -85,6 +87,16 @@ fn main() -> Result<()> {
         Some(Part::InProcess { model, models, batch, seconds }) => {
             ceilings::run(case(&model)?, &models, batch, Duration::from_secs_f64(seconds))
         }
+        Some(Part::Load { model, port, protocol, concurrency, seconds }) => {
+            let case = case(&model)?;
+            let messages = [(1.0, Message::new(case.name, &case.request(1)?))];
+            let time = (Duration::from_millis(300), Duration::from_secs_f64(seconds));
+            on_second_core()?;
+            let sample = closed_loop(port, protocol, &messages, concurrency, time)?;
+            let [p50, p99] = [0.5, 0.99].map(|share| sample.latency(share) * 1e3);
+            println!("{:.0} requests/s, p50 {p50:.3} ms, p99 {p99:.3} ms", sample.per_second);
+            Ok(())
+        }
         Some(Part::Echo { grpc, http, grpc_port, http_port }) => ceilings::echo(&grpc, &http, grpc_port, http_port),
         None => measure(&options),
     }
@@ -94,11 +106,16 @@ fn case(name: &str) -> Result<&'static Case> {
     CASES.iter().find(|case| case.name == name).with_context(|| format!("there is no model {name:?}"))
 }
 
+/// Where the client belongs.
+fn on_second_core() -> Result<()> {
+    let mut second = CpuSet::new();
+    second.set(1);
+    Ok(sched_setaffinity(None, &second)?)
+}
+
 fn measure(options: &Options) -> Result<()> {
     let cores = std::thread::available_parallelism()?.get();
     ensure!(cores >= 2, "the server and its client need a core each, this machine has {cores}");
-    let mut second = CpuSet::new();
-    second.set(1);
     let mut report = Report::new("server")?.named(&options.name);
     let work = tempfile::tempdir()?;
     let scripts = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/peers"));
@@ -108,7 +125,7 @@ fn measure(options: &Options) -> Result<()> {
         models: options.models.canonicalize().with_context(|| options.models.display().to_string())?,
         work: work.path().to_owned(),
     };
-    sched_setaffinity(None, &second)?;
+    on_second_core()?;
     let chosen = |case: &&Case| options.model.is_empty() || options.model.iter().any(|name| name == case.name);
     for case in CASES.iter().filter(chosen) {
         measure_case(case, &setting, options, &mut report)?;
