@@ -21,6 +21,12 @@ use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 /// most that a field can become.
 pub const MAX_FIELDS: u32 = 1 << 16;
 
+/// Where an answer is written to before anything is known about its size; tensors make it grow once, to what they need.
+/// The default of 8 KiB for each answer is more than most of them have.
+const FIRST_BUFFER: usize = 512;
+/// Bytes that a stream of answers collects before it sends them: the default.
+const YIELD_THRESHOLD: usize = 32 << 10;
+
 /// In this protocol what nests in bulk is field 5: the tensors of a request or response, and in a tensor its contents.
 /// There, too, fields are counted. In other messages field 5 is nothing that this could misread: what does not parse is
 /// left to the decoder.
@@ -48,7 +54,7 @@ where
     type Decoder = BoundedDecoder<U>;
 
     fn encoder(&mut self) -> Self::Encoder {
-        ProstCodec::<T, U>::raw_encoder(BufferSettings::default())
+        ProstCodec::<T, U>::raw_encoder(BufferSettings::new(FIRST_BUFFER, YIELD_THRESHOLD))
     }
 
     fn decoder(&mut self) -> Self::Decoder {
