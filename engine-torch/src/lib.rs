@@ -12,6 +12,7 @@
 //! Why this is no cargo feature of the engine crate, and why it has a C++ shim of its own beside tch:
 //! `docs/decisions/0009-libtorch-is-another-program.md`.
 
+#[expect(unsafe_code, reason = "calls C++; the rest of the crate uses its safe types")]
 mod ffi;
 mod message;
 mod ports;

@@ -46,6 +46,9 @@ impl Ports {
                 argument.name, argument.declared
             ));
         }
+        if let Returned::Other(kind) = returned {
+            return Err(no_tensors(kind));
+        }
         let declared_outputs =
             if declared.outputs.is_empty() { outputs_of(returned) } else { declared.outputs.clone() };
         if declared_outputs.is_empty() {
@@ -110,10 +113,12 @@ fn place(name: &str, returned: &Returned) -> Result<Place, String> {
                 Err(format!("its configuration has output `{name}`, but `forward` returns {}", fields.len()))
             }
         }
-        Returned::Other(declared) => {
-            Err(format!("its `forward` returns {declared}, which is no tensor and no tuple, list or dict of tensors"))
-        }
+        Returned::Other(kind) => Err(no_tensors(kind)),
     }
+}
+
+fn no_tensors(kind: &str) -> String {
+    format!("its `forward` returns {kind}, which is no tensor and no tuple, list or dict of tensors")
 }
 
 /// The number in `INPUT__0`, whatever is before it.

@@ -104,3 +104,8 @@ pub(crate) async fn answer(registry: &Registry, model: &str, request: Request) -
 pub(crate) fn reason(registry: &Registry) -> String {
     registry.index(false).remove(0).reason
 }
+
+/// An error with all its causes.
+pub(crate) fn said(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -4,13 +4,9 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use sensorium_engine_torch::Attribute;
-use sensorium_server::{
-    error::{InferError, chain},
-    model::SequenceError,
-    repository::Registry,
-};
+use sensorium_server::{error::InferError, model::SequenceError, repository::Registry};
 
-use crate::bench::{Bench, answer, f32s, named, reason, step};
+use crate::bench::{Bench, answer, f32s, named, reason, said, step};
 
 /// Adds up what it is sent, row by row, and counts its runs in `runs`, to show that rows without a request are run.
 const ROWS: &str = "
@@ -176,8 +172,7 @@ async fn a_method_that_forgets_all_rows_is_refused_where_there_are_several() {
 async fn a_failed_step_is_an_error_of_that_step() {
     let source = "
 def forward(self, x):
-    if bool(x > 100):
-        raise ValueError('too much')
+    assert bool(x <= 100), 'too much'
     self.total = self.total + x
     return self.total
 
@@ -193,6 +188,6 @@ def forget(self):
     };
     assert_eq!(add(1.0, true).await.unwrap(), [1.0]);
     let error = add(101.0, false).await.unwrap_err();
-    assert!(chain(&error).contains("too much"), "{}", chain(&error));
+    assert!(said(&error).contains("too much"), "{}", said(&error));
     assert_eq!(add(2.0, false).await.unwrap(), [3.0]);
 }
