@@ -77,6 +77,8 @@ int32_t code(at::ScalarType type) {
 void use_threads(int threads) {
   thread_local int current = 0;
   if (current != threads) {
+    // A thread's first look at the count takes over what any thread set last, so that comes before the thread's own.
+    at::get_num_threads();
     at::set_num_threads(threads);
     current = threads;
   }

@@ -15,15 +15,20 @@ const RATE: i64 = 16_000;
 const CHUNK: usize = 512;
 const CONTEXT: usize = 64;
 
-/// A file of the package, which `scripts/test-env` fetches.
+/// Python with the pinned packages: `SENSORIUM_TEST_PYTHON`, or what `scripts/test-env` prints.
+pub(crate) fn python() -> String {
+    if let Ok(python) = std::env::var("SENSORIUM_TEST_PYTHON") {
+        return python;
+    }
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/test-env");
+    let output = Command::new(script).output().expect("scripts/test-env can be run");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+/// A file of the published package, one of those pinned.
 fn published(file: &str) -> PathBuf {
-    let python = std::env::var("SENSORIUM_TEST_PYTHON").unwrap_or_else(|_| {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/test-env");
-        let output = Command::new(script).output().expect("scripts/test-env can be run");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap().trim().to_owned()
-    });
-    let lib = PathBuf::from(python).parent().and_then(|bin| bin.parent()).unwrap().join("lib");
+    let lib = PathBuf::from(python()).parent().and_then(|bin| bin.parent()).unwrap().join("lib");
     lib.join("python3.11/site-packages/silero_vad/data").join(file)
 }
 
@@ -162,8 +167,14 @@ async fn the_torchscript_module_hears_the_same_through_the_server_with_an_instan
         instance_group { count: 2 }
         sequence_batching { direct { } }
         parameters { key: "reset_method" value { string_value: "reset_states" } }
+        model_warmup {
+          name: "silence"
+          inputs { key: "x" value { data_type: TYPE_FP32 dims: [ 1, 512 ] zero_data: true } }
+          inputs { key: "sr" value { data_type: TYPE_INT64 dims: 1 input_data_file: "rate" } }
+        }
         "#,
     );
+    bench.write("vad", "warmup/rate", RATE.to_le_bytes());
     let registry = bench.open().await;
     assert!(registry.ready("vad", ""), "{}", reason(&registry));
     // Three voices and two instances: the third waits for an end.

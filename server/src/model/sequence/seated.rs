@@ -76,7 +76,9 @@ impl Seated {
     /// One input for all rows of the batch.
     fn spread(&self, index: usize, input: &RawTensor, rows: &[usize]) -> Result<RawTensor, EngineError> {
         let unfit = || failed(format!("the rows of input `{}` are not those of its requests", self.name(index)));
-        let given = input.split(std::iter::repeat_n(1, rows.len().max(1))).ok_or_else(unfit)?;
+        // A probe may have any number of rows, and none of them sits.
+        let count = if rows.is_empty() { input.row_count().unwrap_or(1) } else { rows.len() };
+        let given = input.split(std::iter::repeat_n(1, count)).ok_or_else(unfit)?;
         let like = given.first().ok_or_else(unfit)?;
         let empty = match self.room.empty.get(index) {
             Some(Some(empty)) if empty.shape() == like.shape() => empty.clone(),
@@ -160,4 +162,80 @@ impl Engine for Seated {
 
 fn failed(reason: String) -> EngineError {
     EngineError::Run { reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use sensorium_engine::{OnnxRuntime, Options};
+    use sensorium_onnx::{DType as OnnxDType, Dim, GraphBuilder};
+
+    use super::*;
+
+    /// Three seats before a graph that gives each row, and the sum of all rows.
+    fn seated() -> Seated {
+        let one = [Dim::Symbol("batch"), Dim::Fixed(1)];
+        let mut graph = GraphBuilder::new("rows");
+        let x = graph.input("x", OnnxDType::F32, &one);
+        let axis = graph.vector_i64(&[0]);
+        let sum = graph.node("ReduceSum", &[&x, &axis], vec![]);
+        let zero = graph.node("Sub", &[&x, &x], vec![]);
+        let sums = graph.node("Add", &[&zero, &sum], vec![]);
+        let same = graph.node("Identity", &[&x], vec![]);
+        graph.output("same", &same, OnnxDType::F32, &one);
+        graph.output("sums", &sums, OnnxDType::F32, &one);
+        let bytes = graph.finish(20).unwrap().to_bytes();
+        let engine = OnnxRuntime::open_bytes("rows", &bytes, Options::default()).unwrap();
+        let empty = vec![Some(f32s(&[100.0]))];
+        let seats = Seats::new(1, 3, 0);
+        Seated::new(Box::new(engine), Room { seats, instance: 0, rows: 3, batches: true, empty, has_ready: false })
+    }
+
+    fn f32s(values: &[f32]) -> RawTensor {
+        RawTensor::from_vec(DType::Fp32, vec![values.len() as i64, 1], values.to_vec()).unwrap()
+    }
+
+    /// Rows from 0 on, and whether they begin.
+    fn run(engine: &mut Seated, values: &[f32], seats: &[(usize, bool)]) -> Result<Vec<Vec<f32>>, String> {
+        let seat =
+            |&(row, is_start): &(usize, bool)| seat_input(Position { instance: 0, row }, is_start, true).unwrap();
+        let seats: Vec<_> = seats.iter().map(seat).collect();
+        let seats = RawTensor::concat(&seats.iter().collect::<Vec<_>>()).unwrap();
+        let found = engine.run_raw(&[f32s(values), seats], &[0, 1]).map_err(|error| error.to_string())?;
+        Ok(found.iter().map(|tensor| tensor.numbers().into_owned()).collect())
+    }
+
+    #[test]
+    fn rows_go_to_their_seats_and_come_back_in_the_order_of_the_requests() {
+        let mut engine = seated();
+        let found = run(&mut engine, &[5.0, 7.0], &[(2, true), (0, true)]);
+        assert_eq!(found, Ok(vec![vec![5.0, 7.0], vec![112.0, 112.0]]), "the third seat is run as empty");
+        let found = run(&mut engine, &[1.0, 2.0, 3.0], &[(1, true), (2, false), (0, false)]);
+        assert_eq!(found, Ok(vec![vec![1.0, 2.0, 3.0], vec![6.0; 3]]));
+    }
+
+    #[test]
+    fn a_sequence_whose_engine_was_replaced_is_told_to_begin_again() {
+        let mut engine = seated();
+        run(&mut engine, &[1.0], &[(1, true)]).unwrap();
+        run(&mut engine, &[1.0], &[(1, false)]).unwrap();
+        let error = run(&mut seated(), &[1.0], &[(1, false)]).unwrap_err();
+        assert!(error.contains("died with an engine that was replaced; begin it again"), "{error}");
+        let error = run(&mut engine, &[1.0, 2.0], &[(1, false), (1, false)]).unwrap_err();
+        assert!(error.contains("two requests have seat 1"), "{error}");
+    }
+
+    #[test]
+    fn a_request_of_no_sequence_is_run_in_no_seat_and_only_while_nobody_sits() {
+        let mut engine = seated();
+        let nobody = RawTensor::zeros(DType::Int32, vec![1, 2]).unwrap();
+        let probe = |engine: &mut Seated| {
+            let found = engine.run_raw(&[f32s(&[0.0]), nobody.clone()], &[1]).unwrap();
+            found[0].numbers::<f32>().into_owned()
+        };
+        assert_eq!(probe(&mut engine), [300.0]);
+        let seat = engine.room.seats.ask().unwrap();
+        assert_eq!(probe(&mut engine), [0.0]);
+        drop(seat);
+        assert_eq!(probe(&mut engine), [300.0]);
+    }
 }
