@@ -1,6 +1,7 @@
 //! TorchScript through the engine trait: right numbers, names as Triton has them, and refusals that say what is missing.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::float_cmp, reason = "small whole numbers, which floats hold exactly")]
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;

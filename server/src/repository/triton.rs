@@ -220,11 +220,11 @@ fn open_version(
         Some(sequences) => {
             sequences.watch();
             let rows = interface.max_rows.unwrap_or(1);
-            let graphs = match sequences.room(0, rows) {
-                Some(_) => seated_engines(engines, &reopen, &sequences, rows)
-                    .map(|(engine, reopen)| start(vec![engine], reopen))
-                    .collect::<Result<_, _>>()?,
-                None => vec![start(engines, reopen)?],
+            let graphs = if sequences.room(0, rows).is_some() {
+                let seated = seated_engines(engines, &reopen, &sequences, rows);
+                seated.map(|(engine, reopen)| start(vec![engine], reopen)).collect::<Result<_, _>>()?
+            } else {
+                vec![start(engines, reopen)?]
             };
             Runs::Sequence(graphs, binding, sequences)
         }
