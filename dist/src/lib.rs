@@ -19,7 +19,7 @@
 //! [`Launch`] reads the launch contract (`RANK`, `WORLD_SIZE`, ...) and makes a [`Store`], through which the ranks find
 //! each other, and a [`ProcessGroup`] on it. Each operation of a group gives a [`Work`] to wait for. [`autograd`] has
 //! the few differentiation primitives that a block executor needs and tch lacks, and [`keep_freed_memory`] is for whoever
-//! computes in steps. `ffi`, the only module with `unsafe` in the workspace, calls `cpp/shim.cpp`, which calls c10d; no
+//! computes in steps. `ffi`, the only module with `unsafe` in this crate, calls `cpp/shim.cpp`, which calls c10d; no
 //! C++ exception passes it.
 //!
 //! # Rules

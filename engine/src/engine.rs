@@ -21,6 +21,14 @@ pub trait Engine: Send {
     /// [`EngineError::Run`], or [`EngineError::NotUtf8`] for text that is none.
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError>;
 
+    /// Makes the graph forget what it keeps from run to run, where it does and can be told to.
+    ///
+    /// # Errors
+    /// [`EngineError::Run`].
+    fn reset(&mut self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
     /// Runs the graph once. `inputs` must have every input of the signature, in any order; `outputs` names the
     /// wanted outputs, and none means all. The answer has them in the order of `outputs`, or of the signature.
     ///

@@ -1,7 +1,8 @@
 //! Inference engines behind one small trait, and the multimodal pipeline that runs on them.
 //!
-//! * [`Engine`] runs one graph. [`OnnxRuntime`] is the one there is: a session of the onnxruntime library, which is
+//! * [`Engine`] runs one graph. [`OnnxRuntime`] is the one in this crate: a session of the onnxruntime library, which is
 //!   loaded when the first graph is opened, so that programs start, and say what is missing, without it.
+//! * [`Opener`] is how a program is given an engine; those that link large libraries are crates of their own.
 //! * [`RawTensor`] is what goes in and out: bytes as they come from the wire, shared and not copied.
 //! * [`Signature`] is what a graph takes and gives. Inputs are held against it before an engine sees them, so a caller
 //!   reads which input was wrong and how, not what some kernel made of it.
@@ -17,6 +18,7 @@ mod error;
 #[cfg(feature = "fixture")]
 pub mod fixture;
 pub mod onnxruntime;
+mod opener;
 mod options;
 mod pipeline;
 mod raw;
@@ -25,6 +27,7 @@ mod signature;
 pub use engine::{Engine, Named};
 pub use error::{EngineError, PipelineError};
 pub use onnxruntime::OnnxRuntime;
+pub use opener::{Declared, DeclaredTensor, ELSEWHERE, Elsewhere, Open, Opener, RESET_METHOD};
 pub use options::{Device, Optimization, Options};
 pub use pipeline::{Encoded, GraphRunner, LocalPipeline, Pipeline, VqaAnswer, VqaInput, open_graph, rank_answers};
 pub use raw::{RawTensor, RawTensorError, Strings, element_size, smallest_shape};

@@ -111,6 +111,16 @@ impl Signature {
         Self::new(inputs.iter().map(port).collect(), outputs.iter().map(port).collect())
     }
 
+    /// As it is, with one more input behind the others.
+    #[must_use]
+    pub fn with_input(&self, spec: TensorSpec) -> Self {
+        let mut with = self.clone();
+        let dims = spec.shape.iter().map(|size| size.map_or(Dim::Any, Dim::Fixed)).collect();
+        with.inputs.push(Port { name: spec.name.clone(), dtype: spec.dtype, shape: Shape(dims) });
+        with.input_specs.push(spec);
+        with
+    }
+
     /// What the graph takes, in order.
     pub fn inputs(&self) -> &[TensorSpec] {
         &self.input_specs

@@ -23,6 +23,7 @@ pub mod health;
 pub mod metrics;
 pub mod model;
 pub mod pool;
+pub mod program;
 pub mod repository;
 pub mod rest;
 pub mod scheduler;

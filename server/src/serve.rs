@@ -210,6 +210,7 @@ fn opening(config: &ServerConfig, metrics: &Metrics, lost: &CancellationToken) -
         volumes: config.volumes.clone(),
         cache: config.artifact_cache.clone(),
         engine: config.engine,
+        openers: config.openers.clone(),
         graphs: config.graphs.clone(),
         batching: config.batching,
         slots: Slots::new(config.engine.threads.get()),

@@ -18,7 +18,7 @@ use sensorium_modality::Limits;
 pub use args::{ControlModeName, ServerArgs};
 
 use crate::{
-    repository::{ControlMode, GraphPlaces, ModelSource, RepositoryConfig},
+    repository::{ControlMode, GraphPlaces, ModelSource, Openers, RepositoryConfig},
     scheduler::Batching,
     security::{self, TlsFiles},
 };
@@ -50,6 +50,8 @@ pub struct ServerConfig {
     pub limits: Limits,
     /// Threads of each engine.
     pub engine: Options,
+    /// The engines that there are.
+    pub openers: Openers,
     /// Which graphs of artifacts are served, and which of them run elsewhere.
     pub graphs: GraphPlaces,
     /// Threads that prepare inputs.
@@ -212,6 +214,7 @@ impl TryFrom<ServerArgs> for ServerConfig {
             limits: accepted,
             graphs: GraphPlaces { only: args.graph, remote: args.remote_graph },
             engine: Options { threads: args.engine_threads.unwrap_or(cores), ..Options::default() },
+            openers: Openers::default(),
             prepare_threads: args.prepare_threads.unwrap_or(cores),
             response_cache_bytes: args.response_cache_bytes.unwrap_or(64 << 20),
             drain: Duration::from_secs(args.drain_seconds.unwrap_or(25)),

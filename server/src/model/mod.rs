@@ -23,6 +23,7 @@ use sensorium_artifact::TensorSpec;
 use sensorium_engine::RawTensor;
 use sensorium_proto::inference::{ModelConfig, ModelStatistics};
 
+pub(crate) use self::sequence::Seated;
 pub(crate) use self::{
     binding::{Binding, Bound, Reshape},
     ensemble::{Ensemble, Find},
@@ -36,7 +37,11 @@ pub use self::{
     sequence::{SequenceError, Sequences},
     statistics::Statistics,
 };
-use crate::{error::InferError, metrics::GraphMetrics, scheduler::Work};
+use crate::{
+    error::InferError,
+    metrics::GraphMetrics,
+    scheduler::{ScheduleError, Work},
+};
 
 /// One version of a model, loaded and ready to be called.
 #[derive(Debug)]
@@ -67,7 +72,8 @@ type Answer = (Vec<RawTensor>, Timings);
 #[derive(Clone, Debug)]
 pub(crate) enum Runs {
     Graph(Arc<Graph>, Binding),
-    Sequence(Arc<Graph>, Binding, Arc<Sequences>),
+    /// One graph, or one for each instance where sequences sit in them.
+    Sequence(Vec<Arc<Graph>>, Binding, Arc<Sequences>),
     Multimodal(Arc<Multimodal>),
     Ensemble(Arc<Ensemble>),
 }
@@ -154,11 +160,12 @@ impl ModelVersion {
         self.config.model_transaction_policy.is_some_and(|policy| policy.decoupled)
     }
 
-    /// The graph that it is, where it is one.
-    pub(crate) fn graph(&self) -> Option<&Arc<Graph>> {
+    /// The graphs that it is: one, or one for each instance.
+    pub(crate) fn graphs(&self) -> &[Arc<Graph>] {
         match &self.runs {
-            Runs::Graph(graph, _) | Runs::Sequence(graph, ..) => Some(graph),
-            Runs::Multimodal(_) | Runs::Ensemble(_) => None,
+            Runs::Graph(graph, _) => std::slice::from_ref(graph),
+            Runs::Sequence(graphs, ..) => graphs,
+            Runs::Multimodal(_) | Runs::Ensemble(_) => &[],
         }
     }
 
@@ -235,11 +242,13 @@ impl ModelVersion {
                     graph.run(Work { inputs, rows, outputs, priority, timeout, deadline, is_probe: false }).await?;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }
-            Runs::Sequence(graph, binding, sequences) => {
+            Runs::Sequence(graphs, binding, sequences) => {
                 let turn = sequences.enter(request.sequence.as_ref(), rows)?;
                 let (inputs, mut outputs) = binding.bind(fitted).map_err(unfit)?;
                 let (step, inputs) = turn.begin(inputs).await?;
                 let waited = started.elapsed();
+                let stopped = || ScheduleError::Stopped { graph: self.name.clone() };
+                let graph = graphs.get(step.instance).ok_or_else(stopped)?;
                 outputs.extend_from_slice(sequences.state_outputs());
                 let mut done =
                     graph.run(Work { inputs, rows, outputs, priority, timeout, deadline, is_probe: false }).await?;
@@ -267,7 +276,7 @@ impl ModelVersion {
 
     /// Runs what waits and gives the engine's memory back.
     pub async fn stop(&self) {
-        if let Some(graph) = self.graph() {
+        for graph in self.graphs() {
             graph.stop().await;
         }
     }

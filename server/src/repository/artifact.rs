@@ -89,7 +89,7 @@ fn open(
         let model = open_one(&model, version, engines, opening)
             .map_err(|source| LoadError::Thread { name: name.to_owned(), source })?
             .of_artifact(digest.to_string());
-        if let Some(opened) = model.graph() {
+        if let [opened] = model.graphs() {
             graphs.insert(graph.name.clone(), opened.clone());
         }
         loaded.versions.push(model);

@@ -144,7 +144,7 @@ impl Registry {
         };
         let loaded = loaded.inspect_err(|reason| self.note_failure(name, 0, reason)).map_err(failed)?;
         // Proof that the engines run before they are asked: a model that comes must not make the server unready.
-        for graph in loaded.versions.iter().filter_map(ModelVersion::graph) {
+        for graph in loaded.versions.iter().flat_map(ModelVersion::graphs) {
             if !matches!(tokio::time::timeout(FIRST_PROBE, graph.probe(Duration::ZERO)).await, Ok(Ok(()))) {
                 tracing::warn!(graph = graph.name(), "its engine did not answer at once");
             }
@@ -336,7 +336,7 @@ impl Registry {
         tokio::spawn(async move {
             let names: Vec<(String, u64)> =
                 old.iter().map(|model| (model.name().to_owned(), model.version().parse().unwrap_or(0))).collect();
-            let graphs: Vec<Arc<Graph>> = old.iter().filter_map(|model| model.graph().cloned()).collect();
+            let graphs: Vec<Arc<Graph>> = old.iter().flat_map(|model| model.graphs().to_vec()).collect();
             let mut users = old;
             loop {
                 users.retain(|model| Arc::strong_count(model) > 1);

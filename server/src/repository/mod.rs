@@ -7,6 +7,7 @@ mod control;
 mod engines;
 mod error;
 mod folder;
+mod openers;
 mod peers;
 mod place;
 mod poll;
@@ -31,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 use self::place::Place;
 pub use self::{
     error::{ControlError, LoadError},
+    openers::Openers,
     remote::{GraphPlaces, RemoteGraph, RemoteGraphError},
     source::{ModelSource, SourceError},
 };
@@ -88,6 +90,8 @@ pub struct Opening {
     pub cache: PathBuf,
     /// Threads of each engine.
     pub engine: Options,
+    /// The engines that there are.
+    pub openers: Openers,
     /// Which graphs of artifacts are served, and which of them run elsewhere.
     pub graphs: GraphPlaces,
     /// How requests are put together, where a model does not say.
@@ -312,7 +316,7 @@ impl Registry {
 
     /// Every graph with an engine, for health.
     pub fn graphs(&self) -> Vec<Arc<Graph>> {
-        self.loaded().iter().filter_map(|model| model.graph().cloned()).collect()
+        self.loaded().iter().flat_map(|model| model.graphs().to_vec()).collect()
     }
 
     /// Names of all models that are ready, sorted.

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
 use bytes::Bytes;
-use sensorium_engine::{Engine, OnnxRuntime};
+use sensorium_engine::{Engine, RESET_METHOD};
 use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, model_config::SchedulingChoice};
 
 use super::{
@@ -12,24 +12,13 @@ use super::{
     config::{self, Written},
     engines,
     folder::Folder,
+    openers,
 };
 use crate::{
     error::chain,
-    model::{Ensemble, Find, Graph, ModelVersion, Runs, Sequences, Statistics},
+    model::{Ensemble, Find, Graph, ModelVersion, Runs, Seated, Sequences, Statistics},
     scheduler::{Policy, Reopen, Scheduler, Setup},
 };
-
-/// What opens a model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Backend {
-    OnnxRuntime,
-}
-
-impl Backend {
-    /// Every one, by its name and its platform's.
-    const ALL: [(Self, &'static str, &'static str, &'static str); 1] =
-        [(Self::OnnxRuntime, "onnxruntime", "onnxruntime_onnx", "model.onnx")];
-}
 
 /// A model's folder and configuration, read and not yet opened.
 #[derive(Debug)]
@@ -169,96 +158,96 @@ fn open_version(
     written: Written,
     opening: &Opening,
 ) -> Result<ModelVersion, String> {
-    let backend = backend(&written.config, path)?;
-    let Some((_, backend_name, platform, file)) = Backend::ALL.into_iter().find(|(known, ..)| *known == backend) else {
-        return Err("no backend opens it".to_owned());
-    };
+    let opener = opening.openers.find(&written.config, path)?;
     let file = match written.config.default_model_filename.as_str() {
-        "" => file,
+        "" => opener.file,
         chosen => chosen,
     };
     let mut file = path.join(file);
     // A model with files of its own beside it may be a folder.
     if file.is_dir() {
-        file = file.join("model.onnx");
+        file = file.join(opener.file);
     }
     let (count, options) = engines::instances(&written.config, opening.engine)?;
     let reopen: Reopen = {
-        let file = file.clone();
-        Arc::new(move || match backend {
-            Backend::OnnxRuntime => {
-                let engine = OnnxRuntime::open(&file, options).map_err(|error| chain(&error))?;
-                Ok(Box::new(engine) as Box<dyn Engine>)
-            }
-        })
+        let (file, declared) = (file.clone(), openers::declared(&written.config));
+        Arc::new(move || (opener.open)(&file, options, &declared).map_err(|error| chain(&error)))
     };
     let mut engines = (0..count).map(|_| reopen()).collect::<Result<Vec<_>, String>>()?;
     let signature = engines[0].signature().clone();
     let Complete { mut config, interface, binding } =
         complete::complete(written, &signature, opening.batching.max_rows)?;
     name.clone_into(&mut config.name);
-    platform.clone_into(&mut config.platform);
-    backend_name.clone_into(&mut config.backend);
+    opener.platform.clone_into(&mut config.platform);
+    opener.backend.clone_into(&mut config.backend);
     let folder = path.parent().unwrap_or(path);
     for engine in &mut engines {
         engines::warm_up(engine.as_mut(), &config, &binding, folder)?;
     }
     let mut policy = Policy::of_model(&config, opening.batching)?;
     policy.padding = engines::padding(&config)?;
+    if config.parameters.contains_key(RESET_METHOD) && interface.max_rows.is_some_and(|rows| rows > 1) {
+        return Err(format!(
+            "its parameter {RESET_METHOD} forgets all rows of an instance at once; write max_batch_size: 0, and as many \
+             instances as sequences shall be under way"
+        ));
+    }
     let statistics = Arc::new(Statistics::default());
-    let setup = Setup {
-        graph: name.to_owned(),
-        engines,
-        reopen: Some(reopen),
-        policy,
-        batches: interface.max_rows.is_some(),
-        slots: opening.slots.clone(),
-        threads: options.threads.get(),
-        metrics: opening.metrics.graph(name, &version.to_string()),
-        statistics: statistics.clone(),
-        lost: opening.lost.clone(),
-    };
     let sequences = match &config.scheduling_choice {
         Some(SchedulingChoice::SequenceBatching(sequence)) => {
-            let slots = interface.max_rows.unwrap_or(1).saturating_mul(count);
-            Some(Sequences::new(name, sequence, &signature, interface.max_rows.is_some(), slots, folder)?)
+            Some(Sequences::new(name, sequence, &signature, count, interface.max_rows, folder)?)
         }
         _ => None,
     };
-    let scheduler = Scheduler::start(setup, &signature)?;
-    let graph = Graph::new(name.to_owned(), signature, scheduler);
+    let start = |engines: Vec<Box<dyn Engine>>, reopen: Reopen| {
+        let signature = engines.first().map_or(&signature, |engine| engine.signature()).clone();
+        let setup = Setup {
+            graph: name.to_owned(),
+            engines,
+            reopen: Some(reopen),
+            policy: policy.clone(),
+            batches: interface.max_rows.is_some(),
+            slots: opening.slots.clone(),
+            threads: options.threads.get(),
+            metrics: opening.metrics.graph(name, &version.to_string()),
+            statistics: statistics.clone(),
+            lost: opening.lost.clone(),
+        };
+        let scheduler = Scheduler::start(setup, &signature)?;
+        Ok::<_, String>(Graph::new(name.to_owned(), signature, scheduler))
+    };
     let runs = match sequences {
         Some(sequences) => {
             sequences.watch();
-            Runs::Sequence(graph, binding, sequences)
+            let rows = interface.max_rows.unwrap_or(1);
+            let graphs = if sequences.room(0, rows).is_some() {
+                let seated = seated_engines(engines, &reopen, &sequences, rows);
+                seated.map(|(engine, reopen)| start(vec![engine], reopen)).collect::<Result<_, _>>()?
+            } else {
+                vec![start(engines, reopen)?]
+            };
+            Runs::Sequence(graphs, binding, sequences)
         }
-        None => Runs::Graph(graph, binding),
+        None => Runs::Graph(start(engines, reopen)?, binding),
     };
     tracing::info!(model = name, version, path = %file.display(), "opened");
     Ok(ModelVersion::new(version.to_string(), config, interface, statistics, runs))
 }
 
-/// The backend that a configuration names, or that opens the file which is there.
-fn backend(config: &ModelConfig, path: &Path) -> Result<Backend, String> {
-    let known = || {
-        let names: Vec<_> = Backend::ALL.iter().map(|(_, backend, ..)| *backend).collect();
-        names.join(", ")
+/// Engines in which sequences have seats: each with what replaces it.
+fn seated_engines(
+    engines: Vec<Box<dyn Engine>>,
+    reopen: &Reopen,
+    sequences: &Arc<Sequences>,
+    rows: usize,
+) -> impl Iterator<Item = (Box<dyn Engine>, Reopen)> {
+    let seated = move |(instance, engine): (usize, Box<dyn Engine>)| {
+        let room = sequences.room(instance, rows)?;
+        let reopen: Reopen = {
+            let (reopen, room) = (reopen.clone(), room.clone());
+            Arc::new(move || Ok(Box::new(Seated::new(reopen()?, room.clone())) as Box<dyn Engine>))
+        };
+        Some((Box::new(Seated::new(engine, room)) as Box<dyn Engine>, reopen))
     };
-    if !config.backend.is_empty() || !config.platform.is_empty() {
-        let named = Backend::ALL.iter().find(|(_, backend, platform, _)| {
-            (config.backend.is_empty() || config.backend == *backend)
-                && (config.platform.is_empty() || config.platform == *platform)
-        });
-        return named.map(|(backend, ..)| *backend).ok_or_else(|| {
-            let asked = if config.backend.is_empty() { &config.platform } else { &config.backend };
-            format!("its configuration asks for backend {asked:?}; this server has {}", known())
-        });
-    }
-    let found = Backend::ALL.iter().find(|(_, _, _, file)| {
-        path.join(file).exists() || config.default_model_filename.rsplit('.').next() == file.rsplit('.').next()
-    });
-    found.map(|(backend, ..)| *backend).ok_or_else(|| {
-        let files: Vec<_> = Backend::ALL.iter().map(|(_, _, _, file)| *file).collect();
-        format!("{} has no {}", path.display(), files.join(" or "))
-    })
+    engines.into_iter().enumerate().filter_map(seated)
 }

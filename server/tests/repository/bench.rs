@@ -16,7 +16,7 @@ use sensorium_server::{
     metrics::Metrics,
     model::{NamedTensor, Request, Response, ResponseCache},
     pool::CpuPool,
-    repository::{ControlMode, GraphPlaces, IndexEntry, Opening, Registry, RepositoryConfig},
+    repository::{ControlMode, GraphPlaces, IndexEntry, Openers, Opening, Registry, RepositoryConfig},
     scheduler::{Batching, Slots},
 };
 use tempfile::TempDir;
@@ -88,6 +88,7 @@ fn opening() -> Opening {
         volumes: Volumes::default(),
         cache: std::env::temp_dir(),
         engine: Options { threads: NonZeroUsize::MIN, ..Options::default() },
+        openers: Openers::default(),
         graphs: GraphPlaces::default(),
         batching: Batching { max_rows: 32, max_waiting_rows: 1024, max_delay: Duration::ZERO },
         slots: Slots::new(1),

@@ -28,8 +28,8 @@ enum Fill {
     /// Whether this is the first request; the values for no and yes.
     Start([RawTensor; 2]),
     End([RawTensor; 2]),
-    /// Always yes: only rows that are there are run.
-    Ready(RawTensor),
+    /// Whether there is a request in the row; the values for no and yes.
+    Ready([RawTensor; 2]),
     /// The sequence's id.
     Id(DType, Vec<i64>),
     /// This part of the state.
@@ -91,6 +91,21 @@ impl Fills {
         }
     }
 
+    /// For each input of the graph, the row of a seat of which nothing came; `None` for zeros.
+    pub(super) fn empty(&self) -> Vec<Option<RawTensor>> {
+        let empty = |fill: &Option<Fill>| match fill {
+            Some(Fill::Start([no, _]) | Fill::End([no, _]) | Fill::Ready([no, _])) => Some(no.clone()),
+            Some(Fill::State(index)) => self.initial.get(*index).cloned(),
+            Some(Fill::Id(..)) | None => None,
+        };
+        self.by_input.iter().map(empty).collect()
+    }
+
+    /// Whether the graph is told which rows have a request.
+    pub(super) fn has_ready(&self) -> bool {
+        self.by_input.iter().any(|fill| matches!(fill, Some(Fill::Ready(_))))
+    }
+
     /// The graph's inputs, complete.
     pub(super) fn fill(
         &self,
@@ -102,7 +117,7 @@ impl Fills {
             None => given,
             Some(Fill::Start(values)) => Some(values[usize::from(sequence.start)].clone()),
             Some(Fill::End(values)) => Some(values[usize::from(sequence.end)].clone()),
-            Some(Fill::Ready(value)) => Some(value.clone()),
+            Some(Fill::Ready([_, yes])) => Some(yes.clone()),
             Some(Fill::Id(dtype, shape)) => id_tensor(*dtype, shape, &sequence.id),
             Some(Fill::State(index)) => state.get(*index).cloned(),
         };
@@ -149,10 +164,7 @@ fn control_fill(control: &Control, spec: &TensorSpec) -> Result<Fill, String> {
     Ok(match control.kind() {
         Kind::ControlSequenceStart => Fill::Start(values),
         Kind::ControlSequenceEnd => Fill::End(values),
-        Kind::ControlSequenceReady => {
-            let [_, yes] = values;
-            Fill::Ready(yes)
-        }
+        Kind::ControlSequenceReady => Fill::Ready(values),
         Kind::ControlSequenceCorrid => Fill::Id(spec.dtype, smallest_shape(spec)),
     })
 }

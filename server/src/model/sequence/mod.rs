@@ -4,10 +4,13 @@
 //! they run one at a time and in the order of their coming, while requests of different sequences share batches. The
 //! number of sequences that are under way at a time is bounded; more of them wait for one to end.
 //!
-//! Both strategies of Triton's configuration are run so. They differ where an engine remembers which row of its batch a
-//! sequence had last time, and no engine here does.
+//! Both strategies of Triton's configuration are run so. They differ in what a place among those under way is: with
+//! `oldest` it is one of a number, and with `direct` it is a seat, the same row of the same instance's batch for all of a
+//! sequence's life, so that an engine can keep state by rows ([`seated`]).
 
 mod fill;
+mod seated;
+mod seats;
 
 use std::{
     collections::HashMap,
@@ -17,9 +20,13 @@ use std::{
 
 use sensorium_engine::{RawTensor, Signature};
 use sensorium_proto::inference::{ModelSequenceBatching, model_sequence_batching::StrategyChoice};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
 
-use self::fill::Fills;
+pub(crate) use self::seated::{Room, Seated};
+use self::{
+    fill::Fills,
+    seats::{Asked, Full, Seat, Seats},
+};
 use super::{Sequence, SequenceId};
 
 /// Sequences that may wait for others to end, for each that may be under way.
@@ -31,11 +38,12 @@ pub struct Sequences {
     name: String,
     fills: Fills,
     idle: Duration,
-    max_candidates: usize,
-    /// One permit for each sequence that may be under way.
-    candidates: Arc<Semaphore>,
-    /// One permit for each that may be under way or wait.
-    admitted: Arc<Semaphore>,
+    /// Sequences that may be under way or wait.
+    limit: usize,
+    /// One for each sequence that may be under way.
+    seats: Arc<Seats>,
+    /// Where seats are rows of an instance's batch: whether that has a batch axis.
+    seated: Option<bool>,
     table: Mutex<Table>,
 }
 
@@ -59,8 +67,7 @@ struct Entry {
 #[derive(Debug)]
 struct Carried {
     state: Vec<RawTensor>,
-    _candidate: OwnedSemaphorePermit,
-    _admitted: OwnedSemaphorePermit,
+    seat: Seat,
 }
 
 /// Why a request is not part of any sequence.
@@ -108,7 +115,8 @@ pub enum SequenceError {
 }
 
 impl Sequences {
-    /// The sequences of a model with this configuration, whose engines run `slots` rows at a time.
+    /// The sequences of a model with this configuration that has `instances` engines, whose batches have `rows` rows;
+    /// `None` for engines without a batch axis.
     ///
     /// # Errors
     /// The first option that does not fit the graph, as a sentence about the model.
@@ -116,30 +124,45 @@ impl Sequences {
         name: &str,
         config: &ModelSequenceBatching,
         signature: &Signature,
-        batches: bool,
-        slots: usize,
+        instances: usize,
+        rows: Option<usize>,
         folder: &std::path::Path,
     ) -> Result<Arc<Self>, String> {
         if config.iterative_sequence {
             return Err("its sequence_batching is iterative, which this server does not do".to_owned());
         }
-        let count = match &config.strategy_choice {
-            Some(StrategyChoice::Oldest(oldest)) => usize::try_from(oldest.max_candidate_sequences).unwrap_or(0).max(1),
-            Some(StrategyChoice::Direct(_)) | None => slots,
+        let (instances, rows_each, seated) = match &config.strategy_choice {
+            Some(StrategyChoice::Oldest(oldest)) => {
+                (1, usize::try_from(oldest.max_candidate_sequences).unwrap_or(0).max(1), None)
+            }
+            Some(StrategyChoice::Direct(_)) | None => (instances, rows.unwrap_or(1), Some(rows.is_some())),
         };
+        let count = instances.saturating_mul(rows_each);
         let idle = match config.max_sequence_idle_microseconds {
             0 => Duration::from_secs(1),
             microseconds => Duration::from_micros(microseconds),
         };
         Ok(Arc::new(Self {
             name: name.to_owned(),
-            fills: Fills::new(config, signature, batches, folder)?,
+            fills: Fills::new(config, signature, rows.is_some(), folder)?,
             idle,
-            max_candidates: count,
-            candidates: Arc::new(Semaphore::new(count)),
-            admitted: Arc::new(Semaphore::new(count.saturating_mul(1 + BACKLOG).min(Semaphore::MAX_PERMITS))),
+            limit: count.saturating_mul(1 + BACKLOG),
+            seats: Seats::new(instances, rows_each, count.saturating_mul(BACKLOG)),
+            seated,
             table: Mutex::default(),
         }))
+    }
+
+    /// Where the sequences of an instance sit; `None` where any instance may run any request.
+    pub(crate) fn room(&self, instance: usize, rows: usize) -> Option<Room> {
+        Some(Room {
+            seats: self.seats.clone(),
+            instance,
+            rows,
+            batches: self.seated?,
+            empty: self.fills.empty(),
+            has_ready: self.fills.has_ready(),
+        })
     }
 
     /// The graph's outputs that are state, to be asked for beside those that the client wants.
@@ -162,13 +185,10 @@ impl Sequences {
         self.sweep(&mut table);
         let before = table.under_way.remove(&sequence.id);
         let (before, admission) = if sequence.start {
-            let admitted = self.admitted.clone().try_acquire_owned();
-            let admitted = admitted.map_err(|_| SequenceError::Overloaded {
-                model: self.name.clone(),
-                limit: self.max_candidates * (1 + BACKLOG),
-            });
+            let asked = self.seats.ask();
+            let asked = asked.map_err(|Full| SequenceError::Overloaded { model: self.name.clone(), limit: self.limit });
             // One that begins again lets go of what it was.
-            (before.map(|entry| (entry.last, entry.users)), Some(admitted?))
+            (before.map(|entry| (entry.last, entry.users)), Some(asked?))
         } else {
             let entry = before.ok_or_else(|| SequenceError::NotStarted {
                 model: self.name.clone(),
@@ -223,7 +243,7 @@ pub(super) struct Turn {
     sequences: Arc<Sequences>,
     sequence: Sequence,
     before: Option<oneshot::Receiver<Carried>>,
-    admission: Option<OwnedSemaphorePermit>,
+    admission: Option<Asked>,
     next: Option<oneshot::Sender<Carried>>,
     users: Arc<()>,
 }
@@ -243,22 +263,21 @@ impl Turn {
             None => None,
         };
         self.before = None;
-        if let Some(admitted) = self.admission.take() {
+        if let Some(asked) = self.admission.take() {
             drop(carried.take());
-            // The semaphore is never closed.
-            let candidate = self.sequences.candidates.clone().acquire_owned().await.ok();
-            carried = candidate.map(|candidate| Carried {
-                state: self.sequences.fills.initial.clone(),
-                _candidate: candidate,
-                _admitted: admitted,
-            });
+            let seat = asked.seat().await;
+            carried = seat.map(|seat| Carried { state: self.sequences.fills.initial.clone(), seat });
         }
         let Some(carried) = carried else {
             let (model, sequence) = (self.sequences.name.clone(), self.sequence.id.to_string());
             return Err(SequenceError::NotStarted { model, sequence, idle: self.sequences.idle });
         };
-        let inputs = self.sequences.fills.fill(inputs, &self.sequence, &carried.state);
-        Ok((Step { turn: self, carried: Some(carried) }, inputs))
+        let mut inputs = self.sequences.fills.fill(inputs, &self.sequence, &carried.state);
+        let position = carried.seat.position;
+        if let Some(batches) = self.sequences.seated {
+            inputs.extend(seated::seat_input(position, self.sequence.start, batches));
+        }
+        Ok((Step { turn: self, carried: Some(carried), instance: position.instance }, inputs))
     }
 }
 
@@ -283,6 +302,8 @@ impl Drop for Turn {
 pub(super) struct Step {
     turn: Turn,
     carried: Option<Carried>,
+    /// Which instance runs it; the first where any may.
+    pub(super) instance: usize,
 }
 
 impl Step {

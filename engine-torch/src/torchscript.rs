@@ -1,0 +1,127 @@
+use std::path::Path;
+
+use sensorium_engine::{
+    Declared, Device, Engine, EngineError, Optimization, Options, RESET_METHOD, RawTensor, Signature, dtype_name,
+};
+
+use crate::ffi::{self, Module, Output, Returned};
+use crate::message::brief;
+use crate::ports::{Place, Ports};
+
+/// Outputs of a list or dict at most.
+const MOST_OUTPUTS: usize = 256;
+
+/// A TorchScript module, open.
+#[derive(Debug)]
+pub struct TorchScript {
+    module: Module,
+    ports: Ports,
+    threads: usize,
+    /// Whether the graph is rewritten for the shapes that come.
+    optimize: bool,
+    reset_method: Option<String>,
+    /// Outputs that a run may give.
+    capacity: usize,
+}
+
+impl TorchScript {
+    /// Opens a file that `torch.jit.save` wrote. `declared` says what the file leaves open: the types and shapes of
+    /// tensors, and the names of outputs; without any inputs or outputs they are those of the file.
+    ///
+    /// # Errors
+    /// [`EngineError::Open`], with what is missing; [`EngineError::Setup`] for another device than the processor.
+    pub fn open(path: &Path, options: Options, declared: &Declared) -> Result<Self, EngineError> {
+        if options.device != Device::Cpu {
+            let reason =
+                "TorchScript models run on the processor here; write instance_group { kind: KIND_CPU }".to_owned();
+            return Err(EngineError::Setup { reason });
+        }
+        let unfit = |reason| EngineError::Open { origin: path.display().to_string(), reason };
+        let module = Module::load(path).map_err(|said| unfit(brief(&said)))?;
+        let returned = module.returned();
+        let ports = Ports::new(declared, &module.arguments(), &returned).map_err(unfit)?;
+        let reset_method = declared.parameters.get(RESET_METHOD).cloned();
+        if let Some(method) = reset_method.as_ref().filter(|method| !module.has_method(method)) {
+            return Err(unfit(format!(
+                "its parameter {RESET_METHOD} names `{method}`, and the file has no method of that name that takes nothing"
+            )));
+        }
+        let capacity = match &returned {
+            Returned::Fixed(fields) => fields.len(),
+            Returned::List | Returned::Dict | Returned::Other(_) => MOST_OUTPUTS,
+        };
+        let optimize = options.optimization != Optimization::Basic;
+        Ok(Self { module, ports, threads: options.threads.get(), optimize, reset_method, capacity })
+    }
+}
+
+impl Engine for TorchScript {
+    fn signature(&self) -> &Signature {
+        &self.ports.signature
+    }
+
+    fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
+        let argument = |input: &Option<usize>| input.and_then(|input| inputs.get(input));
+        let arguments: Vec<_> = self.ports.arguments.iter().map(argument).collect();
+        let found = self.module.run(&arguments, self.threads, self.optimize, self.capacity);
+        let mut found: Vec<Option<Output>> = found.map_err(failed)?.into_iter().map(Some).collect();
+        let output = |&wanted: &usize| {
+            let spec = &self.ports.signature.outputs()[wanted];
+            let is_it = |(index, output): (usize, &Option<Output>)| match &self.ports.outputs[wanted] {
+                Place::Index(place) => index == *place,
+                Place::Key(key) => output.as_ref().is_some_and(|output| output.name().as_ref() == Some(key)),
+            };
+            let position = found.iter().enumerate().position(is_it);
+            let given = position.and_then(|position| found[position].take());
+            let given = given.ok_or_else(|| run(format!("it gave no output `{}` this time", spec.name)))?;
+            let tensor = given.into_tensor().map_err(run)?;
+            if tensor.dtype() != spec.dtype {
+                return Err(run(format!(
+                    "it gave output `{}` as {}, its configuration says {}",
+                    spec.name,
+                    dtype_name(tensor.dtype()),
+                    dtype_name(spec.dtype)
+                )));
+            }
+            let fits = |(size, declared): (&i64, &Option<u64>)| {
+                declared.is_none_or(|declared| u64::try_from(*size) == Ok(declared))
+            };
+            if tensor.shape().len() != spec.shape.len() || !tensor.shape().iter().zip(&spec.shape).all(fits) {
+                return Err(run(format!(
+                    "it gave output `{}` with shape {:?}, its configuration says {}",
+                    spec.name,
+                    tensor.shape(),
+                    shape_text(&spec.shape)
+                )));
+            }
+            Ok(tensor)
+        };
+        outputs.iter().map(output).collect()
+    }
+
+    fn reset(&mut self) -> Result<(), EngineError> {
+        match &self.reset_method {
+            Some(method) => self.module.call(method, self.threads).map_err(failed),
+            None => Ok(()),
+        }
+    }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "it is an argument of `map_err`")]
+fn failed(said: String) -> EngineError {
+    run(brief(&said))
+}
+
+fn run(reason: String) -> EngineError {
+    EngineError::Run { reason }
+}
+
+fn shape_text(shape: &[Option<u64>]) -> String {
+    let sizes: Vec<_> = shape.iter().map(|size| size.map_or("-1".to_owned(), |size| size.to_string())).collect();
+    format!("[{}]", sizes.join(", "))
+}
+
+/// Threads that libtorch's operators use on the thread that asks.
+pub fn thread_count() -> usize {
+    ffi::threads()
+}
