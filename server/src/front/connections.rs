@@ -16,7 +16,11 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
-use crate::security::Tls;
+use super::metered::Metered;
+use crate::{
+    budget::{Budget, Tally},
+    security::Tls,
+};
 
 /// Longest wait for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -50,6 +54,10 @@ pub struct Door {
     pub tls: Option<Tls>,
     /// What answers them.
     pub app: Router,
+    /// What the bodies of requests are taken from.
+    pub budget: Budget,
+    /// Bytes of a message at most.
+    pub max_message_bytes: usize,
     /// Whether requests carry their [`Peer`], as an `Arc` among their extensions.
     pub tells_peers: bool,
     /// Connections made before this finish what they have begun, and end.
@@ -61,7 +69,8 @@ pub struct Door {
 impl Door {
     /// Serves until it is closed and the last connection has ended. Dropping this ends all of them at once.
     pub async fn serve(self) {
-        let Self { listener, tls, app, tells_peers, drain, close } = self;
+        let Self { listener, tls, app, budget, max_message_bytes, tells_peers, drain, close } = self;
+        let inside = Inside { app, budget, max_message_bytes };
         let connections = TaskTracker::new();
         // Whoever drops this future wants the port and its connections gone.
         let abort = CancellationToken::new();
@@ -81,7 +90,7 @@ impl Door {
             };
             let finish = if drain.is_cancelled() { close.clone() } else { drain.clone() };
             let peer = tells_peers.then(|| Arc::new(Peer { address: address.ip() }));
-            let served = connection(stream, tls.clone(), app.clone(), peer, finish);
+            let served = connection(stream, tls.clone(), inside.clone(), peer, finish);
             let abort = abort.clone();
             connections.spawn(async move {
                 tokio::select! {
@@ -96,35 +105,64 @@ impl Door {
     }
 }
 
+/// What is behind a port, for each of its connections.
+#[derive(Clone, Debug)]
+struct Inside {
+    app: Router,
+    budget: Budget,
+    max_message_bytes: usize,
+}
+
 async fn connection(
     stream: TcpStream,
     tls: Option<Tls>,
-    app: Router,
+    inside: Inside,
     peer: Option<Arc<Peer>>,
     finish: CancellationToken,
 ) {
     // Answers are small and complete: waiting to join them would only delay them.
     let _ = stream.set_nodelay(true);
     match tls {
-        None => exchange(stream, app, peer, finish).await,
+        None => exchange(stream, inside, peer, finish).await,
         Some(tls) => match time::timeout(HANDSHAKE, tls.accept(stream)).await {
-            Ok(Ok(stream)) => exchange(stream, app, peer, finish).await,
+            Ok(Ok(stream)) => exchange(stream, inside, peer, finish).await,
             Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
             Err(_) => tracing::debug!("a TLS handshake took too long"),
         },
     }
 }
 
-async fn exchange<S>(stream: S, app: Router, peer: Option<Arc<Peer>>, finish: CancellationToken)
+impl Inside {
+    /// The request with a body that is taken from the budget, and what holds it until the request is answered. A stream's
+    /// messages hold themselves.
+    fn metered(&self, request: Request<Incoming>) -> (Request<Body>, Option<Tally>) {
+        let (mut head, body) = request.into_parts();
+        if http_body::Body::is_end_stream(&body) {
+            return (Request::from_parts(head, Body::empty()), None);
+        }
+        let tally = self.budget.tally();
+        let body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes);
+        head.extensions.insert(tally.clone());
+        (Request::from_parts(head, Body::new(body)), Some(tally))
+    }
+}
+
+async fn exchange<S>(stream: S, inside: Inside, peer: Option<Arc<Peer>>, finish: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-        let mut request = request.map(Body::new);
+        let (mut request, tally) = inside.metered(request);
         if let Some(peer) = &peer {
             request.extensions_mut().insert(peer.clone());
         }
-        app.clone().oneshot(request)
+        let answer = inside.app.clone().oneshot(request);
+        async move {
+            let answer = answer.await;
+            // What the request held is given back with its answer, or when its client leaves.
+            drop(tally);
+            answer
+        }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(SILENCE);

@@ -4,6 +4,7 @@
 
 mod connections;
 mod guard;
+mod metered;
 
 use axum::{
     Router,

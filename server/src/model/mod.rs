@@ -6,6 +6,7 @@ mod ensemble;
 mod fit;
 mod graph;
 mod multimodal;
+mod ragged;
 mod request;
 mod sequence;
 mod statistics;
@@ -26,6 +27,7 @@ use sensorium_proto::inference::{ModelConfig, ModelStatistics};
 pub(crate) use self::{
     binding::{Binding, Bound, Reshape},
     ensemble::{Ensemble, Find},
+    ragged::Ragged,
 };
 pub use self::{
     cache::ResponseCache,
@@ -228,10 +230,9 @@ impl ModelVersion {
         match &self.runs {
             Runs::Graph(graph, binding) => {
                 let (inputs, outputs) = binding.bind(fitted).map_err(unfit)?;
-                // Every input is a client's: one that is not belongs to a sequence.
-                let inputs = inputs.into_iter().flatten().collect();
-                let done =
-                    graph.run(Work { inputs, rows, outputs, priority, timeout, deadline, is_probe: false }).await?;
+                let (inputs, scattered) = binding.ragged.complete(inputs).map_err(unfit)?;
+                let work = Work { inputs, rows, outputs, scattered, priority, timeout, deadline, is_probe: false };
+                let done = graph.run(work).await?;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }
             Runs::Sequence(graph, binding, sequences) => {
@@ -240,8 +241,9 @@ impl ModelVersion {
                 let (step, inputs) = turn.begin(inputs).await?;
                 let waited = started.elapsed();
                 outputs.extend_from_slice(sequences.state_outputs());
-                let mut done =
-                    graph.run(Work { inputs, rows, outputs, priority, timeout, deadline, is_probe: false }).await?;
+                let scattered = Vec::new();
+                let work = Work { inputs, rows, outputs, scattered, priority, timeout, deadline, is_probe: false };
+                let mut done = graph.run(work).await?;
                 step.finish(done.outputs.split_off(wanted.len()));
                 done.timings.queue += waited;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))

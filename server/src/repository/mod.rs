@@ -10,6 +10,7 @@ mod folder;
 mod peers;
 mod place;
 mod poll;
+mod prove;
 mod remote;
 mod source;
 mod triton;

@@ -192,7 +192,7 @@ fn open_version(
             }
         })
     };
-    let mut engines = (0..count).map(|_| reopen()).collect::<Result<Vec<_>, String>>()?;
+    let mut engines = engines::open(count, &reopen)?;
     let signature = engines[0].signature().clone();
     let Complete { mut config, interface, binding } =
         complete::complete(written, &signature, opening.batching.max_rows)?;
@@ -200,11 +200,12 @@ fn open_version(
     platform.clone_into(&mut config.platform);
     backend_name.clone_into(&mut config.backend);
     let folder = path.parent().unwrap_or(path);
-    for engine in &mut engines {
-        engines::warm_up(engine.as_mut(), &config, &binding, folder)?;
-    }
+    let sample = engines::warm_up(&mut engines, &config, &binding, folder)?;
     let mut policy = Policy::of_model(&config, opening.batching)?;
     policy.padding = engines::padding(&config)?;
+    policy.max_elements = engines::max_elements(&config)?;
+    policy.joins = binding.ragged.joins();
+    let sample = sample.or_else(|| binding.ragged.sample(&interface, &signature));
     let statistics = Arc::new(Statistics::default());
     let setup = Setup {
         graph: name.to_owned(),
@@ -226,7 +227,7 @@ fn open_version(
         _ => None,
     };
     let scheduler = Scheduler::start(setup, &signature)?;
-    let graph = Graph::new(name.to_owned(), signature, scheduler);
+    let graph = Graph::new(name.to_owned(), signature, scheduler, sample);
     let runs = match sequences {
         Some(sequences) => {
             sequences.watch();
