@@ -8,7 +8,7 @@ SHELL := bash
 CARGO_FLAGS := --release --locked
 BIN := target/release/sensorium
 
-.PHONY: help setup build quickstart test test-env test-node cluster-binaries images lint chart-lint fmt generate clean bench-operator
+.PHONY: help setup build quickstart test test-env test-node cluster-binaries images lint chart-lint fmt generate clean bench-operator bench-soak
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{ printf "  make %-16s %s\n", $$1, $$2 }'
@@ -39,6 +39,9 @@ test-node: build test-env ## Run the tests on a real node alone (root; installs 
 
 bench-operator: build cluster-binaries ## Measure the operator on a real API server (BENCH_FLAGS="--jobs 10000" for more)
 	@$(dir $(BIN))bench-operator $(BENCH_FLAGS)
+
+bench-soak: build ## Put the released server under stress on loopback, some minutes (BENCH_FLAGS="--only fuzz" for a part)
+	@$(dir $(BIN))bench-soak $(BENCH_FLAGS)
 
 images: build ## Build the container images into the cache (root; installs buildah and mmdebstrap on Debian)
 	@scripts/images

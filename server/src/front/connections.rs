@@ -1,8 +1,20 @@
 //! Connections of one port, from the handshake to the last answer.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-use axum::{Router, body::Body, extract::Request};
+use axum::{
+    Router,
+    body::Body,
+    extract::Request,
+    http::{HeaderValue, Version, header},
+};
 use hyper::body::Incoming;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -16,7 +28,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
-use super::metered::Metered;
+use super::{impatient::Impatient, metered::Metered};
 use crate::{
     budget::{Budget, Tally},
     security::Tls,
@@ -24,6 +36,11 @@ use crate::{
 
 /// Longest wait for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Longest wait for what shows which version of HTTP a client speaks.
+const FIRST_WORDS: Duration = Duration::from_secs(30);
+/// How long a kept connection of HTTP/1 stays open when the server ends, for a request that is on its way already: unlike
+/// HTTP/2, it cannot say which request was its last.
+const LINGER: Duration = Duration::from_millis(500);
 /// How long an HTTP/1 connection may be silent. Longer than clients keep idle ones in their pools.
 const SILENCE: Duration = Duration::from_mins(5);
 /// An HTTP/2 client that vanished without a word frees its requests after these two.
@@ -151,14 +168,24 @@ async fn exchange<S>(stream: S, inside: Inside, peer: Option<Arc<Peer>>, finish:
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let is_http1 = Arc::new(AtomicBool::new(false));
+    let (speaks_http1, ends) = (is_http1.clone(), finish.clone());
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+        let is_http1 = request.version() < Version::HTTP_2;
+        speaks_http1.store(is_http1, Ordering::Relaxed);
+        let ends = is_http1.then(|| ends.clone());
         let (mut request, tally) = inside.metered(request);
         if let Some(peer) = &peer {
             request.extensions_mut().insert(peer.clone());
         }
         let answer = inside.app.clone().oneshot(request);
         async move {
-            let answer = answer.await;
+            let mut answer = answer.await;
+            if ends.is_some_and(|ends| ends.is_cancelled())
+                && let Ok(answer) = &mut answer
+            {
+                answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
             // What the request held is given back with its answer, or when its client leaves.
             drop(tally);
             answer
@@ -175,13 +202,19 @@ where
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME);
-    let connection = builder.serve_connection(TokioIo::new(stream), service);
+    let connection = builder.serve_connection(TokioIo::new(Impatient::new(stream, FIRST_WORDS)), service);
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         () = finish.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+            let linger = if is_http1.load(Ordering::Relaxed) { LINGER } else { Duration::ZERO };
+            match time::timeout(linger, connection.as_mut()).await {
+                Ok(ended) => ended,
+                Err(_) => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            }
         }
     };
     if let Err(error) = ended {

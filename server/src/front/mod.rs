@@ -4,6 +4,7 @@
 
 mod connections;
 mod guard;
+mod impatient;
 mod metered;
 
 use axum::{

@@ -13,4 +13,5 @@ mod remote;
 mod rest;
 mod security;
 mod shutdown;
+mod stress;
 mod traces;
