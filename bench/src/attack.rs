@@ -111,7 +111,8 @@ async fn raw(port: SocketAddr, target: &Target, random: &mut Random) -> bool {
         2 => {
             let body = fuzz::json_text(random, &target.json);
             let generate = format!("{}/generate", target.path);
-            let path = *random.pick(&[&infer, &generate, "/v2/repository/index", "/v2/logging", "/metrics"]);
+            let path =
+                *random.pick(&[infer.as_str(), generate.as_str(), "/v2/repository/index", "/v2/logging", "/metrics"]);
             let length = body.len();
             let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n");
             [head.as_bytes(), &body].concat()

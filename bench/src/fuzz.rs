@@ -392,7 +392,8 @@ pub fn http2(random: &mut Random, path: &str, message: &[u8]) -> Vec<u8> {
 
 /// Bytes that are nothing in particular.
 pub fn noise(random: &mut Random) -> Vec<u8> {
-    let beginning: &[u8] = random.pick(&[&b""[..], b"PRI * HTTP/2.0\r\n\r\nSM", b"POST /", b"\x16\x03\x01\x02\x00\x01", b"GET"]);
+    let beginning: &[u8] =
+        random.pick(&[&b""[..], b"PRI * HTTP/2.0\r\n\r\nSM", b"POST /", b"\x16\x03\x01\x02\x00\x01", b"GET"]);
     let rest = random.below(600);
     [beginning, &random.bytes(rest)].concat()
 }

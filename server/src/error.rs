@@ -177,7 +177,9 @@ impl InferError {
             Self::Invalid(_) | Self::Parts(_) => Code::InvalidArgument,
             Self::Item { source, .. } | Self::Pipeline(source) => fault(source.is_callers_fault()),
             Self::Prepare(PoolError::Overloaded { .. })
-            | Self::Schedule(ScheduleError::Overloaded { .. } | ScheduleError::TooLate { .. }) => Code::ResourceExhausted,
+            | Self::Schedule(ScheduleError::Overloaded { .. } | ScheduleError::TooLate { .. }) => {
+                Code::ResourceExhausted
+            }
             Self::Sequence(SequenceError::Overloaded { .. }) => Code::ResourceExhausted,
             Self::Sequence(
                 SequenceError::NoId { .. }

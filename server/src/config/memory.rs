@@ -29,9 +29,7 @@ fn limits(groups: &str, mount: &Path) -> Vec<u64> {
         let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else { continue };
         let (root, file) = match controllers {
             "" => (mount.to_owned(), "memory.max"),
-            _ if controllers.split(',').any(|name| name == "memory") => {
-                (mount.join("memory"), "memory.limit_in_bytes")
-            }
+            _ if controllers.split(',').any(|name| name == "memory") => (mount.join("memory"), "memory.limit_in_bytes"),
             _ => continue,
         };
         // In a container the path may be that of the host, and only the root is there.

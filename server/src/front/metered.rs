@@ -181,9 +181,7 @@ impl Messages {
                 self.max
             )),
             // As other servers of gRPC say it.
-            InflateError::Broken(error) => {
-                Status::internal(format!("the message is no {}: {error}", coding.name()))
-            }
+            InflateError::Broken(error) => Status::internal(format!("the message is no {}: {error}", coding.name())),
         })?;
         tally.give(packed.len());
         tally.end_message(HEAD + message.len());

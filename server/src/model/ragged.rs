@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 
 use sensorium_engine::{DType, RawTensor, RawTensorError, Signature};
-use sensorium_proto::inference::{BatchInput, DataType, ModelConfig, batch_input::Kind, model_config::SchedulingChoice};
+use sensorium_proto::inference::{
+    BatchInput, DataType, ModelConfig, batch_input::Kind, model_config::SchedulingChoice,
+};
 
 use super::Interface;
 use crate::scheduler::{Join, write_counts};
@@ -54,8 +56,8 @@ impl Ragged {
             if matches!(config.scheduling_choice, Some(SchedulingChoice::SequenceBatching(_))) {
                 return Err(format!("input `{}` has allow_ragged_batch, which no sequence can have", input.name));
             }
-            let index = position(signature, &input.name)
-                .ok_or_else(|| format!("its file has no input `{}`", input.name))?;
+            let index =
+                position(signature, &input.name).ok_or_else(|| format!("its file has no input `{}`", input.name))?;
             ragged.flat.insert(index, signature.inputs()[index].shape.len());
         }
         if config.max_batch_size == 0 && !(config.batch_input.is_empty() && config.batch_output.is_empty()) {
@@ -155,9 +157,7 @@ impl Made {
         let (rows, sizes) = shape.split_first().unwrap_or((&1, &[]));
         let items = || sizes.repeat(usize::try_from(*rows).unwrap_or(0));
         match self.kind {
-            Kind::BatchElementCount | Kind::BatchAccumulatedElementCount => {
-                write_counts(self.dtype, vec![1], &[count])
-            }
+            Kind::BatchElementCount | Kind::BatchAccumulatedElementCount => write_counts(self.dtype, vec![1], &[count]),
             Kind::BatchAccumulatedElementCountWithZero => write_counts(self.dtype, vec![2], &[0, count]),
             Kind::BatchMaxElementCountAsShape => RawTensor::zeros(self.dtype, vec![count]),
             Kind::BatchItemShape => write_counts(self.dtype, vec![*rows, sizes.len() as i64], &items()),
@@ -194,7 +194,8 @@ fn source(kind: &str, names: &[String], config: &ModelConfig, signature: &Signat
 
 fn made(input: &BatchInput, config: &ModelConfig, signature: &Signature) -> Result<Vec<Made>, String> {
     let source = source("batch_input", &input.source_input, config, signature)?;
-    let kind = Kind::try_from(input.kind).map_err(|_| format!("its batch_input has kind {}, which is none", input.kind))?;
+    let kind =
+        Kind::try_from(input.kind).map_err(|_| format!("its batch_input has kind {}, which is none", input.kind))?;
     let one = |name: &String| {
         let index = position(signature, name).filter(|index| *index != source);
         let index = index.ok_or_else(|| format!("its batch_input names `{name}`, which is no input of its file"))?;

@@ -81,8 +81,7 @@ pub(super) fn complete(written: Written, signature: &Signature, default_rows: us
         }
         interface.inputs.push(interface_spec(spec, &input.dims, kept));
     }
-    let scattered: Vec<String> =
-        config.batch_output.iter().flat_map(|output| &output.target_name).cloned().collect();
+    let scattered: Vec<String> = config.batch_output.iter().flat_map(|output| &output.target_name).cloned().collect();
     for output in &mut config.output {
         let (index, spec) = find("output", &output.name, signature.outputs())?;
         let side = Side { kind: "output", spec, kept };

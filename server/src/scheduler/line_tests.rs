@@ -22,7 +22,16 @@ fn ms(milliseconds: u64) -> Duration {
 }
 
 fn ticket(rows: usize, arrived: Instant) -> Ticket {
-    Ticket { rows, level: 1, class: Vec::new(), extent: Extent::default(), arrived, is_alone: false, timeout: None, deadline: None }
+    Ticket {
+        rows,
+        level: 1,
+        class: Vec::new(),
+        extent: Extent::default(),
+        arrived,
+        is_alone: false,
+        timeout: None,
+        deadline: None,
+    }
 }
 
 /// A line of requests that are called by number, in order of their coming.

@@ -30,8 +30,8 @@ use std::{
 use sensorium_engine::{Engine, EngineError, RawTensor, Signature};
 use tokio_util::sync::CancellationToken;
 
-use self::{admit::Queue, run::Instance, shape::Shapes};
 pub(crate) use self::extent::write_counts;
+use self::{admit::Queue, run::Instance, shape::Shapes};
 pub use self::{
     policy::{Delay, Join, Padding, Policy, QueuePolicy},
     slots::Slots,

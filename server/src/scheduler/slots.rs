@@ -214,12 +214,10 @@ mod tests {
         }
 
         fn enter(&mut self) {
-            while let Some(index) =
-                (0..self.waiting.len()).find(|index| {
-                    let (model, place, _) = self.waiting[*index];
-                    self.fair.try_enter(place, self.models[model].1)
-                })
-            {
+            while let Some(index) = (0..self.waiting.len()).find(|index| {
+                let (model, place, _) = self.waiting[*index];
+                self.fair.try_enter(place, self.models[model].1)
+            }) {
                 let (model, (_, ticket), charged) = self.waiting.remove(index);
                 self.running.insert((self.clock + self.models[model].0, model, ticket, charged));
             }

@@ -298,7 +298,10 @@ async fn what_cannot_be_done_before_its_deadline_is_refused_at_once() {
     let second = bench.occupy().await;
     let nobody_before = bench.send(within(Duration::from_millis(150))).await;
     let error = bench.scheduler.run(within(Duration::from_millis(150))).await.unwrap_err();
-    assert!(matches!(error, ScheduleError::TooLate { expected, .. } if expected > Duration::from_millis(150)), "{error}");
+    assert!(
+        matches!(error, ScheduleError::TooLate { expected, .. } if expected > Duration::from_millis(150)),
+        "{error}"
+    );
     let patient = bench.send(within(Duration::from_mins(10))).await;
     let careless = bench.send(rows(&[3.0])).await;
     bench.open_gate();

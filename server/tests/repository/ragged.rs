@@ -124,7 +124,11 @@ async fn every_kind_of_batch_input_says_what_tritons_says() {
     let answers = ask(&registry, &[3, 2]).await;
     for (name, values) in [("c", [3_i64, 2]), ("s", [3, 5]), ("b", [0, 3]), ("l", [3, 3]), ("f", [3, 2])] {
         for (answer, value) in answers.iter().zip(values) {
-            assert_eq!(output(answer, name), RawTensor::from_vec(DType::Int64, vec![1], vec![value]).unwrap(), "{name}");
+            assert_eq!(
+                output(answer, name),
+                RawTensor::from_vec(DType::Int64, vec![1], vec![value]).unwrap(),
+                "{name}"
+            );
         }
     }
     assert_eq!(output(&answers[1], "i"), RawTensor::from_vec(DType::Int64, vec![1, 1], vec![2_i64]).unwrap());
@@ -135,12 +139,9 @@ async fn every_kind_of_batch_input_says_what_tritons_says() {
 async fn short_requests_fill_a_batch_that_long_ones_would_not() {
     let bound = r#"parameters { key: "max_batch_elements" value { string_value: "8" } }
                    dynamic_batching { max_queue_delay_microseconds: 50000 }"#;
-    let padded = format!(
-        r#"max_batch_size: 8 parameters {{ key: "padding" value {{ string_value: "x=0" }} }} {bound}"#
-    );
-    for (model, config) in
-        [(segment_sums(), format!("{SEGMENT_SUMS}\n{bound}")), (scale(2.0, None), padded)]
-    {
+    let padded =
+        format!(r#"max_batch_size: 8 parameters {{ key: "padding" value {{ string_value: "x=0" }} }} {bound}"#);
+    for (model, config) in [(segment_sums(), format!("{SEGMENT_SUMS}\n{bound}")), (scale(2.0, None), padded)] {
         let registry = serve(model, &config).await;
         ask(&registry, &[2, 2, 2, 2, 5, 5]).await;
         assert_eq!(batches(&registry), [(1, 2), (4, 1)]);
@@ -149,17 +150,22 @@ async fn short_requests_fill_a_batch_that_long_ones_would_not() {
 
 #[tokio::test]
 async fn options_that_contradict_the_file_are_reasons() {
-    let ragged = |more: &str| {
-        format!("max_batch_size: 8 input {{ name: \"x\" dims: -1 allow_ragged_batch: true }} {more}")
-    };
+    let ragged =
+        |more: &str| format!("max_batch_size: 8 input {{ name: \"x\" dims: -1 allow_ragged_batch: true }} {more}");
     let made = |more: &str| ragged(&format!("batch_input {{ target_name: \"ends\" {more} }}"));
     for (config, reason) in [
         (ragged(""), "its file has input `ends`, which its configuration leaves out"),
         (made(""), "its batch_input has 0 source_inputs, it must have one"),
         (made("source_input: \"z\""), "source_input `z`, which is no input of its configuration"),
-        (made("source_input: \"x\" data_type: TYPE_FP32"), "is TYPE_FP32 in its configuration and TYPE_INT32 in its file"),
+        (
+            made("source_input: \"x\" data_type: TYPE_FP32"),
+            "is TYPE_FP32 in its configuration and TYPE_INT32 in its file",
+        ),
         (made("source_input: \"x\" kind: BATCH_ITEM_SHAPE"), "has 1 axes in its file, its kind has 2"),
-        (SEGMENT_SUMS.replace("dims: -1 allow", "dims: [ -1, 2 ] reshape { shape: -1 } allow"), "ragged and has a reshape"),
+        (
+            SEGMENT_SUMS.replace("dims: -1 allow", "dims: [ -1, 2 ] reshape { shape: -1 } allow"),
+            "ragged and has a reshape",
+        ),
         (
             SEGMENT_SUMS.replace("max_batch_size: 8", "max_batch_size: 0").replace("dims: 1 }", "dims: [ -1, 1 ] }"),
             "which needs max_batch_size",

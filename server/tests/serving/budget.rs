@@ -34,7 +34,8 @@ fn sized(bytes: usize) -> ModelInferRequest {
 
 /// The same as JSON, filled up with spaces.
 fn json(bytes: usize) -> Vec<u8> {
-    let input = serde_json::json!({"name": "pixel_values", "shape": [1, 3, 8, 8], "datatype": "FP32", "data": vec![0.5; 192]});
+    let input =
+        serde_json::json!({"name": "pixel_values", "shape": [1, 3, 8, 8], "datatype": "FP32", "data": vec![0.5; 192]});
     let mut body = serde_json::json!({"inputs": [input]}).to_string().into_bytes();
     body.resize(bytes.max(body.len()), b' ');
     body

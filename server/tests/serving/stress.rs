@@ -73,7 +73,8 @@ async fn a_stream_does_not_notice_that_others_are_cut() {
                 let mut answered = 0;
                 loop {
                     let (requests, stream) = mpsc::channel(1);
-                    let mut answers = client.model_stream_infer(ReceiverStream::new(stream)).await.unwrap().into_inner();
+                    let mut answers =
+                        client.model_stream_infer(ReceiverStream::new(stream)).await.unwrap().into_inner();
                     // One that is cut leaves with a request on its way.
                     for left in (0..if is_cut { 3 } else { usize::MAX }).rev() {
                         requests.send(pixels()).await.unwrap();
@@ -100,10 +101,8 @@ async fn a_stream_does_not_notice_that_others_are_cut() {
 /// Asks over one kept connection of HTTP/1 until the server says that it is the last time.
 async fn keep_asking(mut stream: TcpStream, answered: Arc<AtomicUsize>) {
     let body = json_pixels().to_string();
-    let request = format!(
-        "POST {ENCODER}/infer HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}",
-        body.len()
-    );
+    let request =
+        format!("POST {ENCODER}/infer HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}", body.len());
     loop {
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = Vec::new();
@@ -179,8 +178,7 @@ async fn a_model_that_is_let_go_gives_its_memory_back() {
     let repository = tempfile::tempdir().unwrap();
     std::fs::create_dir_all(repository.path().join("weighty/1")).unwrap();
     std::fs::write(repository.path().join("weighty/1/model.onnx"), weighty()).unwrap();
-    let arguments =
-        ["--model-repository", repository.path().to_str().unwrap(), "--model-control-mode", "explicit"];
+    let arguments = ["--model-repository", repository.path().to_str().unwrap(), "--model-control-mode", "explicit"];
     let server = Server::start(&arguments).await;
     let mut client = server.inference().await;
     let name = "weighty".to_owned();

@@ -48,13 +48,20 @@ pub(crate) async fn run(report: &mut Report, repository: &Path, rounds: usize) -
     let count = |counter: &AtomicUsize| counter.load(Ordering::Relaxed) as f64;
     eprintln!("drain: {counts:?}");
     report.row("drain/answered".to_owned(), "requests", Better::Higher, count(&counts.answered), ("at-least", 100.0));
-    report.row("drain/accepted-and-failed".to_owned(), "requests", Better::Lower, count(&counts.failed), ("limit", 0.0));
+    report.row(
+        "drain/accepted-and-failed".to_owned(),
+        "requests",
+        Better::Lower,
+        count(&counts.failed),
+        ("limit", 0.0),
+    );
     Ok(())
 }
 
 /// Asks over one connection until it is refused.
 async fn grpc(channel: tonic::transport::Channel, counts: Arc<Counts>) {
-    let mut client = sensorium_proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient::new(channel);
+    let mut client =
+        sensorium_proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient::new(channel);
     loop {
         match client.model_infer(one("twice", 1.0)).await {
             Ok(_) => counts.answered.fetch_add(1, Ordering::Relaxed),

@@ -19,11 +19,8 @@ const REST: &str = "/v2/models/twice/infer";
 
 pub(crate) async fn run(report: &mut Report, server: &mut Server, count: usize, seed: u64) -> Result<()> {
     let ports = [server.grpc, server.http, server.metrics];
-    let target = Target {
-        message: one("twice", 1.0).encode_to_vec(),
-        path: "/v2/models/twice".to_owned(),
-        json: one_json(2.5),
-    };
+    let target =
+        Target { message: one("twice", 1.0).encode_to_vec(), path: "/v2/models/twice".to_owned(), json: one_json(2.5) };
     let mut hangs = 0;
     let (mut settled, mut files) = (None, 0);
     for batch in 0..count.div_ceil(BATCH) {
@@ -43,14 +40,23 @@ pub(crate) async fn run(report: &mut Report, server: &mut Server, count: usize, 
     report.row("fuzz/hangs".to_owned(), "connections", Better::Lower, hangs as f64, ("limit", 0.0));
     report.row("fuzz/panics".to_owned(), "panics", Better::Lower, server.panics() as f64, ("limit", 0.0));
     report.row("fuzz/memory".to_owned(), "MiB", Better::Lower, after, ("after-a-tenth-and-16", before + 16.0));
-    report.row("fuzz/open-files".to_owned(), "files", Better::Lower, server.files()? as f64, ("after-a-tenth-and-16", files as f64 + 16.0));
+    report.row(
+        "fuzz/open-files".to_owned(),
+        "files",
+        Better::Lower,
+        server.files()? as f64,
+        ("after-a-tenth-and-16", files as f64 + 16.0),
+    );
     Ok(())
 }
 
 /// A right request over each port is answered.
 async fn answers(server: &Server) -> Result<()> {
     let answer = server.client().await?.model_infer(one("twice", 3.0)).await?.into_inner();
-    ensure!(answer.raw_output_contents.first().map(AsRef::as_ref) == Some(&6.0_f32.to_le_bytes()[..]), "a wrong answer");
+    ensure!(
+        answer.raw_output_contents.first().map(AsRef::as_ref) == Some(&6.0_f32.to_le_bytes()[..]),
+        "a wrong answer"
+    );
     let body = one_json(3.0).to_string();
     for port in [server.http, server.grpc] {
         let (status, text) = exchange(port, &post(REST, &body, false)).await?;

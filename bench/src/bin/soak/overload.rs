@@ -101,7 +101,13 @@ pub(crate) async fn run(report: &mut Report, server: &Server, step: Duration) ->
         twice.refused.len(),
         twice.errors
     );
-    report.row("overload/goodput-at-twice-the-best".to_owned(), "requests/s", Better::Higher, twice.goodput(), ("nine-tenths-of-best", 0.9 * best));
+    report.row(
+        "overload/goodput-at-twice-the-best".to_owned(),
+        "requests/s",
+        Better::Higher,
+        twice.goodput(),
+        ("nine-tenths-of-best", 0.9 * best),
+    );
     let p99 = percentile(twice.accepted(), 0.99);
     report.row("overload/accepted-p99".to_owned(), "s", Better::Lower, p99, ("deadline", DEADLINE.as_secs_f64()));
     report.row("overload/refused-p99".to_owned(), "s", Better::Lower, percentile(twice.refused, 0.99), ("limit", 0.1));

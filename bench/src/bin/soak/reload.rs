@@ -26,7 +26,8 @@ pub(crate) async fn run(report: &mut Report, repository: &Path, loads: usize) ->
     let (answered, failed) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
     let mut clients = JoinSet::new();
     for _ in 0..CLIENTS {
-        let (mut client, stop, answered, failed) = (server.client().await?, stop.clone(), answered.clone(), failed.clone());
+        let (mut client, stop, answered, failed) =
+            (server.client().await?, stop.clone(), answered.clone(), failed.clone());
         clients.spawn(async move {
             while !stop.load(Ordering::Relaxed) {
                 match client.model_infer(one("twice", 1.0)).await {
@@ -53,7 +54,13 @@ pub(crate) async fn run(report: &mut Report, repository: &Path, loads: usize) ->
     let count = |counter: &AtomicUsize| counter.load(Ordering::Relaxed) as f64;
     report.row("reload/answered".to_owned(), "requests", Better::Higher, count(&answered), ("at-least", 100.0));
     report.row("reload/failed".to_owned(), "requests", Better::Lower, count(&failed), ("limit", 0.0));
-    report.row("reload/memory".to_owned(), "MiB", Better::Lower, server.memory()?, ("after-the-first-and-5%", settled * 1.05));
+    report.row(
+        "reload/memory".to_owned(),
+        "MiB",
+        Better::Lower,
+        server.memory()?,
+        ("after-the-first-and-5%", settled * 1.05),
+    );
 
     // Twice, because the first time pays for buffers that stay.
     let mut before = 0.0;
@@ -79,7 +86,13 @@ pub(crate) async fn run(report: &mut Report, repository: &Path, loads: usize) ->
     time::sleep(Duration::from_secs(2)).await;
     let emptied = fresh.memory()?;
     eprintln!("reload: {emptied:.1} MiB after the model of the start is let go");
-    report.row("unload/model-of-the-start".to_owned(), "MiB", Better::Lower, emptied, ("others-and-32", held - 100.0 + 32.0));
+    report.row(
+        "unload/model-of-the-start".to_owned(),
+        "MiB",
+        Better::Lower,
+        emptied,
+        ("others-and-32", held - 100.0 + 32.0),
+    );
     Ok(())
 }
 

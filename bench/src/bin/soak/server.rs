@@ -44,7 +44,12 @@ impl Server {
     pub(crate) async fn start(repository: &Path, arguments: &[&str]) -> Result<Self> {
         let program = std::env::current_exe()?.with_file_name("sensorium-server");
         let mut command = Command::new(&program);
-        command.arg("--model-repository").arg(repository).args(["--model-control-mode", "explicit", "--load-model", "*"]);
+        command.arg("--model-repository").arg(repository).args([
+            "--model-control-mode",
+            "explicit",
+            "--load-model",
+            "*",
+        ]);
         for port in ["--grpc-addr", "--http-addr", "--metrics-addr"] {
             command.args([port, "127.0.0.1:0"]);
         }
@@ -140,8 +145,10 @@ pub(crate) fn get(path: &str) -> Vec<u8> {
 pub(crate) fn post(path: &str, body: &str, keep: bool) -> Vec<u8> {
     let connection = if keep { "keep-alive" } else { "close" };
     let length = body.len();
-    format!("POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: {connection}\r\ncontent-length: {length}\r\n\r\n{body}")
-        .into_bytes()
+    format!(
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: {connection}\r\ncontent-length: {length}\r\n\r\n{body}"
+    )
+    .into_bytes()
 }
 
 /// Sends bytes over a connection of their own: the status of the answer, 0 for none that is HTTP/1, and all of it.

@@ -62,8 +62,20 @@ pub(crate) async fn run(report: &mut Report, server: &Server, duration: Duration
     let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len().max(1) as f64;
     let (first, last) = (mean(&memory[..third]), mean(&memory[memory.len() - third..]));
     let count = |counter: &AtomicUsize| counter.load(Ordering::Relaxed) as f64;
-    report.row("streams/answered".to_owned(), "requests", Better::Higher, count(&counts.answered), ("at-least", 1000.0));
-    report.row("streams/connections-cut".to_owned(), "connections", Better::Higher, count(&counts.killed), ("at-least", 100.0));
+    report.row(
+        "streams/answered".to_owned(),
+        "requests",
+        Better::Higher,
+        count(&counts.answered),
+        ("at-least", 1000.0),
+    );
+    report.row(
+        "streams/connections-cut".to_owned(),
+        "connections",
+        Better::Higher,
+        count(&counts.killed),
+        ("at-least", 100.0),
+    );
     report.row("streams/errors-of-others".to_owned(), "errors", Better::Lower, count(&counts.errors), ("limit", 0.0));
     report.row("streams/memory-last-third".to_owned(), "MiB", Better::Lower, last, ("first-third", first));
     Ok(())
@@ -78,7 +90,7 @@ async fn connection(
 ) -> Result<()> {
     let socket = Arc::<Mutex<Option<std::net::TcpStream>>>::default();
     let kept = socket.clone();
-    let connector = tower::service_fn(move |_: tonic::transport::Uri| {
+    let connector = tower::service_fn(move |_: tonic::codegen::http::Uri| {
         let kept = kept.clone();
         async move {
             let stream = TcpStream::connect(address).await?;
@@ -129,7 +141,8 @@ async fn stream(
     while !stop.load(Ordering::Relaxed) && !cut.load(Ordering::Relaxed) {
         let value = random.below(1000) as f32;
         requests.send(one("twice", value)).await.context("the stream takes nothing more")?;
-        let answer = time::timeout(PATIENCE, answers.message()).await.context("no answer")??.context("no more answers")?;
+        let answer =
+            time::timeout(PATIENCE, answers.message()).await.context("no answer")??.context("no more answers")?;
         anyhow::ensure!(answer.error_message.is_empty(), "{}", answer.error_message);
         let found = answer.infer_response.and_then(|answer| answer.raw_output_contents.into_iter().next());
         anyhow::ensure!(found.as_deref() == Some(&(value * 2.0).to_le_bytes()[..]), "another's answer");
