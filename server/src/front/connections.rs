@@ -41,6 +41,8 @@ const FIRST_WORDS: Duration = Duration::from_secs(30);
 /// How long a kept connection of HTTP/1 stays open when the server ends, for a request that is on its way already: unlike
 /// HTTP/2, it cannot say which request was its last.
 const LINGER: Duration = Duration::from_millis(500);
+/// How long a request may rest while it arrives: what has arrived of it takes its part of the budget.
+const STALL: Duration = Duration::from_mins(1);
 /// How long an HTTP/1 connection may be silent. Longer than clients keep idle ones in their pools.
 const SILENCE: Duration = Duration::from_mins(5);
 /// An HTTP/2 client that vanished without a word frees its requests after these two.
@@ -158,7 +160,7 @@ impl Inside {
             return (Request::from_parts(head, Body::empty()), None);
         }
         let tally = self.budget.tally();
-        let body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes);
+        let body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, STALL);
         head.extensions.insert(tally.clone());
         (Request::from_parts(head, Body::new(body)), Some(tally))
     }

@@ -6,12 +6,14 @@
 use std::{
     collections::VecDeque,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
+    time::Duration,
 };
 
 use axum::http::{HeaderMap, header};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http_body::{Body, Frame, SizeHint};
+use tokio::time::{self, Sleep};
 use tonic::Status;
 
 use crate::{
@@ -30,6 +32,17 @@ pub(super) struct Metered<B> {
     messages: Option<Messages>,
     /// What was read and not yielded yet.
     ready: VecDeque<Bytes>,
+    /// How long it may rest before the end of a message, which holds what has arrived of it.
+    patience: Duration,
+    /// When that is over.
+    until: Option<Pin<Box<Sleep>>>,
+}
+
+/// A client that began to send, and stopped.
+#[derive(Debug, thiserror::Error)]
+#[error("nothing more of it came for {patience:?}")]
+struct Stalled {
+    patience: Duration,
 }
 
 /// The messages in the body of a gRPC call.
@@ -58,13 +71,33 @@ enum Place {
 }
 
 impl<B> Metered<B> {
-    /// The body of a call with these headers, whose messages have at most `max` bytes.
-    pub(super) fn new(body: B, headers: &HeaderMap, tally: Tally, max: usize) -> Self {
+    /// The body of a call with these headers, whose messages have at most `max` bytes and do not rest for longer than
+    /// `patience` while they arrive.
+    pub(super) fn new(body: B, headers: &HeaderMap, tally: Tally, max: usize, patience: Duration) -> Self {
         let is_grpc =
             headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
         let coding = || headers.get("grpc-encoding").and_then(|name| name.to_str().ok()).and_then(Coding::parse);
         let messages = is_grpc.then(|| Messages { coding: coding(), max, head: [0; HEAD], place: Place::Head(0) });
-        Self { body, tally, messages, ready: VecDeque::new() }
+        Self { body, tally, messages, ready: VecDeque::new(), patience, until: None }
+    }
+
+    /// Nothing is there: whether that has been so for too long.
+    fn rest(&mut self, context: &mut Context<'_>) -> Result<(), Error> {
+        // A stream may rest between two messages as long as it likes.
+        if self.messages.as_ref().is_some_and(|messages| matches!(messages.place, Place::Head(0))) {
+            return Ok(());
+        }
+        let patience = self.patience;
+        let until = self.until.get_or_insert_with(|| Box::pin(time::sleep(patience)));
+        if until.as_mut().poll(context).is_pending() {
+            return Ok(());
+        }
+        let stalled = Stalled { patience };
+        Err(if self.messages.is_some() {
+            Status::deadline_exceeded(stalled.to_string()).into()
+        } else {
+            stalled.into()
+        })
     }
 }
 
@@ -81,7 +114,14 @@ where
             if let Some(piece) = this.ready.pop_front() {
                 return Poll::Ready(Some(Ok(Frame::data(piece))));
             }
-            let Some(frame) = ready!(Pin::new(&mut this.body).poll_frame(context)) else { return Poll::Ready(None) };
+            let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(context) else {
+                return match this.rest(context) {
+                    Ok(()) => Poll::Pending,
+                    Err(error) => Poll::Ready(Some(Err(error))),
+                };
+            };
+            this.until = None;
+            let Some(frame) = frame else { return Poll::Ready(None) };
             let data = match frame.map_err(Into::into)?.into_data() {
                 Ok(data) => data,
                 Err(frame) => return Poll::Ready(Some(Ok(frame))),
@@ -237,7 +277,13 @@ mod tests {
             (header::CONTENT_TYPE, "application/grpc".parse().unwrap()),
             ("grpc-encoding".parse().unwrap(), coding.parse().unwrap()),
         ]);
-        let body = Metered::new(StreamBody::new(tokio_stream::iter(pieces)), &headers, tally.clone(), 1000);
+        let body = Metered::new(
+            StreamBody::new(tokio_stream::iter(pieces)),
+            &headers,
+            tally.clone(),
+            1000,
+            Duration::from_mins(1),
+        );
         let collected = body.collect().await.map_err(|error| *error.downcast::<Status>().unwrap())?;
         Ok(collected.to_bytes())
     }
@@ -279,5 +325,31 @@ mod tests {
         let noise = read(&frame(1, b"noise"), 64, "gzip", &budget.tally()).await.unwrap_err();
         assert_eq!(noise.code(), Code::Internal, "{noise:?}");
         budget.tally().foresee(500).expect("everything was given back");
+    }
+
+    #[tokio::test]
+    async fn a_body_that_stops_in_the_middle_is_given_up_and_a_stream_between_messages_is_not() {
+        const PATIENCE: Duration = Duration::from_millis(20);
+        let budget = Budget::new(10_000, Metrics::new().budget());
+        let whole = frame(0, &[7; 300]);
+        for (kind, sent, is_given_up) in [
+            ("application/grpc", whole.len(), false),
+            ("application/grpc", whole.len() - 1, true),
+            ("application/grpc", 3, true),
+            ("application/json", whole.len(), true),
+        ] {
+            let piece = Ok::<_, Error>(Frame::data(Bytes::copy_from_slice(&whole[..sent])));
+            let pieces = futures::StreamExt::chain(tokio_stream::once(piece), futures::stream::pending());
+            let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, kind.parse().unwrap())]);
+            let mut body = Metered::new(StreamBody::new(pieces), &headers, budget.tally(), 1000, PATIENCE);
+            assert!(body.frame().await.unwrap().is_ok());
+            // Ten times as long says that it is never; who is given up ends the wait.
+            let wait = if is_given_up { Duration::from_mins(1) } else { PATIENCE * 10 };
+            match time::timeout(wait, body.frame()).await {
+                Ok(more) => assert!(is_given_up && more.unwrap().is_err(), "{kind}, {sent}"),
+                Err(_) => assert!(!is_given_up, "{kind}, {sent}"),
+            }
+        }
+        budget.tally().foresee(10_000).expect("everything was given back");
     }
 }
