@@ -170,12 +170,12 @@ async fn exchange<S>(stream: S, inside: Inside, peer: Option<Arc<Peer>>, finish:
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let is_http1 = Arc::new(AtomicBool::new(false));
-    let (speaks_http1, ends) = (is_http1.clone(), finish.clone());
+    let is_http2 = Arc::new(AtomicBool::new(false));
+    let (speaks_http2, ends) = (is_http2.clone(), finish.clone());
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-        let is_http1 = request.version() < Version::HTTP_2;
-        speaks_http1.store(is_http1, Ordering::Relaxed);
-        let ends = is_http1.then(|| ends.clone());
+        let is_http2 = request.version() == Version::HTTP_2;
+        speaks_http2.store(is_http2, Ordering::Relaxed);
+        let ends = (!is_http2).then(|| ends.clone());
         let (mut request, tally) = inside.metered(request);
         if let Some(peer) = &peer {
             request.extensions_mut().insert(peer.clone());
@@ -209,7 +209,7 @@ where
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         () = finish.cancelled() => {
-            let linger = if is_http1.load(Ordering::Relaxed) { LINGER } else { Duration::ZERO };
+            let linger = if is_http2.load(Ordering::Relaxed) { Duration::ZERO } else { LINGER };
             match time::timeout(linger, connection.as_mut()).await {
                 Ok(ended) => ended,
                 Err(_) => {
