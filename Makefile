@@ -8,7 +8,7 @@ SHELL := bash
 CARGO_FLAGS := --release --locked
 BIN := target/release/sensorium
 
-.PHONY: help setup build quickstart test test-env test-node cluster-binaries images lint chart-lint fmt generate clean bench-operator bench-server
+.PHONY: help setup build quickstart test test-env test-node cluster-binaries images lint chart-lint fmt generate clean bench-operator bench-server bench-soak
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{ printf "  make %-16s %s\n", $$1, $$2 }'
@@ -43,6 +43,9 @@ bench-operator: build cluster-binaries ## Measure the operator on a real API ser
 bench-server: build ## Measure the model server beside Triton, KServe and its limits (BENCH_FLAGS="--model silero-vad" for less)
 	@python=$$(scripts/test-env bench) && "$$python" bench/peers/models.py target/bench-models && \
 		$(dir $(BIN))bench-server --python "$$python" --models target/bench-models $(BENCH_FLAGS)
+
+bench-soak: build ## Put the released server under stress on loopback, some minutes (BENCH_FLAGS="--only fuzz" for a part)
+	@$(dir $(BIN))bench-soak $(BENCH_FLAGS)
 
 images: build ## Build the container images into the cache (root; installs buildah and mmdebstrap on Debian)
 	@scripts/images

@@ -3,6 +3,9 @@
 //! Each benchmark is a program in `src/bin/` that measures the released programs, not this workspace's libraries, and
 //! sets each figure beside a peer measured on the same machine, or beside a limit that was set beforehand.
 
+pub mod attack;
+pub mod fuzz;
+
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

@@ -176,7 +176,8 @@ impl InferError {
             Self::UnknownModel { .. } | Self::UnknownVersion { .. } => Code::NotFound,
             Self::Invalid(_) | Self::Parts(_) => Code::InvalidArgument,
             Self::Item { source, .. } | Self::Pipeline(source) => fault(source.is_callers_fault()),
-            Self::Prepare(PoolError::Overloaded { .. }) | Self::Schedule(ScheduleError::Overloaded { .. }) => {
+            Self::Prepare(PoolError::Overloaded { .. })
+            | Self::Schedule(ScheduleError::Overloaded { .. } | ScheduleError::TooLate { .. }) => {
                 Code::ResourceExhausted
             }
             Self::Sequence(SequenceError::Overloaded { .. }) => Code::ResourceExhausted,
@@ -236,6 +237,11 @@ impl InferError {
             }
             _ => false,
         }
+    }
+
+    /// Whether an engine ran, or was about to, and said no to what it was given.
+    pub(crate) fn is_of_the_input(&self) -> bool {
+        matches!(self, Self::Schedule(error @ ScheduleError::Engine { .. }) if !error.is_everybodys())
     }
 
     /// A tensor could not take the shape that the configuration of `model` gives it.

@@ -12,10 +12,13 @@
 //! scheduler   admits or refuses, batches with other requests, runs on the engine's own thread, splits the answer
 //! ```
 //!
-//! Around them, [`repository`] has the models and lets them come and go, [`serve`] binds and drains, [`health`] proves that
+//! Around them, [`budget`] bounds the bytes of all requests, [`repository`] has the models and lets them come and go, [`serve`] binds and drains, [`health`] proves that
 //! engines run, [`scrape`] serves metrics, [`security`] keeps certificates, tokens and limits, [`config`] is what the
 //! operator set.
 
+mod allocator;
+pub mod budget;
+mod coding;
 pub mod config;
 pub mod error;
 pub mod front;

@@ -48,6 +48,7 @@ pub struct Metrics {
     padding: Histograms,
     run_seconds: Histograms,
     abandoned: Family<Labels<1>, Counter>,
+    budget: BudgetMetrics,
     cache: Family<Labels<2>, Counter>,
     triton_failure: Family<Labels<3>, Untyped>,
     triton_pending: Family<Labels<2>, Gauge>,
@@ -78,6 +79,7 @@ impl Metrics {
             padding: histograms(Buckets::Shares),
             run_seconds: histograms(Buckets::Seconds),
             abandoned: Family::default(),
+            budget: BudgetMetrics::default(),
             cache: Family::default(),
             triton_failure: Family::default(),
             triton_pending: Family::default(),
@@ -94,6 +96,9 @@ impl Metrics {
         names::SERVER_PADDING.register(&mut registry, metrics.padding.clone());
         names::SERVER_RUN_SECONDS.register(&mut registry, metrics.run_seconds.clone());
         names::SERVER_ABANDONED.register(&mut registry, metrics.abandoned.clone());
+        names::SERVER_REQUEST_BYTES.register(&mut registry, metrics.budget.held.clone());
+        names::SERVER_REQUEST_BYTES_LIMIT.register(&mut registry, metrics.budget.limit.clone());
+        names::SERVER_REQUEST_BYTES_REFUSALS.register(&mut registry, metrics.budget.refused.clone());
         names::SERVER_CACHE.register(&mut registry, metrics.cache.clone());
         names::TRITON_FAILURE.register(&mut registry, metrics.triton_failure.clone());
         names::TRITON_PENDING.register(&mut registry, metrics.triton_pending.clone());
@@ -148,6 +153,11 @@ impl Metrics {
         all.entry(model.to_owned()).or_insert(answered).clone()
     }
 
+    /// The bytes of all requests.
+    pub fn budget(&self) -> BudgetMetrics {
+        self.budget.clone()
+    }
+
     /// The metrics of one version of a graph.
     pub fn graph(&self, graph: &str, version: &str) -> GraphMetrics {
         let own = [label("model", graph)];
@@ -170,6 +180,41 @@ impl Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// The bytes of all requests, counted where they are shown. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct BudgetMetrics {
+    held: Gauge,
+    limit: Gauge,
+    refused: Counter,
+}
+
+impl BudgetMetrics {
+    /// So many bytes may be held.
+    pub fn limit(&self, bytes: usize) {
+        self.limit.set(bytes as i64);
+    }
+
+    /// Counts bytes as held; those that were held before.
+    pub fn take(&self, bytes: usize) -> usize {
+        usize::try_from(self.held.inc_by(bytes as i64)).unwrap_or(0)
+    }
+
+    /// Counts bytes as given back.
+    pub fn give(&self, bytes: usize) {
+        self.held.dec_by(bytes as i64);
+    }
+
+    /// Bytes that are held now.
+    pub fn held(&self) -> usize {
+        usize::try_from(self.held.get()).unwrap_or(0)
+    }
+
+    /// A request was refused.
+    pub fn refused(&self) {
+        self.refused.inc();
     }
 }
 

@@ -9,6 +9,7 @@ use sensorium_engine::Opener;
 use sensorium_telemetry::{Options, Sampling, Telemetry};
 
 use crate::{
+    allocator::give_memory_back,
     config::{ServerArgs, ServerConfig},
     repository::{Openers, State},
     serve::{self, Controls, Listeners},
@@ -18,6 +19,7 @@ use crate::{
 pub fn main(name: &'static str, more: &[Opener]) -> ExitCode {
     let matches = ServerArgs::command().name(name).bin_name(name).get_matches();
     let args = ServerArgs::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    give_memory_back(name);
     let openers = Openers::with(more);
     match prepare(name, args) {
         Ok((args, runtime, telemetry)) => {

@@ -16,6 +16,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    budget::Budget,
     config::{Addresses, ServerConfig},
     front::{self, Door},
     health,
@@ -123,6 +124,7 @@ pub async fn serve(
     let tells_peers = admission.is_some();
     let (app, reporter) = front::app(service.clone(), config.max_request_bytes, admission);
     let tls = config.tls.clone().map(Tls::watch).transpose()?;
+    let budget = Budget::new(config.max_inflight_bytes, metrics.budget());
 
     // Everything is answered from now on, with "not ready" while models load, so that the start can be watched.
     let (drain, close) = (CancellationToken::new(), CancellationToken::new());
@@ -130,6 +132,8 @@ pub async fn serve(
         listener,
         tls: tls.clone(),
         app: app.clone(),
+        budget: budget.clone(),
+        max_message_bytes: config.max_request_bytes,
         tells_peers,
         drain: drain.clone(),
         close: close.clone(),

@@ -87,6 +87,12 @@ metrics! {
         "Cost of one engine run, in elements of its inputs with padding";
     SERVER_PADDING = Histogram "sensorium_server_padding_ratio" ["model"]
         "Share of a batch's input elements that is padding";
+    SERVER_REQUEST_BYTES = Gauge "sensorium_server_request_bytes" []
+        "Bytes of requests that are held now, decompressed";
+    SERVER_REQUEST_BYTES_LIMIT = Gauge "sensorium_server_request_bytes_limit" []
+        "Bytes of requests that may be held";
+    SERVER_REQUEST_BYTES_REFUSALS = Counter "sensorium_server_request_bytes_refusals_total" []
+        "Requests that were refused because all together held as many bytes as they may";
     SERVER_CACHE = Counter "sensorium_server_cache_lookups_total" ["model", "outcome"]
         "Looks into the response cache; the outcome is hit or miss";
     TRAINER_STEP = Gauge "sensorium_trainer_step" []

@@ -89,6 +89,10 @@ pub struct ServerArgs {
     /// Bytes of a request at most; raise it for large tensors [default: 64 MiB]
     #[arg(long, env = "SENSORIUM_MAX_REQUEST_BYTES", value_name = "BYTES", help_heading = "Network")]
     pub max_request_bytes: Option<u64>,
+    /// Bytes of all requests that are read and not answered yet, decompressed; more are refused with RESOURCE_EXHAUSTED
+    /// (429). Lower it where models need the memory [default: a quarter of the memory that this process may use]
+    #[arg(long, env = "SENSORIUM_MAX_INFLIGHT_BYTES", value_name = "BYTES", help_heading = "Network")]
+    pub max_inflight_bytes: Option<u64>,
     /// Whether clients on this machine may pass tensors through /dev/shm [default: true]
     #[arg(long, env = "SENSORIUM_SHARED_MEMORY", value_name = "BOOL", help_heading = "Network")]
     pub shared_memory: Option<bool>,
@@ -236,6 +240,7 @@ impl ServerArgs {
             http_addr,
             metrics_addr,
             max_request_bytes,
+            max_inflight_bytes,
             shared_memory,
             tls_cert,
             tls_key,

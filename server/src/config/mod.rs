@@ -1,6 +1,7 @@
 //! What the operator set, and what it means.
 
 mod args;
+mod memory;
 
 use std::{
     collections::BTreeSet,
@@ -38,6 +39,8 @@ pub struct ServerConfig {
     pub batching: Batching,
     /// Bytes of a request message at most.
     pub max_request_bytes: usize,
+    /// Bytes of all requests at a time at most.
+    pub max_inflight_bytes: usize,
     /// Whether clients may pass tensors through shared memory.
     pub shared_memory: bool,
     /// Certificates, where connections are encrypted.
@@ -165,6 +168,12 @@ impl TryFrom<ServerArgs> for ServerConfig {
         check("--max-request-bytes", max_request_bytes, range.contains(&max_request_bytes), || {
             "1024 to 4294967295".to_owned()
         })?;
+        // A compressed request is held in both forms for a moment.
+        let least = max_request_bytes.saturating_mul(2);
+        let max_inflight_bytes = args.max_inflight_bytes.unwrap_or_else(|| least.max(memory::available() / 4));
+        check("--max-inflight-bytes", max_inflight_bytes, max_inflight_bytes >= least, || {
+            format!("at least twice --max-request-bytes, {least}")
+        })?;
         let delay = args.max_queue_delay_microseconds.unwrap_or(batching.max_queue_delay_microseconds);
         let mut accepted = Limits::default();
         accepted.image.max_bytes = limits.max_image_bytes;
@@ -204,6 +213,7 @@ impl TryFrom<ServerArgs> for ServerConfig {
                 max_delay: Duration::from_micros(delay),
             },
             max_request_bytes: max_request_bytes as usize,
+            max_inflight_bytes: usize::try_from(max_inflight_bytes).unwrap_or(usize::MAX),
             shared_memory: args.shared_memory.unwrap_or(true),
             tls,
             auth_tokens: args.auth_tokens,
@@ -316,6 +326,9 @@ mod tests {
         assert_eq!(error.to_string(), "--max-queue-size is 8, it must be at least --max-batch-size, 9");
         let error = config(&[&model[..], &["--max-request-bytes", "9"]].concat()).unwrap_err();
         assert!(matches!(error, ConfigError::OutOfRange { setting: "--max-request-bytes", .. }), "{error}");
+        let error = config(&[&model[..], &["--max-request-bytes", "4096", "--max-inflight-bytes", "8191"]].concat());
+        let wanted = "--max-inflight-bytes is 8191, it must be at least twice --max-request-bytes, 8192";
+        assert_eq!(error.unwrap_err().to_string(), wanted);
         let error = config(&[model, model].concat()).unwrap_err();
         assert!(matches!(error, ConfigError::DuplicateModel { name } if name == "a"));
     }

@@ -1,8 +1,20 @@
 //! Connections of one port, from the handshake to the last answer.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-use axum::{Router, body::Body, extract::Request};
+use axum::{
+    Router,
+    body::Body,
+    extract::Request,
+    http::{HeaderValue, Version, header},
+};
 use hyper::body::Incoming;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -16,10 +28,21 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
-use crate::security::Tls;
+use super::{impatient::Impatient, metered::Metered};
+use crate::{
+    budget::{Budget, Tally},
+    security::Tls,
+};
 
 /// Longest wait for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Longest wait for what shows which version of HTTP a client speaks.
+const FIRST_WORDS: Duration = Duration::from_secs(30);
+/// How long a kept connection of HTTP/1 stays open when the server ends, for a request that is on its way already: unlike
+/// HTTP/2, it cannot say which request was its last.
+const LINGER: Duration = Duration::from_millis(500);
+/// How long a request may rest while it arrives: what has arrived of it takes its part of the budget.
+const STALL: Duration = Duration::from_mins(1);
 /// How long an HTTP/1 connection may be silent. Longer than clients keep idle ones in their pools.
 const SILENCE: Duration = Duration::from_mins(5);
 /// An HTTP/2 client that vanished without a word frees its requests after these two.
@@ -50,6 +73,10 @@ pub struct Door {
     pub tls: Option<Tls>,
     /// What answers them.
     pub app: Router,
+    /// What the bodies of requests are taken from.
+    pub budget: Budget,
+    /// Bytes of a message at most.
+    pub max_message_bytes: usize,
     /// Whether requests carry their [`Peer`], as an `Arc` among their extensions.
     pub tells_peers: bool,
     /// Connections made before this finish what they have begun, and end.
@@ -61,7 +88,8 @@ pub struct Door {
 impl Door {
     /// Serves until it is closed and the last connection has ended. Dropping this ends all of them at once.
     pub async fn serve(self) {
-        let Self { listener, tls, app, tells_peers, drain, close } = self;
+        let Self { listener, tls, app, budget, max_message_bytes, tells_peers, drain, close } = self;
+        let inside = Inside { app, budget, max_message_bytes };
         let connections = TaskTracker::new();
         // Whoever drops this future wants the port and its connections gone.
         let abort = CancellationToken::new();
@@ -81,7 +109,7 @@ impl Door {
             };
             let finish = if drain.is_cancelled() { close.clone() } else { drain.clone() };
             let peer = tells_peers.then(|| Arc::new(Peer { address: address.ip() }));
-            let served = connection(stream, tls.clone(), app.clone(), peer, finish);
+            let served = connection(stream, tls.clone(), inside.clone(), peer, finish);
             let abort = abort.clone();
             connections.spawn(async move {
                 tokio::select! {
@@ -96,35 +124,74 @@ impl Door {
     }
 }
 
+/// What is behind a port, for each of its connections.
+#[derive(Clone, Debug)]
+struct Inside {
+    app: Router,
+    budget: Budget,
+    max_message_bytes: usize,
+}
+
 async fn connection(
     stream: TcpStream,
     tls: Option<Tls>,
-    app: Router,
+    inside: Inside,
     peer: Option<Arc<Peer>>,
     finish: CancellationToken,
 ) {
     // Answers are small and complete: waiting to join them would only delay them.
     let _ = stream.set_nodelay(true);
     match tls {
-        None => exchange(stream, app, peer, finish).await,
+        None => exchange(stream, inside, peer, finish).await,
         Some(tls) => match time::timeout(HANDSHAKE, tls.accept(stream)).await {
-            Ok(Ok(stream)) => exchange(stream, app, peer, finish).await,
+            Ok(Ok(stream)) => exchange(stream, inside, peer, finish).await,
             Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
             Err(_) => tracing::debug!("a TLS handshake took too long"),
         },
     }
 }
 
-async fn exchange<S>(stream: S, app: Router, peer: Option<Arc<Peer>>, finish: CancellationToken)
+impl Inside {
+    /// The request with a body that is taken from the budget, and what holds it until the request is answered. A stream's
+    /// messages hold themselves.
+    fn metered(&self, request: Request<Incoming>) -> (Request<Body>, Option<Tally>) {
+        let (mut head, body) = request.into_parts();
+        if http_body::Body::is_end_stream(&body) {
+            return (Request::from_parts(head, Body::empty()), None);
+        }
+        let tally = self.budget.tally();
+        let body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, STALL);
+        head.extensions.insert(tally.clone());
+        (Request::from_parts(head, Body::new(body)), Some(tally))
+    }
+}
+
+async fn exchange<S>(stream: S, inside: Inside, peer: Option<Arc<Peer>>, finish: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let is_http2 = Arc::new(AtomicBool::new(false));
+    let (speaks_http2, ends) = (is_http2.clone(), finish.clone());
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-        let mut request = request.map(Body::new);
+        let is_http2 = request.version() == Version::HTTP_2;
+        speaks_http2.store(is_http2, Ordering::Relaxed);
+        let ends = (!is_http2).then(|| ends.clone());
+        let (mut request, tally) = inside.metered(request);
         if let Some(peer) = &peer {
             request.extensions_mut().insert(peer.clone());
         }
-        app.clone().oneshot(request)
+        let answer = inside.app.clone().oneshot(request);
+        async move {
+            let mut answer = answer.await;
+            if ends.is_some_and(|ends| ends.is_cancelled())
+                && let Ok(answer) = &mut answer
+            {
+                answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            // What the request held is given back with its answer, or when its client leaves.
+            drop(tally);
+            answer
+        }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(SILENCE);
@@ -137,13 +204,19 @@ where
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME);
-    let connection = builder.serve_connection(TokioIo::new(stream), service);
+    let connection = builder.serve_connection(TokioIo::new(Impatient::new(stream, FIRST_WORDS)), service);
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         () = finish.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+            let linger = if is_http2.load(Ordering::Relaxed) { Duration::ZERO } else { LINGER };
+            match time::timeout(linger, connection.as_mut()).await {
+                Ok(ended) => ended,
+                Err(_) => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            }
         }
     };
     if let Err(error) = ended {

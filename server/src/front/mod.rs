@@ -4,6 +4,8 @@
 
 mod connections;
 mod guard;
+mod impatient;
+mod metered;
 
 use axum::{
     Router,

@@ -2,7 +2,7 @@
 
 use sensorium_engine::{RawTensor, RawTensorError};
 
-use super::Fitted;
+use super::{Fitted, Ragged};
 
 /// Which tensor of a request goes where, and in which shape.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -11,6 +11,8 @@ pub(crate) struct Binding {
     pub(crate) inputs: Vec<Option<Bound>>,
     /// For each output of the interface, the output of the graph that it is.
     pub(crate) outputs: Vec<Bound>,
+    /// What lies one request behind the other.
+    pub(crate) ragged: Ragged,
 }
 
 /// The other side of one tensor.
@@ -47,7 +49,11 @@ impl Binding {
     /// Each input and output of the graph as it is.
     pub(crate) fn identity(inputs: usize, outputs: usize) -> Self {
         let same = |index| Bound { index, reshape: None };
-        Self { inputs: (0..inputs).map(|index| Some(same(index))).collect(), outputs: (0..outputs).map(same).collect() }
+        Self {
+            inputs: (0..inputs).map(|index| Some(same(index))).collect(),
+            outputs: (0..outputs).map(same).collect(),
+            ragged: Ragged::default(),
+        }
     }
 
     /// A request as the graph takes it; inputs that the server fills are `None`.

@@ -1,19 +1,17 @@
 //! One graph behind its queue.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
+use sensorium_artifact::TensorSpec;
 use sensorium_engine::{EngineError, Named, RawTensor, Signature, dtype_name};
 use sensorium_modality::Tensor;
 
 use crate::{
     error::InferError,
-    scheduler::{Done, ScheduleError, Scheduler, Work},
+    scheduler::{Done, Scheduler, Work},
 };
 
 /// A graph with its signature and its engine.
@@ -22,14 +20,21 @@ pub struct Graph {
     name: String,
     signature: Signature,
     scheduler: Scheduler,
-    /// Whether a probe has ever succeeded.
-    takes_zeros: AtomicBool,
+    /// Inputs that its configuration says are good ones.
+    sample: Option<Vec<RawTensor>>,
+    /// Inputs that a probe has succeeded with.
+    proven: OnceLock<Vec<RawTensor>>,
 }
 
 impl Graph {
     /// A graph called `name` whose engine `scheduler` owns.
-    pub(crate) fn new(name: String, signature: Signature, scheduler: Scheduler) -> Arc<Self> {
-        Arc::new(Self { name, signature, scheduler, takes_zeros: AtomicBool::new(false) })
+    pub(crate) fn new(
+        name: String,
+        signature: Signature,
+        scheduler: Scheduler,
+        sample: Option<Vec<RawTensor>>,
+    ) -> Arc<Self> {
+        Arc::new(Self { name, signature, scheduler, sample, proven: OnceLock::new() })
     }
 
     /// Its name, that of the model it is or is part of.
@@ -60,7 +65,7 @@ impl Graph {
         let rows = inputs.first().and_then(RawTensor::row_count).unwrap_or(1);
         let specs = self.signature.outputs();
         let done = self.run(Work { inputs, rows, outputs: (0..specs.len()).collect(), ..Work::default() }).await?;
-        let typed = |(spec, raw): (&sensorium_artifact::TensorSpec, RawTensor)| {
+        let typed = |(spec, raw): (&TensorSpec, RawTensor)| {
             let unsupported = |dtype| {
                 let (origin, found) = (self.name.clone(), dtype_name(dtype).to_owned());
                 InferError::engine(
@@ -73,32 +78,46 @@ impl Graph {
         specs.iter().zip(done.outputs).map(typed).collect()
     }
 
-    /// Runs one row of zeros, unless the engine has proven itself in the last `age`.
+    /// Runs something small, unless the engine has proven itself in the last `age`: the inputs that its configuration warms
+    /// it up with, else one row of zeros.
     ///
-    /// Zeros of the smallest shape are a guess, and some models take none of it: an image may be too small for its
-    /// filters. As long as it has never been a good one, an engine that refuses it has answered, and that is proof enough.
+    /// Zeros are a guess, and so is their shape: an image may be too small for a model's filters. The first guess that
+    /// the engine takes is what it is probed with from then on. An engine that has answered a request and takes no guess
+    /// has at least read it, and that is proof enough; one that never ran anything has proven nothing.
     ///
     /// # Errors
-    /// What the engine says, when it says so about something that it could do before, or that nobody answers.
+    /// What the engine says to the first guess, or that nobody answers.
     pub async fn probe(&self, age: Duration) -> Result<(), InferError> {
         if self.scheduler.last_success().is_some_and(|ago| ago < age) {
             return Ok(());
         }
-        let outputs = (0..self.signature.outputs().len()).collect();
-        let work = Work { inputs: zeros(&self.signature), rows: 1, outputs, is_probe: true, ..Work::default() };
-        match self.run(work).await {
-            Ok(_) => {
-                self.takes_zeros.store(true, Ordering::Relaxed);
-                Ok(())
+        if let Some(inputs) = self.proven.get() {
+            return self.run(self.probing(inputs.clone())).await.map(drop);
+        }
+        let mut refusal = None;
+        for inputs in self.sample.iter().cloned().chain(guesses(&self.signature)) {
+            match self.run(self.probing(inputs.clone())).await {
+                Ok(_) => {
+                    // Another probe may have found one before.
+                    let _ = self.proven.set(inputs);
+                    return Ok(());
+                }
+                Err(error) if error.is_of_the_input() => drop(refusal.get_or_insert(error)),
+                Err(error) => return Err(error),
             }
-            Err(InferError::Schedule(error @ ScheduleError::Engine { .. }))
-                if !error.is_everybodys() && !self.takes_zeros.load(Ordering::Relaxed) =>
-            {
+        }
+        match refusal {
+            Some(error) if self.scheduler.last_success().is_none() => Err(error),
+            _ => {
                 self.scheduler.note_success();
                 Ok(())
             }
-            Err(error) => Err(error),
         }
+    }
+
+    fn probing(&self, inputs: Vec<RawTensor>) -> Work {
+        let outputs = (0..self.signature.outputs().len()).collect();
+        Work { inputs, rows: 1, outputs, is_probe: true, ..Work::default() }
     }
 
     /// Runs what waits and closes the engine.
@@ -107,8 +126,37 @@ impl Graph {
     }
 }
 
-/// The smallest request that a graph takes: sizes that a request chooses are 1. Zero is an index that every lookup table
-/// has. An input that cannot be made is left out, and the signature names it.
-fn zeros(signature: &Signature) -> Vec<RawTensor> {
-    signature.inputs().iter().filter_map(|spec| RawTensor::smallest(spec, 1).ok()).collect()
+/// Elements of an input that is guessed, at most.
+const LARGEST_GUESS: i64 = 1 << 24;
+
+/// Requests of zeros that a graph may take, the smallest first: sizes that a request chooses are all 1, then all 2, and so
+/// on, in one row and then in as many. Zero is an index that every lookup table has. An input that cannot be made is left
+/// out, and the signature names it.
+fn guesses(signature: &Signature) -> impl Iterator<Item = Vec<RawTensor>> {
+    /// Small ones, and those that filters, patches and heads are usually made for.
+    const SIZES: [i64; 17] = [1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 96, 128, 224, 256, 384, 512];
+    let mut shapes: Vec<Vec<Vec<i64>>> = Vec::new();
+    for is_one_row in [true, false] {
+        for size in SIZES {
+            let shape = |spec: &TensorSpec| {
+                let axis = |(axis, known): (usize, &Option<u64>)| match known {
+                    Some(known) => *known as i64,
+                    None if axis == 0 && is_one_row => 1,
+                    None => size,
+                };
+                spec.shape.iter().enumerate().map(axis).collect::<Vec<i64>>()
+            };
+            let guess: Vec<_> = signature.inputs().iter().map(shape).collect();
+            let is_small = |shape: &Vec<i64>| {
+                shape.iter().try_fold(1_i64, |all, size| all.checked_mul(*size)).is_some_and(|all| all <= LARGEST_GUESS)
+            };
+            if shapes.is_empty() || (!shapes.contains(&guess) && guess.iter().all(is_small)) {
+                shapes.push(guess);
+            }
+        }
+    }
+    shapes.into_iter().map(|shapes| {
+        let made = signature.inputs().iter().zip(shapes).map(|(spec, shape)| RawTensor::zeros(spec.dtype, shape));
+        made.filter_map(Result::ok).collect()
+    })
 }

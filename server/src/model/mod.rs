@@ -6,6 +6,7 @@ mod ensemble;
 mod fit;
 mod graph;
 mod multimodal;
+mod ragged;
 mod request;
 mod sequence;
 mod statistics;
@@ -27,6 +28,7 @@ pub(crate) use self::sequence::Seated;
 pub(crate) use self::{
     binding::{Binding, Bound, Reshape},
     ensemble::{Ensemble, Find},
+    ragged::Ragged,
 };
 pub use self::{
     cache::ResponseCache,
@@ -236,10 +238,9 @@ impl ModelVersion {
         match &self.runs {
             Runs::Graph(graph, binding) => {
                 let (inputs, outputs) = binding.bind(fitted).map_err(unfit)?;
-                // Every input is a client's: one that is not belongs to a sequence.
-                let inputs = inputs.into_iter().flatten().collect();
-                let done =
-                    graph.run(Work { inputs, rows, outputs, priority, timeout, deadline, is_probe: false }).await?;
+                let (inputs, scattered) = binding.ragged.complete(inputs).map_err(unfit)?;
+                let work = Work { inputs, rows, outputs, scattered, priority, timeout, deadline, is_probe: false };
+                let done = graph.run(work).await?;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }
             Runs::Sequence(graphs, binding, sequences) => {
@@ -250,8 +251,9 @@ impl ModelVersion {
                 let stopped = || ScheduleError::Stopped { graph: self.name.clone() };
                 let graph = graphs.get(step.instance).ok_or_else(stopped)?;
                 outputs.extend_from_slice(sequences.state_outputs());
-                let mut done =
-                    graph.run(Work { inputs, rows, outputs, priority, timeout, deadline, is_probe: false }).await?;
+                let scattered = Vec::new();
+                let work = Work { inputs, rows, outputs, scattered, priority, timeout, deadline, is_probe: false };
+                let mut done = graph.run(work).await?;
                 step.finish(done.outputs.split_off(wanted.len()));
                 done.timings.queue += waited;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))

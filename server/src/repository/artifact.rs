@@ -192,6 +192,6 @@ fn open_one(name: &str, version: u64, engines: Engines, opening: &Opening) -> st
         lost: opening.lost.clone(),
     };
     let scheduler = Scheduler::start(setup, &signature).map_err(std::io::Error::other)?;
-    let runs = Runs::Graph(Graph::new(name.to_owned(), signature, scheduler), binding);
+    let runs = Runs::Graph(Graph::new(name.to_owned(), signature, scheduler, None), binding);
     Ok(ModelVersion::new(version.to_string(), config, interface, statistics, runs))
 }

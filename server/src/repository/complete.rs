@@ -8,7 +8,7 @@ use sensorium_proto::inference::{
 };
 
 use super::config::Written;
-use crate::model::{Binding, Bound, Interface, Reshape};
+use crate::model::{Binding, Bound, Interface, Ragged, Reshape};
 
 /// A configuration in which nothing is left open.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,22 +65,33 @@ pub(super) fn complete(written: Written, signature: &Signature, default_rows: us
     let filled: Vec<String> = filled_by_server(&config).into_iter().map(str::to_owned).collect();
     let mut interface =
         Interface { max_rows: (kept > 0).then_some(config.max_batch_size as usize), ..Interface::default() };
-    let mut binding = Binding { inputs: vec![None; signature.inputs().len()], outputs: Vec::new() };
+    let mut binding = Binding { inputs: vec![None; signature.inputs().len()], ..Binding::default() };
     for (position, input) in config.input.iter_mut().enumerate() {
         let (index, spec) = find("input", &input.name, signature.inputs())?;
         let side = Side { kind: "input", spec, kept };
         input.data_type = side.data_type(input.data_type)?.into();
-        let reshape = side.dims(&mut input.dims, input.reshape.as_ref(), false)?;
+        let reshape = if input.allow_ragged_batch {
+            side.flat_dims(&mut input.dims, input.reshape.as_ref())?;
+            None
+        } else {
+            side.dims(&mut input.dims, input.reshape.as_ref(), false)?
+        };
         if binding.inputs[index].replace(Bound { index: position, reshape }).is_some() {
             return Err(format!("its configuration has input `{}` twice", input.name));
         }
         interface.inputs.push(interface_spec(spec, &input.dims, kept));
     }
+    let scattered: Vec<String> = config.batch_output.iter().flat_map(|output| &output.target_name).cloned().collect();
     for output in &mut config.output {
         let (index, spec) = find("output", &output.name, signature.outputs())?;
         let side = Side { kind: "output", spec, kept };
         output.data_type = side.data_type(output.data_type)?.into();
-        let reshape = side.dims(&mut output.dims, output.reshape.as_ref(), true)?;
+        let reshape = if scattered.contains(&output.name) {
+            side.flat_dims(&mut output.dims, output.reshape.as_ref())?;
+            None
+        } else {
+            side.dims(&mut output.dims, output.reshape.as_ref(), true)?
+        };
         binding.outputs.push(Bound { index, reshape });
         interface.outputs.push(interface_spec(spec, &output.dims, kept));
     }
@@ -89,6 +100,7 @@ pub(super) fn complete(written: Written, signature: &Signature, default_rows: us
             return Err(format!("its file has input `{}`, which its configuration leaves out", spec.name));
         }
     }
+    binding.ragged = Ragged::new(&config, signature)?;
     if config.max_batch_size > 1 && config.scheduling_choice.is_none() {
         config.scheduling_choice = Some(SchedulingChoice::DynamicBatching(ModelDynamicBatching::default()));
     }
@@ -121,11 +133,12 @@ pub(super) fn written_interface(config: &ModelConfig) -> Result<Interface, Strin
     Ok(interface)
 }
 
-/// Inputs that no request has, because the server fills them: a sequence's controls and state.
+/// Inputs that no request has, because the server fills them: what it says of a batch, a sequence's controls and state.
 fn filled_by_server(config: &ModelConfig) -> Vec<&str> {
-    let Some(SchedulingChoice::SequenceBatching(sequence)) = &config.scheduling_choice else { return Vec::new() };
+    let made = config.batch_input.iter().flat_map(|input| &input.target_name).map(String::as_str);
+    let Some(SchedulingChoice::SequenceBatching(sequence)) = &config.scheduling_choice else { return made.collect() };
     let controls = sequence.control_input.iter().map(|control| control.name.as_str());
-    controls.chain(sequence.state.iter().map(|state| state.input_name.as_str())).collect()
+    made.chain(controls).chain(sequence.state.iter().map(|state| state.input_name.as_str())).collect()
 }
 
 fn states(config: &ModelConfig) -> impl Iterator<Item = &sensorium_proto::inference::model_sequence_batching::State> {
@@ -159,6 +172,7 @@ fn batch_size(config: &ModelConfig, written: bool, signature: &Signature, defaul
     let whole = config.input.iter().any(|input| {
         let spec = signature.inputs().iter().find(|spec| spec.name == input.name);
         input.reshape.is_none()
+            && !input.allow_ragged_batch
             && !input.dims.is_empty()
             && spec.is_some_and(|spec| spec.shape.len() == input.dims.len())
     });
@@ -194,6 +208,28 @@ impl Side<'_> {
                 found.as_str_name(),
             )),
         }
+    }
+
+    /// Completes written sizes of a tensor in which requests lie one behind the other: in the graph it has no batch axis,
+    /// and may be flat.
+    fn flat_dims(&self, dims: &mut Vec<i64>, reshape: Option<&ModelTensorReshape>) -> Result<(), String> {
+        let file = sizes(self.spec, 0);
+        if dims.is_empty() {
+            *dims = file.clone();
+        }
+        if reshape.is_some() {
+            return Err(format!("{} `{}` is ragged and has a reshape, which contradict", self.kind, self.spec.name));
+        }
+        let fits = |(written, file): (&i64, &i64)| written == file || *file < 0 && *written != 0;
+        let is_alike = dims.len() == file.len() && dims.iter().zip(&file).all(fits);
+        if file.first().is_some_and(|size| *size < 0) && (is_alike || file.len() == 1) {
+            return Ok(());
+        }
+        Err(format!(
+            "{} `{}` is ragged and has dims {dims:?} in its configuration and {file:?} in its file, which must be one size \
+             that is left open, or the same sizes without a batch before them",
+            self.kind, self.spec.name
+        ))
     }
 
     /// Completes written sizes, and says how they become those of the graph.

@@ -19,9 +19,6 @@ use crate::{
     model::{Ensemble, Find, Graph, ModelVersion},
 };
 
-/// How long a new engine may take for its first row before it is served without that proof.
-const FIRST_PROBE: Duration = Duration::from_secs(10);
-
 /// Where a unit of models comes from.
 #[derive(Clone, Debug)]
 enum Origin {
@@ -50,7 +47,11 @@ impl Registry {
         }));
         let changing = registry.0.changing.lock().await;
         for source in &registry.0.config.models {
-            let loaded = artifact::load(source, &registry.0.opening).await?;
+            let mut loaded = artifact::load(source, &registry.0.opening).await?;
+            loaded.prove().await;
+            if let Some(reason) = loaded.failed.values().next() {
+                return Err(LoadError::Unproven { name: source.name.clone(), reason: reason.clone() });
+            }
             registry.install(&source.name, loaded).map_err(|name| LoadError::Duplicate { name })?;
         }
         registry.refresh().await?;
@@ -142,13 +143,9 @@ impl Registry {
                 return Err(ControlError::NotFound { name: name.to_owned() });
             }
         };
-        let loaded = loaded.inspect_err(|reason| self.note_failure(name, 0, reason)).map_err(failed)?;
+        let mut loaded = loaded.inspect_err(|reason| self.note_failure(name, 0, reason)).map_err(failed)?;
         // Proof that the engines run before they are asked: a model that comes must not make the server unready.
-        for graph in loaded.versions.iter().flat_map(ModelVersion::graphs) {
-            if !matches!(tokio::time::timeout(FIRST_PROBE, graph.probe(Duration::ZERO)).await, Ok(Ok(()))) {
-                tracing::warn!(graph = graph.name(), "its engine did not answer at once");
-            }
-        }
+        loaded.prove().await;
         let broken = loaded.failed.clone();
         self.install(name, loaded).map_err(|taken| failed(format!("another model is called {taken:?}")))?;
         let reasons: Vec<_> = broken.iter().map(|(version, reason)| format!("version {version}: {reason}")).collect();

@@ -11,7 +11,11 @@ use sensorium_proto::inference::{
 };
 
 use super::complete;
-use crate::{error::chain, model::Binding, scheduler::Padding};
+use crate::{
+    error::chain,
+    model::Binding,
+    scheduler::{Padding, Reopen},
+};
 
 /// How many engines a model has, and how each of them runs: the cores are shared among them unless it says otherwise.
 ///
@@ -66,8 +70,8 @@ fn accelerated(config: &ModelConfig, gpu: i32) -> Device {
     if has_tensorrt { Device::TensorRt(gpu) } else { Device::Cuda(gpu) }
 }
 
-/// What a model's parameters say about requests of unequal length: `padding` lists inputs and the value that the model
-/// ignores there, such as `input_ids=0,attention_mask=0`; `max_batch_elements` bounds a batch after padding.
+/// Inputs that the parameter `padding` lists with the value that the model ignores there, such as
+/// `input_ids=0,attention_mask=0`.
 ///
 /// # Errors
 /// Text that is no such list.
@@ -75,13 +79,21 @@ pub(super) fn padding(config: &ModelConfig) -> Result<Option<Padding>, String> {
     let wrong =
         |text: &str| format!("its parameter padding has {text:?}, it must be such as input_ids=0,attention_mask=0");
     let Some(text) = parameter(config, "padding") else { return Ok(None) };
-    let mut padding =
-        Padding { max_elements: number(config, "max_batch_elements")?.unwrap_or(0), ..Padding::default() };
+    let mut padding = Padding::default();
     for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
         let (name, value) = part.split_once('=').ok_or_else(|| wrong(part))?;
         padding.values.insert(name.trim().to_owned(), value.trim().parse().map_err(|_| wrong(part))?);
     }
     Ok(Some(padding))
+}
+
+/// Elements of a batch at most, along the axes that requests choose and with padding: the parameter `max_batch_elements`;
+/// 0 for no bound.
+///
+/// # Errors
+/// Text that is no number.
+pub(super) fn max_elements(config: &ModelConfig) -> Result<usize, String> {
+    Ok(number(config, "max_batch_elements")?.unwrap_or(0))
 }
 
 fn parameter<'a>(config: &'a ModelConfig, name: &str) -> Option<&'a str> {
@@ -102,27 +114,66 @@ fn flag(config: &ModelConfig, name: &str) -> Result<Option<bool>, String> {
     parameter(config, name).map(parse).transpose()
 }
 
-/// Runs the samples of `model_warmup` on an engine, so that the first request does not pay for what happens once.
+/// Opens `count` engines side by side, as many at a time as there are cores: reading and optimising a graph takes one core.
+///
+/// # Errors
+/// The first that cannot be opened.
+pub(super) fn open(count: usize, reopen: &Reopen) -> Result<Vec<Box<dyn Engine>>, String> {
+    side_by_side(vec![(); count], |()| reopen())
+}
+
+/// Does the same to all `items` on threads of their own, as many at a time as there are cores; results in their order.
+fn side_by_side<I: Send, T: Send>(
+    items: Vec<I>,
+    work: impl Fn(I) -> Result<T, String> + Sync,
+) -> Result<Vec<T>, String> {
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let (mut rest, mut done) = (items.into_iter().peekable(), Vec::new());
+    while rest.peek().is_some() {
+        let some: Vec<I> = rest.by_ref().take(cores).collect();
+        let work = &work;
+        done.extend(std::thread::scope(|scope| {
+            let threads: Vec<_> = some.into_iter().map(|item| scope.spawn(move || work(item))).collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<T, String>>| {
+                thread.join().unwrap_or_else(|_| Err("opening it panicked".to_owned()))
+            };
+            threads.into_iter().map(join).collect::<Result<Vec<T>, String>>()
+        })?);
+    }
+    Ok(done)
+}
+
+/// Runs the samples of `model_warmup` on every engine, so that the first request does not pay for what happens once. Returns
+/// the inputs of the first, which are known to be good then.
 ///
 /// # Errors
 /// A sample that does not fit the model, or that it fails at.
 pub(super) fn warm_up(
-    engine: &mut dyn Engine,
+    engines: &mut [Box<dyn Engine>],
     config: &ModelConfig,
     binding: &Binding,
     folder: &Path,
-) -> Result<(), String> {
+) -> Result<Option<Vec<RawTensor>>, String> {
+    let mut samples = Vec::new();
+    let Some(signature) = engines.first().map(|engine| engine.signature().clone()) else { return Ok(None) };
     for sample in &config.model_warmup {
         let unfit = |reason: String| format!("its model_warmup {:?} {reason}", sample.name);
-        let signature = engine.signature().clone();
         let inputs = inputs(sample, config, &signature, binding, folder).map_err(unfit)?;
         signature.validate(&inputs).map_err(|error| unfit(chain(&error)))?;
-        let outputs: Vec<usize> = (0..signature.outputs().len()).collect();
-        for _ in 0..sample.count.max(1) {
-            engine.run_raw(&inputs, &outputs).map_err(|error| unfit(chain(&error)))?;
-        }
+        samples.push((sample, inputs));
     }
-    Ok(())
+    let outputs: Vec<usize> = (0..signature.outputs().len()).collect();
+    let run = |engine: &mut Box<dyn Engine>| {
+        for (sample, inputs) in &samples {
+            for _ in 0..sample.count.max(1) {
+                let ran = engine.run_raw(inputs, &outputs);
+                ran.map_err(|error| format!("its model_warmup {:?} {}", sample.name, chain(&error)))?;
+            }
+        }
+        Ok(())
+    };
+    side_by_side(engines.iter_mut().collect(), run)?;
+    Ok(samples.into_iter().next().map(|(_, inputs)| inputs))
 }
 
 fn inputs(
@@ -146,6 +197,8 @@ fn inputs(
     let mut inputs = signature.inputs().iter().zip(&binding.inputs).map(input).collect::<Result<Vec<_>, _>>()?;
     // Sizes are written as clients see them, and go in as the graph has them.
     binding.shape(&mut inputs).map_err(|error| error.to_string())?;
+    let (inputs, _) =
+        binding.ragged.complete(inputs.into_iter().map(Some).collect()).map_err(|error| error.to_string())?;
     Ok(inputs)
 }
 

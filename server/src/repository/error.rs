@@ -54,6 +54,14 @@ pub enum LoadError {
         /// Why.
         source: Box<PipelineError>,
     },
+    /// Nothing that its engines were given ran.
+    #[error("model {name:?} runs nothing: {reason}")]
+    Unproven {
+        /// The model.
+        name: String,
+        /// What an engine said.
+        reason: String,
+    },
     /// A thread could not be started, or died while it opened the model.
     #[error("no thread could be started for model {name:?}, or it died")]
     Thread {

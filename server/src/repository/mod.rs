@@ -11,6 +11,7 @@ mod openers;
 mod peers;
 mod place;
 mod poll;
+mod prove;
 mod remote;
 mod source;
 mod triton;

@@ -173,7 +173,7 @@ fn open_version(
         let (file, declared) = (file.clone(), openers::declared(&written.config));
         Arc::new(move || (opener.open)(&file, options, &declared).map_err(|error| chain(&error)))
     };
-    let mut engines = (0..count).map(|_| reopen()).collect::<Result<Vec<_>, String>>()?;
+    let mut engines = engines::open(count, &reopen)?;
     let signature = engines[0].signature().clone();
     let Complete { mut config, interface, binding } =
         complete::complete(written, &signature, opening.batching.max_rows)?;
@@ -181,9 +181,7 @@ fn open_version(
     opener.platform.clone_into(&mut config.platform);
     opener.backend.clone_into(&mut config.backend);
     let folder = path.parent().unwrap_or(path);
-    for engine in &mut engines {
-        engines::warm_up(engine.as_mut(), &config, &binding, folder)?;
-    }
+    let sample = engines::warm_up(&mut engines, &config, &binding, folder)?;
     let mut policy = Policy::of_model(&config, opening.batching)?;
     policy.padding = engines::padding(&config)?;
     if config.parameters.contains_key(RESET_METHOD) && interface.max_rows.is_some_and(|rows| rows > 1) {
@@ -192,6 +190,9 @@ fn open_version(
              instances as sequences shall be under way"
         ));
     }
+    policy.max_elements = engines::max_elements(&config)?;
+    policy.joins = binding.ragged.joins();
+    let sample = sample.or_else(|| binding.ragged.sample(&interface, &signature));
     let statistics = Arc::new(Statistics::default());
     let sequences = match &config.scheduling_choice {
         Some(SchedulingChoice::SequenceBatching(sequence)) => {
@@ -214,7 +215,9 @@ fn open_version(
             lost: opening.lost.clone(),
         };
         let scheduler = Scheduler::start(setup, &signature)?;
-        Ok::<_, String>(Graph::new(name.to_owned(), signature, scheduler))
+        // Seats take inputs away, and a sample is of all of them.
+        let sample = sample.clone().filter(|sample| signature.validate(sample).is_ok());
+        Ok::<_, String>(Graph::new(name.to_owned(), signature, scheduler, sample))
     };
     let runs = match sequences {
         Some(sequences) => {

@@ -3,20 +3,21 @@
 use std::{
     collections::VecDeque,
     convert::Infallible,
-    io::{self, Read as _},
+    error::Error,
+    io,
     pin::Pin,
     task::{Context, Poll},
 };
 
 use axum::{
     body::Body,
+    extract::{FromRequest, Request},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,
 };
 use bytes::Bytes;
 use flate2::{
     Compression,
-    read::{MultiGzDecoder, ZlibDecoder},
     write::{GzEncoder, ZlibEncoder},
 };
 use http_body::{Frame, SizeHint};
@@ -24,6 +25,10 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 
 use super::{Refusal, response::Written};
+use crate::{
+    budget::{Spent, Tally},
+    coding::{Coding, InflateError},
+};
 
 /// JSON text that is read or written where it is; more than this would keep other requests waiting, and gets a thread of
 /// its own for the time.
@@ -32,36 +37,30 @@ const INLINE: usize = 256 << 10;
 /// Tells where the JSON of a body with binary tensors ends.
 pub(super) const HEADER_LENGTH: &str = "inference-header-content-length";
 
-/// A compression that both sides know.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Coding {
-    Gzip,
-    /// In its zlib wrapping, as HTTP defines the word.
-    Deflate,
+/// A body that is on its way, and what holds its bytes.
+#[derive(Debug)]
+pub(super) struct Arriving {
+    body: Body,
+    /// `None` where nobody counts them.
+    tally: Option<Tally>,
 }
 
-impl Coding {
-    fn parse(name: &str) -> Option<Self> {
-        match name.trim() {
-            "gzip" => Some(Self::Gzip),
-            "deflate" => Some(Self::Deflate),
-            _ => None,
-        }
-    }
+impl<S: Sync> FromRequest<S> for Arriving {
+    type Rejection = Infallible;
 
-    fn name(self) -> &'static str {
-        match self {
-            Self::Gzip => "gzip",
-            Self::Deflate => "deflate",
-        }
+    async fn from_request(request: Request, _: &S) -> Result<Self, Infallible> {
+        let tally = request.extensions().get::<Tally>().cloned();
+        Ok(Self { body: request.into_body(), tally })
     }
 }
 
 /// Reads a whole body of at most `max` bytes, decompressed if need be.
 ///
 /// # Errors
-/// 413 for more than that, 415 for an unknown compression, 400 for a body that is not what it says or does not arrive.
-pub(super) async fn read(headers: &HeaderMap, body: Body, max: usize) -> Result<Bytes, Refusal> {
+/// 413 for more than that, 429 where requests hold too much already, 415 for an unknown compression, 400 for a body that is
+/// not what it says or does not arrive.
+pub(super) async fn read(headers: &HeaderMap, arriving: Arriving, max: usize) -> Result<Bytes, Refusal> {
+    let Arriving { body, tally } = arriving;
     let too_large = || {
         let message = format!("the body has more than {max} bytes, the limit of this server");
         Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, message)
@@ -75,32 +74,50 @@ pub(super) async fn read(headers: &HeaderMap, body: Body, max: usize) -> Result<
         })?),
     };
     // Said in advance, so there is no need to read any of it.
-    if http_body::Body::size_hint(&body).lower() > max as u64 {
+    let announced = http_body::Body::size_hint(&body).lower();
+    if announced > max as u64 {
         return Err(too_large());
+    }
+    if let Some(tally) = &tally {
+        tally.foresee(announced as usize).map_err(spent)?;
     }
     let body = Limited::new(body, max).collect().await.map_err(|error| {
         if error.downcast_ref::<LengthLimitError>().is_some() {
             too_large()
+        } else if let Some(found) = cause::<Spent>(&*error) {
+            spent(*found)
         } else {
             Refusal::invalid(format!("the body did not arrive: {error}"))
         }
     })?;
     let body = body.to_bytes();
     let Some(coding) = coding else { return Ok(body) };
-    let inflated = aside(usize::MAX, move || inflate(coding, &body, max)).await;
-    let inflated = inflated.map_err(|error| Refusal::invalid(format!("the body is no {}: {error}", coding.name())))?;
-    inflated.ok_or_else(too_large)
+    let inflated = aside(usize::MAX, move || {
+        let inflated = coding.inflate(&body, max, tally.as_ref());
+        if let Some(tally) = &tally {
+            tally.give(body.len());
+        }
+        inflated
+    });
+    inflated.await.map_err(|error| match error {
+        InflateError::TooLarge => too_large(),
+        InflateError::Spent(found) => spent(found),
+        InflateError::Broken(error) => Refusal::invalid(format!("the body is no {}: {error}", coding.name())),
+    })
 }
 
-/// `None` for more than `max` bytes, of which no more are made.
-fn inflate(coding: Coding, body: &[u8], max: usize) -> io::Result<Option<Bytes>> {
-    let mut out = Vec::new();
-    let bound = (max as u64).saturating_add(1);
-    match coding {
-        Coding::Gzip => MultiGzDecoder::new(body).take(bound).read_to_end(&mut out)?,
-        Coding::Deflate => ZlibDecoder::new(body).take(bound).read_to_end(&mut out)?,
-    };
-    Ok((out.len() <= max).then(|| out.into()))
+fn spent(found: Spent) -> Refusal {
+    Refusal::new(StatusCode::TOO_MANY_REQUESTS, found.to_string())
+}
+
+/// The first error of this kind among an error and its causes.
+fn cause<'a, E: Error + 'static>(mut error: &'a (dyn Error + 'static)) -> Option<&'a E> {
+    loop {
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
+        }
+        error = error.source()?;
+    }
 }
 
 /// Runs `work` here when it is about `bytes` of at most [`INLINE`], else where blocking does no harm.
@@ -118,10 +135,10 @@ pub(super) async fn aside<T: Send + 'static>(bytes: usize, work: impl FnOnce() -
 /// Reads a body of JSON; an empty one is the default.
 pub(super) async fn read_json<T: DeserializeOwned + Default>(
     headers: &HeaderMap,
-    body: Body,
+    arriving: Arriving,
     max: usize,
 ) -> Result<T, Refusal> {
-    let body = read(headers, body, max).await?;
+    let body = read(headers, arriving, max).await?;
     if body.trim_ascii().is_empty() {
         return Ok(T::default());
     }
@@ -195,6 +212,10 @@ mod tests {
 
     use super::*;
 
+    fn arriving(body: impl Into<Body>) -> Arriving {
+        Arriving { body: body.into(), tally: None }
+    }
+
     fn headers(name: header::HeaderName, value: &str) -> HeaderMap {
         HeaderMap::from_iter([(name, value.parse().unwrap())])
     }
@@ -213,10 +234,10 @@ mod tests {
             let (said, body) = compressed(coding, &head).await;
             assert_eq!(said.unwrap(), coding);
             let headers = headers(header::CONTENT_ENCODING, coding);
-            assert_eq!(read(&headers, Body::from(body.clone()), 1000).await.unwrap(), [&head[..], b"tail"].concat());
-            assert_eq!(read(&headers, Body::from(body.clone()), 999).await.unwrap_err().status(), 413);
+            assert_eq!(read(&headers, arriving(body.clone()), 1000).await.unwrap(), [&head[..], b"tail"].concat());
+            assert_eq!(read(&headers, arriving(body.clone()), 999).await.unwrap_err().status(), 413);
             let cut = body.slice(..body.len() - 5);
-            assert_eq!(read(&headers, Body::from(cut), 1000).await.unwrap_err().status(), 400);
+            assert_eq!(read(&headers, arriving(cut), 1000).await.unwrap_err().status(), 400);
         }
         for list in ["gzip, deflate", "br", "*", "identity"] {
             assert_eq!(compressed(list, b"head").await, (None, Bytes::from_static(b"headtail")), "{list}");
@@ -229,15 +250,15 @@ mod tests {
         bomb.write_all(&vec![0; 1 << 24]).unwrap();
         let bomb = Bytes::from(bomb.finish().unwrap());
         assert!(bomb.len() < 1 << 15);
-        let refusal = read(&headers(header::CONTENT_ENCODING, "gzip"), Body::from(bomb), 1 << 15).await.unwrap_err();
+        let refusal = read(&headers(header::CONTENT_ENCODING, "gzip"), arriving(bomb), 1 << 15).await.unwrap_err();
         assert_eq!(refusal.status(), 413);
     }
 
     #[tokio::test]
     async fn bodies_that_are_too_large_or_strangely_coded_are_refused() {
-        let refusal = read(&HeaderMap::new(), Body::from("12345"), 4).await.unwrap_err();
+        let refusal = read(&HeaderMap::new(), arriving("12345"), 4).await.unwrap_err();
         assert_eq!(refusal.status(), 413);
-        let refusal = read(&headers(header::CONTENT_ENCODING, "zstd"), Body::from("1"), 4).await.unwrap_err();
+        let refusal = read(&headers(header::CONTENT_ENCODING, "zstd"), arriving("1"), 4).await.unwrap_err();
         assert_eq!(refusal.status(), 415);
     }
 

@@ -4,7 +4,6 @@
 use std::convert::Infallible;
 
 use axum::{
-    body::Body,
     extract::{Path, State},
     http::HeaderMap,
     response::{
@@ -16,7 +15,8 @@ use sensorium_proto::inference::{ModelInferRequest, ModelInferResponse, model_in
 use serde_json::{Value, json, value::RawValue};
 
 use super::{
-    Refusal, Rest, Target, body,
+    Refusal, Rest, Target,
+    body::{self, Arriving},
     json::{JsonError, Reader},
     request, response, tensor,
 };
@@ -26,7 +26,7 @@ pub(super) async fn generate(
     State(rest): State<Rest>,
     Path(target): Path<Target>,
     headers: HeaderMap,
-    body: Body,
+    body: Arriving,
 ) -> Result<Response, Refusal> {
     let answer = ask(&rest, target, &headers, body).await?;
     Ok(axum::Json(answer_object(answer)?).into_response())
@@ -37,7 +37,7 @@ pub(super) async fn generate_stream(
     State(rest): State<Rest>,
     Path(target): Path<Target>,
     headers: HeaderMap,
-    body: Body,
+    body: Arriving,
 ) -> Result<Response, Refusal> {
     let answer = ask(&rest, target, &headers, body).await?;
     let event = match answer_object(answer) {
@@ -48,7 +48,7 @@ pub(super) async fn generate_stream(
     Ok(Sse::new(events).into_response())
 }
 
-async fn ask(rest: &Rest, target: Target, headers: &HeaderMap, body: Body) -> Result<ModelInferResponse, Refusal> {
+async fn ask(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<ModelInferResponse, Refusal> {
     let call = Call::new(headers);
     let body = body::read(headers, body, rest.max_bytes).await?;
     let model = rest.service.model(&target.model, &target.version)?;

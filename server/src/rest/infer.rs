@@ -1,7 +1,6 @@
 //! `POST /v2/models/MODEL[/versions/VERSION]/infer`.
 
 use axum::{
-    body::Body,
     extract::{Path, State},
     http::HeaderMap,
     response::Response,
@@ -12,7 +11,7 @@ use sensorium_proto::inference::{ModelInferRequest, model_infer_request::InferIn
 
 use super::{
     Refusal, Rest, Target,
-    body::{self, HEADER_LENGTH},
+    body::{self, Arriving, HEADER_LENGTH},
     request,
     response::{self, Wanted},
 };
@@ -22,7 +21,7 @@ pub(super) async fn infer(
     State(rest): State<Rest>,
     Path(target): Path<Target>,
     headers: HeaderMap,
-    body: Body,
+    body: Arriving,
 ) -> Result<Response, Refusal> {
     let call = Call::new(&headers);
     let body = body::read(&headers, body, rest.max_bytes).await?;

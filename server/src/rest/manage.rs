@@ -4,7 +4,6 @@ use std::collections::HashMap;
 
 use axum::{
     Json,
-    body::Body,
     extract::{Path, State},
     http::{HeaderMap, StatusCode},
     response::{IntoResponse, Response},
@@ -23,7 +22,10 @@ use sensorium_proto::{
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{Refusal, Rest, Target, body};
+use super::{
+    Refusal, Rest, Target,
+    body::{self, Arriving},
+};
 
 /// Bytes of a body of settings at most.
 const SMALL: usize = 1 << 20;
@@ -87,7 +89,7 @@ struct Index {
     ready: bool,
 }
 
-pub(super) async fn repository_index(State(rest): State<Rest>, headers: HeaderMap, body: Body) -> Answer {
+pub(super) async fn repository_index(State(rest): State<Rest>, headers: HeaderMap, body: Arriving) -> Answer {
     let Index { ready } = body::read_json(&headers, body, SMALL).await?;
     let request = RepositoryIndexRequest { repository_name: String::new(), ready };
     let mut response = to_json(&rest.service.repository_index(&request)?);
@@ -131,7 +133,7 @@ pub(super) async fn load(
     State(rest): State<Rest>,
     Path(target): Path<Target>,
     headers: HeaderMap,
-    body: Body,
+    body: Arriving,
 ) -> Answer {
     let change: Change = body::read_json(&headers, body, rest.max_bytes).await?;
     let request = RepositoryModelLoadRequest {
@@ -146,7 +148,7 @@ pub(super) async fn unload(
     State(rest): State<Rest>,
     Path(target): Path<Target>,
     headers: HeaderMap,
-    body: Body,
+    body: Arriving,
 ) -> Answer {
     let change: Change = body::read_json(&headers, body, SMALL).await?;
     let request = RepositoryModelUnloadRequest {
@@ -175,7 +177,7 @@ pub(super) async fn register_memory(
     State(rest): State<Rest>,
     Path(target): Path<RegionTarget>,
     headers: HeaderMap,
-    body: Body,
+    body: Arriving,
 ) -> Answer {
     let Registration { key, offset, byte_size } = body::read_json(&headers, body, SMALL).await?;
     let request = SystemSharedMemoryRegisterRequest { name: target.region, key, offset, byte_size };
@@ -209,7 +211,7 @@ pub(super) async fn nothing() -> Json<Value> {
     Json(json!({}))
 }
 
-pub(super) async fn log_settings(State(rest): State<Rest>, headers: HeaderMap, body: Body) -> Answer {
+pub(super) async fn log_settings(State(rest): State<Rest>, headers: HeaderMap, body: Arriving) -> Answer {
     use log_settings_request::{SettingValue, setting_value::ParameterChoice as Asked};
     use log_settings_response::setting_value::ParameterChoice as Said;
     let asked: Map<String, Value> = body::read_json(&headers, body, SMALL).await?;
@@ -239,7 +241,7 @@ pub(super) async fn trace_setting(
     State(rest): State<Rest>,
     target: Option<Path<Target>>,
     headers: HeaderMap,
-    body: Body,
+    body: Arriving,
 ) -> Answer {
     /// The one setting that is a list.
     const LEVEL: &str = "trace_level";

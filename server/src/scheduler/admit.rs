@@ -5,7 +5,7 @@
 
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::{runtime::Handle, sync::oneshot};
@@ -15,6 +15,7 @@ use super::{
     Done, Policy, ScheduleError, Work,
     line::{Line, Next, Number, Refused, Ticket},
     order::Order,
+    pace::Pace,
     shape::Shapes,
 };
 use crate::{metrics::GraphMetrics, model::Statistics};
@@ -44,6 +45,8 @@ pub(super) struct Queue {
     pub(super) statistics: Arc<Statistics>,
     /// Where the callers are, if there is one.
     runtime: Option<Handle>,
+    /// Threads that run what waits.
+    engines: usize,
     state: Mutex<State>,
     /// Signalled when work arrives and when the queue is closed.
     changed: Condvar,
@@ -56,6 +59,7 @@ struct State {
     order: Order<Option<(Reply, Outcome)>>,
     closed: bool,
     last_success: Option<Instant>,
+    pace: Pace,
 }
 
 /// A place in the line: dropping it gives the place up, if no engine has taken the work yet.
@@ -75,9 +79,10 @@ impl Queue {
         shapes: Shapes,
         metrics: GraphMetrics,
         statistics: Arc<Statistics>,
+        engines: usize,
     ) -> Self {
-        let runtime = Handle::try_current().ok();
-        Self { graph, policy, shapes, metrics, statistics, runtime, state: Mutex::default(), changed: Condvar::new() }
+        let (runtime, state) = (Handle::try_current().ok(), Mutex::default());
+        Self { graph, policy, shapes, metrics, statistics, runtime, engines, state, changed: Condvar::new() }
     }
 
     /// Puts work in the line.
@@ -94,7 +99,7 @@ impl Queue {
             (own, asked) => own.or(asked),
         };
         let timeout = timeout.map(|timeout| now + timeout);
-        let (mut class, length) = self.shapes.class(&work.inputs);
+        let (mut class, extent) = self.shapes.class(&work.inputs);
         if work.is_probe {
             // No size is negative: it joins nobody.
             class.push(-1);
@@ -103,18 +108,26 @@ impl Queue {
             rows: work.rows,
             level,
             class,
-            length,
+            extent,
             arrived: now,
             is_alone: work.is_probe,
             timeout,
             deadline: work.deadline,
         };
         let (reply, answer) = oneshot::channel();
-        let job = Job { work, reply, span: Span::current(), admitted: now, place: None };
         let mut state = self.lock();
         if state.closed {
             return Err(ScheduleError::Stopped { graph: self.graph.clone() });
         }
+        if let Some(rest) = work.deadline.map(|deadline| deadline.saturating_duration_since(now)) {
+            // Who finds nobody waiting is let in whatever is expected, and shows whether that still holds.
+            let ahead = state.line.rows_before(level);
+            let expected = state.pace.expect(ahead, work.rows, self.policy.max_rows, self.engines);
+            if ahead > 0 && expected > rest {
+                return Err(ScheduleError::TooLate { graph: self.graph.clone(), expected });
+            }
+        }
+        let job = Job { work, reply, span: Span::current(), admitted: now, place: None };
         let number = state.line.push(&self.policy, ticket, job).map_err(|refused| self.refusal(refused))?;
         self.metrics.waiting(state.line.len());
         drop(state);
@@ -162,6 +175,7 @@ impl Queue {
                     }
                     self.metrics.waiting(state.line.len());
                     if state.line.len() > 0 {
+                        state.pace.leaves_behind(jobs.iter().map(|job| job.work.rows).sum());
                         // Another instance may begin with the rest.
                         self.changed.notify_one();
                     }
@@ -244,6 +258,11 @@ impl Queue {
 
     pub(super) fn note_success(&self) {
         self.lock().last_success = Some(Instant::now());
+    }
+
+    /// A batch of requests took so long, with whatever it waited for.
+    pub(super) fn ran(&self, rows: usize, took: Duration) {
+        self.lock().pace.ran(rows, took);
     }
 
     pub(super) fn last_success(&self) -> Option<Instant> {

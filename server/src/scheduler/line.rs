@@ -6,7 +6,10 @@ use std::{
     time::Instant,
 };
 
-use super::policy::{Delay, Policy};
+use super::{
+    extent::Extent,
+    policy::{Delay, Policy},
+};
 
 /// What the line knows of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,8 +20,8 @@ pub(super) struct Ticket {
     pub(super) level: u64,
     /// Requests of equal classes can stand in one batch.
     pub(super) class: Vec<i64>,
-    /// Elements of a row along axes that are padded; 1 where none is.
-    pub(super) length: usize,
+    /// How far it reaches along the axes that requests choose.
+    pub(super) extent: Extent,
     pub(super) arrived: Instant,
     /// Whether it does not wait for company.
     pub(super) is_alone: bool,
@@ -44,9 +47,16 @@ pub(super) struct Line<J> {
     waiting: BTreeMap<Key, (Ticket, J)>,
     /// When something happens to a request that nobody takes.
     expiries: BTreeSet<(Instant, Number)>,
-    by_level: BTreeMap<u64, usize>,
+    by_level: BTreeMap<u64, Level>,
     rows: usize,
     arrivals: u64,
+}
+
+/// What waits on one level of priority.
+#[derive(Debug, Default)]
+struct Level {
+    requests: usize,
+    rows: usize,
 }
 
 /// Why a request does not get in.
@@ -87,6 +97,11 @@ impl<J> Line<J> {
         self.waiting.len()
     }
 
+    /// Rows that go before a newcomer on `level`.
+    pub(super) fn rows_before(&self, level: u64) -> usize {
+        self.by_level.range(..=level).map(|(_, level)| level.rows).sum()
+    }
+
     /// Rows that wait.
     #[cfg(test)]
     pub(super) fn rows(&self) -> usize {
@@ -96,7 +111,7 @@ impl<J> Line<J> {
     /// Puts a request in its place.
     pub(super) fn push(&mut self, policy: &Policy, ticket: Ticket, job: J) -> Result<Number, Refused> {
         let level = policy.level(ticket.level);
-        let on_level = self.by_level.get(&ticket.level).copied().unwrap_or(0);
+        let on_level = self.by_level.get(&ticket.level).map_or(0, |level| level.requests);
         if level.max_requests > 0 && on_level >= level.max_requests {
             return Err(Refused::Level { limit: level.max_requests });
         }
@@ -107,7 +122,9 @@ impl<J> Line<J> {
         let number = Number { level: ticket.level, arrival: self.arrivals };
         self.arrivals += 1;
         self.rows = self.rows.saturating_add(ticket.rows);
-        *self.by_level.entry(ticket.level).or_default() += 1;
+        let level = self.by_level.entry(ticket.level).or_default();
+        level.requests += 1;
+        level.rows = level.rows.saturating_add(ticket.rows);
         self.expiries.extend(ticket.expiries().map(|at| (at, number)));
         self.waiting.insert((number.level, false, number.arrival), (ticket, job));
         Ok(number)
@@ -163,22 +180,23 @@ impl<J> Line<J> {
     /// fit is not overtaken for long: it is the first soon.
     fn batch(&self, policy: &Policy) -> Option<Batch> {
         let (&first_key, (first, _)) = self.waiting.first_key_value()?;
-        let max_elements = policy.padding.as_ref().map_or(0, |padding| padding.max_elements);
         let mut batch = Batch {
             keys: vec![(first_key, first.rows)],
             rows: first.rows,
             oldest: first.arrived,
             is_stuck: first.is_alone,
         };
-        let mut length = first.length;
+        let mut extent = first.extent.clone();
         for (&key, (ticket, _)) in self.waiting.iter().skip(1) {
             if batch.rows >= policy.max_rows {
                 break;
             }
-            let (rows, longest) = (batch.rows.saturating_add(ticket.rows), length.max(ticket.length));
-            let fits = rows <= policy.max_rows && (max_elements == 0 || rows.saturating_mul(longest) <= max_elements);
-            if ticket.class == first.class && fits {
-                (batch.rows, length) = (rows, longest);
+            let rows = batch.rows.saturating_add(ticket.rows);
+            let fits = rows <= policy.max_rows && ticket.class == first.class;
+            let within = || policy.max_elements == 0 || extent.with(&ticket.extent).cost(rows) <= policy.max_elements;
+            if fits && within() {
+                batch.rows = rows;
+                extent.add(&ticket.extent);
                 batch.oldest = batch.oldest.min(ticket.arrived);
                 batch.keys.push((key, ticket.rows));
             } else {
@@ -192,8 +210,9 @@ impl<J> Line<J> {
     fn take(&mut self, key: Key) -> Option<J> {
         let (ticket, job) = self.waiting.remove(&key)?;
         self.rows = self.rows.saturating_sub(ticket.rows);
-        if let Some(count) = self.by_level.get_mut(&ticket.level) {
-            *count = count.saturating_sub(1);
+        if let Some(level) = self.by_level.get_mut(&ticket.level) {
+            level.requests = level.requests.saturating_sub(1);
+            level.rows = level.rows.saturating_sub(ticket.rows);
         }
         let number = Number { level: key.0, arrival: key.2 };
         for at in ticket.expiries() {

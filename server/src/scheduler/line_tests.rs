@@ -8,7 +8,8 @@ use std::{
 use proptest::prelude::*;
 
 use super::{
-    Batching, Delay, Padding, Policy, QueuePolicy,
+    Batching, Delay, Policy, QueuePolicy,
+    extent::Extent,
     line::{Line, Next, Number, Refused, Ticket},
 };
 
@@ -21,7 +22,16 @@ fn ms(milliseconds: u64) -> Duration {
 }
 
 fn ticket(rows: usize, arrived: Instant) -> Ticket {
-    Ticket { rows, level: 1, class: Vec::new(), length: 1, arrived, is_alone: false, timeout: None, deadline: None }
+    Ticket {
+        rows,
+        level: 1,
+        class: Vec::new(),
+        extent: Extent::default(),
+        arrived,
+        is_alone: false,
+        timeout: None,
+        deadline: None,
+    }
 }
 
 /// A line of requests that are called by number, in order of their coming.
@@ -138,10 +148,9 @@ fn who_waited_too_long_is_refused_or_served_last() {
 
 #[test]
 fn padding_is_bounded_by_the_elements_of_a_batch() {
-    let padding = Padding { max_elements: 12, ..Padding::default() };
-    let mut bench = Bench::new(Policy { padding: Some(padding), ..policy(8) });
+    let mut bench = Bench::new(Policy { max_elements: 12, ..policy(8) });
     for length in [4, 3, 6, 4] {
-        bench.come(1, 0, |ticket| ticket.length = length);
+        bench.come(1, 0, |ticket| ticket.extent.reach(0, length));
     }
     assert_eq!(bench.next(0), Ok(vec![0, 1, 3]), "with the long one it would be 3 rows of 6");
     assert_eq!(bench.next(0), Ok(vec![2]));
@@ -229,5 +238,42 @@ proptest! {
             settle(&mut fate, jobs, "ran")?;
         }
         prop_assert!(!fate.contains(&"waits"));
+    }
+
+    #[test]
+    fn a_batch_costs_no_more_than_it_may_and_takes_all_that_fits(
+        requests in prop::collection::vec((1..4_usize, 1..40_usize, 1..5_usize, 0..30_usize, 0..2_i64), 1..60),
+        max_elements in 1..200_usize,
+    ) {
+        let mut bench = Bench::new(Policy { max_elements, ..policy(16) });
+        let mut tickets = Vec::new();
+        for (index, (rows, long, wide, flat, class)) in requests.into_iter().enumerate() {
+            bench.come(rows, index as u64, |ticket| {
+                ticket.class = vec![class];
+                for (input, size) in [(0, long), (0, wide), (1, long)] {
+                    ticket.extent.reach(input, size);
+                }
+                ticket.extent.lie(flat);
+                tickets.push(ticket.clone());
+            });
+        }
+        let cost = |jobs: &[usize]| {
+            let mut all = Extent::default();
+            jobs.iter().for_each(|job| all.add(&tickets[*job].extent));
+            all.cost(jobs.iter().map(|job| tickets[*job].rows).sum())
+        };
+        let mut waiting: Vec<usize> = (0..tickets.len()).collect();
+        while let Ok(jobs) = bench.next(1000) {
+            prop_assert_eq!(jobs[0], waiting[0], "the oldest is never left behind");
+            prop_assert!(jobs.len() == 1 || cost(&jobs) <= max_elements);
+            waiting.retain(|job| !jobs.contains(job));
+            let rows: usize = jobs.iter().map(|job| tickets[*job].rows).sum();
+            for left in waiting.iter().filter(|left| tickets[**left].class == tickets[jobs[0]].class) {
+                let with = [&jobs[..], &[*left]].concat();
+                let fits = rows + tickets[*left].rows <= 16 && cost(&with) <= max_elements;
+                prop_assert!(!fits, "{left} would have found room beside {jobs:?}");
+            }
+        }
+        prop_assert!(waiting.is_empty());
     }
 }

@@ -8,10 +8,12 @@
 //! caller gives up (cancelled, deadline passed) leaves the line in that moment and never reaches an engine.
 
 mod admit;
+mod extent;
 mod line;
 #[cfg(test)]
 mod line_tests;
 mod order;
+mod pace;
 mod policy;
 mod run;
 mod shape;
@@ -28,9 +30,10 @@ use std::{
 use sensorium_engine::{Engine, EngineError, RawTensor, Signature};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::extent::write_counts;
 use self::{admit::Queue, run::Instance, shape::Shapes};
 pub use self::{
-    policy::{Delay, Padding, Policy, QueuePolicy},
+    policy::{Delay, Join, Padding, Policy, QueuePolicy},
     slots::Slots,
 };
 use crate::{
@@ -47,6 +50,8 @@ pub struct Work {
     pub rows: usize,
     /// Indices of the signature's outputs to return.
     pub outputs: Vec<usize>,
+    /// Outputs of the graph whose first axis is not the batch, with the shape of this work's part of them.
+    pub scattered: Vec<(usize, Vec<i64>)>,
     /// 1 is served first; 0 is the model's default.
     pub priority: u64,
     /// How long it may wait, where the policy lets requests say so.
@@ -90,6 +95,14 @@ pub enum ScheduleError {
         waiting: usize,
         /// Rows that may.
         limit: usize,
+    },
+    /// What waits will not be done before its caller stops waiting. Trying again later may succeed.
+    #[error("{graph:?} would answer in about {expected:?}, after the deadline of the request; try again later")]
+    TooLate {
+        /// The graph.
+        graph: String,
+        /// How long it would take.
+        expected: Duration,
     },
     /// As many wait as the model's queue policy lets. Trying again later may succeed.
     #[error("{graph:?}: Exceeds maximum queue size {limit}")]
@@ -182,13 +195,13 @@ impl Scheduler {
     /// # Errors
     /// Padding that the graph cannot have; the system's, when it gives no thread.
     pub fn start(setup: Setup, signature: &Signature) -> Result<Self, String> {
-        let shapes = Shapes::new(signature, setup.batches, setup.policy.padding.as_ref())?;
+        let shapes = Shapes::new(signature, setup.batches, &setup.policy)?;
         Self::start_with(setup, shapes).map_err(|error| format!("no thread could be started: {error}"))
     }
 
     fn start_with(setup: Setup, shapes: Shapes) -> std::io::Result<Self> {
         let Setup { graph, engines, reopen, policy, slots, threads, metrics, statistics, lost, batches: _ } = setup;
-        let queue = Arc::new(Queue::new(graph, policy, shapes, metrics, statistics));
+        let queue = Arc::new(Queue::new(graph, policy, shapes, metrics, statistics, engines.len()));
         let share = slots.share(threads);
         let alive = Arc::new(());
         // If one thread cannot be started, dropping this ends those that were.

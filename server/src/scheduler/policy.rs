@@ -30,8 +30,13 @@ pub struct Policy {
     pub by_level: BTreeMap<u64, QueuePolicy>,
     /// Rows that may wait on all levels together: the bound on memory.
     pub max_waiting_rows: usize,
-    /// How batches of unequal requests are made and bounded.
+    /// How unequal requests are made equal.
     pub padding: Option<Padding>,
+    /// Elements of a batch at most, along the axes that requests choose and after padding; 0 for no bound. A request that
+    /// has more runs alone.
+    pub max_elements: usize,
+    /// How inputs are put together that are no rows, by their index in the graph.
+    pub joins: BTreeMap<usize, Join>,
 }
 
 /// When a batch that is not full waits for more.
@@ -61,11 +66,25 @@ pub struct QueuePolicy {
 pub struct Padding {
     /// The value for each input, by name.
     pub values: BTreeMap<String, f64>,
-    /// Elements of a batch after padding, at most, along the padded axes; 0 for no bound.
-    pub max_elements: usize,
 }
 
 impl Eq for Padding {}
+
+/// How an input of several requests becomes one, where its first axis is not the batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Join {
+    /// One behind the other, however long each is.
+    Flat,
+    /// What the server says of each request, one behind the other.
+    Listed,
+    /// Counts that are summed up: those of a request begin where those before it end.
+    Summed {
+        /// Whether a zero stands before them.
+        with_zero: bool,
+    },
+    /// The longest one stands for all.
+    Longest,
+}
 
 impl Policy {
     /// The policy of a server that a model without a configuration has.
@@ -81,6 +100,8 @@ impl Policy {
             by_level: BTreeMap::new(),
             max_waiting_rows: batching.max_waiting_rows,
             padding: None,
+            max_elements: 0,
+            joins: BTreeMap::new(),
         }
     }
 

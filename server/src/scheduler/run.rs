@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Done, Reopen, ScheduleError, Work,
     admit::{Job, Outcome, Queue},
+    shape::Shapes,
     slots::Share,
 };
 use crate::model::Timings;
@@ -117,6 +118,9 @@ impl Instance {
         };
         drop(held);
         owed.places.clear();
+        if !jobs.iter().any(|job| job.work.is_probe) {
+            queue.ran(jobs.iter().map(|job| job.work.rows).sum(), taken.elapsed());
+        }
         queue.answer(jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome)));
     }
 
@@ -178,11 +182,16 @@ impl Instance {
     /// `None` when the rows of an output are not theirs.
     fn split(&self, works: &[&Work], indices: &[usize], found: &[RawTensor]) -> Option<Vec<Vec<RawTensor>>> {
         // Alone, there is nothing to split, and the outputs of a model without a batch axis could not be.
-        let split = |tensor: &RawTensor| match works {
-            [_] => Some(vec![tensor.clone()]),
-            works => tensor.split(works.iter().map(|work| work.rows)),
+        let split = |(output, tensor): (&usize, &RawTensor)| {
+            if let Some(place) = works.first()?.scattered.iter().position(|(scattered, _)| scattered == output) {
+                return Shapes::scatter(tensor, works.iter().filter_map(|work| Some(&work.scattered.get(place)?.1)));
+            }
+            match works {
+                [_] => Some(vec![tensor.clone()]),
+                works => tensor.split(works.iter().map(|work| work.rows)),
+            }
         };
-        let columns: Vec<Vec<RawTensor>> = found.iter().map(split).collect::<Option<_>>()?;
+        let columns: Vec<Vec<RawTensor>> = indices.iter().zip(found).map(split).collect::<Option<_>>()?;
         let answer = |(member, work): (usize, &&Work)| {
             let own = |output: &usize| {
                 let rows = columns[indices.binary_search(output).ok()?][member].clone();

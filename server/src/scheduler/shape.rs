@@ -1,9 +1,15 @@
 //! Which requests can stand in one batch, and how unequal ones are made equal. Pure.
 
+use std::collections::BTreeMap;
+
 use bytes::BytesMut;
 use sensorium_engine::{DType, RawTensor, RawTensorError, Signature, element_size};
 
-use super::{Work, policy::Padding};
+use super::{
+    Work,
+    extent::{self, Extent},
+    policy::{Join, Policy},
+};
 
 /// The sizes of a graph's inputs that requests decide, beyond the batch.
 #[derive(Clone, Debug)]
@@ -11,6 +17,8 @@ pub(super) struct Shapes {
     axes: Vec<Axis>,
     /// The bytes that fill up an element of each input; empty where it is not padded.
     fills: Vec<Vec<u8>>,
+    /// How inputs are put together that are no rows.
+    joins: BTreeMap<usize, Join>,
     /// Per output, the axes that grow when an input is padded: the output's axis, and the input and axis it follows.
     grown: Vec<Vec<(usize, usize, usize)>>,
 }
@@ -27,9 +35,9 @@ impl Shapes {
     ///
     /// # Errors
     /// Padding of an input that the graph has not, or that has no elements to fill up with.
-    pub(super) fn new(signature: &Signature, batches: bool, padding: Option<&Padding>) -> Result<Self, String> {
+    pub(super) fn new(signature: &Signature, batches: bool, policy: &Policy) -> Result<Self, String> {
         let mut fills = vec![Vec::new(); signature.inputs().len()];
-        for (name, &value) in padding.iter().flat_map(|padding| &padding.values) {
+        for (name, &value) in policy.padding.iter().flat_map(|padding| &padding.values) {
             let found = signature.inputs().iter().position(|spec| spec.name == *name);
             let index = found.ok_or_else(|| format!("its padding names input `{name}`, which its file has not"))?;
             fills[index] = fill(signature.inputs()[index].dtype, value)
@@ -38,7 +46,9 @@ impl Shapes {
         let mut axes = Vec::new();
         for (input, spec) in signature.inputs().iter().enumerate() {
             for axis in usize::from(batches)..spec.shape.len() {
-                if spec.shape[axis].is_none() {
+                // However long the one that the server makes is, the others fix it.
+                let is_made = policy.joins.get(&input).is_some_and(|join| *join != Join::Flat);
+                if spec.shape[axis].is_none() && !is_made {
                     axes.push(Axis { input, position: axis, is_padded: !fills[input].is_empty() });
                 }
             }
@@ -57,34 +67,43 @@ impl Shapes {
             axes.filter_map(follows).collect()
         });
         let grown = grown.collect();
-        Ok(Self { axes, fills, grown })
+        Ok(Self { axes, fills, joins: policy.joins.clone(), grown })
     }
 
     /// Shapes of one matrix whose width requests decide.
     #[cfg(test)]
     pub(super) fn tail(axis: usize) -> Self {
         let axes = vec![Axis { input: 0, position: axis, is_padded: false }];
-        Self { axes, fills: vec![Vec::new()], grown: vec![Vec::new(); 2] }
+        Self { axes, fills: vec![Vec::new()], joins: BTreeMap::new(), grown: vec![Vec::new(); 2] }
     }
 
-    /// What has to be equal for two requests to join, and the elements of a row along padded axes.
-    pub(super) fn class(&self, inputs: &[RawTensor]) -> (Vec<i64>, usize) {
-        let mut length = 1;
+    /// What has to be equal for two requests to join, and how far this one reaches along the axes that may differ.
+    pub(super) fn class(&self, inputs: &[RawTensor]) -> (Vec<i64>, Extent) {
+        let mut extent = Extent::default();
         let class = self.axes.iter().map(|axis| {
             let size = inputs[axis.input].shape()[axis.position];
-            if axis.is_padded {
-                length = length.max(size as usize);
-                bucket(size)
-            } else {
-                size
+            if !self.joins.contains_key(&axis.input) {
+                extent.reach(axis.input, size as usize);
             }
+            if axis.is_padded { bucket(size) } else { size }
         });
         let class = class.collect();
-        (class, length)
+        for input in self.joins.iter().filter(|(_, join)| **join == Join::Flat).map(|(input, _)| *input) {
+            extent.lie(inputs[input].len());
+        }
+        (class, extent)
     }
 
     /// All rows of one input, one after the other, filled up to the longest of them.
     pub(super) fn join(&self, input: usize, parts: &[&RawTensor]) -> Result<RawTensor, RawTensorError> {
+        match self.joins.get(&input) {
+            None | Some(Join::Flat | Join::Listed) => {}
+            Some(Join::Summed { with_zero }) => return extent::sum_up(parts, *with_zero),
+            Some(Join::Longest) => {
+                let longest = parts.iter().max_by_key(|part| part.len()).copied();
+                return longest.cloned().ok_or(RawTensorError::Shape { shape: Vec::new() });
+            }
+        }
         let fill = self.fills[input].as_slice();
         let is_even = parts.windows(2).all(|pair| pair[0].shape().get(1..) == pair[1].shape().get(1..));
         if fill.is_empty() || is_even {
@@ -127,17 +146,31 @@ impl Shapes {
         RawTensor::new(rows.dtype(), shape, data.freeze())
     }
 
-    /// Elements of a batch along padded axes: those that mean something, and those that fill it up. `None` where nothing
-    /// is ever padded.
+    /// Elements of a batch along the axes that may differ: those that mean something, and those that fill it up. `None`
+    /// where requests of one batch never differ.
     pub(super) fn padded(&self, works: &[&Work]) -> Option<(usize, usize)> {
-        if !self.axes.iter().any(|axis| axis.is_padded) {
+        if !self.axes.iter().any(|axis| axis.is_padded) && self.joins.is_empty() {
             return None;
         }
-        let lengths = || works.iter().map(|work| (work.rows, self.class(&work.inputs).1));
-        let longest = lengths().map(|(_, length)| length).max().unwrap_or(0);
-        let useful: usize = lengths().map(|(rows, length)| rows * length).sum();
-        let all: usize = lengths().map(|(rows, _)| rows * longest).sum();
-        Some((useful, all - useful))
+        let (mut useful, mut rows, mut all) = (0_usize, 0, Extent::default());
+        for work in works {
+            let extent = self.class(&work.inputs).1;
+            useful = useful.saturating_add(extent.cost(work.rows));
+            rows += work.rows;
+            all.add(&extent);
+        }
+        Some((useful, all.cost(rows).saturating_sub(useful)))
+    }
+
+    /// The parts of an output that lies one request behind the other, each in its shape.
+    pub(super) fn scatter<'a>(
+        tensor: &RawTensor,
+        shapes: impl Iterator<Item = &'a Vec<i64>> + Clone,
+    ) -> Option<Vec<RawTensor>> {
+        let counts = shapes.clone().map(|shape| shape.iter().product::<i64>() as usize);
+        let flat = tensor.clone().reshaped(vec![tensor.len() as i64]).ok()?;
+        let parts = flat.split(counts)?;
+        parts.into_iter().zip(shapes).map(|(part, shape)| part.reshaped(shape.clone()).ok()).collect()
     }
 }
 
@@ -208,7 +241,8 @@ mod tests {
 
     #[test]
     fn shorter_rows_are_filled_up() {
-        let shapes = Shapes { axes: Vec::new(), fills: vec![fill(DType::Int32, -1.0).unwrap()], grown: Vec::new() };
+        let fills = vec![fill(DType::Int32, -1.0).unwrap()];
+        let shapes = Shapes { axes: Vec::new(), fills, joins: BTreeMap::new(), grown: Vec::new() };
         let long = RawTensor::from_vec(DType::Int32, vec![1, 3], vec![1_i32, 2, 3]).unwrap();
         let short = RawTensor::from_vec(DType::Int32, vec![2, 1], vec![7_i32, 8]).unwrap();
         let joined = shapes.join(0, &[&long, &short]).unwrap();

@@ -1,8 +1,10 @@
 //! The machine's compute, shared by all models.
 //!
-//! A run holds as many slots as its engine has threads; what finds too few free waits, and the model that has used the least of the
-//! machine, counted in time and divided by its weight, goes first (weighted fair queueing by virtual time). A model that
-//! was away does not save up: it begins where the others are.
+//! A run holds as many slots as its engine has threads; what finds too few free waits, and the model that has used the
+//! least of the machine, counted in slots held over time, goes first (fair queueing by virtual time). So a model of long
+//! runs costs one of short runs no more than the rest of the run that it meets. A claim is charged with what the run before
+//! it took as soon as it is made, and set right when its run ends: many instances that claim at once stand one behind the
+//! other, not all before everybody else. A model that was away does not save up: it begins where the others are.
 
 use std::{
     collections::BTreeSet,
@@ -38,22 +40,31 @@ pub(super) struct Share {
     slots: Slots,
     /// Slots of a run.
     width: usize,
-    used: Arc<Mutex<Duration>>,
+    used: Arc<Mutex<Used>>,
+}
+
+/// What a model has used of the machine.
+#[derive(Clone, Copy, Debug, Default)]
+struct Used {
+    /// With what its claims are charged.
+    sum: Duration,
+    /// What its latest run used.
+    run: Duration,
 }
 
 /// Slots that are held.
 #[derive(Debug)]
 pub(super) struct Held<'a> {
     share: &'a Share,
+    /// What the claim was charged with.
+    charged: Duration,
     since: Instant,
 }
 
 impl Slots {
     /// As many slots as threads may run at a time, at least 1.
     pub fn new(count: usize) -> Self {
-        let total = count.max(1);
-        let state = Fair { total, free: total, waiting: BTreeSet::new(), tickets: 0, now: Duration::ZERO };
-        Self(Arc::new(Inner { state: Mutex::new(state), freed: Condvar::new() }))
+        Self(Arc::new(Inner { state: Mutex::new(Fair::new(count.max(1))), freed: Condvar::new() }))
     }
 
     /// A claim for one more model, whose runs take `threads` threads each.
@@ -73,10 +84,8 @@ impl Share {
     pub(super) fn hold(&self) -> Held<'_> {
         let mut state = self.slots.lock();
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        *used = (*used).max(state.now);
-        let place = (*used, state.tickets);
+        let (place, charged) = (state.place(&mut used), used.run);
         drop(used);
-        state.tickets += 1;
         if !state.try_enter(place, self.width) {
             state.waiting.insert(place);
             while !state.try_enter(place, self.width) {
@@ -85,11 +94,30 @@ impl Share {
             // There may be enough left for the next.
             self.slots.0.freed.notify_all();
         }
-        Held { share: self, since: Instant::now() }
+        Held { share: self, charged, since: Instant::now() }
     }
 }
 
 impl Fair {
+    fn new(total: usize) -> Self {
+        Self { total, free: total, waiting: BTreeSet::new(), tickets: 0, now: Duration::ZERO }
+    }
+
+    /// Where a claim of a model that has used so much of the machine stands.
+    fn place(&mut self, used: &mut Used) -> (Duration, u64) {
+        let begins = used.sum.max(self.now);
+        used.sum = begins + used.run;
+        self.tickets += 1;
+        (begins, self.tickets)
+    }
+
+    /// Takes back `width` slots that were held for so long; what that is of the machine.
+    fn leave(&mut self, width: usize, held: Duration) -> Duration {
+        self.free += width;
+        // Both are small.
+        held.mul_f64(width as f64 / self.total as f64)
+    }
+
     /// Takes slots for `place` if they are free and nobody has a better claim.
     fn try_enter(&mut self, place: (Duration, u64), width: usize) -> bool {
         let is_next = self.waiting.first().is_none_or(|first| *first >= place);
@@ -103,11 +131,19 @@ impl Fair {
     }
 }
 
+impl Used {
+    /// A run that was charged with one thing took another.
+    fn settle(&mut self, charged: Duration, took: Duration) {
+        self.sum = (self.sum + took).saturating_sub(charged);
+        self.run = took;
+    }
+}
+
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         let mut state = self.share.slots.lock();
-        *self.share.used.lock().unwrap_or_else(PoisonError::into_inner) += self.since.elapsed();
-        state.free += self.share.width;
+        let took = state.leave(self.share.width, self.since.elapsed());
+        self.share.used.lock().unwrap_or_else(PoisonError::into_inner).settle(self.charged, took);
         let others_wait = !state.waiting.is_empty();
         drop(state);
         if others_wait {
@@ -126,7 +162,7 @@ mod tests {
 
     #[test]
     fn the_model_that_used_least_goes_first() {
-        let mut fair = Fair { total: 1, free: 1, waiting: BTreeSet::new(), tickets: 0, now: Duration::ZERO };
+        let mut fair = Fair::new(1);
         assert!(fair.try_enter((seconds(5), 0), 1), "nobody else wants it");
         fair.waiting.extend([(seconds(9), 1), (seconds(6), 2)]);
         assert!(!fair.try_enter((seconds(6), 2), 1), "there is no slot");
@@ -148,7 +184,109 @@ mod tests {
             waiting.join()
         });
         waiting.unwrap();
-        assert!(*a.used.lock().unwrap() >= Duration::from_millis(20));
+        assert!(a.used.lock().unwrap().sum >= Duration::from_millis(20));
         assert_eq!(slots.lock().free, 1);
+    }
+
+    /// Model instances that ask again as soon as they have run, on a clock that jumps from one end of a run to the next.
+    struct Machine {
+        fair: Fair,
+        /// By model: the time of a run, its slots, what it has used.
+        models: Vec<(u64, usize, Used)>,
+        /// When which model's run ends, and what it was charged with.
+        running: BTreeSet<(u64, usize, u64, Duration)>,
+        /// Whose claim waits, with its place and what it was charged with.
+        waiting: Vec<(usize, (Duration, u64), Duration)>,
+        clock: u64,
+    }
+
+    impl Machine {
+        fn new(slots: usize, models: &[(u64, usize)]) -> Self {
+            let models = models.iter().map(|(time, width)| (*time, *width, Used::default())).collect();
+            Self { fair: Fair::new(slots), models, running: BTreeSet::new(), waiting: Vec::new(), clock: 0 }
+        }
+
+        fn ask(&mut self, model: usize) {
+            let place = self.fair.place(&mut self.models[model].2);
+            self.fair.waiting.insert(place);
+            self.waiting.push((model, place, self.models[model].2.run));
+            self.enter();
+        }
+
+        fn enter(&mut self) {
+            while let Some(index) = (0..self.waiting.len()).find(|index| {
+                let (model, place, _) = self.waiting[*index];
+                self.fair.try_enter(place, self.models[model].1)
+            }) {
+                let (model, (_, ticket), charged) = self.waiting.remove(index);
+                self.running.insert((self.clock + self.models[model].0, model, ticket, charged));
+            }
+        }
+
+        /// The model whose run ends next.
+        fn step(&mut self) -> usize {
+            let (clock, model, _, charged) = self.running.pop_first().unwrap();
+            self.clock = clock;
+            let (time, width, _) = self.models[model];
+            let took = self.fair.leave(width, Duration::from_millis(time));
+            self.models[model].2.settle(charged, took);
+            self.enter();
+            model
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn models_that_always_want_more_share_the_machine_evenly(
+            slots in 1..5_usize,
+            runs in proptest::collection::vec((1..200_u64, 1..5_usize), 2..5),
+        ) {
+            let runs: Vec<_> = runs.into_iter().map(|(time, width)| (time, width.min(slots))).collect();
+            let mut machine = Machine::new(slots, &runs);
+            // Instances of each, so that none is away between its runs.
+            for model in 0..runs.len() {
+                for _ in 0..=slots {
+                    machine.ask(model);
+                }
+            }
+            while machine.clock < 100_000 {
+                let model = machine.step();
+                machine.ask(model);
+            }
+            let used: Vec<f64> = machine.models.iter().map(|(.., used)| used.sum.as_secs_f64()).collect();
+            let (least, most) = used.iter().fold((f64::MAX, 0.0_f64), |(a, b), used| (a.min(*used), b.max(*used)));
+            // A run that has begun is not taken back, all slots may hold one, and every instance has a claim.
+            let longest = runs.iter().map(|(time, _)| *time as f64 / 1000.0).fold(0.0, f64::max);
+            proptest::prop_assert!(most - least <= 3.0 * longest * (slots as f64 + 1.0), "{used:?}");
+        }
+
+        #[test]
+        fn a_model_of_long_runs_costs_another_no_more_than_the_one_it_meets(
+            slots in 1..5_usize, heavy in 50..500_u64, pauses in proptest::collection::vec(0..300_u64, 1..40),
+        ) {
+            let mut machine = Machine::new(slots, &[(heavy, slots), (1, 1)]);
+            for _ in 0..4 {
+                machine.ask(0);
+            }
+            // So that it is known how long its runs are.
+            for _ in 0..8 {
+                machine.step();
+                machine.ask(0);
+            }
+            for pause in pauses {
+                let until = machine.clock + pause;
+                while machine.running.first().is_some_and(|(end, ..)| *end <= until) {
+                    let model = machine.step();
+                    machine.ask(model);
+                }
+                machine.clock = machine.clock.max(until);
+                let asked = machine.clock;
+                machine.ask(1);
+                while machine.step() != 1 {
+                    machine.ask(0);
+                }
+                proptest::prop_assert!(machine.clock - asked <= heavy + 1, "{} ms", machine.clock - asked);
+            }
+        }
     }
 }

@@ -285,3 +285,29 @@ async fn an_engine_that_dies_is_replaced_and_the_order_of_answers_survives_it() 
     assert_eq!(values(&last.await.unwrap().unwrap()), [vec![4.0]], "the next engine takes what waits");
     assert!(!bench.lost.is_cancelled());
 }
+
+#[tokio::test]
+async fn what_cannot_be_done_before_its_deadline_is_refused_at_once() {
+    let mut bench = Bench::new(1, 100, Duration::ZERO);
+    let first = bench.occupy().await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    bench.gate.send(()).unwrap();
+    first.await.unwrap().unwrap();
+    // Now it is known that a run takes a fifth of a second.
+    let within = |time: Duration| Work { deadline: Some(std::time::Instant::now() + time), ..rows(&[2.0]) };
+    let second = bench.occupy().await;
+    let nobody_before = bench.send(within(Duration::from_millis(150))).await;
+    let error = bench.scheduler.run(within(Duration::from_millis(150))).await.unwrap_err();
+    assert!(
+        matches!(error, ScheduleError::TooLate { expected, .. } if expected > Duration::from_millis(150)),
+        "{error}"
+    );
+    let patient = bench.send(within(Duration::from_mins(10))).await;
+    let careless = bench.send(rows(&[3.0])).await;
+    bench.open_gate();
+    for caller in [second, patient, careless] {
+        caller.await.unwrap().unwrap();
+    }
+    // It was let in, because nobody waited: what became of it is a matter of time.
+    let _ = nobody_before.await.unwrap();
+}

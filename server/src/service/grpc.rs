@@ -19,6 +19,7 @@ use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
 use super::{Call, Service};
+use crate::budget::Tally;
 
 /// What registering CUDA memory is answered with, over gRPC and REST.
 pub(crate) const NO_CUDA_MEMORY: &str =
@@ -60,7 +61,8 @@ impl GrpcInferenceService for Service {
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Answer<Self::ModelStreamInferStream> {
         let call = Call::new(request.metadata().as_ref());
-        Ok(Response::new(Box::pin(self.clone().infer_stream(request.into_inner(), call))))
+        let tally = request.extensions().get::<Tally>().cloned();
+        Ok(Response::new(Box::pin(self.clone().infer_stream(request.into_inner(), call, tally))))
     }
 
     async fn model_config(&self, request: Request<ModelConfigRequest>) -> Answer<ModelConfigResponse> {

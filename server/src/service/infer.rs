@@ -13,7 +13,7 @@ use tonic::{Status, Streaming};
 use tracing::Instrument as _;
 
 use super::{Call, Service};
-use crate::{error::InferError, model::ModelVersion, wire};
+use crate::{budget::Tally, error::InferError, model::ModelVersion, wire};
 
 /// Requests of one stream that are worked on at a time. A client that sends more waits, by the flow control of HTTP/2.
 const IN_FLIGHT: usize = 64;
@@ -38,11 +38,15 @@ impl Service {
         self,
         requests: Streaming<ModelInferRequest>,
         call: Call,
+        tally: Option<Tally>,
     ) -> impl Stream<Item = Result<ModelStreamInferResponse, Status>> {
         let shared = Arc::new((self, call));
         let answer = move |request: Result<ModelInferRequest, Status>| {
             let shared = shared.clone();
+            // A stream may last for days: each of its messages gives its bytes back when it is answered.
+            let message = tally.as_ref().filter(|_| request.is_ok()).and_then(Tally::claim_message);
             async move {
+                let _message = message;
                 let (service, call) = &*shared;
                 // The connection, or what came over it, is broken: there is nothing to answer.
                 let request = request?;

@@ -2,10 +2,12 @@
 
 use sensorium_artifact::{Store, Volumes};
 use sensorium_engine::{RawTensor, fixture};
+use sensorium_onnx::{DType as OnnxDType, Dim, GraphBuilder};
 use sensorium_proto::inference::{DataType, model_config::SchedulingChoice};
 use sensorium_server::{
     error::InferError,
     model::{NamedTensor, Request},
+    repository::{ControlMode, LoadParameters},
 };
 
 use crate::bench::{Bench, answer, f32s, index, infer, request, scale, scale_three};
@@ -129,6 +131,59 @@ async fn a_model_is_warm_before_it_is_ready() {
     let none = registry.model("none", "").unwrap_err().to_string();
     assert!(none.contains("its model_warmup \"w\" input `x`") && none.contains("No such file"), "{none}");
     assert_eq!(registry.statistics("zero", "").unwrap()[0].execution_count, 0, "only requests are counted");
+}
+
+/// `y = x`, by way of rows of `width` numbers: fails where their number is no multiple of it.
+fn picky(width: i64) -> Vec<u8> {
+    let mut graph = GraphBuilder::new("picky");
+    let x = graph.input("x", OnnxDType::F32, &[Dim::Symbol("batch"), Dim::Symbol("length")]);
+    let inner = graph.vector_i64(&[-1, width]);
+    let rows = graph.node("Reshape", &[&x, &inner], vec![]);
+    let shape = graph.node("Shape", &[&x], vec![]);
+    let y = graph.node("Reshape", &[&rows, &shape], vec![]);
+    graph.output("y", &y, OnnxDType::F32, &[Dim::Symbol("batch"), Dim::Symbol("length")]);
+    graph.finish(20).unwrap().to_bytes()
+}
+
+#[tokio::test]
+async fn a_model_that_fails_at_all_it_is_given_is_not_ready() {
+    let bench = Bench::new();
+    bench.write("patches", "1/model.onnx", picky(32));
+    bench.write("broken", "1/model.onnx", picky(1009));
+    bench.write("odd", "1/model.onnx", picky(1009)).write(
+        "odd",
+        "config.pbtxt",
+        r#"max_batch_size: 4 model_warmup { name: "w" batch_size: 2 inputs { key: "x" value {
+           data_type: TYPE_FP32 dims: 1009 zero_data: true } } }"#,
+    );
+    let registry = bench.open(ControlMode::Explicit, &["*"]).await;
+    let index = index(&registry);
+    let line = |name: &str| index.iter().find(|line| line.starts_with(name)).unwrap().as_str();
+    assert_eq!(line("patches"), "patches 1 READY", "some shape of those that are tried is right");
+    assert_eq!(line("odd"), "odd 1 READY", "its warm-up is proof");
+    assert!(line("broken").contains("UNAVAILABLE") && line("broken").contains("model_warmup"), "{}", line("broken"));
+    let error = infer(&registry, "broken", request(f32s(&[1, 1], &[5.0]))).await.unwrap_err();
+    assert!(matches!(error, InferError::NotReady { .. }), "{error}");
+    // One that takes the place of a good one does not get it.
+    bench.write("patches", "1/model.onnx", picky(1013));
+    registry.load("patches", LoadParameters::default()).await.unwrap_err();
+    assert_eq!(answer(&registry, "patches", &[1, 32], &[5.0; 32]).await, [5.0; 32]);
+    assert!(registry.graphs().iter().all(|graph| graph.last_success().is_some()));
+}
+
+#[tokio::test]
+async fn instances_are_opened_side_by_side_and_all_serve() {
+    let bench = Bench::new();
+    bench.write("m", "1/model.onnx", scale(2.0, None)).write(
+        "m",
+        "config.pbtxt",
+        "max_batch_size: 1 instance_group { count: 5 kind: KIND_CPU }",
+    );
+    let registry = bench.open_all().await;
+    let all = (0..20).map(|value| infer(&registry, "m", request(f32s(&[1, 1], &[value as f32]))));
+    for (value, response) in futures::future::join_all(all).await.into_iter().enumerate() {
+        assert_eq!(response.unwrap().outputs[0].tensor, f32s(&[1, 1], &[value as f32 * 2.0]));
+    }
 }
 
 #[tokio::test]

@@ -9,5 +9,7 @@ mod bench;
 mod cache;
 mod control;
 mod ensembles;
+mod fairness;
 mod loading;
+mod ragged;
 mod sequences;

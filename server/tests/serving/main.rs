@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests, which clippy does not count as tests")]
 
+mod budget;
 mod clients;
 mod harness;
 mod inference;
@@ -12,4 +13,5 @@ mod remote;
 mod rest;
 mod security;
 mod shutdown;
+mod stress;
 mod traces;

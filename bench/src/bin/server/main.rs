@@ -248,7 +248,8 @@ impl Place<'_> {
         let p99 = |sample: &Sample| sample.latency(0.99) * 1e3;
         let ours = turns.median(Kind::Ours, throughput).unwrap_or(f64::NAN);
         let ours_p99 = turns.median(Kind::Ours, p99).unwrap_or(f64::NAN);
-        let mut line = format!("  {} c{}: ours {ours:.0}/s p99 {ours_p99:.2} ms", self.protocol.name(), self.concurrency);
+        let mut line =
+            format!("  {} c{}: ours {ours:.0}/s p99 {ours_p99:.2} ms", self.protocol.name(), self.concurrency);
         for kind in [Kind::Triton, Kind::Kserve] {
             let (Some(peer), Some(peer_p99)) = (turns.median(kind, throughput), turns.median(kind, p99)) else {
                 continue;

@@ -67,13 +67,7 @@ pub(crate) struct Server {
 
 impl Server {
     /// Starts a server with one model on the first core, and waits for its first answer.
-    pub(crate) fn start(
-        kind: Kind,
-        setting: &Setting,
-        case: &Case,
-        config: &str,
-        message: &Message,
-    ) -> Result<Self> {
+    pub(crate) fn start(kind: Kind, setting: &Setting, case: &Case, config: &str, message: &Message) -> Result<Self> {
         let folder = setting.work.join(kind.name());
         if folder.exists() {
             fs::remove_dir_all(&folder)?;

@@ -1,0 +1,122 @@
+//! How long what waits will take, from how long batches took lately. Pure.
+//!
+//! A batch costs something for itself and something for each row. Both are fitted to the latest runs by least squares, older
+//! ones counting less and less.
+
+use std::time::Duration;
+
+/// What a run counts of one that came after it.
+const MEMORY: f64 = 0.95;
+/// Runs are not all alike: what is expected to take so long is granted this much more.
+const MARGIN: f64 = 1.25;
+
+/// See the module.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pace {
+    /// Decayed sums over runs: their number, rows, seconds, squares and products.
+    runs: f64,
+    rows: f64,
+    seconds: f64,
+    rows_rows: f64,
+    rows_seconds: f64,
+    /// Rows of a batch that left others behind; `None` before there was one.
+    full: Option<f64>,
+}
+
+impl Pace {
+    /// A batch of so many rows begins, and more waited than it could take.
+    pub(super) fn leaves_behind(&mut self, rows: usize) {
+        let rows = rows as f64;
+        self.full = Some(self.full.map_or(rows, |full| MEMORY.mul_add(full - rows, rows)));
+    }
+
+    /// A batch of so many rows took so long.
+    pub(super) fn ran(&mut self, rows: usize, took: Duration) {
+        let (rows, seconds) = (rows as f64, took.as_secs_f64());
+        let add = |sum: &mut f64, value: f64| *sum = MEMORY.mul_add(*sum, value);
+        add(&mut self.runs, 1.0);
+        add(&mut self.rows, rows);
+        add(&mut self.seconds, seconds);
+        add(&mut self.rows_rows, rows * rows);
+        add(&mut self.rows_seconds, rows * seconds);
+    }
+
+    /// Seconds of a batch, and of each row of it.
+    fn costs(&self) -> Option<(f64, f64)> {
+        if self.runs < 1.0 {
+            return None;
+        }
+        let (rows, seconds) = (self.rows / self.runs, self.seconds / self.runs);
+        let spread = self.rows_rows / self.runs - rows * rows;
+        // Batches of one size do not show what a row costs. That it costs nothing is the guess that lets more in, and
+        // so shows it.
+        if spread < 1e-3 * rows * rows {
+            return Some((seconds, 0.0));
+        }
+        let row = ((self.rows_seconds / self.runs - rows * seconds) / spread).clamp(0.0, seconds / rows);
+        Some((seconds - row * rows, row))
+    }
+
+    /// How long it takes until `rows` rows are run that come behind `ahead` others and one batch that is under way, on
+    /// `engines` engines whose batches have `max_rows` rows at most. Zero before anything has run.
+    pub(super) fn expect(&self, ahead: usize, rows: usize, max_rows: usize, engines: usize) -> Duration {
+        let Some((batch, row)) = self.costs() else { return Duration::ZERO };
+        let all = (ahead + rows) as f64;
+        let full = self.full.unwrap_or(max_rows as f64).clamp(1.0, max_rows.max(1) as f64);
+        let queue = ((all / full).ceil() * batch + all * row) / engines.max(1) as f64;
+        let under_way = self.seconds / self.runs;
+        Duration::try_from_secs_f64((queue + under_way) * MARGIN).unwrap_or(Duration::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ms(milliseconds: f64) -> Duration {
+        Duration::from_secs_f64(milliseconds / 1000.0)
+    }
+
+    fn is_about(found: Duration, wanted: f64) -> bool {
+        (found.as_secs_f64() * 1000.0 / MARGIN / wanted - 1.0).abs() < 0.05
+    }
+
+    #[test]
+    fn nothing_is_expected_of_an_engine_that_has_not_run() {
+        assert_eq!(Pace::default().expect(1000, 1, 8, 1), Duration::ZERO);
+    }
+
+    #[test]
+    fn the_cost_of_a_batch_and_that_of_a_row_are_told_apart() {
+        let mut pace = Pace::default();
+        for rows in [1, 3, 8, 2, 8, 5, 1, 7] {
+            pace.ran(rows, ms(5.0 + 2.0 * rows as f64));
+        }
+        let under_way = 5.0 + 2.0 * pace.rows / pace.runs;
+        assert!(is_about(pace.expect(15, 1, 8, 1), 2.0 * 5.0 + 16.0 * 2.0 + under_way));
+        assert!(is_about(pace.expect(15, 1, 8, 2), (2.0 * 5.0 + 16.0 * 2.0) / 2.0 + under_way));
+    }
+
+    #[test]
+    fn batches_of_one_row_are_taken_to_cost_the_same_with_more() {
+        let mut pace = Pace::default();
+        for _ in 0..100 {
+            pace.ran(1, ms(4.0));
+        }
+        assert!(is_about(pace.expect(7, 1, 8, 1), 8.0), "one batch, and the one under way");
+        for _ in 0..100 {
+            pace.leaves_behind(1);
+        }
+        assert!(is_about(pace.expect(7, 1, 8, 1), 9.0 * 4.0), "until batches are seen that take no more");
+    }
+
+    #[test]
+    fn what_is_long_past_is_forgotten() {
+        let mut pace = Pace::default();
+        pace.ran(1, ms(10_000.0));
+        for _ in 0..300 {
+            pace.ran(1, ms(1.0));
+        }
+        assert!(pace.expect(0, 1, 8, 1) < ms(3.0));
+    }
+}

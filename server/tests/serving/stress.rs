@@ -1,0 +1,201 @@
+//! Short versions of what `make bench-soak` does for minutes.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use prost::Message as _;
+use sensorium_bench::{
+    attack::{Target, attack},
+    fuzz::Random,
+};
+use sensorium_onnx::{DType, Dim, GraphBuilder};
+use sensorium_proto::inference::{ModelInferRequest, RepositoryModelLoadRequest, RepositoryModelUnloadRequest};
+use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    sync::mpsc,
+    task::JoinSet,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+
+use crate::harness::{Server, eventually, floats, input, raw_request};
+
+const ENCODER: &str = "/v2/models/tiny.image_encoder";
+
+fn pixels() -> ModelInferRequest {
+    raw_request("tiny.image_encoder", vec![(input("pixel_values", "FP32", &[1, 3, 8, 8]), floats(&[0.5; 192]))])
+}
+
+fn json_pixels() -> serde_json::Value {
+    json!({"inputs": [{"name": "pixel_values", "shape": [1, 3, 8, 8], "datatype": "FP32", "data": vec![0.5; 192]}]})
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_wrong_requests_over_every_port_leave_the_server_as_it_was() {
+    let mut server = Server::start(&["--max-request-bytes", "1048576"]).await;
+    let target = Target { message: pixels().encode_to_vec(), path: ENCODER.to_owned(), json: json_pixels() };
+    let ports = [server.grpc, server.http, server.metrics];
+    let mut settled = 0;
+    for seed in 0..4 {
+        let hangs = attack(&ports, &target, &mut Random::new(seed), 600).await.unwrap();
+        assert_eq!(hangs, 0, "connections that do not end, seed {seed}");
+        assert!(server.process.try_wait().unwrap().is_none(), "the server ended, seed {seed}");
+        server.inference().await.model_infer(pixels()).await.unwrap();
+        let answer = server.post(&format!("{ENCODER}/infer"), &[], json_pixels().to_string().as_bytes()).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        assert!(server.is_ready().await);
+        if seed == 1 {
+            settled = server.memory().0;
+        }
+    }
+    let after = server.memory().0;
+    assert!(after < settled + (24 << 20), "resident memory went from {settled} to {after} bytes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_does_not_notice_that_others_are_cut() {
+    let server = Server::start(&[]).await;
+    let stop = Arc::<AtomicBool>::default();
+    let mut streams = JoinSet::new();
+    for connection in 0..10 {
+        let is_cut = connection % 2 == 0;
+        let channel = server.inference().await;
+        for _ in 0..10 {
+            let (mut client, stop) = (channel.clone(), stop.clone());
+            streams.spawn(async move {
+                let mut answered = 0;
+                loop {
+                    let (requests, stream) = mpsc::channel(1);
+                    let mut answers =
+                        client.model_stream_infer(ReceiverStream::new(stream)).await.unwrap().into_inner();
+                    // One that is cut leaves with a request on its way.
+                    for left in (0..if is_cut { 3 } else { usize::MAX }).rev() {
+                        requests.send(pixels()).await.unwrap();
+                        if left == 0 {
+                            break;
+                        }
+                        let answer = answers.message().await.unwrap().unwrap();
+                        assert_eq!(answer.error_message, "");
+                        answered += 1;
+                        if stop.load(Ordering::Relaxed) {
+                            return answered;
+                        }
+                    }
+                }
+            });
+        }
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    stop.store(true, Ordering::Relaxed);
+    assert!(streams.join_all().await.iter().all(|answered| *answered > 0), "every stream gets on");
+    eventually("nothing is held", async || server.sample("sensorium_server_request_bytes").await == Some(0.0)).await;
+}
+
+/// Asks over one kept connection of HTTP/1 until the server says that it is the last time.
+async fn keep_asking(mut stream: TcpStream, answered: Arc<AtomicUsize>) {
+    let body = json_pixels().to_string();
+    let request =
+        format!("POST {ENCODER}/infer HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    loop {
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        let (head, length) = loop {
+            let read = stream.read_buf(&mut answer).await.unwrap();
+            assert!(read > 0, "closed with a request on its way");
+            if let Some(end) = answer.windows(4).position(|window| window == b"\r\n\r\n") {
+                let head = String::from_utf8(answer[..end].to_vec()).unwrap();
+                let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap();
+                let length: usize = length.parse().unwrap();
+                break (head, end + 4 + length);
+            }
+        };
+        while answer.len() < length {
+            assert!(stream.read_buf(&mut answer).await.unwrap() > 0, "closed in the middle of an answer");
+        }
+        match &head[9..12] {
+            "200" => answered.fetch_add(1, Ordering::Relaxed),
+            status => {
+                assert_eq!(status, "503", "{head}");
+                return;
+            }
+        };
+        if head.contains("connection: close") {
+            return;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_request_is_lost_when_the_server_ends_under_load() {
+    let mut server = Server::start(&[]).await;
+    let answered = Arc::<AtomicUsize>::default();
+    let mut clients = JoinSet::new();
+    for _ in 0..8 {
+        let (mut client, counter) = (server.inference().await, answered.clone());
+        clients.spawn(async move {
+            loop {
+                match client.model_infer(pixels()).await {
+                    Ok(_) => drop(counter.fetch_add(1, Ordering::Relaxed)),
+                    Err(status) => {
+                        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+                        return;
+                    }
+                }
+            }
+        });
+        clients.spawn(keep_asking(TcpStream::connect(server.http).await.unwrap(), answered.clone()));
+    }
+    eventually("all are answered", async || answered.load(Ordering::Relaxed) > 200).await;
+    server.terminate();
+    assert_eq!(server.exit_code().await, Some(0));
+    tokio::time::timeout(Duration::from_secs(30), clients.join_all()).await.expect("every client hears of the end");
+}
+
+/// 40 MiB of weights.
+fn weighty() -> Vec<u8> {
+    const SIDE: i64 = 1620;
+    let mut graph = GraphBuilder::new("weighty");
+    let x = graph.input("x", DType::F32, &[Dim::Symbol("batch"), Dim::Fixed(SIDE)]);
+    let mut y = x;
+    for layer in 0..4 {
+        let values: Vec<f32> = (0..SIDE * SIDE).map(|index| (index % 97) as f32 * 1e-4 + layer as f32).collect();
+        let weights = graph.initializer_f32(&format!("w{layer}"), &[SIDE, SIDE], values);
+        y = graph.node("MatMul", &[&y, &weights], vec![]);
+    }
+    graph.output("y", &y, DType::F32, &[Dim::Symbol("batch"), Dim::Fixed(SIDE)]);
+    graph.finish(20).unwrap().to_bytes()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_is_let_go_gives_its_memory_back() {
+    let repository = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(repository.path().join("weighty/1")).unwrap();
+    std::fs::write(repository.path().join("weighty/1/model.onnx"), weighty()).unwrap();
+    let arguments = ["--model-repository", repository.path().to_str().unwrap(), "--model-control-mode", "explicit"];
+    let server = Server::start(&arguments).await;
+    let mut client = server.inference().await;
+    let name = "weighty".to_owned();
+    let mut before = server.memory().0;
+    for round in 0..3 {
+        let load = RepositoryModelLoadRequest { model_name: name.clone(), ..Default::default() };
+        client.repository_model_load(load).await.unwrap();
+        let tensor = (input("x", "FP32", &[1, 1620]), floats(&[1.0; 1620]));
+        client.model_infer(raw_request("weighty", vec![tensor])).await.unwrap();
+        let held = server.memory().0;
+        assert!(held > before + (30 << 20), "{before} without it, {held} with it");
+        let unload = RepositoryModelUnloadRequest { model_name: name.clone(), ..Default::default() };
+        client.repository_model_unload(unload).await.unwrap();
+        // What the first of all left is paid once.
+        let allowed = if round == 0 { 16 << 20 } else { 4 << 20 };
+        let limit = before + allowed;
+        eventually("its memory comes back", async || server.memory().0 < limit).await;
+        before = server.memory().0.max(before);
+    }
+}
