@@ -230,6 +230,15 @@ impl RawTensor {
     /// # Errors
     /// [`RawTensorError::Unlike`], naming the first two that differ; [`RawTensorError::Shape`] for none at all.
     pub fn concat(parts: &[&Self]) -> Result<Self, RawTensorError> {
+        Self::concat_in(parts, &mut BytesMut::new())
+    }
+
+    /// As [`RawTensor::concat`], in memory that is kept: as soon as nobody has the last tensor that was made in `room`, its
+    /// memory is used again, so that large batches do not ask the system for new pages each time.
+    ///
+    /// # Errors
+    /// As [`RawTensor::concat`].
+    pub fn concat_in(parts: &[&Self], room: &mut BytesMut) -> Result<Self, RawTensorError> {
         let Some((&first, others)) = parts.split_first() else {
             return Err(RawTensorError::Shape { shape: Vec::new() });
         };
@@ -243,11 +252,11 @@ impl RawTensor {
             }
             shape[0] += part.shape[0];
         }
-        let mut data = BytesMut::with_capacity(parts.iter().map(|part| part.data.len()).sum());
+        room.reserve(parts.iter().map(|part| part.data.len()).sum());
         for part in parts {
-            data.extend_from_slice(&part.data);
+            room.extend_from_slice(&part.data);
         }
-        Ok(Self { dtype: first.dtype, shape, data: data.freeze() })
+        Ok(Self { dtype: first.dtype, shape, data: room.split().freeze() })
     }
 
     /// The rows in consecutive groups of `counts`; the opposite of [`RawTensor::concat`]. Nothing is copied.
@@ -445,6 +454,22 @@ mod tests {
         assert_eq!((&*parts[1].numbers::<i64>(), parts[1].shape()), (&[3, 4, 5, 6][..], &[2, 2][..]));
         assert_eq!(RawTensor::concat(&[&parts[0], &parts[1]]).unwrap(), numbers);
         assert_eq!(numbers.split([1, 1]), None, "a row would be left");
+    }
+
+    #[test]
+    fn memory_of_a_join_is_used_again_once_nobody_has_it() {
+        let row = RawTensor::from_vec(DType::Int64, vec![1, 2], vec![1_i64, 2]).unwrap();
+        let mut room = BytesMut::new();
+        let first = RawTensor::concat_in(&[&row, &row], &mut room).unwrap();
+        let place = first.data().as_ptr();
+        let second = RawTensor::concat_in(&[&row, &row], &mut room).unwrap();
+        assert_ne!(second.data().as_ptr(), place, "the first is still there");
+        drop((first, second));
+        let third = RawTensor::concat_in(&[&row, &row], &mut room).unwrap();
+        let place = third.data().as_ptr();
+        drop(third);
+        let fourth = RawTensor::concat_in(&[&row, &row], &mut room).unwrap();
+        assert_eq!((fourth.data().as_ptr(), &*fourth.numbers::<i64>()), (place, &[1, 2, 1, 2][..]));
     }
 
     #[test]

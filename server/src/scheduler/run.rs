@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::BytesMut;
 use sensorium_engine::{Engine, RawTensor};
 use tokio_util::sync::CancellationToken;
 
@@ -23,6 +24,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// A batch that takes no longer than it takes to receive a few requests.
 const QUICK: Duration = Duration::from_micros(200);
+
+/// Memory in which the inputs of batches are put together, one for each input: that of the last batch, used again.
+type Rooms = Vec<BytesMut>;
 
 /// One engine's thread.
 pub(super) struct Instance {
@@ -90,15 +94,15 @@ impl Instance {
     }
 
     fn run(&self, mut engine: Box<dyn Engine>) {
-        let (mut was_busy, mut is_quick) = (false, false);
+        let (mut was_busy, mut is_quick, mut rooms) = (false, false, Rooms::new());
         while let Some(jobs) = self.queue.next_batch(was_busy, is_quick) {
             let started = Instant::now();
-            self.run_batch(engine.as_mut(), jobs);
+            self.run_batch(engine.as_mut(), jobs, &mut rooms);
             (was_busy, is_quick) = (true, started.elapsed() < QUICK);
         }
     }
 
-    fn run_batch(&self, engine: &mut dyn Engine, jobs: Vec<Job>) {
+    fn run_batch(&self, engine: &mut dyn Engine, jobs: Vec<Job>, rooms: &mut Rooms) {
         let queue = &self.queue;
         let taken = Instant::now();
         for job in jobs.iter().filter(|job| !job.work.is_probe) {
@@ -106,13 +110,13 @@ impl Instance {
         }
         let mut owed = Owed { queue, places: jobs.iter().filter_map(|job| job.place).collect() };
         let held = self.share.hold();
-        let outcomes: Vec<Outcome> = match self.run_together(engine, &jobs, taken) {
+        let outcomes: Vec<Outcome> = match self.run_together(engine, &jobs, taken, rooms) {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
             Err(error) if jobs.len() == 1 || error.is_everybodys() => jobs.iter().map(|_| Err(error.clone())).collect(),
             // One member's values may have failed all of them, and only a run of its own shows whose.
             Err(error) => {
                 tracing::debug!(graph = queue.graph, requests = jobs.len(), %error, "batch failed, running each alone");
-                let mut alone = |job| self.run_together(engine, std::slice::from_ref(job), taken);
+                let mut alone = |job| self.run_together(engine, std::slice::from_ref(job), taken, rooms);
                 jobs.iter().map(|job| alone(job).map(|mut answers| answers.remove(0))).collect()
             }
         };
@@ -125,7 +129,13 @@ impl Instance {
     }
 
     /// Runs the rows of all jobs at once: an answer for each.
-    fn run_together(&self, engine: &mut dyn Engine, jobs: &[Job], taken: Instant) -> Result<Vec<Done>, ScheduleError> {
+    fn run_together(
+        &self,
+        engine: &mut dyn Engine,
+        jobs: &[Job],
+        taken: Instant,
+        rooms: &mut Rooms,
+    ) -> Result<Vec<Done>, ScheduleError> {
         let queue = &self.queue;
         let works: Vec<&Work> = jobs.iter().map(|job| &job.work).collect();
         let rows = works.iter().map(|work| work.rows).sum();
@@ -138,7 +148,7 @@ impl Instance {
         }
         let _entered = span.entered();
         let started = Instant::now();
-        let (inputs, wanted) = self.join(&works).ok_or_else(unfit)?;
+        let (inputs, wanted) = self.join(&works, rooms).ok_or_else(unfit)?;
         let joined = Instant::now();
         let found = engine.run_raw(&inputs, &wanted).map_err(failed)?;
         let ran = Instant::now();
@@ -166,16 +176,17 @@ impl Instance {
     }
 
     /// The rows of all, one after the other, and every output that any of them wants, ascending.
-    fn join(&self, works: &[&Work]) -> Option<(Vec<RawTensor>, Vec<usize>)> {
+    fn join(&self, works: &[&Work], rooms: &mut Rooms) -> Option<(Vec<RawTensor>, Vec<usize>)> {
         let inputs = works.first()?.inputs.len();
-        let column = |index: usize| {
+        rooms.resize(inputs, BytesMut::new());
+        let column = |(index, room): (usize, &mut BytesMut)| {
             let parts: Vec<_> = works.iter().map(|work| &work.inputs[index]).collect();
-            self.queue.shapes.join(index, &parts).ok()
+            self.queue.shapes.join(index, &parts, room).ok()
         };
         let mut outputs: Vec<usize> = works.iter().flat_map(|work| &work.outputs).copied().collect();
         outputs.sort_unstable();
         outputs.dedup();
-        Some(((0..inputs).map(column).collect::<Option<_>>()?, outputs))
+        Some((rooms.iter_mut().enumerate().map(column).collect::<Option<_>>()?, outputs))
     }
 
     /// What each of `works` gets of `found`, the outputs `indices` of their common run: its own rows of those it wants.

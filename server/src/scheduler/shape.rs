@@ -94,8 +94,13 @@ impl Shapes {
         (class, extent)
     }
 
-    /// All rows of one input, one after the other, filled up to the longest of them.
-    pub(super) fn join(&self, input: usize, parts: &[&RawTensor]) -> Result<RawTensor, RawTensorError> {
+    /// All rows of one input, one after the other, filled up to the longest of them; in `room`, which is used again.
+    pub(super) fn join(
+        &self,
+        input: usize,
+        parts: &[&RawTensor],
+        room: &mut BytesMut,
+    ) -> Result<RawTensor, RawTensorError> {
         match self.joins.get(&input) {
             None | Some(Join::Flat | Join::Listed) => {}
             Some(Join::Summed { with_zero }) => return extent::sum_up(parts, *with_zero),
@@ -107,7 +112,7 @@ impl Shapes {
         let fill = self.fills[input].as_slice();
         let is_even = parts.windows(2).all(|pair| pair[0].shape().get(1..) == pair[1].shape().get(1..));
         if fill.is_empty() || is_even {
-            return RawTensor::concat(parts);
+            return RawTensor::concat_in(parts, room);
         }
         let mut shape = parts[0].shape().to_vec();
         for part in &parts[1..] {
@@ -117,19 +122,19 @@ impl Shapes {
         }
         shape[0] = parts.iter().map(|part| part.shape()[0]).sum();
         let elements = shape.iter().map(|size| *size as usize).product::<usize>();
-        let mut data = BytesMut::with_capacity(elements * fill.len());
+        room.reserve(elements * fill.len());
         for _ in 0..elements {
-            data.extend_from_slice(fill);
+            room.extend_from_slice(fill);
         }
         let row: usize = shape[1..].iter().map(|size| *size as usize).product::<usize>() * fill.len();
         let mut start = 0;
         for part in parts {
             runs(part.shape(), &shape, fill.len(), |from, to, length| {
-                data[start + to..start + to + length].copy_from_slice(&part.data()[from..from + length]);
+                room[start + to..start + to + length].copy_from_slice(&part.data()[from..from + length]);
             });
             start += part.shape()[0] as usize * row;
         }
-        RawTensor::new(parts[0].dtype(), shape, data.freeze())
+        RawTensor::new(parts[0].dtype(), shape, room.split().freeze())
     }
 
     /// A request's rows of output `output` without what padding made of them.
@@ -245,7 +250,7 @@ mod tests {
         let shapes = Shapes { axes: Vec::new(), fills, joins: BTreeMap::new(), grown: Vec::new() };
         let long = RawTensor::from_vec(DType::Int32, vec![1, 3], vec![1_i32, 2, 3]).unwrap();
         let short = RawTensor::from_vec(DType::Int32, vec![2, 1], vec![7_i32, 8]).unwrap();
-        let joined = shapes.join(0, &[&long, &short]).unwrap();
+        let joined = shapes.join(0, &[&long, &short], &mut BytesMut::new()).unwrap();
         assert_eq!(joined.shape(), [3, 3]);
         assert_eq!(*joined.numbers::<i32>(), [1, 2, 3, 7, -1, -1, 8, -1, -1]);
     }
