@@ -22,17 +22,21 @@ max_batch_size: 3
 input { name: "x" data_type: TYPE_FP32 dims: 1 }
 output { name: "OUTPUT__0" data_type: TYPE_FP32 dims: 1 }
 sequence_batching {
-  max_sequence_idle_microseconds: 300000
+  max_sequence_idle_microseconds: IDLE
   direct { }
   control_input { name: "start" control { kind: CONTROL_SEQUENCE_START int32_false_true: [ 0, 1 ] } }
   control_input { name: "ready" control { kind: CONTROL_SEQUENCE_READY fp32_false_true: [ 0, 1 ] } }
 }
 "#;
 
-async fn rows() -> Registry {
+/// No sequence is idle for longer than a slow machine takes for a step, unless a test waits for it.
+const PATIENT: &str = "60000000";
+
+async fn rows(idle: &str) -> Registry {
     let bench = Bench::new();
     let zeros = |rows| Attribute::Tensor(f32s(&[rows, 1], &vec![0.0; rows as usize]));
-    bench.compile("m", ROWS, &[("total", zeros(3)), ("runs", zeros(1))]).write("m", "config.pbtxt", ROWS_CONFIG);
+    bench.compile("m", ROWS, &[("total", zeros(3)), ("runs", zeros(1))]);
+    bench.write("m", "config.pbtxt", ROWS_CONFIG.replace("IDLE", idle));
     let registry = bench.open().await;
     assert!(registry.ready("m", ""), "{}", reason(&registry));
     registry
@@ -44,7 +48,7 @@ async fn add(registry: &Registry, id: u64, value: f32, start: bool, end: bool) -
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_keep_the_state_of_their_sequences_apart() {
-    let registry = rows().await;
+    let registry = rows(PATIENT).await;
     // Twelve sequences on three seats, each of them told in order; nine wait for a seat first.
     let sequences = (1..=12_u64).map(|id| {
         let registry = registry.clone();
@@ -66,7 +70,7 @@ async fn rows_keep_the_state_of_their_sequences_apart() {
 
 #[tokio::test]
 async fn a_probe_changes_nothing_of_a_sequence() {
-    let registry = rows().await;
+    let registry = rows(PATIENT).await;
     assert_eq!(add(&registry, 1, 5.0, true, false).await.unwrap(), 5.0);
     for _ in 0..3 {
         registry.graphs()[0].probe(Duration::ZERO).await.unwrap();
@@ -76,14 +80,14 @@ async fn a_probe_changes_nothing_of_a_sequence() {
 
 #[tokio::test]
 async fn an_idle_sequence_leaves_its_seat_to_one_that_waits() {
-    let registry = rows().await;
+    let registry = rows("1500000").await;
     for id in 1..=3 {
         assert_eq!(add(&registry, id, 1.0, true, false).await.unwrap(), 1.0);
     }
     // 1 stays awake; the others do not, and 4 and 5 get their seats.
     let awake = async {
-        for round in 2..=12_u8 {
-            tokio::time::sleep(Duration::from_millis(50)).await;
+        for round in 2..=31_u8 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
             assert_eq!(add(&registry, 1, 1.0, false, false).await.unwrap(), f32::from(round));
         }
     };
@@ -96,7 +100,7 @@ async fn an_idle_sequence_leaves_its_seat_to_one_that_waits() {
 
 #[tokio::test]
 async fn more_sequences_than_may_wait_are_refused_at_once() {
-    let registry = rows().await;
+    let registry = rows(PATIENT).await;
     for id in 1..=3 {
         add(&registry, id, 1.0, true, false).await.unwrap();
     }
@@ -129,7 +133,7 @@ fn whole_config(rest: &str) -> String {
     format!(
         r#"input {{ name: "x" data_type: TYPE_FP32 dims: 1 }}
         output {{ name: "OUTPUT__0" data_type: TYPE_FP32 dims: 1 }}
-        sequence_batching {{ direct {{ }} }}
+        sequence_batching {{ max_sequence_idle_microseconds: {PATIENT} direct {{ }} }}
         parameters {{ key: "reset_method" value {{ string_value: "forget" }} }} {rest}"#
     )
 }

@@ -126,6 +126,7 @@ async fn the_onnx_model_hears_the_same_through_the_server_with_its_state_kept_th
         input { name: "sr" data_type: TYPE_INT64 dims: 1 reshape { shape: [ ] } }
         output { name: "output" data_type: TYPE_FP32 dims: [ -1, 1 ] }
         sequence_batching {
+          max_sequence_idle_microseconds: 60000000
           oldest { max_candidate_sequences: 8 }
           state { input_name: "state" output_name: "stateN" data_type: TYPE_FP32 dims: [ 2, 1, 128 ] }
         }
@@ -165,7 +166,7 @@ async fn the_torchscript_module_hears_the_same_through_the_server_with_an_instan
         input { name: "sr" data_type: TYPE_INT64 dims: 1 }
         output { name: "OUTPUT__0" data_type: TYPE_FP32 dims: [ 1, 1 ] }
         instance_group { count: 2 }
-        sequence_batching { direct { } }
+        sequence_batching { max_sequence_idle_microseconds: 60000000 direct { } }
         parameters { key: "reset_method" value { string_value: "reset_states" } }
         model_warmup {
           name: "silence"
