@@ -62,7 +62,8 @@ fn answered(node: &Node, pod: &Value) -> Result<f64> {
     let metrics =
         node.kubectl(&["get", "--raw", &format!("/api/v1/namespaces/{CHAIN}/pods/{name}:8002/proxy/metrics")])?;
     let lines = metrics.lines().filter(|line| line.starts_with("sensorium_server_requests_total{"));
-    let counts =
-        lines.filter(|line| line.contains("code=\"OK\"")).filter_map(|line| line.rsplit(' ').next()?.parse().ok());
+    let counts = lines
+        .filter(|line| line.contains("code=\"OK\""))
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
     Ok(counts.sum::<f64>())
 }

@@ -133,11 +133,19 @@ impl Case {
         Ok(())
     }
 
-    /// Reasons of the events about an object, in no order.
-    pub(crate) async fn events(&self, name: &str) -> Result<Vec<String>> {
+    /// Waits for an event about an object, and gives its message and the reasons of all events about it.
+    pub(crate) async fn event(&self, name: &str, reason: &str) -> Result<(String, Vec<String>)> {
         let about = ListParams::default().fields(&format!("involvedObject.name={name}"));
-        let events = self.namespace.api::<Event>().list(&about).await?.items;
-        Ok(events.into_iter().filter_map(|event| event.reason).collect())
+        let deadline = std::time::Instant::now() + LIMIT;
+        loop {
+            let events = self.namespace.api::<Event>().list(&about).await?.items;
+            let reasons: Vec<String> = events.iter().filter_map(|event| event.reason.clone()).collect();
+            if let Some(event) = events.into_iter().find(|event| event.reason.as_deref() == Some(reason)) {
+                return Ok((event.message.unwrap_or_default(), reasons));
+            }
+            anyhow::ensure!(std::time::Instant::now() < deadline, "no event {reason} about {name}: {reasons:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// Names of all encoders' Deployments, once there are so many.

@@ -273,8 +273,8 @@ async fn a_graph_that_the_artifact_does_not_have_is_named_and_running_servers_go
     assert!(holds_of(conditions(&job), "Degraded") && holds_of(conditions(&job), "WorkloadsReady"));
     assert_eq!(template().await?, before);
     case.encoders(0).await?;
-    let events = case.events("vqa").await?;
-    assert!(events.contains(&"UnknownGraph".to_owned()) && !events.contains(&"NotReady".to_owned()), "{events:?}");
+    let (_, events) = case.event("vqa", "UnknownGraph").await?;
+    assert!(!events.contains(&"NotReady".to_owned()), "{events:?}");
 
     // A newer artifact has the graph: nobody has to touch the job.
     let running = case.kubelet.run_all(SERVERS);
@@ -300,7 +300,7 @@ async fn what_the_cluster_refuses_is_said_in_its_words_and_tried_again() -> Resu
         "{said}"
     );
     assert!(said.ends_with("2 of 2 servers go on as they are"), "{said}");
-    assert!(case.events("vqa").await?.contains(&"RefusedByCluster".to_owned()));
+    case.event("vqa", "RefusedByCluster").await?;
     case.patch::<ServingJob>("vqa", json!({"spec": {"resources": {"requests": {"cpu": "1"}}}})).await?;
     let running = case.kubelet.run_all(SERVERS);
     case.serving("vqa", "to be ready again", |job| is_ready(job) && !holds_of(conditions(job), "Progressing")).await?;
@@ -333,15 +333,7 @@ async fn a_job_whose_only_server_is_deleted_says_that_none_answers() -> Result<(
     case.delete::<Pod>(&pods[0].name_any()).await?;
     let job = case.serving("vqa", "to notice", |job| !is_ready(job)).await?;
     assert!(message(&job).starts_with("0 of 1 servers answer"), "{}", message(&job));
-    let about = ListParams::default().fields("involvedObject.name=vqa,reason=NotReady");
-    let event =
-        async || anyhow::Ok(case.namespace.api::<k8s_openapi::api::core::v1::Event>().list(&about).await?.items);
-    let said = loop {
-        if let Some(event) = event().await?.pop() {
-            break event.message.unwrap_or_default();
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    };
+    let (said, _) = case.event("vqa", "NotReady").await?;
     assert!(said.starts_with("0 of 1 servers answer"), "{said}");
     Ok(())
 }
