@@ -130,7 +130,9 @@ impl Cache {
         let key = wanted.key();
         let download = {
             let mut state = self.inner.lock();
-            let is_ready = state.entries.get(&key).is_some_and(|entry| entry.verified);
+            // Somebody may have tidied up the disk.
+            let is_ready = state.entries.get(&key).is_some_and(|entry| entry.verified)
+                && self.inner.folder(&key).join(OBJECTS).is_dir();
             (!is_ready).then(|| Inner::download(&self.inner, &mut state, &key, store, artifact))
         };
         if let Some(download) = download {

@@ -77,13 +77,13 @@ fn run(options: Options) -> anyhow::Result<()> {
         let cache = Cache::open(&options.folder, options.capacity, used)?;
         let mounts = Mounts::prepare(&options.folder.join(ARTIFACTS), &options.folder.join("view"), &pods)?;
         let socket = plugin::socket(&options.kubelet_folder.join("plugins_registry"));
-        let listener = plugin::listen(&socket).with_context(|| format!("could not listen on {}", socket.display()))?;
+        let (listener, number) =
+            plugin::listen(&socket).with_context(|| format!("could not listen on {}", socket.display()))?;
         tracing::info!(socket = %socket.display(), bytes = cache.bytes(), capacity = options.capacity, "listening");
         let plugin =
             Plugin { cache, mounts, node: options.node_name, endpoints: options.endpoint, socket: socket.clone() };
         plugin::serve(plugin, listener, asked).await.context("the server ended")?;
-        // So that the kubelet does not call nobody. One that takes over has made another by then, at most a moment later.
-        std::fs::remove_file(&socket).with_context(|| format!("could not remove {}", socket.display()))
+        plugin::leave(&socket, number).with_context(|| format!("could not remove {}", socket.display()))
     })
 }
 

@@ -1,5 +1,6 @@
 //! The kubelet's side: the Container Storage Interface for volumes inside of a pod's spec, and how a plugin makes itself known.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use tokio::net::UnixListener;
@@ -45,11 +46,12 @@ pub fn socket(plugins: &Path) -> PathBuf {
     plugins.join(format!("{DRIVER}@localhost"))
 }
 
-/// Listens on `socket`. Whoever watches its folder sees it appear in one step, in the place of one that a dead process left.
+/// Listens on `socket`, and gives the number of its file. Whoever watches its folder sees it appear in one step, in the place of
+/// one that a dead process left.
 ///
 /// # Errors
 /// When the folder is not there, or not ours to write.
-pub fn listen(socket: &Path) -> std::io::Result<UnixListener> {
+pub fn listen(socket: &Path) -> std::io::Result<(UnixListener, u64)> {
     // The kubelet looks at no name that begins with a dot.
     let hidden = socket.with_file_name(".sensorium");
     match std::fs::remove_file(&hidden) {
@@ -57,8 +59,20 @@ pub fn listen(socket: &Path) -> std::io::Result<UnixListener> {
         _ => {}
     }
     let listener = UnixListener::bind(&hidden)?;
+    let number = std::fs::metadata(&hidden)?.ino();
     std::fs::rename(&hidden, socket)?;
-    Ok(listener)
+    Ok((listener, number))
+}
+
+/// Takes the socket away, so that the kubelet calls nobody, unless another process has put its own in its place.
+///
+/// # Errors
+/// When the folder is not ours to write.
+pub fn leave(socket: &Path, number: u64) -> std::io::Result<()> {
+    match std::fs::metadata(socket) {
+        Ok(metadata) if metadata.ino() == number => std::fs::remove_file(socket),
+        _ => Ok(()),
+    }
 }
 
 /// Answers until `stop` completes.
@@ -201,8 +215,6 @@ async fn blocking(work: impl FnOnce() -> Result<(), Failure> + Send + 'static) -
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use hyper_util::rt::TokioIo;
     use tonic::transport::{Channel, Endpoint};
 
@@ -227,16 +239,22 @@ mod tests {
         let cache = Cache::open(&folder.path().join("cache"), 1, Box::new(|| Ok([].into()))).unwrap();
         let mounts = Mounts { view: "/view".into(), pods: "/pods".into() };
         let plugin = Plugin { cache, mounts, node: "node0".to_owned(), endpoints: vec![], socket: socket.clone() };
+        // Both live until the end, as when one takes over before the other has gone.
+        let (mut numbers, mut servers) = (Vec::new(), Vec::new());
         for _ in 0..2 {
-            let listener = listen(&socket).unwrap();
-            let server = tokio::spawn(serve(plugin.clone(), listener, std::future::pending()));
+            let (listener, number) = listen(&socket).unwrap();
+            numbers.push(number);
+            servers.push(tokio::spawn(serve(plugin.clone(), listener, std::future::pending())));
             let mut kubelet = RegistrationClient::new(dial(socket.clone()).await);
             let info = kubelet.get_info(registration::InfoRequest {}).await.unwrap().into_inner();
             assert_eq!((info.r#type.as_str(), info.name.as_str()), ("CSIPlugin", DRIVER));
             assert_eq!(info.endpoint, socket.display().to_string());
-            server.abort(); // killed: the socket stays
-            tokio::time::sleep(Duration::from_millis(10)).await;
         }
+        leave(&socket, numbers[0]).unwrap();
+        assert!(socket.exists(), "the first one leaves, and the second stays");
+        leave(&socket, numbers[1]).unwrap();
+        assert!(!socket.exists());
+        servers.iter().for_each(tokio::task::JoinHandle::abort);
     }
 
     #[tokio::test]

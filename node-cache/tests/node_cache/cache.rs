@@ -126,6 +126,9 @@ async fn pods_that_come_at_once_or_later_share_one_download() {
     fs::write(&graph, b"damaged").unwrap();
     let held = case.cache(10_000).take(&wanted).await.unwrap();
     assert_eq!(case.graph(&held, &artifact), vec![1; BYTES - 2], "what the disk lost is fetched again");
+    fs::remove_dir_all(&volume).unwrap();
+    let held = next.take(&wanted).await.unwrap();
+    assert_eq!(case.graph(&held, &artifact), vec![1; BYTES - 2], "also when all of it is lost");
 }
 
 fn manifest(volume: &Path) -> std::path::PathBuf {
