@@ -135,16 +135,12 @@ fn unescaped(field: &str) -> String {
     let mut rest = field;
     while let Some((before, after)) = rest.split_once('\\') {
         text.push_str(before);
-        let code = after.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match code {
-            Some(code) => {
-                text.push(char::from(code));
-                rest = &after[3..];
-            }
-            None => {
-                text.push('\\');
-                rest = after;
-            }
+        if let Some(code) = after.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            text.push(char::from(code));
+            rest = &after[3..];
+        } else {
+            text.push('\\');
+            rest = after;
         }
     }
     text + rest

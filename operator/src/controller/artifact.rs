@@ -30,7 +30,7 @@ use crate::status::{FINALIZER, Note, Reader, is_verified, reader_of, removal, re
 
 const KIND: &str = "ModelArtifact";
 /// When to look again whether something that may go is still used.
-const STILL_USED: Duration = Duration::from_secs(300);
+const STILL_USED: Duration = Duration::from_mins(5);
 
 struct Artifacts {
     context: Arc<Context>,

@@ -4,6 +4,11 @@
 //! is to say. Every visit may be the first one after a crash. Writes can be repeated: what may change is applied, what
 //! may not is created unless it is there, and a status is written only if it still is the one that was read.
 
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "kube's runtime passes objects and contexts to its callbacks by value"
+)]
+
 mod apply;
 mod artifact;
 mod children;

@@ -299,6 +299,7 @@ impl Runs {
     }
 
     /// Makes sure that all objects of an attempt are there.
+    #[expect(clippy::too_many_arguments, reason = "what a visit knows by then; nobody else calls it")]
     async fn ensure<K: Run>(
         &self,
         object: &K,
@@ -356,7 +357,7 @@ impl Runs {
         let spec = ModelArtifactSpec {
             uri: artifact.uri.clone(),
             digest: artifact.digest.clone(),
-            format: Default::default(),
+            format: sensorium_api::ArtifactFormat::default(),
             signature: record.signature,
             modalities: record.modalities,
             metrics: record.metrics,

@@ -204,7 +204,7 @@ impl Servings {
                     node_cache: self.context.settings.node_cache,
                     ..Pins::default()
                 };
-                match self.serve(object, &manifest, &key, &job, &pins, &digest, &before).await {
+                match self.serve(object, &manifest, &key, &job, &pins, &before).await {
                     Ok(decided) => plan = decided,
                     Err(error) => match error.refusal() {
                         // What serves goes on serving, as it is.
@@ -247,9 +247,8 @@ impl Servings {
         match refused {
             // Nobody says when a quota or a policy changes: it is tried again, with growing pauses.
             Some((_, error @ Error::Api { .. })) => Err(error),
-            Some(_) => Ok(Again::await_change()),
             None if again => Ok(Again::requeue(ROLLOUT_INTERVAL)),
-            None => Ok(Again::await_change()),
+            Some(_) | None => Ok(Again::await_change()),
         }
     }
 
@@ -275,11 +274,11 @@ impl Servings {
         key: &Key,
         job: &JobKey,
         pins: &Pins,
-        digest: &str,
         status: &ServingJobStatus,
     ) -> Result<ServingPlan, Error> {
         let context = &*self.context;
         let mut plan = plan_pinned(manifest, pins)?;
+        let digest = pins.artifacts.values().next().map_or("", String::as_str);
         let Some(reference) = object.controller_owner_ref(&()) else { return Err(Error::NotReady) };
         context.settings.trace(&mut plan, &reference);
         let Some(role) = plan.roles.first() else { return Err(Error::Object("a plan without a role".to_owned())) };
