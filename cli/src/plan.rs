@@ -72,6 +72,7 @@ fn command(role: &Role) -> String {
 fn volumes(role: &Role) -> String {
     let claims = role.mounts.iter().filter_map(|mount| match &mount.source {
         MountSource::Claim(claim) => Some(format!("{claim}{}", if mount.read_only { " (read only)" } else { "" })),
+        MountSource::Artifact(artifact) => Some(format!("{} (fetched by the node)", artifact.store)),
         MountSource::Config | MountSource::Scratch => None,
     });
     claims.collect::<Vec<_>>().join(", ")

@@ -73,6 +73,9 @@ struct Options {
     /// Objects of one kind that are visited at the same time
     #[arg(long, env = "SENSORIUM_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
     concurrency: u16,
+    /// Whether nodes fetch artifacts from buckets for their pods: whether sensorium-node-cache runs on all of them
+    #[arg(long, env = "SENSORIUM_NODE_CACHE", default_value_t = false, action = clap::ArgAction::Set)]
+    node_cache: bool,
     /// Collector that takes spans by OTLP over gRPC, from the operator and from the pods of its jobs
     #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
     otlp_endpoint: Option<String>,
@@ -144,6 +147,7 @@ async fn run(options: Options) -> anyhow::Result<()> {
         concurrency: options.concurrency,
         identity: identity.clone(),
         pod_monitors: knows_pod_monitors(&client).await,
+        node_cache: options.node_cache,
         otlp_endpoint: options.otlp_endpoint,
     };
     if !options.leader_elect {

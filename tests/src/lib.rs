@@ -6,7 +6,7 @@
 //!
 //! Tests of the operator use a real API server, which `make cluster-binaries` builds: [`ApiCluster`] is one per test
 //! program, [`Operator`] the program under test, and [`Kubelet`] plays the node that is not there. [`Node`] is a
-//! real one, for root, and [`FakeGpus`] are what its kubelet takes for GPUs.
+//! real one, for root, and [`FakeGpus`] are what its kubelet takes for GPUs. [`S3Server`] is a bucket store in a folder.
 
 mod bench;
 mod cluster;
@@ -16,6 +16,7 @@ mod kubelet;
 mod manifests;
 mod node;
 mod operator;
+mod s3;
 
 pub use bench::Bench;
 pub use cluster::{ApiCluster, Namespace, refusal};
@@ -25,3 +26,4 @@ pub use kubelet::{Kubelet, RunAll};
 pub use manifests::{compression, serving, training};
 pub use node::{Node, images, python};
 pub use operator::Operator;
+pub use s3::{S3Server, S3User};

@@ -41,6 +41,11 @@ impl Node {
         Ok(Self { _holder: holder, state })
     }
 
+    /// Its folder on this machine; the kubelet's is `kubelet/root` in it.
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
     /// A program on the node's network, with `KUBECONFIG` set and the cluster's programs (`kubectl`, `helm`, `ctr`) at hand.
     pub fn command(&self, program: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(scripts().join("cluster"));

@@ -34,6 +34,7 @@ topologySpreadConstraints: [{maxSkew: 1, topologyKey: topology.kubernetes.io/zon
 podLabels: {team: ml}
 podAnnotations: {example.com/note: here}
 networkPolicy: {extraEgress: [{ports: [{port: 4317}]}]}
+nodeCache: {enabled: true, endpoints: ["http://minio.storage:9000", "https://s3.example.com"], capacity: 2Ti}
 metrics: {podMonitor: {enabled: true, labels: {release: prometheus}}, prometheusRule: {enabled: true}, dashboard: {enabled: true}}
 "#;
 
@@ -128,6 +129,8 @@ fn a_bad_value_is_refused_with_its_place_and_what_would_be_right() -> Result<()>
         ("watchNamespace: [a, b]", "at '/watchNamespace': got array, want string"),
         ("extraArgs: [concurrency]", "at '/extraArgs/0': 'concurrency' does not match pattern '^--'"),
         ("imagePullSecrets: [registry]", "at '/imagePullSecrets/0': got string, want object"),
+        ("nodeCache: {folder: cache}", "at '/nodeCache/folder': 'cache' does not match pattern"),
+        ("nodeCache: {endpoints: [minio]}", "at '/nodeCache/endpoints/0': 'minio' does not match pattern"),
         ("podDisruptionBudget: {maxUnavailable: 0}", "at '/podDisruptionBudget/maxUnavailable'"),
     ] {
         let Err(errors) = helm(&["template", "sensorium"], values)? else { bail!("{values} was taken") };

@@ -49,6 +49,13 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 
+{{/* Labels of the plugin on every node. */}}
+{{- define "sensorium.nodeCacheSelectorLabels" -}}
+app.kubernetes.io/name: sensorium-node-cache
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: node-cache
+{{- end -}}
+
 {{/* include "sensorium.image" (list . $image): the reference of an image, its gaps filled from .Values.image. */}}
 {{- define "sensorium.image" -}}
 {{- $root := index . 0 -}}

@@ -164,6 +164,8 @@ impl Place<'_> {
     fn folder(&self, source: &MountSource) -> PathBuf {
         match source {
             MountSource::Claim(claim) => self.state.volume(claim),
+            // Nothing here fetches for others, and no plan that is made here says so.
+            MountSource::Artifact(_) => self.state.volume("node-cache"),
             MountSource::Config => self.job.config(),
             MountSource::Scratch => self.job.scratch(&self.process_name()),
         }

@@ -30,7 +30,7 @@ use crate::status::{FINALIZER, Note, Reader, is_verified, reader_of, removal, re
 
 const KIND: &str = "ModelArtifact";
 /// When to look again whether something that may go is still used.
-const STILL_USED: Duration = Duration::from_secs(300);
+const STILL_USED: Duration = Duration::from_mins(5);
 
 struct Artifacts {
     context: Arc<Context>,
@@ -152,7 +152,9 @@ impl Artifacts {
 
     /// A record that is being deleted: first its files go, if they should and no other record is of the same ones.
     async fn remove(&self, artifact: &ModelArtifact, live: Option<&Job>) -> Result<Option<Duration>, Error> {
-        if !is_kept(artifact) {
+        // Deleted in the foreground, whatever it owns goes at once, and a Job that removes files would too. The garbage collector
+        // takes its mark away when it is done with what there was.
+        if !is_kept(artifact) || artifact.finalizers().iter().any(|name| name == "foregroundDeletion") {
             return Ok(None);
         }
         let known = self.all.state();

@@ -37,6 +37,8 @@ pub struct Settings {
     pub identity: String,
     /// Whether PodMonitors can be made: whether the cluster knows the kind.
     pub pod_monitors: bool,
+    /// Whether nodes fetch artifacts from buckets for their pods.
+    pub node_cache: bool,
     /// Where spans go by OTLP, those of the pods too.
     pub otlp_endpoint: Option<String>,
 }

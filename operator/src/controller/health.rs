@@ -14,7 +14,7 @@ use prometheus_client::registry::Registry;
 use sensorium_telemetry::metrics as names;
 
 /// A watch that has had nothing but errors for so long will not recover by itself: better to start anew.
-const STALE: Duration = Duration::from_secs(300);
+const STALE: Duration = Duration::from_mins(5);
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct KindLabel {

@@ -4,6 +4,11 @@
 //! is to say. Every visit may be the first one after a crash. Writes can be repeated: what may change is applied, what
 //! may not is created unless it is there, and a status is written only if it still is the one that was read.
 
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "kube's runtime passes objects and contexts to its callbacks by value"
+)]
+
 mod apply;
 mod artifact;
 mod children;
@@ -22,6 +27,9 @@ use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
 use kube::Client;
 use sensorium_api::{CompressionJob, TrainingJob};
+
+use crate::plan::PlanError;
+use crate::status::Refusal;
 
 /// A future that ends when everything should; every controller waits for its own copy.
 pub type Stop = Shared<BoxFuture<'static, ()>>;
@@ -58,6 +66,9 @@ pub enum Error {
     /// An object that cannot be planned or written as JSON.
     #[error("{0}")]
     Object(String),
+    /// A spec that cannot be planned.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
 }
 
 impl Error {
@@ -72,6 +83,23 @@ impl Error {
         let kube::Error::Api(status) = &**source else { return false };
         let causes = status.details.iter().flat_map(|details| &details.causes);
         status.code == 403 && causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")
+    }
+
+    /// Why what the spec asks for cannot be had, where that is so. Everything else is worth another try and no more.
+    fn refusal(&self) -> Option<Refusal> {
+        match self {
+            Self::Plan(error) => Some(Refusal::of_plan(error)),
+            Self::Api { action, object, source } => match &**source {
+                // What was sent is invalid, or a quota, a policy or a webhook is against it.
+                kube::Error::Api(status)
+                    if matches!(status.code, 400 | 403 | 422) && !self.is_namespace_terminating() =>
+                {
+                    Some(Refusal::by_cluster(action, object, &status.message))
+                }
+                _ => None,
+            },
+            Self::NotReady | Self::Object(_) => None,
+        }
     }
 
     /// Whether somebody else changed the object in between: the next visit sees the change.

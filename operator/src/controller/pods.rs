@@ -33,7 +33,9 @@ impl Pods {
         let interval = INTERVAL.max(Duration::from_secs_f64(asked.len() as f64 / RATE));
         let now = Instant::now();
         match asked.get(uid) {
-            Some(last) if now.duration_since(*last) < interval => (false, interval - now.duration_since(*last)),
+            Some(last) if now.duration_since(*last) < interval => {
+                (false, interval.saturating_sub(now.duration_since(*last)))
+            }
             _ => {
                 asked.insert(uid.to_owned(), now);
                 (true, interval)

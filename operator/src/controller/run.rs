@@ -26,7 +26,7 @@ use super::children::{Children, Key, owner_by_annotation, owner_by_reference, pr
 use super::context::{Context, DEBOUNCE, Visit};
 use super::{Error, Stop};
 use crate::plan::{Pins, WorkloadPlan, plan_pinned};
-use crate::render::{Owner, attempt_of, render_run};
+use crate::render::{ACCESS_ANNOTATION, Owner, access_of, attempt_of, render_run};
 use crate::status::conditions::is_true;
 use crate::status::{ARTIFACT_LABEL, Action, Decision, Observed, References, decide, index};
 
@@ -299,6 +299,7 @@ impl Runs {
     }
 
     /// Makes sure that all objects of an attempt are there.
+    #[expect(clippy::too_many_arguments, reason = "what a visit knows by then; nobody else calls it")]
     async fn ensure<K: Run>(
         &self,
         object: &K,
@@ -310,7 +311,7 @@ impl Runs {
         jobs: &[Job],
     ) -> Result<(), Error> {
         let (context, kind) = (&*self.context, K::KIND.as_str());
-        let pins = Pins { artifacts: inputs.clone(), workers: Some(workers) };
+        let pins = Pins { artifacts: inputs.clone(), workers: Some(workers), ..Pins::default() };
         let mut plan = plan_pinned(manifest, &pins).map_err(|error| Error::Object(error.to_string()))?;
         let Some(reference) = object.controller_owner_ref(&()) else { return Err(Error::NotReady) };
         context.settings.trace(&mut plan, &reference);
@@ -356,7 +357,7 @@ impl Runs {
         let spec = ModelArtifactSpec {
             uri: artifact.uri.clone(),
             digest: artifact.digest.clone(),
-            format: Default::default(),
+            format: sensorium_api::ArtifactFormat::default(),
             signature: record.signature,
             modalities: record.modalities,
             metrics: record.metrics,
@@ -371,6 +372,8 @@ impl Runs {
                 .map(|(key, value)| (key.to_owned(), value.to_owned()))
                 .into(),
         );
+        let access = access_of(&plan.pods).map(|access| [(ACCESS_ANNOTATION.to_owned(), access)].into());
+        created.metadata.annotations = access;
         apply::create(&self.context, K::KIND.as_str(), &created).await?;
         Ok(())
     }

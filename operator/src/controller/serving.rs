@@ -2,12 +2,11 @@
 
 mod encoders;
 
-use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
@@ -36,7 +35,9 @@ use crate::render::{
     NAME_LABEL, Owner, Revision, Servers, Track, child_name, deployment_name, render_encoders, render_servers,
     render_serving, server_selector,
 };
-use crate::status::{Measured, Note, References, ServingObserved, ServingPlan, rollout, serving_status};
+use crate::status::{
+    Measured, Note, References, Refusal, ServingObserved, ServingPlan, rollout, serving_notes, serving_status,
+};
 
 const KIND: &str = "ServingJob";
 /// Label of an EndpointSlice: its Service.
@@ -124,6 +125,11 @@ pub(super) async fn control(context: Arc<Context>, stop: Stop) {
         .await;
 }
 
+/// Names of the graphs that an artifact has.
+fn graphs(artifact: &ModelArtifact) -> Vec<String> {
+    artifact.spec.signature.iter().map(|graph| graph.name.clone()).collect()
+}
+
 /// EndpointSlices take the labels of their Service.
 fn owner_by_label(slice: &EndpointSlice) -> Option<Key> {
     Some((slice.namespace()?, slice.labels().get(NAME_LABEL)?.clone()))
@@ -164,6 +170,8 @@ impl Servings {
             && self.autoscalers.listed()
             && self.pods.listed()
             && self.slices.listed()
+            // Without them every artifact is missing.
+            && self.artifacts.wait_until_ready().now_or_never().is_some()
     }
 
     async fn visit(&self, object: &ServingJob) -> Result<Again, Error> {
@@ -185,18 +193,35 @@ impl Servings {
         let stable = self.deployments.get(&key, &deployment_name(&job, Track::Stable));
         let mut before = object.status.clone().unwrap_or_default();
 
-        let mut plan = None;
+        let mut plan = ServingPlan::default();
+        let mut refused = None;
         match &resolved {
             Ok(artifacts) => {
                 let digest = artifacts.values().next().cloned().unwrap_or_default();
-                plan = Some(self.serve(object, &manifest, &key, &job, artifacts, &digest, &before).await?);
+                let pins = Pins {
+                    artifacts: artifacts.clone(),
+                    graphs: readable().find(|artifact| artifact.spec.digest == digest).map(graphs),
+                    node_cache: self.context.settings.node_cache,
+                    ..Pins::default()
+                };
+                match self.serve(object, &manifest, &key, &job, &pins, &before).await {
+                    Ok(decided) => plan = decided,
+                    Err(error) => match error.refusal() {
+                        // What serves goes on serving, as it is.
+                        Some(refusal) => {
+                            plan.rollout.clone_from(&before.rollout);
+                            refused = Some((refusal, error));
+                        }
+                        None => return Err(error),
+                    },
+                }
             }
-            // What serves goes on serving, with the model that it has.
+            // The same, with the model that it has.
             Err(_) => before.rollout = None,
         }
         let digest = resolved.as_ref().map(|artifacts| artifacts.values().next().map_or("", String::as_str));
         let pods: Vec<Pod> = self.pods.of(&key).iter().map(|pod| Pod::clone(pod)).collect();
-        let (rollout, notes) = plan.map_or_else(Default::default, |plan| (plan.rollout, plan.notes));
+        let ServingPlan { rollout, notes, .. } = plan;
         let label = server_selector(&job);
         let slices_key = (key.0.clone(), label.get(NAME_LABEL).cloned().unwrap_or_default());
         let service = child_name(&job.name, "");
@@ -209,6 +234,7 @@ impl Servings {
             generation: object.meta().generation,
             status: &before,
             artifact: digest.map_err(Clone::clone),
+            refusal: refused.as_ref().map(|(refusal, _)| refusal),
             stable: stable.as_deref(),
             encoders: &encoders,
             pods: &pods,
@@ -216,19 +242,25 @@ impl Servings {
             rollout,
             selector: label.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(","),
         });
-        self.write(object, &status, notes).await?;
-        Ok(if again { Again::requeue(ROLLOUT_INTERVAL) } else { Again::await_change() })
+        let refusal = refused.as_ref().map(|(refusal, _)| refusal);
+        self.write(object, &status, notes, refusal).await?;
+        match refused {
+            // Nobody says when a quota or a policy changes: it is tried again, with growing pauses.
+            Some((_, error @ Error::Api { .. })) => Err(error),
+            None if again => Ok(Again::requeue(ROLLOUT_INTERVAL)),
+            Some(_) | None => Ok(Again::await_change()),
+        }
     }
 
-    async fn write(&self, object: &ServingJob, status: &ServingJobStatus, mut notes: Vec<Note>) -> Result<(), Error> {
+    async fn write(
+        &self,
+        object: &ServingJob,
+        status: &ServingJobStatus,
+        mut notes: Vec<Note>,
+        refusal: Option<&Refusal>,
+    ) -> Result<(), Error> {
         let old = object.status.as_ref();
-        let (was, is) = (old.is_some_and(crate::status::is_ready), crate::status::is_ready(status));
-        let message = status.message.clone().unwrap_or_default();
-        match (was, is) {
-            (false, true) => notes.push(Note::normal("Ready", message)),
-            (true, false) => notes.push(Note::warning("NotReady", message)),
-            _ => {}
-        }
+        notes.extend(serving_notes(old, status, refusal));
         apply::write_status(&self.context, KIND, object, old, status).await?;
         self.context.publish(&object.object_ref(&()), &notes).await;
         Ok(())
@@ -241,13 +273,12 @@ impl Servings {
         manifest: &Manifest,
         key: &Key,
         job: &JobKey,
-        artifacts: &BTreeMap<String, String>,
-        digest: &str,
+        pins: &Pins,
         status: &ServingJobStatus,
     ) -> Result<ServingPlan, Error> {
         let context = &*self.context;
-        let pins = Pins { artifacts: artifacts.clone(), workers: None };
-        let mut plan = plan_pinned(manifest, &pins).map_err(|error| Error::Object(error.to_string()))?;
+        let mut plan = plan_pinned(manifest, pins)?;
+        let digest = pins.artifacts.values().next().map_or("", String::as_str);
         let Some(reference) = object.controller_owner_ref(&()) else { return Err(Error::NotReady) };
         context.settings.trace(&mut plan, &reference);
         let Some(role) = plan.roles.first() else { return Err(Error::Object("a plan without a role".to_owned())) };

@@ -14,7 +14,7 @@ mod workload;
 pub use order::{OrderError, order};
 pub use ranks::Process;
 pub use template::{Part, Resolve, Template};
-pub use workload::{HttpProbe, Lifetime, Mount, MountSource, Program, Role, RunPolicy, WorkloadPlan};
+pub use workload::{ArtifactVolume, HttpProbe, Lifetime, Mount, MountSource, Program, Role, RunPolicy, WorkloadPlan};
 
 use std::collections::BTreeMap;
 
@@ -37,6 +37,16 @@ pub enum PlanError {
         /// What the encoder says.
         source: serde_json::Error,
     },
+    /// An encoder of a ServingJob that its artifact does not have.
+    #[error("spec.encoders names graph {graph}, which artifact {artifact} does not have; its graphs are {}", .known.join(", "))]
+    UnknownGraph {
+        /// The graph.
+        graph: String,
+        /// The artifact, as the spec names it.
+        artifact: String,
+        /// The graphs that it has.
+        known: Vec<String>,
+    },
 }
 
 /// What is known at the start of a run and not when its manifest is written.
@@ -47,6 +57,10 @@ pub struct Pins {
     pub artifacts: BTreeMap<String, String>,
     /// Workers to start, where they are not as many as the manifest says; only data parallelism changes.
     pub workers: Option<u32>,
+    /// Graphs of the artifact that is to be served, where they are known.
+    pub graphs: Option<Vec<String>>,
+    /// Whether nodes fetch artifacts from buckets and give them to pods as volumes.
+    pub node_cache: bool,
 }
 
 impl Pins {
@@ -60,7 +74,7 @@ impl Pins {
 /// What `resource` needs to run.
 ///
 /// # Errors
-/// [`PlanError::RunsNothing`] for a ModelArtifact.
+/// [`PlanError::RunsNothing`] for a ModelArtifact, [`PlanError::Spec`].
 pub fn plan(resource: &Resource) -> Result<WorkloadPlan, PlanError> {
     plan_pinned(resource, &Pins::default())
 }
@@ -68,7 +82,7 @@ pub fn plan(resource: &Resource) -> Result<WorkloadPlan, PlanError> {
 /// [`plan`], for a run of which more is known. Its spec hash is that of the manifest.
 ///
 /// # Errors
-/// As [`plan`].
+/// As [`plan`], and [`PlanError::UnknownGraph`].
 pub fn plan_pinned(resource: &Resource, pins: &Pins) -> Result<WorkloadPlan, PlanError> {
     match resource {
         Resource::TrainingJob(job) => training::plan_training(job, pins),

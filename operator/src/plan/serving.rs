@@ -11,11 +11,13 @@ use super::config::{common_env, config_args, config_files, listen_args};
 use super::spec_hash;
 use super::storage::Claims;
 use super::template::{Part, Template};
-use super::workload::{HttpProbe, Lifetime, Program, Role, WorkloadPlan};
+use super::workload::{ArtifactVolume, HttpProbe, Lifetime, MountSource, Program, Role, WorkloadPlan};
 use super::{Pins, PlanError};
 
 /// The servers' role; encoders' roles are called after their graphs.
 const SERVER: &str = "server";
+/// Stands in the place of a claim for an artifact that the node fetches.
+const NODE_CACHE: &str = "node-cache";
 /// The port by which servers call encoders.
 const GRPC: &str = "grpc";
 
@@ -24,10 +26,26 @@ pub(super) fn plan_serving(object: &ServingJob, pins: &Pins) -> Result<WorkloadP
     let spec_hash = spec_hash::serving(&object.spec);
     let requires = vec![object.spec.model.artifact.clone()];
     let mut spec = object.spec.clone();
+    if let Some(known) = &pins.graphs
+        && let Some(unknown) = spec.encoders.iter().find(|encoder| !known.contains(&encoder.graph))
+    {
+        let (graph, artifact) = (unknown.graph.clone(), spec.model.artifact);
+        return Err(PlanError::UnknownGraph { graph, artifact, known: known.clone() });
+    }
     pins.pin(&mut spec.model.artifact);
+    let volume = node_volume(&spec, pins);
+    if volume.is_some() {
+        spec.model.store = format!("pvc://{NODE_CACHE}");
+    }
     // Clients and the Service look for the servers first.
     let mut roles = vec![servers(&spec)];
     roles.extend(spec.encoders.iter().map(|encoder| encoder_of(&spec, encoder)));
+    if let Some(volume) = volume {
+        let mounts = roles.iter_mut().flat_map(|role| &mut role.mounts);
+        for mount in mounts.filter(|mount| mount.source == MountSource::Claim(NODE_CACHE.to_owned())) {
+            mount.source = MountSource::Artifact(volume.clone());
+        }
+    }
     Ok(WorkloadPlan {
         files: config_files(&job, &spec_hash, &told(&spec))?,
         job,
@@ -39,6 +57,20 @@ pub(super) fn plan_serving(object: &ServingJob, pins: &Pins) -> Result<WorkloadP
         lifetime: Lifetime::Service,
         scheduling: spec.scheduling,
         pods: spec.pods,
+    })
+}
+
+/// The artifact as a volume of the node's, where it is in a bucket and the node can fetch it as the pods would: with the
+/// credentials of the one Secret that they have. Which of several is meant nobody says, and a node has no account of a pod's.
+fn node_volume(spec: &ServingJobSpec, pins: &Pins) -> Option<ArtifactVolume> {
+    let (store, digest, pods) = (&spec.model.store, &spec.model.artifact, &spec.pods);
+    let [secret] = pods.env_from_secrets.as_slice() else { return None };
+    let settings = pods.env.iter().filter(|(name, _)| name.starts_with("AWS_"));
+    (pins.node_cache && store.starts_with("s3://") && digest.starts_with("sha256:")).then(|| ArtifactVolume {
+        store: store.clone(),
+        digest: digest.clone(),
+        secret: secret.clone(),
+        settings: settings.map(|(name, value)| (name.clone(), value.clone())).collect(),
     })
 }
 

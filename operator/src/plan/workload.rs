@@ -114,6 +114,22 @@ pub enum MountSource {
     Config,
     /// An empty folder that goes when the process does.
     Scratch,
+    /// An artifact that the node fetched from a bucket: a store with nothing else in it.
+    Artifact(ArtifactVolume),
+}
+
+/// An artifact in a bucket, and how a pod is allowed to read it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ArtifactVolume {
+    /// The store: `s3://BUCKET/PREFIX`.
+    pub store: String,
+    /// The artifact's digest.
+    pub digest: String,
+    /// Name of the Secret with the credentials.
+    pub secret: String,
+    /// Settings of the store that are no secret, such as `AWS_REGION`.
+    pub settings: BTreeMap<String, String>,
 }
 
 /// How long a workload runs.

@@ -21,7 +21,8 @@ pub use serving::{
     ARTIFACT_ANNOTATION, REVISION_ANNOTATION, Revision, Servers, ServingObjects, Track, deployment_name,
     render_servers, render_serving, server_selector,
 };
-pub use store_jobs::{is_verification, render_removal, render_verification};
+pub(crate) use store_jobs::access_of;
+pub use store_jobs::{ACCESS_ANNOTATION, is_verification, render_removal, render_verification};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use sensorium_api::run::JobKey;

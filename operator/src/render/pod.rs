@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource,
-    EnvVar, EnvVarSource, LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodAffinity,
-    PodAffinityTerm, PodSecurityContext, PodSpec, ResourceFieldSelector, ResourceRequirements, SeccompProfile,
-    SecretEnvSource, SecurityContext, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
+    Affinity, CSIVolumeSource, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource,
+    EnvFromSource, EnvVar, EnvVarSource, LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaimVolumeSource,
+    PodAffinity, PodAffinityTerm, PodSecurityContext, PodSpec, ResourceFieldSelector, ResourceRequirements,
+    SeccompProfile, SecretEnvSource, SecurityContext, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -14,12 +14,14 @@ use sensorium_api::{Scheduling, TopologyMode};
 
 use super::Images;
 use super::names::COMPLETION_INDEX;
-use crate::plan::{MountSource, Program, Resolve, Role, WorkloadPlan};
+use crate::plan::{ArtifactVolume, MountSource, Program, Resolve, Role, WorkloadPlan};
 
 /// Name of the one container of every pod.
 pub const CONTAINER: &str = "main";
 /// Where a program leaves its result: Kubernetes keeps it in the pod's status.
 pub const RESULT_FILE: &str = "/dev/termination-log";
+/// Name of the CSI driver that fetches artifacts once per node; the chart's CSIDriver has it too.
+const NODE_CACHE_DRIVER: &str = "node-cache.sensorium.dev";
 /// User and group of every process; the images know it.
 const USER: i64 = 65_532;
 /// The variable that holds a pod's number within its Job.
@@ -181,7 +183,6 @@ fn args(role: &Role, place: &Place<'_>) -> Vec<String> {
 
 fn env(context: &PodContext<'_>, place: &Place<'_>, gpus: bool) -> Vec<EnvVar> {
     let role = place.role;
-    let plain = |name: &str, value: String| EnvVar { name: name.to_owned(), value: Some(value), value_from: None };
     let mut env = Vec::new();
     if role.program == Program::Trainer {
         env.push(from_field(POD_INDEX, &format!("metadata.annotations['{COMPLETION_INDEX}']")));
@@ -202,6 +203,10 @@ fn env(context: &PodContext<'_>, place: &Place<'_>, gpus: bool) -> Vec<EnvVar> {
     env
 }
 
+pub(super) fn plain(name: &str, value: String) -> EnvVar {
+    EnvVar { name: name.to_owned(), value: Some(value), value_from: None }
+}
+
 fn from_field(name: &str, path: &str) -> EnvVar {
     let field = ObjectFieldSelector { field_path: path.to_owned(), api_version: None };
     let source = EnvVarSource { field_ref: Some(field), ..EnvVarSource::default() };
@@ -219,7 +224,7 @@ fn cores(name: &str) -> EnvVar {
     EnvVar { name: name.to_owned(), value: None, value_from: Some(source) }
 }
 
-fn env_from(secrets: &[String]) -> Option<Vec<EnvFromSource>> {
+pub(super) fn env_from(secrets: &[String]) -> Option<Vec<EnvFromSource>> {
     let sources = secrets.iter().map(|name| EnvFromSource {
         secret_ref: Some(SecretEnvSource { name: name.clone(), optional: None }),
         ..EnvFromSource::default()
@@ -251,6 +256,7 @@ fn volumes(role: &Role, config: &str, gpus: bool) -> (Vec<Volume>, Vec<VolumeMou
             MountSource::Config => {
                 volume.config_map = Some(ConfigMapVolumeSource { name: config.to_owned(), ..Default::default() });
             }
+            MountSource::Artifact(artifact) => volume.csi = Some(artifact_volume(artifact)),
             MountSource::Scratch => volume.empty_dir = Some(EmptyDirVolumeSource::default()),
             MountSource::Claim(claim) => {
                 volume.persistent_volume_claim = Some(PersistentVolumeClaimVolumeSource {
@@ -277,6 +283,20 @@ fn volumes(role: &Role, config: &str, gpus: bool) -> (Vec<Volume>, Vec<VolumeMou
         mounts.push(VolumeMount { name: "shared-memory".to_owned(), mount_path, ..VolumeMount::default() });
     }
     (volumes, mounts)
+}
+
+/// The node fetches it with the pod's own Secret, which the kubelet passes on.
+fn artifact_volume(artifact: &ArtifactVolume) -> CSIVolumeSource {
+    let mut attributes = artifact.settings.clone();
+    attributes.insert("store".to_owned(), artifact.store.clone());
+    attributes.insert("digest".to_owned(), artifact.digest.clone());
+    CSIVolumeSource {
+        driver: NODE_CACHE_DRIVER.to_owned(),
+        read_only: Some(true),
+        node_publish_secret_ref: Some(LocalObjectReference { name: artifact.secret.clone() }),
+        volume_attributes: Some(attributes),
+        fs_type: None,
+    }
 }
 
 fn tolerations(scheduling: &Scheduling, gpus: bool) -> Option<Vec<Toleration>> {

@@ -234,7 +234,8 @@ pub struct Revision<'a> {
 impl Revision<'_> {
     /// The file that all pods read; its name has a digest of its content, so that old and new servers each keep theirs.
     pub(super) fn config(&self) -> ConfigMap {
-        let content: String = self.plan.files.iter().map(|(name, text)| format!("{name}\n{text}\n")).collect();
+        let lines: Vec<&str> = self.plan.files.iter().flat_map(|(name, text)| [name, "\n", text, "\n"]).collect();
+        let content = lines.concat();
         let name = child_name(&self.owner.job.name, &format!("server-{}", short_digest(&content)));
         ConfigMap {
             metadata: metadata(self.owner, name, SERVER),

@@ -6,12 +6,17 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::ResourceExt;
-use sensorium_api::ModelArtifact;
+use sensorium_api::{ModelArtifact, PodSettings};
 
 use super::Images;
 use super::names::{COMPONENT_LABEL, KIND_LABEL, MANAGED_BY, NAME_LABEL, child_name};
-use super::pod::{CONTAINER, RESULT_FILE, container_security, pod_security, program_path, pull_secrets};
+use super::pod::{
+    CONTAINER, RESULT_FILE, container_security, env_from, plain, pod_security, program_path, pull_secrets,
+};
 
+/// Annotation of a ModelArtifact: how its store is reached, as in `spec.pods` of the job that made it. Not in the spec, which
+/// never changes: Secrets do get other names.
+pub const ACCESS_ANNOTATION: &str = "sensorium.dev/access";
 /// Component label of the Job that compares digests, and the end of its name.
 const VERIFIER: &str = "verify";
 /// The same of the Job that removes files.
@@ -32,6 +37,28 @@ pub fn render_removal(artifact: &ModelArtifact, owner: OwnerReference, images: &
 /// Whether this Job compares digests.
 pub fn is_verification(job: &Job) -> bool {
     job.labels().get(COMPONENT_LABEL).is_some_and(|component| component == VERIFIER)
+}
+
+/// The part of a job's settings that the store of its artifact may ask for, as text for [`ACCESS_ANNOTATION`]; nothing where
+/// there is none.
+pub(crate) fn access_of(pods: &PodSettings) -> Option<String> {
+    let env = pods.env.iter().filter(|(name, _)| name.starts_with("AWS_"));
+    let access = PodSettings {
+        image: None,
+        env: env.map(|(name, value)| (name.clone(), value.clone())).collect(),
+        service_account_name: pods.service_account_name.clone(),
+        env_from_secrets: pods.env_from_secrets.clone(),
+    };
+    (access != PodSettings::default()).then(|| serde_json::to_string(&access).unwrap_or_default())
+}
+
+fn access(artifact: &ModelArtifact) -> Result<PodSettings, String> {
+    let Some(text) = artifact.annotations().get(ACCESS_ANNOTATION) else { return Ok(PodSettings::default()) };
+    serde_json::from_str(text).map_err(|error| {
+        format!(
+            "annotation {ACCESS_ANNOTATION} cannot be read ({error}); it is JSON such as {{\"envFromSecrets\": [\"s3\"]}}"
+        )
+    })
 }
 
 /// A Job that runs a subcommand of `sensorium artifact` on the files of `artifact`.
@@ -78,7 +105,9 @@ fn store_job(
             ..VolumeMount::default()
         }]);
     }
+    let access = access(artifact)?;
     let pod = PodSpec {
+        service_account_name: access.service_account_name,
         restart_policy: Some("Never".to_owned()),
         automount_service_account_token: Some(false),
         enable_service_links: Some(false),
@@ -90,6 +119,9 @@ fn store_job(
             image_pull_policy: Some(images.pull_policy.clone()),
             command: Some(vec![program_path("sensorium")]),
             args: Some(args),
+            env: Some(access.env.into_iter().map(|(name, value)| plain(&name, value)).collect::<Vec<_>>())
+                .filter(|env| !env.is_empty()),
+            env_from: env_from(&access.env_from_secrets),
             volume_mounts: mounts,
             security_context: Some(container_security()),
             termination_message_path: Some(RESULT_FILE.to_owned()),

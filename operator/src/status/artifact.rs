@@ -90,7 +90,7 @@ pub fn resolve<'a>(reference: &str, store: &str, artifacts: impl Iterator<Item =
     if let Some(found) = known.iter().filter(here).rev().find(|artifact| is_verified(artifact)) {
         return Resolution::Found(found.spec.digest.clone());
     }
-    let newest_here = known.iter().filter(here).next_back();
+    let newest_here = known.iter().rfind(here);
     Resolution::Missing(match (newest_here, known.last()) {
         (Some(artifact), _) => {
             let conditions = artifact.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();

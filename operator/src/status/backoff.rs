@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 /// Wait after the first failure.
 const FIRST: Duration = Duration::from_secs(5);
 /// The longest wait.
-const LONGEST: Duration = Duration::from_secs(300);
+const LONGEST: Duration = Duration::from_mins(5);
 
 /// Doubles with each of `failures`, up to five minutes. Up to a quarter is added, by `who` waits: jobs that failed
 /// together do not come back together.

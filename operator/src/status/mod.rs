@@ -4,6 +4,7 @@ mod artifact;
 pub mod backoff;
 pub mod conditions;
 mod failure;
+mod refusal;
 mod retention;
 mod run;
 mod serving;
@@ -12,10 +13,11 @@ pub(crate) use artifact::is_verified;
 pub use artifact::{ARTIFACT_LABEL, FINALIZER, References, Resolution, removal, resolve, verification};
 pub(crate) use failure::index;
 pub use failure::{Cause, Failure};
+pub use refusal::{Refusal, RefusalCause};
 pub use retention::{Reader, reader_of, removes_files, surplus};
 pub use run::{Action, Decision, Observed, decide};
 pub use serving::{
-    Measured, Observed as ServingObserved, Plan as ServingPlan, TrackLoad, is_ready, rollout, serving_status,
+    Measured, Observed as ServingObserved, Plan as ServingPlan, TrackLoad, rollout, serving_notes, serving_status,
 };
 
 /// Something that happened, for a person who reads the object's events.

@@ -147,7 +147,7 @@ impl Visit<'_> {
                     self.conditions().set("ArtifactsReady", false, "ArtifactNotReady", &missing);
                     self.say(JobState::Pending, missing);
                     // A new artifact wakes us up; this is for one whose news got lost.
-                    return self.end(Action::None, Some(Duration::from_secs(300)));
+                    return self.end(Action::None, Some(Duration::from_mins(5)));
                 }
             }
         }
@@ -161,7 +161,7 @@ impl Visit<'_> {
                 if failed || self.observed.jobs.len() > 1 {
                     return self.end(Action::Remove, None);
                 }
-                if self.suspended_without_queue(plan, job) {
+                if Self::suspended_without_queue(plan, job) {
                     self.status.start_time = None;
                     return self.end(Action::Suspend { attempt, hold: false }, None);
                 }
@@ -169,14 +169,14 @@ impl Visit<'_> {
             }
             Some(_) => {
                 self.conditions().set("PodsReady", false, "Ending", "the pods of the last attempt are being removed");
-                self.end(Action::None, Some(Duration::from_secs(60)))
+                self.end(Action::None, Some(Duration::from_mins(1)))
             }
             None => self.next(plan, policy),
         }
     }
 
     /// Whether the attempt waits for us, and not for a queue, to go on.
-    fn suspended_without_queue(&self, plan: &WorkloadPlan, job: &Job) -> bool {
+    fn suspended_without_queue(plan: &WorkloadPlan, job: &Job) -> bool {
         plan.scheduling.queue_name.is_none() && job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true)
     }
 
@@ -296,7 +296,7 @@ impl Visit<'_> {
         }
         let message = self.status.progress.as_ref().map_or_else(|| "the workers run".to_owned(), in_words);
         self.say(JobState::Running, message);
-        let wait = self.nearest(policy, Duration::from_secs(600));
+        let wait = self.nearest(policy, Duration::from_mins(10));
         self.end(Action::Ensure { attempt, workers }, Some(wait))
     }
 
@@ -307,7 +307,7 @@ impl Visit<'_> {
         let mut message = format!("only {running} of {workers} workers ran within {seconds} s{because}");
         let width = narrower.copied().unwrap_or(workers);
         if width < workers {
-            message += &format!("; goes on with {width}");
+            message = format!("{message}; goes on with {width}");
         }
         let failure = Failure { cause: Cause::Disruption, message, result: None };
         let mut decision = self.failed(attempt, failure, policy);
@@ -497,7 +497,7 @@ pub(super) fn obstacle(pod: &Pod) -> Option<String> {
 fn in_words(progress: &Progress) -> String {
     let mut text = progress.state.clone();
     if progress.steps > 0 {
-        text += &format!(", step {} of {}", progress.step, progress.steps);
+        text = format!("{text}, step {} of {}", progress.step, progress.steps);
     }
     text
 }

@@ -10,8 +10,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 use sensorium_api::{Canary, JobState, RolloutStatus, ServingJobSpec, ServingJobStatus};
 
-use super::Note;
 use super::conditions::{Conditions, is_true};
+use super::{Note, Refusal};
 use crate::render::{ARTIFACT_ANNOTATION, REVISION_ANNOTATION};
 
 const TYPES: [&str; 6] = ["ArtifactsReady", "WorkloadsReady", "RouteReady", "Progressing", "Degraded", "Ready"];
@@ -43,7 +43,7 @@ pub struct Measured {
 }
 
 /// Which servers there should be.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
     /// Whether the stable servers take the wanted revision; otherwise they stay as they are.
     pub apply: bool,
@@ -227,6 +227,8 @@ pub struct Observed<'a> {
     pub status: &'a ServingJobStatus,
     /// Digest of the artifact to serve, or what is missing.
     pub artifact: Result<&'a str, String>,
+    /// Why the servers could not be made what the spec asks for, if they could not.
+    pub refusal: Option<&'a Refusal>,
     /// The stable servers.
     pub stable: Option<&'a Deployment>,
     /// The encoders that these call, by name, as far as they are there.
@@ -260,6 +262,8 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
         status.digest = observed.stable.and_then(digest).cloned();
     }
     let serves = status.digest.is_some();
+    // The Deployment hears later than the Service that a server has gone, and the Service later that one can be relied on.
+    let answering = available.min(i32::try_from(observed.endpoints).unwrap_or(i32::MAX));
     let crash = observed.pods.iter().find_map(crash);
     let mut conditions = Conditions::new(&mut status.conditions, &TYPES, observed.generation, observed.now);
 
@@ -269,10 +273,10 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
     }
     let absent = observed.encoders.iter().find_map(|(name, live)| absent(name, live.as_deref()));
     let servers = match &absent {
-        None => format!("{available} of {wanted} servers answer"),
-        Some(absent) => format!("{available} of {wanted} servers answer; {absent}"),
+        None => format!("{answering} of {wanted} servers answer"),
+        Some(absent) => format!("{answering} of {wanted} servers answer; {absent}"),
     };
-    let workloads = observed.stable.is_some() && available >= wanted && wanted > 0 && absent.is_none();
+    let workloads = observed.stable.is_some() && answering >= wanted && wanted > 0 && absent.is_none();
     match (observed.stable, wanted) {
         (None, _) => conditions.set("WorkloadsReady", false, "NotStarted", "no server has been started"),
         (Some(_), 0) => conditions.set("WorkloadsReady", false, "ScaledToZero", "no server is wanted"),
@@ -290,16 +294,19 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
         Some(rollout) => format!("revision {}, step {}", rollout.revision, rollout.step + 1),
         None => servers.clone(),
     };
-    match (progressing && stuck.is_none(), &failed) {
-        (true, _) => conditions.set("Progressing", true, "RollingOut", &progress),
-        (false, Some(why)) => conditions.set("Progressing", false, "RolledBack", why),
-        (false, None) if stuck.is_some() => {
+    let refused = observed.refusal.map(|refusal| (refusal.cause.reason(), refusal.message.clone()));
+    match (&refused, progressing && stuck.is_none(), &failed) {
+        (Some((reason, why)), ..) => conditions.set("Progressing", false, reason, why),
+        (None, true, _) => conditions.set("Progressing", true, "RollingOut", &progress),
+        (None, false, Some(why)) => conditions.set("Progressing", false, "RolledBack", why),
+        (None, false, None) if stuck.is_some() => {
             conditions.set("Progressing", false, "DeadlineExceeded", stuck.clone().unwrap_or_default());
         }
-        (false, None) => conditions.set("Progressing", false, "Settled", &servers),
+        (None, false, None) => conditions.set("Progressing", false, "Settled", &servers),
     }
     let degraded = match (&crash, &failed, &stuck) {
         (Some(crash), ..) => Some(("PodsCrash", crash.clone())),
+        _ if refused.is_some() => refused.clone(),
         (None, Some(why), _) => Some(("RolledBack", format!("the last rollout was taken back: {why}"))),
         (None, None, Some(why)) => Some(("DeadlineExceeded", why.clone())),
         (None, None, None) if serves && !workloads && wanted > 0 && rolled_out => {
@@ -311,29 +318,32 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
         Some((reason, message)) => conditions.set("Degraded", true, reason, message),
         None => conditions.set("Degraded", false, "AsWanted", ""),
     }
-    // Old servers may answer while new ones crash; whoever waits for Ready waits for what the spec asks for.
-    let answers = available > 0 && route && serves && crash.is_none();
-    let (state, message) = match (&crash, &observed.artifact) {
-        _ if answers => (
-            JobState::Ready,
-            failed.map_or(servers.clone(), |why| format!("{servers}; the last rollout was taken back: {why}")),
-        ),
-        (Some(crash), _) => (JobState::Running, crash.clone()),
-        (None, Err(missing)) => (JobState::Pending, missing.clone()),
-        (None, Ok(_)) if observed.stable.is_none() => (JobState::Pending, "starting the servers".to_owned()),
-        (None, Ok(_)) => (
-            JobState::Running,
-            observed.pods.iter().find_map(obstacle).map_or(servers.clone(), |text| format!("{servers}: {text}")),
-        ),
+    // Old servers may answer while new ones crash or cannot be made; whoever waits for Ready waits for what the spec asks for.
+    let missing = observed.artifact.as_ref().err().map(|missing| ("ArtifactNotReady", missing.clone()));
+    let in_the_way = refused.or(missing);
+    let answers = answering > 0 && route && serves;
+    let ready = answers && crash.is_none() && in_the_way.is_none();
+    let (state, reason, message) = match (crash, in_the_way) {
+        (Some(crash), _) => (JobState::Running, "PodsCrash", crash),
+        (None, Some((reason, why))) if answers => {
+            (JobState::Running, reason, format!("{why}; {answering} of {wanted} servers go on as they are"))
+        }
+        (None, Some((reason, why))) if observed.stable.is_none() => (JobState::Pending, reason, why),
+        (None, Some((reason, why))) => (JobState::Running, reason, why),
+        (None, None) if ready => {
+            let message =
+                failed.map_or(servers.clone(), |why| format!("{servers}; the last rollout was taken back: {why}"));
+            (JobState::Ready, "Answering", message)
+        }
+        (None, None) if observed.stable.is_none() => {
+            (JobState::Pending, "NotAnswering", "starting the servers".to_owned())
+        }
+        (None, None) => {
+            let held_up = observed.pods.iter().find_map(obstacle).or_else(|| observed.stable.and_then(pods_refused));
+            (JobState::Running, "NotAnswering", held_up.map_or(servers.clone(), |text| format!("{servers}: {text}")))
+        }
     };
-    let reason = if answers {
-        "Answering"
-    } else if crash.is_some() {
-        "PodsCrash"
-    } else {
-        "NotAnswering"
-    };
-    conditions.set("Ready", answers, reason, &message);
+    conditions.set("Ready", ready, reason, &message);
     status.state = Some(state);
     status.message = Some(message);
     status
@@ -345,9 +355,50 @@ fn absent(name: &str, live: Option<&Deployment>) -> Option<String> {
     (available < wanted).then(|| format!("encoder {name}: {available} of {wanted} answer"))
 }
 
+/// What is worth an event when `new` takes the place of `old`.
+pub fn serving_notes(old: Option<&ServingJobStatus>, new: &ServingJobStatus, refusal: Option<&Refusal>) -> Vec<Note> {
+    let find = |status: Option<&ServingJobStatus>, name: &str| {
+        status?.conditions.iter().find(|condition| condition.type_ == name).cloned()
+    };
+    let (was, is) = (old.is_some_and(is_ready), is_ready(new));
+    let message = new.message.clone().unwrap_or_default();
+    let mut notes = Vec::new();
+    if let Some(Refusal { cause, message }) = refusal {
+        let told = find(old, "Progressing").is_some_and(|known| {
+            known.reason == cause.reason() && known.observed_generation == new.observed_generation
+        });
+        if !told {
+            notes.push(Note::warning(cause.reason(), message));
+        }
+    }
+    if let Some(missing) = find(Some(new), "ArtifactsReady").filter(|condition| condition.status == "False") {
+        match find(old, "ArtifactsReady").as_ref().map(|known| known.status.as_str()) {
+            Some("False") => {}
+            Some("True") => notes.push(Note::warning("ArtifactNotReady", missing.message)),
+            _ => notes.push(Note::normal("WaitingForArtifact", missing.message)),
+        }
+    }
+    match (was, is) {
+        (false, true) => notes.push(Note::normal("Ready", message)),
+        // Why has just been said, where that is why.
+        (true, false) if notes.is_empty() => notes.push(Note::warning("NotReady", message)),
+        _ => {}
+    }
+    notes
+}
+
 /// Whether `status` says that the job answers.
-pub fn is_ready(status: &ServingJobStatus) -> bool {
+fn is_ready(status: &ServingJobStatus) -> bool {
     is_true(&status.conditions, "Ready")
+}
+
+/// Why a Deployment's pods cannot even be made: a quota, a policy.
+fn pods_refused(deployment: &Deployment) -> Option<String> {
+    let conditions = deployment.status.as_ref()?.conditions.as_ref()?;
+    let refused = |c: &&k8s_openapi::api::apps::v1::DeploymentCondition| {
+        c.type_.as_deref() == Some("ReplicaFailure") && c.status.as_deref() == Some("True")
+    };
+    conditions.iter().find(refused)?.message.clone()
 }
 
 /// Why the Deployment gave up waiting for its servers.

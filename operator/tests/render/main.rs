@@ -90,7 +90,7 @@ fn a_serving_job_with_everything() {
     ];
     let resource = resource(SERVING, &changes);
     let digest = format!("sha256:{}", "a".repeat(64));
-    let pins = Pins { artifacts: [("vqa-int8".to_owned(), digest.clone())].into(), workers: None };
+    let pins = Pins { artifacts: [("vqa-int8".to_owned(), digest.clone())].into(), ..Pins::default() };
     let plan = plan_pinned(&resource, &pins).unwrap();
     let owner = owner(&resource);
     let Resource::ServingJob(job) = &resource else { panic!("it is a ServingJob") };
@@ -139,4 +139,57 @@ fn an_encoder_as_a_service_of_its_own() {
     let ((text, one), (_, another)) = (servers(encoder.clone()), servers(other));
     assert!(text.contains(&format!("image_encoder={}:8001", encoder.name)), "{text}");
     assert_ne!(one, another, "servers that call other encoders are other servers");
+}
+
+#[test]
+fn an_artifact_in_a_bucket_is_a_volume_where_the_node_can_fetch_it_as_the_pods_would() {
+    let digest = format!("sha256:{}", "a".repeat(64));
+    let servers = |store: &str, secrets: Value, node_cache: bool| {
+        let pods = json!({"envFromSecrets": secrets, "env": {"AWS_REGION": "eu-1", "OMP_NUM_THREADS": "1"}});
+        let resource = resource(SERVING, &[("/spec/model/store", json!(store)), ("/spec/pods", pods)]);
+        let artifacts = [("vqa-int8".to_owned(), digest.clone())].into();
+        let plan = plan_pinned(&resource, &Pins { artifacts, node_cache, ..Pins::default() }).unwrap();
+        let (owner, images) = (owner(&resource), images());
+        let Resource::ServingJob(job) = &resource else { panic!("it is a ServingJob") };
+        let revision = Revision { owner: &owner, spec: &job.spec, plan: &plan, digest: &digest, images: &images };
+        let servers = render_servers(&revision, &plan.roles[0], &[], Track::Stable, None);
+        let pod = json!(servers.deployment.spec.template.spec);
+        let volume = pod["volumes"].as_array().unwrap().iter().find(|volume| volume["csi"].is_object()).cloned();
+        let told: Value = serde_json::from_str(&servers.config.data.unwrap()["job.json"]).unwrap();
+        (volume, pod["containers"][0].clone(), told["spec"]["model"].clone())
+    };
+    let bucket = "s3://models/team-a";
+    let (volume, container, model) = servers(bucket, json!(["s3"]), true);
+    let volume = volume.unwrap();
+    assert_eq!(
+        volume["csi"],
+        json!({
+            "driver": "node-cache.sensorium.dev",
+            "readOnly": true,
+            "nodePublishSecretRef": {"name": "s3"},
+            "volumeAttributes": {"store": bucket, "digest": digest, "AWS_REGION": "eu-1"},
+        })
+    );
+    // The servers find it as they would find a claim.
+    assert_eq!(model, json!({"store": "pvc://node-cache", "artifact": digest}));
+    let mounts = container["volumeMounts"].as_array().unwrap();
+    let mount = mounts.iter().find(|mount| mount["name"] == volume["name"]).unwrap();
+    assert_eq!(
+        (mount["readOnly"].as_bool(), mount["mountPath"].as_str()),
+        (Some(true), Some("/mnt/volumes/node-cache"))
+    );
+    assert!(
+        container["args"].as_array().unwrap().contains(&json!("node-cache=/mnt/volumes/node-cache")),
+        "{container}"
+    );
+
+    // Nobody fetches for them; nobody knows with which of two Secrets; there is nothing to fetch.
+    for (store, secrets, node_cache) in [
+        (bucket, json!(["s3"]), false),
+        (bucket, json!(["s3", "other"]), true),
+        ("pvc://artifacts", json!(["s3"]), true),
+    ] {
+        let (volume, _, model) = servers(store, secrets, node_cache);
+        assert_eq!((volume, &model["store"]), (None, &json!(store)));
+    }
 }

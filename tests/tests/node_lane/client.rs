@@ -21,7 +21,9 @@ pub(crate) fn questions(bench: &Bench) -> Result<PathBuf> {
         list.push(json!([name, question, answer]));
     }
     fs::write(folder.join("questions.json"), serde_json::to_vec(&list)?)?;
-    fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/node_lane/client.py"), folder.join("client.py"))?;
+    for script in ["client.py", "hasty.py"] {
+        fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/node_lane").join(script), folder.join(script))?;
+    }
     Ok(folder)
 }
 
@@ -31,23 +33,40 @@ pub(crate) fn ask(node: &Node, questions: &Path, pod: &str, seconds: u32) -> Res
     finished(node, pod, |said| said["asked"] == 40 && said["right"].as_u64() >= Some(36))
 }
 
-/// Starts a client that asks every question once, or goes on asking for some seconds. Its Python is this machine's, seen
-/// through read-only mounts: nothing of it has to be in an image.
+/// Starts a client that asks every question once, or goes on asking for some seconds.
 pub(crate) fn start_client(node: &Node, questions: &Path, pod: &str, seconds: u32) -> Result<()> {
+    let seconds = (seconds > 0).then(|| seconds.to_string());
+    let list = questions.join("questions.json").display().to_string();
+    let arguments = [format!("vqa.{CHAIN}.svc.cluster.local:8001"), "vqa".to_owned(), list];
+    start(node, questions, pod, "client.py", arguments.into_iter().chain(seconds))
+}
+
+/// Starts a client that gives the servers so many milliseconds for each answer, and does not mind getting none.
+pub(crate) fn start_hasty_client(
+    node: &Node,
+    questions: &Path,
+    pod: &str,
+    milliseconds: u32,
+    seconds: u32,
+) -> Result<()> {
+    let list = questions.join("questions.json").display().to_string();
+    let address = format!("vqa.{CHAIN}.svc.cluster.local:8000");
+    let arguments = [address, "vqa".to_owned(), list, milliseconds.to_string(), seconds.to_string()];
+    start(node, questions, pod, "hasty.py", arguments)
+}
+
+/// Starts a script in a pod. Its Python is this machine's, seen through read-only mounts: nothing of it has to be in an image.
+fn start(
+    node: &Node,
+    questions: &Path,
+    pod: &str,
+    script: &str,
+    arguments: impl IntoIterator<Item = String>,
+) -> Result<()> {
     let (python, mut folders) = python()?;
     folders.push(questions.display().to_string());
-    let script = questions.join("client.py");
-    let list = questions.join("questions.json");
-    let mut command = vec![
-        json!(python),
-        json!(script),
-        json!(format!("vqa.{CHAIN}.svc.cluster.local:8001")),
-        json!("vqa"),
-        json!(list),
-    ];
-    if seconds > 0 {
-        command.push(json!(seconds.to_string()));
-    }
+    let script = questions.join(script).display().to_string();
+    let command: Vec<String> = [python, script].into_iter().chain(arguments).collect();
     let name = |index: usize| format!("folder-{index}");
     let volumes: Vec<Value> = folders
         .iter()

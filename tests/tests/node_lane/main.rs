@@ -1,12 +1,14 @@
-//! The chain on a real node: Helm, pods, a client in a pod, what goes wrong in the life of a cluster, autoscaling, canaries,
+//! The chain on a real node: Helm, pods, a bucket that the node reads for all of its pods, a client in a pod, what goes wrong in the life of a cluster, autoscaling, canaries,
 //! and GPUs as far as a node without any has them.
 //!
 //! One test, because a node takes a while to start and a model a while to learn; it reads as a story.
 //! Root only, as it makes namespaces and mounts; without root it says so and ends. `make test-node` runs it alone.
 
 mod autoscaling;
+mod buckets;
 mod canary;
 mod client;
+mod encoders;
 mod gpus;
 mod setup;
 mod trouble;
@@ -17,6 +19,7 @@ use anyhow::{Result, ensure};
 use sensorium_tests::{Bench, Node, images};
 use serde_json::{Value, json};
 
+use buckets::Buckets;
 use client::{ask, questions};
 use setup::{chain, claims, install};
 
@@ -46,6 +49,8 @@ fn the_chain_runs_on_a_node_and_survives_what_happens_to_clusters() -> Result<()
     // The strictest of Kubernetes' standards: every pod that the operator makes has to meet it.
     node.kubectl(&["label", "namespace", CHAIN, "pod-security.kubernetes.io/enforce=restricted"])?;
     node.apply(&claims(&bench.state().join("volumes"))?)?;
+    let buckets = Buckets::start(&node, &bench.path().join("buckets"))?;
+    node.apply(&Buckets::secrets())?;
     let questions = questions(&bench)?;
 
     for manifest in chain()? {
@@ -62,14 +67,23 @@ fn the_chain_runs_on_a_node_and_survives_what_happens_to_clusters() -> Result<()
 
     ask(&node, &questions, "client", 0)?;
     stages.end("compressed, serving, and right");
+    buckets::shared_by_those_who_may_read_it(&node, &buckets)?;
+    stages.end("fetched once per node");
     trouble::serves_through_trouble(&node, &questions)?;
     stages.end("rolled out while a client asks");
     autoscaling::servers_follow_the_load(&node, &questions)?;
     stages.end("scaled up and down");
+    encoders::come_and_go_with_their_servers(&node, &questions)?;
+    stages.end("encoders in pods of their own");
     canary::one_that_is_slow_is_taken_back(&node, &questions)?;
-    stages.end("a canary taken back");
+    stages.end("a slow canary taken back");
+    canary::one_that_fails_is_taken_back(&node, &questions)?;
+    stages.end("a failing canary taken back");
+    canary::one_whose_model_cannot_be_read_is_taken_back(&node, &questions, &buckets)?;
+    stages.end("an unreadable model taken back");
     gpus::jobs_get_the_gpus_that_they_ask_for(&node)?;
     stages.end("GPUs given out");
+    buckets.fetched_once()?;
     trouble::upgraded_and_uninstalled(&node)?;
     stages.end("upgraded, uninstalled, and installed again");
     Ok(())

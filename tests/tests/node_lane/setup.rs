@@ -7,7 +7,7 @@ use anyhow::Result;
 use sensorium_tests::Node;
 use serde_json::{Value, json};
 
-use crate::CHAIN;
+use crate::{CHAIN, buckets};
 
 /// Installs the chart, or upgrades it, with some more of its values.
 pub(crate) fn install(node: &Node, more: &[&str]) -> Result<()> {
@@ -15,6 +15,14 @@ pub(crate) fn install(node: &Node, more: &[&str]) -> Result<()> {
     let mut arguments = vec!["upgrade", "--install", "sensorium", &chart, "--namespace", "sensorium-system"];
     arguments.extend(["--create-namespace", "--set", "image.tag=test", "--set", "image.pullPolicy=Never"]);
     arguments.extend(["--wait", "--timeout", "5m"]);
+    let state = node.state().display();
+    let cache = [
+        "nodeCache.enabled=true".to_owned(),
+        format!("nodeCache.endpoints[0]={}", buckets::ENDPOINT),
+        format!("nodeCache.kubeletFolder={state}/kubelet/root"),
+        format!("nodeCache.folder={state}/node-cache"),
+    ];
+    arguments.extend(cache.iter().flat_map(|value| ["--set", value.as_str()]));
     arguments.extend(more);
     node.run("helm", &arguments).map(drop)
 }
@@ -76,9 +84,15 @@ pub(crate) fn chain() -> Result<Vec<String>> {
             }
             "serving" => {
                 spec["replicas"] = json!(2);
+                spec["model"]["store"] = json!(buckets::STORE);
+                spec["pods"] = json!({"envFromSecrets": [buckets::READER]});
                 spec["networkAccess"] = json!({"fromNamespaces": {"kubernetes.io/metadata.name": "client"}});
             }
-            _ => spec["resources"] = cpu,
+            _ => {
+                spec["resources"] = cpu;
+                spec["output"]["store"] = json!(buckets::STORE);
+                spec["pods"] = json!({"envFromSecrets": [buckets::MAKER]});
+            }
         }
         manifests.push(manifest.to_string());
     }

@@ -158,3 +158,40 @@ async fn an_older_artifact_goes_with_its_files_once_nobody_uses_it() -> Result<(
     assert!(case.namespace.api::<ModelArtifact>().get("base-b").await?.metadata.deletion_timestamp.is_none());
     Ok(())
 }
+
+#[tokio::test]
+async fn those_who_verify_and_remove_files_in_a_bucket_get_the_credentials_of_the_job_that_made_it() -> Result<()> {
+    let case = Case::start("access").await?;
+    let pods = case
+        .running("vqa", |job| {
+            job["spec"]["pods"] = json!({
+                "env": {"AWS_REGION": "eu-1", "NCCL_DEBUG": "INFO"}, "envFromSecrets": ["s3"], "image": "elsewhere/trainer:1",
+            });
+            job["spec"]["output"]["retention"] = json!({"keep": 1, "files": "Delete"});
+        })
+        .await?;
+    case.succeed(&pods, "base", 'a').await?;
+    case.training("vqa", "to be complete", |job| crate::common::holds(job, "Complete")).await?;
+    let name = format!("base-{}", "a".repeat(10));
+    let has_access = async |component: &str| {
+        let selector = format!("sensorium.dev/name={name},app.kubernetes.io/component={component}");
+        let pod = case.kubelet.pods(&selector, 1, LIMIT).await?.remove(0);
+        let container = pod.spec.as_ref().unwrap().containers[0].clone();
+        let env: Vec<_> = container.env.unwrap_or_default().into_iter().map(|v| (v.name, v.value.unwrap())).collect();
+        assert_eq!(env, [("AWS_REGION".to_owned(), "eu-1".to_owned())]);
+        let secrets = container.env_from.unwrap_or_default().into_iter().map(|source| source.secret_ref.unwrap().name);
+        assert_eq!(secrets.collect::<Vec<_>>(), ["s3"]);
+        assert_eq!(container.image.unwrap(), "sensorium.dev/sensorium-cli:test");
+        anyhow::Ok(pod.name_any())
+    };
+    has_access("verify").await?;
+    case.verify(&name).await?;
+
+    // In the foreground, as `kubectl delete --cascade=foreground` does: the Job that removes the files is not in its way.
+    let foreground = kube::api::DeleteParams::foreground();
+    case.namespace.api::<ModelArtifact>().delete(&name, &foreground).await?;
+    case.delete::<sensorium_api::TrainingJob>("vqa").await?;
+    let pod = has_access("remove").await?;
+    case.kubelet.succeed(&pod, "").await?;
+    case.namespace.eventually_gone::<ModelArtifact>(&name, LIMIT).await
+}

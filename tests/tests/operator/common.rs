@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::ResourceExt;
 use kube::api::{ListParams, Patch, PatchParams};
 use sensorium_api::{CompressionJob, ModelArtifact, ServingJob, TrainingJob};
@@ -99,7 +99,14 @@ impl Case {
 
     /// A recorded model whose files have been verified.
     pub(crate) async fn artifact(&self, name: &str, digit: char) -> Result<()> {
+        self.artifact_of(name, digit, &["fusion", "image_encoder"]).await
+    }
+
+    /// One with these graphs.
+    pub(crate) async fn artifact_of(&self, name: &str, digit: char, graphs: &[&str]) -> Result<()> {
         let digest = digest(digit);
+        let graphs: Vec<Value> =
+            graphs.iter().map(|graph| json!({"name": graph, "inputs": [], "outputs": []})).collect();
         let manifest = json!({
             "apiVersion": "sensorium.dev/v1alpha1",
             "kind": "ModelArtifact",
@@ -107,7 +114,7 @@ impl Case {
             "spec": {
                 "uri": format!("pvc://artifacts/objects/{}", &digest[7..]),
                 "digest": digest,
-                "signature": [{"name": "fusion", "inputs": [], "outputs": []}],
+                "signature": graphs,
             },
         });
         self.apply(&manifest).await?;
@@ -124,6 +131,21 @@ impl Case {
         };
         self.namespace.eventually::<ModelArtifact>(artifact, "to be verified", LIMIT, verified).await?;
         Ok(())
+    }
+
+    /// Waits for an event about an object, and gives its message and the reasons of all events about it.
+    pub(crate) async fn event(&self, name: &str, reason: &str) -> Result<(String, Vec<String>)> {
+        let about = ListParams::default().fields(&format!("involvedObject.name={name}"));
+        let deadline = std::time::Instant::now() + LIMIT;
+        loop {
+            let events = self.namespace.api::<Event>().list(&about).await?.items;
+            let reasons: Vec<String> = events.iter().filter_map(|event| event.reason.clone()).collect();
+            if let Some(event) = events.into_iter().find(|event| event.reason.as_deref() == Some(reason)) {
+                return Ok((event.message.unwrap_or_default(), reasons));
+            }
+            anyhow::ensure!(std::time::Instant::now() < deadline, "no event {reason} about {name}: {reasons:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// Names of all encoders' Deployments, once there are so many.

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
-use k8s_openapi::api::core::v1::{Pod, Service};
+use k8s_openapi::api::core::v1::{Pod, ResourceQuota, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::ResourceExt;
@@ -238,4 +238,102 @@ async fn a_canary_that_does_not_answer_is_rolled_back_and_the_old_servers_stay()
     assert!(holds_of(conditions(&job), "Degraded") && is_ready(&job), "the old servers answer");
     assert_eq!(job.status.unwrap().digest, Some(digest('a')));
     case.namespace.eventually_gone::<Deployment>("vqa-canary", LIMIT).await
+}
+
+/// Whether the status speaks of the newest spec and gives this as the reason why the job is not ready.
+fn is_refused(reason: &'static str) -> impl Fn(&ServingJob) -> bool {
+    move |job| {
+        let generation = job.metadata.generation;
+        let of_this_spec = conditions(job).unwrap_or_default().iter().all(|c| c.observed_generation == generation);
+        reason_of(conditions(job), "Ready") == Some(reason) && of_this_spec && !is_ready(job)
+    }
+}
+
+fn message(job: &ServingJob) -> &str {
+    job.status.as_ref().and_then(|status| status.message.as_deref()).unwrap_or_default()
+}
+
+#[tokio::test]
+async fn a_graph_that_the_artifact_does_not_have_is_named_and_running_servers_go_on() -> Result<()> {
+    let case = ready("graph").await?;
+    let template = async || {
+        let servers = case.namespace.api::<Deployment>().get("vqa-server").await?;
+        anyhow::Ok((servers.uid(), serde_json::to_string(&servers.spec)?))
+    };
+    let before = template().await?;
+    let asked = json!({"spec": {"encoders": [{"graph": "audio_encoder"}]}});
+    case.patch::<ServingJob>("vqa", asked).await?;
+    let job = case.serving("vqa", "to name the graph", is_refused("UnknownGraph")).await?;
+    assert_eq!(
+        message(&job),
+        "spec.encoders names graph audio_encoder, which artifact model does not have; its graphs are fusion, image_encoder; \
+         2 of 2 servers go on as they are"
+    );
+    assert_eq!(reason_of(conditions(&job), "Progressing"), Some("UnknownGraph"));
+    assert!(holds_of(conditions(&job), "Degraded") && holds_of(conditions(&job), "WorkloadsReady"));
+    assert_eq!(template().await?, before);
+    case.encoders(0).await?;
+    let (_, events) = case.event("vqa", "UnknownGraph").await?;
+    assert!(!events.contains(&"NotReady".to_owned()), "{events:?}");
+
+    // A newer artifact has the graph: nobody has to touch the job.
+    let running = case.kubelet.run_all(SERVERS);
+    case.artifact_of("model", 'b', &["fusion", "audio_encoder"]).await?;
+    let rolled = |job: &ServingJob| {
+        job.status.as_ref().is_some_and(|status| status.digest == Some(digest('b'))) && is_ready(job)
+    };
+    let job = case.serving("vqa", "to serve the newer one", rolled).await?;
+    assert!(!holds_of(conditions(&job), "Degraded"));
+    drop(running);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_the_cluster_refuses_is_said_in_its_words_and_tried_again() -> Result<()> {
+    let case = ready("refused").await?;
+    let too_much = json!({"requests": {"cpu": "2"}, "limits": {"cpu": "1"}});
+    case.patch::<ServingJob>("vqa", json!({"spec": {"resources": too_much}})).await?;
+    let job = case.serving("vqa", "to be refused", is_refused("RefusedByCluster")).await?;
+    let said = message(&job);
+    assert!(
+        said.contains("Deployment/vqa-server") && said.contains("must be less than or equal to cpu limit"),
+        "{said}"
+    );
+    assert!(said.ends_with("2 of 2 servers go on as they are"), "{said}");
+    case.event("vqa", "RefusedByCluster").await?;
+    case.patch::<ServingJob>("vqa", json!({"spec": {"resources": {"requests": {"cpu": "1"}}}})).await?;
+    let running = case.kubelet.run_all(SERVERS);
+    case.serving("vqa", "to be ready again", |job| is_ready(job) && !holds_of(conditions(job), "Progressing")).await?;
+
+    // A quota is nothing that the operator watches.
+    let quota = json!({
+        "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"},
+        "spec": {"hard": {"count/deployments.apps": "1"}},
+    });
+    case.apply(&quota).await?;
+    case.apply(&serving("other", "model")).await?;
+    let job = case.serving("other", "to be refused", is_refused("RefusedByCluster")).await?;
+    assert!(message(&job).contains("quota") && job.status.as_ref().unwrap().state.is_some(), "{}", message(&job));
+    case.delete::<ResourceQuota>("none").await?;
+    case.serving("other", "to be ready", is_ready).await?;
+    drop(running);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_job_whose_only_server_is_deleted_says_that_none_answers() -> Result<()> {
+    let case = Case::start("only").await?;
+    case.artifact("model", 'a').await?;
+    let mut manifest = serving("vqa", "model");
+    manifest["spec"]["replicas"] = json!(1);
+    case.apply(&manifest).await?;
+    let pods = case.kubelet.pods(SERVERS, 1, LIMIT).await?;
+    case.kubelet.run(&pods[0].name_any()).await?;
+    case.serving("vqa", "to be ready", is_ready).await?;
+    case.delete::<Pod>(&pods[0].name_any()).await?;
+    let job = case.serving("vqa", "to notice", |job| !is_ready(job)).await?;
+    assert!(message(&job).starts_with("0 of 1 servers answer"), "{}", message(&job));
+    let (said, _) = case.event("vqa", "NotReady").await?;
+    assert!(said.starts_with("0 of 1 servers answer"), "{said}");
+    Ok(())
 }

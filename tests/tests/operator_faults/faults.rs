@@ -94,6 +94,7 @@ async fn live(cluster: &ApiCluster, name: &str, faults: Option<Arc<Faults>>) -> 
         concurrency: 16,
         identity: name.to_owned(),
         pod_monitors: false,
+        node_cache: false,
         otlp_endpoint: None,
     };
     let (end, ended) = tokio::sync::oneshot::channel::<()>();

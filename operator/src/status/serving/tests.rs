@@ -146,6 +146,7 @@ fn served<'a>(status: &'a ServingJobStatus, stable: &'a Deployment) -> Observed<
         generation: Some(1),
         status,
         artifact: Ok("sha256:x"),
+        refusal: None,
         stable: Some(stable),
         encoders: &[],
         pods: &[],
@@ -193,4 +194,60 @@ fn an_encoder_that_does_not_answer_is_named_and_the_job_is_ready_while_its_serve
     assert_eq!(half.message.unwrap(), "2 of 2 servers answer; encoder vqa-image-encoder-e: 1 of 2 answer");
     let message = status(None).message.unwrap();
     assert_eq!(message, "2 of 2 servers answer; encoder vqa-image-encoder-e: 0 of 1 answer", "it was deleted");
+}
+
+#[test]
+fn what_cannot_be_made_is_said_and_what_serves_goes_on() {
+    let stable = deployment("old", 2);
+    let refusal = Refusal { cause: crate::status::RefusalCause::Graph, message: "no graph g".to_owned() };
+    let ready = serving_status(&served(&ServingJobStatus::default(), &stable));
+    let refused = serving_status(&Observed { generation: Some(2), refusal: Some(&refusal), ..served(&ready, &stable) });
+    for name in ["Ready", "Progressing"] {
+        let condition = refused.conditions.iter().find(|condition| condition.type_ == name).unwrap();
+        assert_eq!((condition.status.as_str(), condition.reason.as_str()), ("False", "UnknownGraph"), "{name}");
+        assert_eq!(condition.observed_generation, Some(2));
+    }
+    assert_eq!(refused.message.as_deref(), Some("no graph g; 2 of 2 servers go on as they are"));
+    let notes = serving_notes(Some(&ready), &refused, Some(&refusal));
+    assert_eq!(notes, [Note::warning("UnknownGraph", "no graph g")], "one event, and not NotReady as well");
+    assert_eq!(serving_notes(Some(&refused), &refused, Some(&refusal)), [], "and only once");
+    let again = serving_status(&served(&refused, &stable));
+    assert_eq!(serving_notes(Some(&refused), &again, None), [Note::normal("Ready", "2 of 2 servers answer")]);
+
+    let nothing = Observed { stable: None, endpoints: 0, refusal: Some(&refusal), ..served(&refused, &stable) };
+    let status = serving_status(&Observed { status: &ServingJobStatus::default(), ..nothing });
+    assert_eq!((status.state, status.message.as_deref()), (Some(JobState::Pending), Some("no graph g")));
+}
+
+#[test]
+fn an_artifact_that_went_away_is_an_event_and_one_that_is_to_come_is_no_alarm() {
+    let stable = deployment("old", 1);
+    let missing = || Err("waits for artifact m".to_owned());
+    let first = serving_status(&Observed { artifact: missing(), ..served(&ServingJobStatus::default(), &stable) });
+    assert_eq!(serving_notes(None, &first, None), [Note::normal("WaitingForArtifact", "waits for artifact m")]);
+    let ready = serving_status(&served(&first, &stable));
+    let gone = serving_status(&Observed { artifact: missing(), ..served(&ready, &stable) });
+    assert!(!is_ready(&gone) && is_ready(&ready));
+    assert_eq!(serving_notes(Some(&ready), &gone, None), [Note::warning("ArtifactNotReady", "waits for artifact m")]);
+}
+
+#[test]
+fn a_server_that_has_gone_does_not_count_before_its_deployment_notices() {
+    let stable = deployment("r", 1);
+    let ready = serving_status(&served(&ServingJobStatus::default(), &stable));
+    let gone = serving_status(&Observed { endpoints: 0, ..served(&ready, &stable) });
+    assert_eq!(serving_notes(Some(&ready), &gone, None), [Note::warning("NotReady", "0 of 1 servers answer")]);
+}
+
+#[test]
+fn pods_that_a_quota_holds_off_are_why_nobody_answers() {
+    let mut stable = deployment("r", 1);
+    let status = stable.status.as_mut().unwrap();
+    status.available_replicas = Some(0);
+    status.conditions = serde_json::from_value(json!([
+        {"type": "ReplicaFailure", "status": "True", "message": "exceeded quota: small"},
+    ]))
+    .unwrap();
+    let status = serving_status(&Observed { endpoints: 0, ..served(&ServingJobStatus::default(), &stable) });
+    assert_eq!(status.message.as_deref(), Some("0 of 1 servers answer: exceeded quota: small"));
 }
