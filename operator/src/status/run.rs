@@ -12,7 +12,7 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
-use sensorium_api::run::{Progress, RunState};
+use sensorium_api::run::{GateResult, Progress, RunState};
 use sensorium_api::{AttemptFailure, JobState, JobStatus};
 
 use super::conditions::{Conditions, Truth, is_true};
@@ -323,7 +323,7 @@ impl Visit<'_> {
             return self.failed(attempt, Failure { cause: Cause::Disruption, message, result: None }, policy);
         };
         self.status.artifact.clone_from(&result.artifact);
-        self.status.gate.clone_from(&result.gate);
+        self.status.gate = result.gate.map(rounded);
         self.status.completion_time = Some(Time(self.observed.now));
         if let Some(progress) = &mut self.status.progress {
             "done".clone_into(&mut progress.state);
@@ -351,7 +351,7 @@ impl Visit<'_> {
         let disruption = cause == Cause::Disruption;
         self.status.last_failure = Some(AttemptFailure { attempt, disruption, message: message.clone(), time });
         if let Some(result) = result {
-            self.status.gate = result.gate.or(self.status.gate.take());
+            self.status.gate = result.gate.map(rounded).or(self.status.gate.take());
             self.status.artifact = result.artifact.or(self.status.artifact.take());
         }
         let spent = cause == Cause::Program && self.status.restarts >= policy.failure.max_restarts;
@@ -492,6 +492,28 @@ pub(super) fn obstacle(pod: &Pod) -> Option<String> {
     let reason =
         waiting.reason.as_deref().filter(|reason| !["ContainerCreating", "PodInitializing"].contains(reason))?;
     Some(format!("{}: {reason}: {}", pod.name_any(), waiting.message.as_deref().unwrap_or_default()))
+}
+
+/// `gate` with figures that people can read: `kubectl get` prints all digits of a number.
+fn rounded(gate: GateResult) -> GateResult {
+    let hundredths = |value: f64| (value * 100.0).round() / 100.0;
+    GateResult {
+        parent: significant(gate.parent),
+        candidate: significant(gate.candidate),
+        drop: significant(gate.drop),
+        speedup: hundredths(gate.speedup),
+        size_ratio: hundredths(gate.size_ratio),
+        ..gate
+    }
+}
+
+/// `value` with four significant digits, or more where they are before the point. A metric may be of any size.
+fn significant(value: f64) -> f64 {
+    if value == 0.0 || !value.is_finite() {
+        return value;
+    }
+    let shift = 10_f64.powi((3 - value.abs().log10().floor() as i32).clamp(0, 15));
+    (value * shift).round() / shift
 }
 
 fn in_words(progress: &Progress) -> String {

@@ -368,17 +368,19 @@ fn a_refused_candidate_fails_the_job_with_its_numbers() {
     let gate = GateResult {
         metric: "vqa_accuracy".to_owned(),
         parent: 0.9,
-        candidate: 0.5,
-        drop: 0.4,
-        speedup: 1.0,
-        size_ratio: 0.3,
+        candidate: 0.512_345,
+        drop: 0.387_655,
+        speedup: 0.987_654_321,
+        size_ratio: 0.287_5,
         promoted: false,
         message: "refused".to_owned(),
     };
     world.fail(0, 1, &result(RunState::Failed, Some(gate)));
     world.settle();
     assert_eq!(world.reason("Failed"), "GateRefused");
-    assert!((world.status.gate.as_ref().unwrap().drop - 0.4).abs() < 1e-9);
+    let gate = world.status.gate.as_ref().unwrap();
+    let shown = [gate.parent, gate.candidate, gate.drop, gate.speedup, gate.size_ratio].map(|figure| figure.to_string());
+    assert_eq!(shown, ["0.9", "0.5123", "0.3877", "0.99", "0.29"], "kubectl prints every digit that is there");
     assert_eq!(world.status.restarts, 0);
 }
 
