@@ -110,7 +110,7 @@ metrics! {
     OPERATOR_LEADER = Gauge "sensorium_leader" []
         "1 while this operator is the one that acts";
     OPERATOR_JOBS = Gauge "sensorium_jobs" ["kind", "state"]
-        "Objects of a kind by the state that they print, from the operator that acts";
+        "Objects of a kind by the state that they print";
     TRITON_SUCCESS = Untyped "nv_inference_request_success" ["model", "version"]
         "Requests that succeeded";
     TRITON_FAILURE = Untyped "nv_inference_request_failure" ["model", "version", "reason"]
