@@ -17,6 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::health::Watch;
+use super::lean::Lean;
 use crate::render::{COMPLETION_INDEX, ENCODERS_ANNOTATION, OWNER_ANNOTATION};
 
 /// Namespace and name of an object.
@@ -107,7 +108,7 @@ impl<K: DeserializeOwned> Children<K> {
 /// Watches `api`; `owner_of` tells whom an object concerns, `prune` drops what nobody looks at. The stream gives the owners
 /// of what changed.
 pub(super) fn watch<K>(
-    api: Api<K>,
+    api: Api<Lean<K>>,
     config: watcher::Config,
     health: Watch,
     owner_of: impl Fn(&K) -> Option<Key> + Send + 'static,
@@ -128,7 +129,7 @@ where
             let write = || state.write().unwrap_or_else(PoisonError::into_inner);
             match event {
                 watcher::Event::Init => listing.clear(),
-                watcher::Event::InitApply(mut object) => {
+                watcher::Event::InitApply(Lean(mut object)) => {
                     if let Some(owner) = owner_of(&object) {
                         prune(&mut object);
                         put(listing.entry(owner).or_default(), &object);
@@ -141,14 +142,14 @@ where
                     touched.extend(state.by_owner.keys().cloned());
                     touched.extend(old.into_keys().filter(|owner| !state.by_owner.contains_key(owner)));
                 }
-                watcher::Event::Apply(mut object) => {
+                watcher::Event::Apply(Lean(mut object)) => {
                     if let Some(owner) = owner_of(&object) {
                         prune(&mut object);
                         put(write().by_owner.entry(owner.clone()).or_default(), &object);
                         touched.push(owner);
                     }
                 }
-                watcher::Event::Delete(object) => {
+                watcher::Event::Delete(Lean(object)) => {
                     if let Some(owner) = owner_of(&object) {
                         let mut state = write();
                         if let Some(children) = state.by_owner.get_mut(&owner) {
@@ -233,11 +234,9 @@ fn prune_identity<K: ResourceExt>(object: &mut K) {
     }
 }
 
-/// Drops what the API server keeps for itself.
+/// Drops what a client keeps for itself: all that it once applied.
 pub(super) fn prune_metadata<K: ResourceExt>(object: &mut K) {
-    let metadata = object.meta_mut();
-    metadata.managed_fields = None;
-    if let Some(annotations) = &mut metadata.annotations {
+    if let Some(annotations) = &mut object.meta_mut().annotations {
         annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
     }
 }

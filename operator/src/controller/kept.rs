@@ -17,8 +17,8 @@ use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
-use super::Error;
-use super::children::Key;
+use super::children::{Key, prune_metadata};
+use super::{Error, lean};
 use crate::status::{References, names_of};
 
 /// A kind of our own.
@@ -151,20 +151,13 @@ impl<K: Resource<DynamicType = ()>> Resource for Kept<K> {
     }
 }
 
-/// What the API server keeps for itself and clients for themselves: often longer than all the rest.
-fn strip(object: &mut Value) {
-    let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) else { return };
-    metadata.remove("managedFields");
-    if let Some(annotations) = metadata.get_mut("annotations").and_then(Value::as_object_mut) {
-        annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
-    }
-}
-
 impl<'de, K: Own> Deserialize<'de> for Kept<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let mut value = Value::deserialize(deserializer)?;
-        strip(&mut value);
-        let object = K::deserialize(&value);
+        let mut value = lean::object(deserializer)?;
+        let mut object = K::deserialize(&value);
+        if let Ok(object) = &mut object {
+            prune_metadata(object);
+        }
         let (meta, text) = match &object {
             Ok(object) => (object.meta().clone(), Ok(serde_json::to_string(object).map_err(D::Error::custom)?.into())),
             Err(error) => {

@@ -12,6 +12,7 @@ mod events;
 mod health;
 mod index;
 mod kept;
+mod lean;
 mod news;
 mod pods;
 mod run;
