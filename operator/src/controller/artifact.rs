@@ -197,9 +197,8 @@ impl Records {
             return Ok(None);
         }
         let there = self.all.at(&artifact.spec.uri);
-        let shared = there
-            .iter()
-            .any(|other| other.uid() != artifact.uid() && other.metadata.deletion_timestamp.is_none());
+        let shared =
+            there.iter().any(|other| other.uid() != artifact.uid() && other.metadata.deletion_timestamp.is_none());
         if removes_files(artifact) && !shared {
             let readers = self.readers(artifact).await?;
             let reader = reader_of(artifact, &readers).map(|reader| reader.who.as_str());

@@ -205,7 +205,8 @@ mod tests {
         assert!(follower.follow(&Event::Init).is_empty());
         assert!(follower.follow(&Event::InitApply(artifact("y", "vqa"))).is_empty());
         assert_eq!(names(&known, "vqa"), ["x"], "the old list stands until the new one is complete");
-        let mut touched: Vec<String> = follower.follow(&Event::InitDone).into_iter().map(|news| news.object.1).collect();
+        let mut touched: Vec<String> =
+            follower.follow(&Event::InitDone).into_iter().map(|news| news.object.1).collect();
         touched.sort();
         assert_eq!(touched, ["x", "y"]);
         assert_eq!(names(&known, "vqa"), ["y"]);

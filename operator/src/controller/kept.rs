@@ -9,8 +9,8 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::core::NamespaceResourceScope;
 use kube::Resource;
+use kube::core::NamespaceResourceScope;
 use sensorium_api::manifest::Resource as Manifest;
 use sensorium_api::{CompressionJob, JobState, ModelArtifact, ServingJob, TrainingJob};
 use serde::de::{DeserializeOwned, Error as _};

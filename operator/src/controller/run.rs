@@ -17,8 +17,8 @@ use sensorium_api::{CompressionJob, JobStatus, LineageJob, ModelArtifact, ModelA
 use serde_json::json;
 
 use super::apply;
-use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_job, prune_pod};
 use super::artifact::Artifacts;
+use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_job, prune_pod};
 use super::context::{Context, DEBOUNCE, Visit};
 use super::index::reference;
 use super::kept::{Kept, Own};

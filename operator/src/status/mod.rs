@@ -8,8 +8,8 @@ mod retention;
 mod run;
 mod serving;
 
-pub(crate) use artifact::{is_verified, names_of};
 pub use artifact::{ARTIFACT_LABEL, FINALIZER, References, Resolution, removal, resolve, verification};
+pub(crate) use artifact::{is_verified, names_of};
 pub(crate) use failure::index;
 pub use failure::{Cause, Failure};
 pub use retention::{Reader, reader_of, removes_files, surplus};

@@ -379,7 +379,8 @@ fn a_refused_candidate_fails_the_job_with_its_numbers() {
     world.settle();
     assert_eq!(world.reason("Failed"), "GateRefused");
     let gate = world.status.gate.as_ref().unwrap();
-    let shown = [gate.parent, gate.candidate, gate.drop, gate.speedup, gate.size_ratio].map(|figure| figure.to_string());
+    let shown =
+        [gate.parent, gate.candidate, gate.drop, gate.speedup, gate.size_ratio].map(|figure| figure.to_string());
     assert_eq!(shown, ["0.9", "0.5123", "0.3877", "0.99", "0.29"], "kubectl prints every digit that is there");
     assert_eq!(world.status.restarts, 0);
 }
