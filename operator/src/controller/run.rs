@@ -9,6 +9,7 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::ResourceExt;
+use kube::api::ListParams;
 use kube::runtime::Controller;
 use kube::runtime::controller::{Action as Again, Config};
 use sensorium_api::manifest::Resource as Manifest;
@@ -26,7 +27,9 @@ use super::{Error, News, Stop};
 use crate::plan::{Pins, WorkloadPlan, plan_pinned};
 use crate::render::{Owner, attempt_of, render_run};
 use crate::status::conditions::is_true;
-use crate::status::{ARTIFACT_LABEL, Action, Decision, Observed, References, decide, index};
+use crate::status::{
+    ARTIFACT_LABEL, Action, Decision, JOB_LABEL, Observed, References, decide, index, is_to_be_judged,
+};
 
 /// A kind whose jobs come to an end.
 pub(super) trait Run: Own {
@@ -164,7 +167,10 @@ impl Runs {
         let before = old.cloned().unwrap_or_default();
         let declared = plan_pinned(&manifest, &Pins::default());
         let jobs: Vec<Job> = self.jobs.of(&key).into_iter().map(Arc::unwrap_or_clone).collect();
-        let pods: Vec<Pod> = self.pods.of(&key).into_iter().map(Arc::unwrap_or_clone).collect();
+        let pods = match jobs.iter().find(|job| is_to_be_judged(&before, job)) {
+            Some(ended) => self.live_pods(&key, ended).await?,
+            None => self.pods.of(&key).into_iter().map(Arc::unwrap_or_clone).collect(),
+        };
         let references = References::of(&manifest);
         let meant = self.artifacts.meant_by(&key.0, &references);
         let uid = object.uid().unwrap_or_default();
@@ -188,6 +194,14 @@ impl Runs {
             (again, poll) => again.or(poll),
         };
         Ok(again.map_or_else(Again::await_change, |again| Again::requeue(again.max(Duration::from_millis(100)))))
+    }
+
+    /// The pods of an attempt as they are now, and not as the watch last heard of them.
+    async fn live_pods(&self, key: &Key, job: &Job) -> Result<Vec<Pod>, Error> {
+        let name = job.name_any();
+        let parameters = ListParams::default().labels(&format!("{JOB_LABEL}={name}"));
+        let list = self.context.api_in::<Pod>(&key.0).list(&parameters).await;
+        Ok(list.map_err(Error::api("list the pods of", format!("Job/{name}")))?.items)
     }
 
     /// Asks rank 0 how far it is, if the job runs and it is its turn; and when it is again.

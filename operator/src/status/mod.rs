@@ -13,7 +13,8 @@ pub(crate) use artifact::{is_verified, names_of};
 pub(crate) use failure::index;
 pub use failure::{Cause, Failure};
 pub use retention::{Reader, reader_of, removes_files, surplus};
-pub use run::{Action, Decision, Observed, decide};
+pub(crate) use run::JOB_LABEL;
+pub use run::{Action, Decision, Observed, decide, is_to_be_judged};
 pub use serving::{
     Measured, Observed as ServingObserved, Plan as ServingPlan, TrackLoad, is_ready, rollout, serving_status,
 };

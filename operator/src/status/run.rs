@@ -21,6 +21,9 @@ use super::{Note, backoff};
 use crate::plan::{RunPolicy, WorkloadPlan};
 use crate::render::attempt_of;
 
+/// Kubernetes' label of a pod: the name of its Job.
+pub(crate) const JOB_LABEL: &str = "batch.kubernetes.io/job-name";
+
 const TYPES: [&str; 7] = ["Admitted", "ArtifactsReady", "PodsReady", "Suspended", "Restarting", "Complete", "Failed"];
 
 /// All that a decision depends on.
@@ -438,7 +441,7 @@ impl Visit<'_> {
 
     fn pods_of(&self, job: &Job) -> Vec<Pod> {
         let name = job.name_any();
-        let of = |pod: &&Pod| pod.labels().get("batch.kubernetes.io/job-name").is_some_and(|owner| *owner == name);
+        let of = |pod: &&Pod| pod.labels().get(JOB_LABEL).is_some_and(|owner| *owner == name);
         self.observed.pods.iter().filter(of).cloned().collect()
     }
 
@@ -469,6 +472,15 @@ impl Visit<'_> {
         }
         Decision { action, status: self.status, notes: self.notes, again }
     }
+}
+
+/// Whether `job`, an attempt, has ended and `status` does not say yet how. Its pods decide on that, and they have to be seen as
+/// they are now: a watch of pods may lag behind that of Jobs.
+pub fn is_to_be_judged(status: &JobStatus, job: &Job) -> bool {
+    let ended = ["Complete", "SuccessCriteriaMet", "Failed"].iter().any(|name| has(job, name));
+    let judged = status.last_failure.as_ref().map(|failure| failure.attempt);
+    let over = is_true(&status.conditions, "Complete") || is_true(&status.conditions, "Failed");
+    ended && !over && judged < attempt_of(job)
 }
 
 fn has(job: &Job, name: &str) -> bool {

@@ -363,6 +363,18 @@ fn exit_code_2_fails_the_job_at_once_in_the_programs_own_words() {
 }
 
 #[test]
+fn the_pods_of_an_attempt_are_looked_up_once_when_it_has_ended() {
+    let mut world = running();
+    assert!(!is_to_be_judged(&world.status, &world.jobs[0]));
+    world.fail(0, 1, "");
+    let ended = world.jobs[0].clone();
+    assert!(is_to_be_judged(&world.status, &ended));
+    world.settle();
+    assert_eq!(world.status.restarts, 1);
+    assert!(!is_to_be_judged(&world.status, &ended), "it is written down");
+}
+
+#[test]
 fn a_refused_candidate_fails_the_job_with_its_numbers() {
     let mut world = running();
     let gate = GateResult {
