@@ -150,12 +150,14 @@ async fn run(options: Options) -> anyhow::Result<()> {
         node_cache: options.node_cache,
         otlp_endpoint: options.otlp_endpoint,
     };
+    let (acts, lead) = tokio::sync::watch::channel(!options.leader_elect);
+    let working = controller::run(client.clone(), settings, Arc::clone(&health), lead, stop);
     if !options.leader_elect {
         health.leads(true);
-        controller::run(client, settings, health, stop).await;
+        working.await;
         return Ok(());
     }
-    let manager = LeaseManagerBuilder::new(client.clone(), &options.lease_name)
+    let manager = LeaseManagerBuilder::new(client, &options.lease_name)
         .with_namespace(&options.lease_namespace)
         .with_identity(&identity)
         .with_duration(LEASE_SECONDS)
@@ -163,22 +165,26 @@ async fn run(options: Options) -> anyhow::Result<()> {
         .build()
         .await
         .context("could not read the Lease")?;
-    let (mut lead, task) = manager.watch().await;
-    tracing::info!(identity, "waiting to lead");
-    if !until(&stop, async { lead.wait_for(|leads| *leads).await.map(drop) }).await {
-        return hand_over(lead, task).await;
-    }
-    tracing::info!(identity, "leading");
-    health.leads(true);
-    let mut lost = lead.clone();
+    let (lease, task) = manager.watch().await;
+    let mut held = lease.clone();
     // Who has lost the Lease must not act: another one does already. The process ends, and comes back as a follower.
-    let deposed = async move { lost.wait_for(|leads| !*leads).await.map(drop) };
+    let until_deposed = async {
+        tracing::info!(identity, "waiting to lead");
+        if held.wait_for(|leads| *leads).await.is_ok() {
+            tracing::info!(identity, "leading");
+            health.leads(true);
+            acts.send_replace(true);
+            // An error means the same: nobody looks after the Lease any more.
+            let _ = held.wait_for(|leads| !*leads).await;
+        }
+    };
     let outcome = tokio::select! {
-        () = controller::run(client, settings, Arc::clone(&health), stop) => Ok(()),
-        _ = deposed => Err(anyhow::anyhow!("the Lease was lost; another operator leads")),
+        () = working => Ok(()),
+        () = until_deposed => Err(anyhow::anyhow!("the Lease was lost; another operator leads")),
     };
     health.leads(false);
-    hand_over(lead, task).await?;
+    drop(held);
+    hand_over(lease, task).await?;
     outcome
 }
 

@@ -5,15 +5,13 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt as _;
+use futures::{Stream, StreamExt as _};
 use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use kube::api::ListParams;
-use kube::core::DeserializeGuard;
 use kube::runtime::Controller;
 use kube::runtime::controller::{Action as Again, Config};
-use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Api, Resource, ResourceExt};
 use sensorium_api::manifest::Resource as Manifest;
 use sensorium_api::{CompressionJob, ModelArtifact, ServingJob, TrainingJob};
@@ -22,60 +20,100 @@ use serde_json::json;
 
 use super::apply;
 use super::children::{Children, Key, owner_by_reference, prune_job};
-use super::context::{Context, DEBOUNCE, Visit};
+use super::context::{Context, DEBOUNCE, PAGE, Visit};
+use super::index::{Known, reference};
+use super::kept::Kept;
 use super::{Error, Stop};
 use crate::render::{is_verification, render_removal, render_verification};
 use crate::status::conditions::is_true;
-use crate::status::{FINALIZER, Note, Reader, is_verified, reader_of, removal, removes_files, surplus, verification};
+use crate::status::{
+    ARTIFACT_LABEL, FINALIZER, Note, Reader, References, is_verified, reader_of, removal, removes_files, surplus,
+    verification,
+};
 
 const KIND: &str = "ModelArtifact";
 /// When to look again whether something that may go is still used.
 const STILL_USED: Duration = Duration::from_mins(5);
 
-struct Artifacts {
-    context: Arc<Context>,
-    jobs: Children<Job>,
-    all: Store<DeserializeGuard<ModelArtifact>>,
+/// All artifacts, for whoever reads some.
+#[derive(Clone)]
+pub(super) struct Artifacts(Known<ModelArtifact>);
+
+impl Artifacts {
+    pub(super) fn new(known: Known<ModelArtifact>) -> Self {
+        Self(known)
+    }
+
+    /// Whether all that exist are known.
+    pub(super) fn listed(&self) -> bool {
+        self.0.listed()
+    }
+
+    /// Those in `namespace` that one of `references` can mean.
+    pub(super) fn meant_by(&self, namespace: &str, references: &References) -> Vec<ModelArtifact> {
+        let terms = references.0.iter().map(|(name, _)| (namespace.to_owned(), name.clone()));
+        terms.flat_map(|term| self.0.meant_by(&term)).collect()
+    }
+
+    /// Those that `newest` may be newer than: of the same name, wherever they are stored.
+    fn of_its_name(&self, newest: &ModelArtifact) -> Vec<ModelArtifact> {
+        let Some(name) = newest.labels().get(ARTIFACT_LABEL) else { return Vec::new() };
+        self.0.meant_by(&(newest.namespace().unwrap_or_default(), name.clone()))
+    }
+
+    /// Those whose files are at `uri`, in all namespaces.
+    fn at(&self, uri: &str) -> Vec<ModelArtifact> {
+        self.0.meant_by(&(String::new(), uri.to_owned()))
+    }
 }
 
-/// Runs the controller until `stop` ends.
-pub(super) async fn control(context: Arc<Context>, stop: Stop) {
-    let (store, objects) = context.watch_main::<ModelArtifact>();
+struct Records {
+    context: Arc<Context>,
+    jobs: Children<Job>,
+    all: Artifacts,
+}
+
+/// Runs the controller until `stop` ends; `touched` are the artifacts that there is news of.
+pub(super) async fn control(
+    context: Arc<Context>,
+    artifacts: Artifacts,
+    touched: impl Stream<Item = Key> + Send + 'static,
+    stop: Stop,
+) {
+    let store = artifacts.0.store();
     let (jobs, news) = context.watch_children(KIND, owner_by_reference(KIND), prune_job);
-    let news = news.map(|(namespace, name): Key| ObjectRef::new(&name).within(&namespace));
-    let artifacts = Arc::new(Artifacts { context: Arc::clone(&context), jobs, all: store.clone() });
-    Controller::for_stream(objects, store)
+    let touched = futures::stream::select(touched, news).map(|key| reference(&key));
+    let records = Arc::new(Records { context: Arc::clone(&context), jobs, all: artifacts });
+    Controller::for_stream(futures::stream::pending(), store)
         .with_config(Config::default().concurrency(context.settings.concurrency).debounce(DEBOUNCE))
-        .reconcile_on(news)
+        .reconcile_on(touched)
         .graceful_shutdown_on(stop)
-        .run(reconcile, on_error, artifacts)
+        .run(reconcile, on_error, records)
         .for_each(|_| std::future::ready(()))
         .await;
 }
 
-async fn reconcile(object: Arc<DeserializeGuard<ModelArtifact>>, artifacts: Arc<Artifacts>) -> Result<Again, Error> {
-    let visit = Visit::begin(&artifacts.context.health, KIND);
-    let result = match &object.0 {
-        Ok(object) => artifacts.visit(object).await,
+async fn reconcile(object: Arc<Kept<ModelArtifact>>, records: Arc<Records>) -> Result<Again, Error> {
+    if !records.context.may_visit().await {
+        return Ok(Again::requeue(Duration::ZERO));
+    }
+    let visit = Visit::begin(&records.context.health, KIND);
+    let result = match object.read() {
+        Ok(object) => records.visit(&object).await,
         Err(error) => {
-            artifacts.context.unreadable(&*object, error).await;
+            records.context.unreadable(&*object, &error).await;
             Ok(None)
         }
     };
     visit.end(&result);
     result.map(|again| {
-        artifacts.context.succeeded(&id(&object));
+        records.context.succeeded(&object.id());
         again.map_or_else(Again::await_change, Again::requeue)
     })
 }
 
-fn id(object: &DeserializeGuard<ModelArtifact>) -> String {
-    let meta = object.meta();
-    format!("{KIND}/{}/{}", meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
-}
-
-fn on_error(object: Arc<DeserializeGuard<ModelArtifact>>, error: &Error, artifacts: Arc<Artifacts>) -> Again {
-    super::context::again_after(&artifacts.context, id(&object), error)
+fn on_error(object: Arc<Kept<ModelArtifact>>, error: &Error, records: Arc<Records>) -> Again {
+    super::context::again_after(&records.context, object.id(), error)
 }
 
 /// Whether the record stays until its files are removed.
@@ -83,7 +121,7 @@ fn is_kept(artifact: &ModelArtifact) -> bool {
     artifact.finalizers().iter().any(|name| name == FINALIZER)
 }
 
-impl Artifacts {
+impl Records {
     /// Gives the time after which to look again, if nothing happens until then.
     async fn visit(&self, artifact: &ModelArtifact) -> Result<Option<Duration>, Error> {
         if !self.jobs.listed() {
@@ -130,8 +168,11 @@ impl Artifacts {
 
     /// Deletes the older artifacts that the rule of this one lets go and nobody uses.
     async fn retire(&self, artifact: &ModelArtifact) -> Result<Option<Duration>, Error> {
-        let known = self.all.state();
-        let surplus = surplus(artifact, known.iter().filter_map(|other| other.0.as_ref().ok()));
+        if artifact.spec.retention.is_none() {
+            return Ok(None);
+        }
+        let known = self.all.of_its_name(artifact);
+        let surplus = surplus(artifact, known.iter());
         if surplus.is_empty() {
             return Ok(None);
         }
@@ -157,12 +198,9 @@ impl Artifacts {
         if !is_kept(artifact) || artifact.finalizers().iter().any(|name| name == "foregroundDeletion") {
             return Ok(None);
         }
-        let known = self.all.state();
-        let shared = known.iter().filter_map(|other| other.0.as_ref().ok()).any(|other| {
-            other.uid() != artifact.uid()
-                && other.metadata.deletion_timestamp.is_none()
-                && other.spec.uri == artifact.spec.uri
-        });
+        let there = self.all.at(&artifact.spec.uri);
+        let shared =
+            there.iter().any(|other| other.uid() != artifact.uid() && other.metadata.deletion_timestamp.is_none());
         if removes_files(artifact) && !shared {
             let readers = self.readers(artifact).await?;
             let reader = reader_of(artifact, &readers).map(|reader| reader.who.as_str());
@@ -214,7 +252,15 @@ impl Artifacts {
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
     {
         let api: Api<K> = self.context.api_in(namespace);
-        let list = api.list(&ListParams::default()).await.map_err(Error::api("list", K::plural(&())))?;
-        Ok(list.items.into_iter().filter_map(|object| Reader::of(&manifest(object))).collect())
+        let mut page = ListParams::default().limit(PAGE);
+        let mut readers = Vec::new();
+        loop {
+            let list = api.list(&page).await.map_err(Error::api("list", K::plural(&())))?;
+            readers.extend(list.items.into_iter().filter_map(|object| Reader::of(&manifest(object))));
+            match list.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => page = page.continue_token(&token),
+                None => return Ok(readers),
+            }
+        }
     }
 }

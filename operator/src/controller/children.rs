@@ -5,16 +5,19 @@
 
 use std::collections::HashMap;
 use std::fmt::Debug;
+use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use futures::{Stream, StreamExt as _};
-use k8s_openapi::api::batch::v1::{Job, JobSpec};
+use k8s_openapi::api::batch::v1::{Job, JobSpec, JobStatus};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Resource, ResourceExt};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::health::Watch;
+use super::lean::Lean;
 use crate::render::{COMPLETION_INDEX, ENCODERS_ANNOTATION, OWNER_ANNOTATION};
 
 /// Namespace and name of an object.
@@ -23,49 +26,77 @@ pub(super) type Key = (String, String);
 /// The children of one kind, by their owners.
 #[derive(Debug)]
 pub(super) struct Children<K> {
-    state: Arc<RwLock<State<K>>>,
-}
-
-impl<K> Clone for Children<K> {
-    fn clone(&self) -> Self {
-        Self { state: Arc::clone(&self.state) }
-    }
+    state: Arc<RwLock<State>>,
+    kind: PhantomData<fn() -> K>,
 }
 
 /// The children of each owner, by name. They are few, and owners may be many: a plain list takes the least memory.
-type ByOwner<K> = HashMap<Key, Vec<Arc<K>>>;
+type ByOwner = HashMap<Key, Vec<Packed>>;
 
-fn put<K: ResourceExt>(children: &mut Vec<Arc<K>>, child: K) {
-    match children.binary_search_by_key(&child.name_any(), |known| known.name_any()) {
-        Ok(index) => children[index] = Arc::new(child),
-        Err(index) => {
-            children.reserve_exact(1);
-            children.insert(index, Arc::new(child));
+/// A child, kept as text: read into its type, it takes several times the memory.
+#[derive(Debug)]
+struct Packed {
+    name: Box<str>,
+    text: Box<str>,
+}
+
+impl Packed {
+    fn new<K: ResourceExt + Serialize>(child: &K) -> Result<Self, serde_json::Error> {
+        Ok(Self { name: child.name_any().into(), text: serde_json::to_string(child)?.into() })
+    }
+
+    fn read<K: DeserializeOwned>(&self) -> Option<Arc<K>> {
+        match serde_json::from_str(&self.text) {
+            Ok(child) => Some(Arc::new(child)),
+            Err(error) => {
+                tracing::error!(name = &*self.name, %error, "a child cannot be read");
+                None
+            }
         }
     }
 }
 
-#[derive(Debug)]
-struct State<K> {
-    by_owner: ByOwner<K>,
+fn put<K: ResourceExt + Serialize>(children: &mut Vec<Packed>, child: &K) {
+    let packed = match Packed::new(child) {
+        Ok(packed) => packed,
+        Err(error) => {
+            tracing::error!(name = child.name_any(), %error, "a child cannot be kept");
+            return;
+        }
+    };
+    match children.binary_search_by(|known| known.name.cmp(&packed.name)) {
+        Ok(index) => children[index] = packed,
+        Err(index) => {
+            children.reserve_exact(1);
+            children.insert(index, packed);
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    by_owner: ByOwner,
     /// Whether a first list is complete.
     listed: bool,
 }
 
-impl<K> Children<K> {
+impl<K: DeserializeOwned> Children<K> {
     /// The children of `owner`, by name.
     pub(super) fn of(&self, owner: &Key) -> Vec<Arc<K>> {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        state.by_owner.get(owner).cloned().unwrap_or_default()
+        state.by_owner.get(owner).into_iter().flatten().filter_map(Packed::read).collect()
     }
 
     /// The child of `owner` with this name.
-    pub(super) fn get(&self, owner: &Key, name: &str) -> Option<Arc<K>>
-    where
-        K: ResourceExt,
-    {
+    pub(super) fn get(&self, owner: &Key, name: &str) -> Option<Arc<K>> {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        state.by_owner.get(owner)?.iter().find(|child| child.meta().name.as_deref() == Some(name)).cloned()
+        state.by_owner.get(owner)?.iter().find(|child| &*child.name == name)?.read()
+    }
+
+    /// Whether `owner` has a child with this name.
+    pub(super) fn has(&self, owner: &Key, name: &str) -> bool {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        state.by_owner.get(owner).is_some_and(|children| children.iter().any(|child| &*child.name == name))
     }
 
     /// Whether all that exist are known.
@@ -77,18 +108,18 @@ impl<K> Children<K> {
 /// Watches `api`; `owner_of` tells whom an object concerns, `prune` drops what nobody looks at. The stream gives the owners
 /// of what changed.
 pub(super) fn watch<K>(
-    api: Api<K>,
+    api: Api<Lean<K>>,
     config: watcher::Config,
     health: Watch,
     owner_of: impl Fn(&K) -> Option<Key> + Send + 'static,
     prune: impl Fn(&mut K) + Send + 'static,
 ) -> (Children<K>, impl Stream<Item = Key> + Send + 'static)
 where
-    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+    K: Resource<DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned + Send + Sync + 'static,
 {
-    let state = Arc::new(RwLock::new(State { by_owner: HashMap::new(), listed: false }));
-    let children = Children { state: Arc::clone(&state) };
-    let mut listing: ByOwner<K> = HashMap::new();
+    let state = Arc::<RwLock<State>>::default();
+    let children = Children { state: Arc::clone(&state), kind: PhantomData };
+    let mut listing: ByOwner = HashMap::new();
     let stream = watcher(api, config)
         .inspect(move |event| health.note(event.as_ref().err()))
         .default_backoff()
@@ -98,10 +129,10 @@ where
             let write = || state.write().unwrap_or_else(PoisonError::into_inner);
             match event {
                 watcher::Event::Init => listing.clear(),
-                watcher::Event::InitApply(mut object) => {
+                watcher::Event::InitApply(Lean(mut object)) => {
                     if let Some(owner) = owner_of(&object) {
                         prune(&mut object);
-                        put(listing.entry(owner).or_default(), object);
+                        put(listing.entry(owner).or_default(), &object);
                     }
                 }
                 watcher::Event::InitDone => {
@@ -111,18 +142,18 @@ where
                     touched.extend(state.by_owner.keys().cloned());
                     touched.extend(old.into_keys().filter(|owner| !state.by_owner.contains_key(owner)));
                 }
-                watcher::Event::Apply(mut object) => {
+                watcher::Event::Apply(Lean(mut object)) => {
                     if let Some(owner) = owner_of(&object) {
                         prune(&mut object);
-                        put(write().by_owner.entry(owner.clone()).or_default(), object);
+                        put(write().by_owner.entry(owner.clone()).or_default(), &object);
                         touched.push(owner);
                     }
                 }
-                watcher::Event::Delete(object) => {
+                watcher::Event::Delete(Lean(object)) => {
                     if let Some(owner) = owner_of(&object) {
                         let mut state = write();
                         if let Some(children) = state.by_owner.get_mut(&owner) {
-                            children.retain(|child| child.name_any() != object.name_any());
+                            children.retain(|child| *child.name != *object.name_any());
                             if children.is_empty() {
                                 state.by_owner.remove(&owner);
                             }
@@ -155,12 +186,24 @@ pub(super) fn prune_job(job: &mut Job) {
     if let Some(JobSpec { completions, suspend, .. }) = job.spec.take() {
         job.spec = Some(JobSpec { completions, suspend, ..JobSpec::default() });
     }
+    if let Some(JobStatus { conditions, start_time, .. }) = job.status.take() {
+        job.status = Some(JobStatus { conditions, start_time, ..JobStatus::default() });
+    }
 }
 
 /// Drops the parts of a pod that nobody looks at.
 pub(super) fn prune_pod(pod: &mut Pod) {
     prune_identity(pod);
     pod.spec = None;
+    if let Some(status) = &mut pod.status {
+        status.init_container_statuses = None;
+        status.host_ip = None;
+        status.host_ips = None;
+        status.pod_ips = None;
+        // Steps on the way that every pod has taken.
+        let steps = ["PodReadyToStartContainers", "Initialized", "ContainersReady"];
+        status.conditions.iter_mut().for_each(|all| all.retain(|one| !steps.contains(&one.type_.as_str())));
+    }
     for container in pod.status.iter_mut().flat_map(|status| status.container_statuses.iter_mut().flatten()) {
         // Long names of images, one for every pod.
         container.image = String::new();
@@ -191,11 +234,9 @@ fn prune_identity<K: ResourceExt>(object: &mut K) {
     }
 }
 
-/// Drops what the API server keeps for itself.
+/// Drops what a client keeps for itself: all that it once applied.
 pub(super) fn prune_metadata<K: ResourceExt>(object: &mut K) {
-    let metadata = object.meta_mut();
-    metadata.managed_fields = None;
-    if let Some(annotations) = &mut metadata.annotations {
+    if let Some(annotations) = &mut object.meta_mut().annotations {
         annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
     }
 }

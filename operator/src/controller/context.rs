@@ -9,17 +9,21 @@ use futures::{Stream, StreamExt as _};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use kube::core::DeserializeGuard;
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
-use kube::runtime::reflector::{self, Store};
+use kube::runtime::controller::Action as Again;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource};
 use sensorium_telemetry::Parent;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::watch;
 
 use super::children::{self, Children, Key, prune_metadata};
+use super::events::Events;
 use super::health::Health;
+use super::index::{Follower, Known, Touched};
+use super::kept::{Kept, Own};
 use super::pods::Pods;
+use super::{Error, Stop};
 use crate::plan::WorkloadPlan;
 use crate::render::{Images, KIND_LABEL, MANAGED_BY};
 use crate::status::Note;
@@ -60,7 +64,10 @@ pub struct Context {
     pub(super) settings: Settings,
     pub(super) health: Arc<Health>,
     pub(super) pods: Pods,
-    recorder: Recorder,
+    events: Events,
+    /// Whether this operator is the one that acts.
+    lead: watch::Receiver<bool>,
+    stop: Stop,
     /// How often each object has failed since it last did not.
     failures: Mutex<HashMap<String, u32>>,
 }
@@ -75,12 +82,39 @@ impl Debug for Context {
 pub(super) const DEBOUNCE: Duration = Duration::from_millis(100);
 /// Bounds of the wait after a failed visit.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// Objects of a list that are under way at a time. All kinds are listed at once, and a pod has kilobytes: pages decide on
+/// how much memory is needed at most.
+pub(super) const PAGE: u32 = 100;
+
+fn watch_config() -> watcher::Config {
+    watcher::Config::default().page_size(PAGE)
+}
 
 impl Context {
-    pub(super) fn new(client: Client, settings: Settings, health: Arc<Health>) -> Self {
-        let reporter = Reporter { controller: "sensorium-operator".into(), instance: Some(settings.identity.clone()) };
-        let recorder = Recorder::new(client.clone(), reporter);
-        Self { client, settings, health, pods: Pods::default(), recorder, failures: Mutex::default() }
+    pub(super) fn new(
+        client: Client,
+        settings: Settings,
+        health: Arc<Health>,
+        lead: watch::Receiver<bool>,
+        stop: Stop,
+    ) -> Self {
+        let events = Events::new(client.clone(), settings.identity.clone());
+        Self { client, settings, health, pods: Pods::default(), events, lead, stop, failures: Mutex::default() }
+    }
+
+    /// Whether a visit may go on. One that cannot, because another operator leads, waits here; what it was about to look at
+    /// is old by then, so it has to be begun again.
+    pub(super) async fn may_visit(&self) -> bool {
+        if *self.lead.borrow() {
+            return true;
+        }
+        let mut lead = self.lead.clone();
+        tokio::select! {
+            // An error: this operator will never lead any more. It is about to end.
+            _ = lead.wait_for(|leads| *leads) => {}
+            () = self.stop.clone() => {}
+        }
+        false
     }
 
     /// The objects of kind `K` that the operator looks at.
@@ -103,33 +137,21 @@ impl Context {
     }
 
     /// Watches the objects of a kind of our own. One that cannot be read, because another version wrote it, is passed on
-    /// as such and holds up no other.
-    pub(super) fn watch_main<K>(
-        &self,
-    ) -> (Store<DeserializeGuard<K>>, impl Stream<Item = Result<DeserializeGuard<K>, watcher::Error>> + Send + use<K>)
-    where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
-            + Clone
-            + Debug
-            + DeserializeOwned
-            + Send
-            + Sync
-            + 'static,
-    {
-        let api: Api<DeserializeGuard<K>> = match &self.settings.namespace {
+    /// as such and holds up no other. The stream tells of whom there is news.
+    pub(super) fn watch_main<K: Own>(&self) -> (Known<K>, impl Stream<Item = Touched> + Send + use<K>) {
+        let api: Api<Kept<K>> = match &self.settings.namespace {
             Some(namespace) => Api::namespaced(self.client.clone(), namespace),
             None => Api::all(self.client.clone()),
         };
         let health = self.health.watch(K::kind(&()).to_string());
-        let (reader, writer) = reflector::store();
-        let stream = watcher(api, watcher::Config::default())
+        let (known, mut follower) = Follower::new();
+        let stream = watcher(api, watch_config())
             .inspect(move |event| health.note(event.as_ref().err()))
             .default_backoff()
-            .modify(prune_metadata)
-            .reflect(writer)
-            .touched_objects()
-            .filter_map(|object| futures::future::ready(object.ok().map(Ok)));
-        (reader, stream)
+            .flat_map(move |event| {
+                futures::stream::iter(event.map(|event| follower.follow(&event)).unwrap_or_default())
+            });
+        (known, stream)
     }
 
     /// Watches the children of kind `K` of all objects of kind `owner`.
@@ -143,6 +165,7 @@ impl Context {
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
             + Clone
             + Debug
+            + Serialize
             + DeserializeOwned
             + Send
             + Sync
@@ -154,21 +177,13 @@ impl Context {
             prune_metadata(object);
             prune(object);
         };
-        children::watch(self.api(), watcher::Config::default().labels(&labels), health, owner_of, prune)
+        children::watch(self.api(), watch_config().labels(&labels), health, owner_of, prune)
     }
 
     /// Publishes events. One that cannot be written is logged: nothing depends on it.
     pub(super) async fn publish(&self, about: &ObjectReference, notes: &[Note]) {
         for note in notes {
-            let event = Event {
-                type_: if note.warning { EventType::Warning } else { EventType::Normal },
-                reason: note.reason.to_owned(),
-                // Kubernetes allows a kilobyte.
-                note: Some(note.message.chars().take(1000).collect()),
-                action: note.reason.to_owned(),
-                secondary: None,
-            };
-            if let Err(error) = self.recorder.publish(&event, about).await {
+            if let Err(error) = self.events.write(about, note).await {
                 tracing::warn!(
                     error = crate::error_line(&error),
                     reason = note.reason,
@@ -206,18 +221,14 @@ impl Context {
 }
 
 /// When to visit an object again whose visit failed.
-pub(super) fn again_after(
-    context: &Context,
-    object: String,
-    error: &super::Error,
-) -> kube::runtime::controller::Action {
+pub(super) fn again_after(context: &Context, object: String, error: &Error) -> Again {
     // Somebody wrote in between, or the caches are being filled: nothing is wrong, and news is on its way.
-    if error.is_conflict() || matches!(error, super::Error::NotReady) {
-        return kube::runtime::controller::Action::requeue(Duration::from_millis(500));
+    if error.is_conflict() || matches!(error, Error::NotReady) {
+        return Again::requeue(Duration::from_millis(500));
     }
     let wait = context.retry_delay(object.clone());
     tracing::warn!(object, error = crate::error_line(error), again_in_seconds = wait.as_secs(), "a visit failed");
-    kube::runtime::controller::Action::requeue(wait)
+    Again::requeue(wait)
 }
 
 /// Measures one visit.
@@ -232,11 +243,11 @@ impl<'a> Visit<'a> {
         Self { health, kind, began: Instant::now() }
     }
 
-    pub(super) fn end<T>(self, result: &Result<T, super::Error>) {
+    pub(super) fn end<T>(self, result: &Result<T, Error>) {
         let outcome = match result {
             Ok(_) => "ok",
             Err(error) if error.is_conflict() => "conflict",
-            Err(super::Error::NotReady) => "not_ready",
+            Err(Error::NotReady) => "not_ready",
             Err(_) => "error",
         };
         self.health.visited(self.kind, outcome, self.began.elapsed());

@@ -11,6 +11,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
+use sensorium_api::JobState;
 use sensorium_telemetry::metrics as names;
 
 /// A watch that has had nothing but errors for so long will not recover by itself: better to start anew.
@@ -44,8 +45,8 @@ struct VerbLabel {
     verb: &'static str,
 }
 
-/// Names the state of each object.
-type States = Box<dyn Fn() -> Vec<String> + Send + Sync>;
+/// Says how many objects are in each state.
+type States = Box<dyn Fn() -> Vec<(JobState, i64)> + Send + Sync>;
 
 /// Shared by all controllers and by the HTTP server that tells about them.
 pub struct Health {
@@ -117,8 +118,8 @@ impl Health {
         self.leader.set(i64::from(leads));
     }
 
-    /// The objects of `kind` are counted by `states`, which names the state of each, whenever somebody asks.
-    pub(super) fn count(&self, kind: &'static str, states: impl Fn() -> Vec<String> + Send + Sync + 'static) {
+    /// The objects of `kind` are counted by `states` whenever somebody asks.
+    pub(super) fn count(&self, kind: &'static str, states: impl Fn() -> Vec<(JobState, i64)> + Send + Sync + 'static) {
         self.counted.lock().unwrap_or_else(PoisonError::into_inner).push((kind, Box::new(states)));
     }
 
@@ -144,9 +145,11 @@ impl Health {
             self.staleness.get_or_create(&WatchLabel { watch: name.clone() }).set(seconds);
         }
         self.jobs.clear();
-        for (kind, states) in self.counted.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            for state in states() {
-                self.jobs.get_or_create(&StateLabel { kind, state }).inc();
+        // Who stands by knows them too, and a sum over all operators should count them once.
+        let counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        for (kind, states) in counted.iter().filter(|_| self.leader.get() == 1) {
+            for (state, count) in states() {
+                self.jobs.get_or_create(&StateLabel { kind, state: format!("{state:?}") }).set(count);
             }
         }
         let mut text = String::new();

@@ -13,7 +13,12 @@ mod apply;
 mod artifact;
 mod children;
 mod context;
+mod events;
 mod health;
+mod index;
+mod kept;
+mod lean;
+mod news;
 mod pods;
 mod run;
 mod serving;
@@ -26,7 +31,10 @@ use std::sync::Arc;
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
 use kube::Client;
-use sensorium_api::{CompressionJob, TrainingJob};
+use sensorium_api::{CompressionJob, ModelArtifact, TrainingJob};
+
+use artifact::Artifacts;
+use news::News;
 
 use crate::plan::PlanError;
 use crate::status::Refusal;
@@ -34,14 +42,24 @@ use crate::status::Refusal;
 /// A future that ends when everything should; every controller waits for its own copy.
 pub type Stop = Shared<BoxFuture<'static, ()>>;
 
-/// Runs the controllers of all kinds until `stop` ends; visits that have begun are finished.
-pub async fn run(client: Client, settings: Settings, health: Arc<Health>, stop: Stop) {
-    let context = Arc::new(Context::new(client, settings, health));
+/// Runs the controllers of all kinds until `stop` ends; visits that have begun are finished. Everything is watched from the
+/// start, and visited while `lead` says so: whoever takes over knows all objects already.
+pub async fn run(
+    client: Client,
+    settings: Settings,
+    health: Arc<Health>,
+    lead: tokio::sync::watch::Receiver<bool>,
+    stop: Stop,
+) {
+    let context = Arc::new(Context::new(client, settings, health, lead, stop.clone()));
+    let (known, touched) = context.watch_main::<ModelArtifact>();
+    let artifacts = Artifacts::new(known);
+    let (senders, [trained, compressed, served]) = news::channels();
     let kinds: Vec<BoxFuture<'static, ()>> = vec![
-        run::control::<TrainingJob>(Arc::clone(&context), stop.clone()).boxed(),
-        run::control::<CompressionJob>(Arc::clone(&context), stop.clone()).boxed(),
-        serving::control(Arc::clone(&context), stop.clone()).boxed(),
-        artifact::control(context, stop).boxed(),
+        run::control::<TrainingJob>(Arc::clone(&context), artifacts.clone(), trained, stop.clone()).boxed(),
+        run::control::<CompressionJob>(Arc::clone(&context), artifacts.clone(), compressed, stop.clone()).boxed(),
+        serving::control(Arc::clone(&context), artifacts.clone(), served, stop.clone()).boxed(),
+        artifact::control(context, artifacts, senders.tell(touched), stop).boxed(),
     ];
     futures::future::join_all(kinds).await;
 }

@@ -18,34 +18,53 @@ const LONGEST: usize = 4 << 20;
 const INTERVAL: Duration = Duration::from_secs(10);
 /// Questions per second over all jobs: with ten thousand of them each is asked every eight minutes.
 const RATE: f64 = 20.0;
+/// A job whose turn has come and gone so many times is gone too.
+const FORGOTTEN: u32 = 4;
 
 /// Asks pods.
 #[derive(Debug, Default)]
 pub(super) struct Pods {
     http: reqwest::Client,
-    asked: Mutex<HashMap<String, Instant>>,
+    asked: Mutex<Asked>,
+}
+
+/// When each job was last asked.
+#[derive(Debug, Default)]
+struct Asked {
+    jobs: HashMap<String, Instant>,
+    /// When those that are not asked any more were last looked for.
+    swept: Option<Instant>,
+}
+
+impl Asked {
+    /// Whether it is the turn of the job `uid`, and when it is again.
+    fn turn(&mut self, uid: &str, now: Instant) -> (bool, Duration) {
+        let interval = INTERVAL.max(Duration::from_secs_f64(self.jobs.len() as f64 / RATE));
+        // A job that is gone says nothing, and must not make the others wait.
+        let forgotten = interval * FORGOTTEN;
+        if self.swept.is_none_or(|swept| now.duration_since(swept) > forgotten) {
+            self.jobs.retain(|_, last| now.duration_since(*last) <= forgotten);
+            self.swept = Some(now);
+        }
+        match self.jobs.get(uid) {
+            Some(last) if now.duration_since(*last) < interval => (false, interval - now.duration_since(*last)),
+            _ => {
+                self.jobs.insert(uid.to_owned(), now);
+                (true, interval)
+            }
+        }
+    }
 }
 
 impl Pods {
     /// Whether it is the turn of the job `uid`, and when it is again.
     pub(super) fn turn(&self, uid: &str) -> (bool, Duration) {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        let interval = INTERVAL.max(Duration::from_secs_f64(asked.len() as f64 / RATE));
-        let now = Instant::now();
-        match asked.get(uid) {
-            Some(last) if now.duration_since(*last) < interval => {
-                (false, interval.saturating_sub(now.duration_since(*last)))
-            }
-            _ => {
-                asked.insert(uid.to_owned(), now);
-                (true, interval)
-            }
-        }
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).turn(uid, Instant::now())
     }
 
     /// The job runs no more.
     pub(super) fn forget(&self, uid: &str) {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner).remove(uid);
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).jobs.remove(uid);
     }
 
     /// What a worker reports.
@@ -103,6 +122,18 @@ fn add(load: &mut TrackLoad, text: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_job_has_its_turn_and_those_that_are_gone_make_nobody_wait() {
+        let (mut asked, start) = (Asked::default(), Instant::now());
+        for job in 0..1000 {
+            assert!(asked.turn(&job.to_string(), start).0);
+        }
+        assert_eq!(asked.turn("0", start), (false, Duration::from_secs(50)));
+        let later = start + Duration::from_secs(201);
+        assert!(asked.turn("0", later).0);
+        assert_eq!(asked.turn("0", later), (false, INTERVAL));
+    }
 
     #[test]
     fn a_servers_metrics_are_summed_and_only_its_own_faults_are_failures() {

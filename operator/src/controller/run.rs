@@ -1,43 +1,40 @@
 //! TrainingJobs and CompressionJobs: one controller for jobs that come to an end.
 
-use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
-use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
-use kube::core::DeserializeGuard;
+use kube::ResourceExt;
+use kube::api::ListParams;
 use kube::runtime::Controller;
 use kube::runtime::controller::{Action as Again, Config};
-use kube::runtime::reflector::{ObjectRef, Store};
-use kube::{Resource, ResourceExt};
 use sensorium_api::manifest::Resource as Manifest;
 use sensorium_api::run::{ArtifactResult, JobKey, JobKind};
 use sensorium_api::{CompressionJob, JobStatus, LineageJob, ModelArtifact, ModelArtifactSpec, OutputSpec, TrainingJob};
-use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::apply;
+use super::artifact::Artifacts;
 use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_job, prune_pod};
 use super::context::{Context, DEBOUNCE, Visit};
-use super::{Error, Stop};
+use super::index::reference;
+use super::kept::{Kept, Own};
+use super::{Error, News, Stop};
 use crate::plan::{Pins, WorkloadPlan, plan_pinned};
 use crate::render::{ACCESS_ANNOTATION, Owner, access_of, attempt_of, render_run};
 use crate::status::conditions::is_true;
-use crate::status::{ARTIFACT_LABEL, Action, Decision, Observed, References, decide, index};
+use crate::status::{
+    ARTIFACT_LABEL, Action, Decision, JOB_LABEL, Observed, References, decide, index, is_to_be_judged,
+};
 
 /// A kind whose jobs come to an end.
-pub(super) trait Run:
-    Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned + Send + Sync + 'static
-{
+pub(super) trait Run: Own {
     /// The kind.
     const KIND: JobKind;
-    /// The resource, as the planner takes it.
-    fn manifest(&self) -> Manifest;
     /// What was said last.
     fn status(&self) -> Option<&JobStatus>;
     /// Where its artifact goes.
@@ -49,9 +46,6 @@ pub(super) trait Run:
 impl Run for TrainingJob {
     const KIND: JobKind = JobKind::TrainingJob;
 
-    fn manifest(&self) -> Manifest {
-        Manifest::TrainingJob(self.clone())
-    }
     fn status(&self) -> Option<&JobStatus> {
         self.status.as_ref()
     }
@@ -73,9 +67,6 @@ impl Run for TrainingJob {
 impl Run for CompressionJob {
     const KIND: JobKind = JobKind::CompressionJob;
 
-    fn manifest(&self) -> Manifest {
-        Manifest::CompressionJob(self.clone())
-    }
     fn status(&self) -> Option<&JobStatus> {
         self.status.as_ref()
     }
@@ -95,89 +86,62 @@ struct Runs {
     services: Children<Service>,
     configs: Children<ConfigMap>,
     policies: Children<NetworkPolicy>,
-    artifacts: Store<DeserializeGuard<ModelArtifact>>,
+    artifacts: Artifacts,
 }
 
-/// Runs the controller until `stop` ends.
-pub(super) async fn control<K: Run>(context: Arc<Context>, stop: Stop) {
+/// Runs the controller until `stop` ends. `news` are of artifacts.
+pub(super) async fn control<K: Run>(context: Arc<Context>, artifacts: Artifacts, news: News, stop: Stop) {
     let kind = K::KIND.as_str();
-    let (store, objects) = context.watch_main::<K>();
-    let (artifacts, artifact_news) = context.watch_main::<ModelArtifact>();
+    let (known, objects) = context.watch_main::<K>();
     let (jobs, job_news) = context.watch_children(kind, owner_by_reference(kind), prune_job);
     let (pods, pod_news) = context.watch_children(kind, owner_by_annotation, prune_pod);
     let (services, service_news) = context.watch_children(kind, owner_by_reference(kind), |_: &mut Service| {});
     let (configs, config_news) = context.watch_children(kind, owner_by_reference(kind), prune_config);
     let (policies, policy_news) = context.watch_children(kind, owner_by_reference(kind), |_: &mut NetworkPolicy| {});
-    let news = futures::stream::select_all([
+    let touched = futures::stream::select_all([
+        objects.map(|news| news.object).boxed(),
         job_news.boxed(),
         pod_news.boxed(),
         service_news.boxed(),
         config_news.boxed(),
         policy_news.boxed(),
+        news.of_readers(known.clone()).boxed(),
     ])
-    .map(|(namespace, name): Key| ObjectRef::new(&name).within(&namespace));
+    .map(|key| reference(&key));
 
-    let counted = store.clone();
-    context.health.count(kind, move || {
-        let objects = counted.state();
-        let statuses = objects.iter().filter_map(|object| object.0.as_ref().ok()?.status()?.state);
-        statuses.map(|state| format!("{state:?}")).collect()
-    });
-
-    // An artifact concerns every job that waits for one of its name.
-    let waiting = store.clone();
-    let interested = move |artifact: DeserializeGuard<ModelArtifact>| -> Vec<ObjectRef<DeserializeGuard<K>>> {
-        let Ok(artifact) = artifact.0 else { return Vec::new() };
-        let objects = waiting.state();
-        let concerned = objects.iter().filter_map(|object| object.0.as_ref().ok()).filter(|object| {
-            object.namespace() == artifact.namespace() && References::of(&object.manifest()).mention(&artifact)
-        });
-        concerned.map(|object| reference(object)).collect()
-    };
+    let counted = known.clone();
+    context.health.count(kind, move || counted.count());
     let runs = Arc::new(Runs { context: Arc::clone(&context), jobs, pods, services, configs, policies, artifacts });
-    Controller::for_stream(objects, store)
+    Controller::for_stream(futures::stream::pending(), known.store())
         .with_config(Config::default().concurrency(context.settings.concurrency).debounce(DEBOUNCE))
-        .reconcile_on(news)
-        .watches_stream(artifact_news, interested)
+        .reconcile_on(touched)
         .graceful_shutdown_on(stop)
         .run(reconcile::<K>, on_error::<K>, runs)
         .for_each(|_| std::future::ready(()))
         .await;
 }
 
-fn reference<K: Run>(object: &K) -> ObjectRef<DeserializeGuard<K>> {
-    ObjectRef::new(&object.name_any()).within(&object.namespace().unwrap_or_default())
-}
-
-async fn reconcile<K: Run>(object: Arc<DeserializeGuard<K>>, runs: Arc<Runs>) -> Result<Again, Error> {
+async fn reconcile<K: Run>(object: Arc<Kept<K>>, runs: Arc<Runs>) -> Result<Again, Error> {
+    if !runs.context.may_visit().await {
+        return Ok(Again::requeue(Duration::ZERO));
+    }
     let visit = Visit::begin(&runs.context.health, K::KIND.as_str());
-    let result = match &object.0 {
-        Ok(object) => runs.visit(object).await,
+    let result = match object.read() {
+        Ok(object) => runs.visit(&object).await,
         Err(error) => {
-            runs.context.unreadable(&*object, error).await;
+            runs.context.unreadable(&*object, &error).await;
             Ok(Again::await_change())
         }
     };
     visit.end(&result);
     if result.is_ok() {
-        runs.context.succeeded(&object_id::<K>(&object));
+        runs.context.succeeded(&object.id());
     }
     result
 }
 
-fn object_id<K: Run>(object: &DeserializeGuard<K>) -> String {
-    let meta = object.meta();
-    format!(
-        "{}/{}/{}",
-        K::KIND,
-        meta.namespace.as_deref().unwrap_or_default(),
-        meta.name.as_deref().unwrap_or_default()
-    )
-}
-
-fn on_error<K: Run>(object: Arc<DeserializeGuard<K>>, error: &Error, runs: Arc<Runs>) -> Again {
-    let id = object_id::<K>(&object);
-    super::context::again_after(&runs.context, id, error)
+fn on_error<K: Run>(object: Arc<Kept<K>>, error: &Error, runs: Arc<Runs>) -> Again {
+    super::context::again_after(&runs.context, object.id(), error)
 }
 
 impl Runs {
@@ -188,6 +152,7 @@ impl Runs {
             self.services.listed(),
             self.configs.listed(),
             self.policies.listed(),
+            self.artifacts.listed(),
         ];
         if caches.contains(&false) {
             return Err(Error::NotReady);
@@ -196,19 +161,18 @@ impl Runs {
             self.context.pods.forget(&object.uid().unwrap_or_default());
             return Ok(Again::await_change());
         }
-        let manifest = object.manifest();
+        let manifest = object.clone().manifest();
         let key: Key = (object.namespace().unwrap_or_default(), object.name_any());
         let old = object.status();
         let before = old.cloned().unwrap_or_default();
         let declared = plan_pinned(&manifest, &Pins::default());
-        let jobs: Vec<Job> = self.jobs.of(&key).iter().map(|job| Job::clone(job)).collect();
-        let pods: Vec<Pod> = self.pods.of(&key).iter().map(|pod| Pod::clone(pod)).collect();
-        let references = References::of(&manifest);
-        let known = if references.0.is_empty() { Vec::new() } else { self.artifacts.state() };
-        let readable = || {
-            let here = known.iter().filter_map(|artifact| artifact.0.as_ref().ok());
-            here.filter(|artifact| artifact.namespace().as_deref() == Some(&key.0))
+        let jobs: Vec<Job> = self.jobs.of(&key).into_iter().map(Arc::unwrap_or_clone).collect();
+        let pods = match jobs.iter().find(|job| is_to_be_judged(&before, job)) {
+            Some(ended) => self.live_pods(&key, ended).await?,
+            None => self.pods.of(&key).into_iter().map(Arc::unwrap_or_clone).collect(),
         };
+        let references = References::of(&manifest);
+        let meant = self.artifacts.meant_by(&key.0, &references);
         let uid = object.uid().unwrap_or_default();
         let (progress, poll) = self.progress(&uid, &before, declared.as_ref().ok(), &pods).await;
         let widths = object.widths();
@@ -217,7 +181,7 @@ impl Runs {
             uid: &uid,
             generation: object.meta().generation,
             plan: declared.as_ref().map_err(ToString::to_string),
-            inputs: references.resolve(readable),
+            inputs: references.resolve(|| meant.iter()),
             status: &before,
             jobs: &jobs,
             pods: &pods,
@@ -230,6 +194,14 @@ impl Runs {
             (again, poll) => again.or(poll),
         };
         Ok(again.map_or_else(Again::await_change, |again| Again::requeue(again.max(Duration::from_millis(100)))))
+    }
+
+    /// The pods of an attempt as they are now, and not as the watch last heard of them.
+    async fn live_pods(&self, key: &Key, job: &Job) -> Result<Vec<Pod>, Error> {
+        let name = job.name_any();
+        let parameters = ListParams::default().labels(&format!("{JOB_LABEL}={name}"));
+        let list = self.context.api_in::<Pod>(&key.0).list(&parameters).await;
+        Ok(list.map_err(Error::api("list the pods of", format!("Job/{name}")))?.items)
     }
 
     /// Asks rank 0 how far it is, if the job runs and it is its turn; and when it is again.
@@ -318,7 +290,7 @@ impl Runs {
         let Some(role) = plan.roles.first() else { return Ok(()) };
         let owner = Owner { job: JobKey::of(object, K::KIND), reference };
         let objects = render_run(&owner, &plan, role, attempt, &context.settings.images);
-        if self.configs.get(key, &objects.config.name_any()).is_none() {
+        if !self.configs.has(key, &objects.config.name_any()) {
             apply::create(context, kind, &objects.config).await?;
         }
         let live = self.services.get(key, &objects.service.name_any());

@@ -15,21 +15,23 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{DynamicObject, Patch, PatchParams};
-use kube::core::{ApiResource, DeserializeGuard, GroupVersionKind, NamespaceResourceScope};
+use kube::core::{ApiResource, GroupVersionKind, NamespaceResourceScope};
 use kube::runtime::Controller;
 use kube::runtime::controller::{Action as Again, Config};
-use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Api, Resource, ResourceExt};
 use sensorium_api::manifest::Resource as Manifest;
 use sensorium_api::run::{JobKey, JobKind};
-use sensorium_api::{ModelArtifact, ServingJob, ServingJobStatus};
+use sensorium_api::{ServingJob, ServingJobStatus};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 
 use super::apply;
+use super::artifact::Artifacts;
 use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_pod};
 use super::context::{Context, DEBOUNCE, Visit};
-use super::{Error, Stop};
+use super::index::reference;
+use super::kept::Kept;
+use super::{Error, News, Stop};
 use crate::plan::{Pins, Role, plan_pinned};
 use crate::render::{
     NAME_LABEL, Owner, Revision, Servers, Track, child_name, deployment_name, render_encoders, render_servers,
@@ -55,13 +57,12 @@ struct Servings {
     autoscalers: Children<HorizontalPodAutoscaler>,
     pods: Children<Pod>,
     slices: Children<EndpointSlice>,
-    artifacts: Store<DeserializeGuard<ModelArtifact>>,
+    artifacts: Artifacts,
 }
 
-/// Runs the controller until `stop` ends.
-pub(super) async fn control(context: Arc<Context>, stop: Stop) {
-    let (store, objects) = context.watch_main::<ServingJob>();
-    let (artifacts, artifact_news) = context.watch_main::<ModelArtifact>();
+/// Runs the controller until `stop` ends. `news` are of artifacts.
+pub(super) async fn control(context: Arc<Context>, artifacts: Artifacts, news: News, stop: Stop) {
+    let (known, objects) = context.watch_main::<ServingJob>();
     let (deployments, deployment_news) =
         context.watch_children(KIND, owner_by_reference(KIND), |_: &mut Deployment| {});
     let (services, service_news) = context.watch_children(KIND, owner_by_reference(KIND), |_: &mut Service| {});
@@ -73,7 +74,8 @@ pub(super) async fn control(context: Arc<Context>, stop: Stop) {
         context.watch_children(KIND, owner_by_reference(KIND), |_: &mut HorizontalPodAutoscaler| {});
     let (pods, pod_news) = context.watch_children(KIND, owner_by_annotation, prune_pod);
     let (slices, slice_news) = context.watch_children(KIND, owner_by_label, |_: &mut EndpointSlice| {});
-    let news = futures::stream::select_all([
+    let touched = futures::stream::select_all([
+        objects.map(|news| news.object).boxed(),
         deployment_news.boxed(),
         service_news.boxed(),
         config_news.boxed(),
@@ -82,27 +84,12 @@ pub(super) async fn control(context: Arc<Context>, stop: Stop) {
         autoscaler_news.boxed(),
         pod_news.boxed(),
         slice_news.boxed(),
+        news.of_readers(known.clone()).boxed(),
     ])
-    .map(|(namespace, name): Key| ObjectRef::new(&name).within(&namespace));
+    .map(|key| reference(&key));
 
-    let counted = store.clone();
-    context.health.count(KIND, move || {
-        let objects = counted.state();
-        let statuses = objects.iter().filter_map(|object| object.0.as_ref().ok()?.status.as_ref()?.state);
-        statuses.map(|state| format!("{state:?}")).collect()
-    });
-    let served = store.clone();
-    let interested = move |artifact: DeserializeGuard<ModelArtifact>| -> Vec<ObjectRef<DeserializeGuard<ServingJob>>> {
-        let Ok(artifact) = artifact.0 else { return Vec::new() };
-        let objects = served.state();
-        let concerned = objects.iter().filter_map(|object| object.0.as_ref().ok()).filter(|object| {
-            object.namespace() == artifact.namespace()
-                && References::of(&Manifest::ServingJob(ServingJob::clone(object))).mention(&artifact)
-        });
-        concerned
-            .map(|object| ObjectRef::new(&object.name_any()).within(&object.namespace().unwrap_or_default()))
-            .collect()
-    };
+    let counted = known.clone();
+    context.health.count(KIND, move || counted.count());
     let servings = Arc::new(Servings {
         context: Arc::clone(&context),
         deployments,
@@ -115,10 +102,9 @@ pub(super) async fn control(context: Arc<Context>, stop: Stop) {
         slices,
         artifacts,
     });
-    Controller::for_stream(objects, store)
+    Controller::for_stream(futures::stream::pending(), known.store())
         .with_config(Config::default().concurrency(context.settings.concurrency).debounce(DEBOUNCE))
-        .reconcile_on(news)
-        .watches_stream(artifact_news, interested)
+        .reconcile_on(touched)
         .graceful_shutdown_on(stop)
         .run(reconcile, on_error, servings)
         .for_each(|_| std::future::ready(()))
@@ -135,29 +121,27 @@ fn owner_by_label(slice: &EndpointSlice) -> Option<Key> {
     Some((slice.namespace()?, slice.labels().get(NAME_LABEL)?.clone()))
 }
 
-fn id(object: &DeserializeGuard<ServingJob>) -> String {
-    let meta = object.meta();
-    format!("{KIND}/{}/{}", meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
-}
-
-async fn reconcile(object: Arc<DeserializeGuard<ServingJob>>, servings: Arc<Servings>) -> Result<Again, Error> {
+async fn reconcile(object: Arc<Kept<ServingJob>>, servings: Arc<Servings>) -> Result<Again, Error> {
+    if !servings.context.may_visit().await {
+        return Ok(Again::requeue(Duration::ZERO));
+    }
     let visit = Visit::begin(&servings.context.health, KIND);
-    let result = match &object.0 {
-        Ok(object) => servings.visit(object).await,
+    let result = match object.read() {
+        Ok(object) => servings.visit(&object).await,
         Err(error) => {
-            servings.context.unreadable(&*object, error).await;
+            servings.context.unreadable(&*object, &error).await;
             Ok(Again::await_change())
         }
     };
     visit.end(&result);
     if result.is_ok() {
-        servings.context.succeeded(&id(&object));
+        servings.context.succeeded(&object.id());
     }
     result
 }
 
-fn on_error(object: Arc<DeserializeGuard<ServingJob>>, error: &Error, servings: Arc<Servings>) -> Again {
-    super::context::again_after(&servings.context, id(&object), error)
+fn on_error(object: Arc<Kept<ServingJob>>, error: &Error, servings: Arc<Servings>) -> Again {
+    super::context::again_after(&servings.context, object.id(), error)
 }
 
 impl Servings {
@@ -170,8 +154,7 @@ impl Servings {
             && self.autoscalers.listed()
             && self.pods.listed()
             && self.slices.listed()
-            // Without them every artifact is missing.
-            && self.artifacts.wait_until_ready().now_or_never().is_some()
+            && self.artifacts.listed()
     }
 
     async fn visit(&self, object: &ServingJob) -> Result<Again, Error> {
@@ -183,12 +166,9 @@ impl Servings {
         }
         let key: Key = (object.namespace().unwrap_or_default(), object.name_any());
         let manifest = Manifest::ServingJob(object.clone());
-        let known = self.artifacts.state();
-        let readable = || {
-            let here = known.iter().filter_map(|artifact| artifact.0.as_ref().ok());
-            here.filter(|artifact| artifact.namespace().as_deref() == Some(&key.0))
-        };
-        let resolved = References::of(&manifest).resolve(readable);
+        let references = References::of(&manifest);
+        let meant = self.artifacts.meant_by(&key.0, &references);
+        let resolved = references.resolve(|| meant.iter());
         let job = JobKey::of(object, JobKind::ServingJob);
         let stable = self.deployments.get(&key, &deployment_name(&job, Track::Stable));
         let mut before = object.status.clone().unwrap_or_default();
@@ -220,7 +200,7 @@ impl Servings {
             Err(_) => before.rollout = None,
         }
         let digest = resolved.as_ref().map(|artifacts| artifacts.values().next().map_or("", String::as_str));
-        let pods: Vec<Pod> = self.pods.of(&key).iter().map(|pod| Pod::clone(pod)).collect();
+        let pods: Vec<Pod> = self.pods.of(&key).into_iter().map(Arc::unwrap_or_clone).collect();
         let ServingPlan { rollout, notes, .. } = plan;
         let label = server_selector(&job);
         let slices_key = (key.0.clone(), label.get(NAME_LABEL).cloned().unwrap_or_default());

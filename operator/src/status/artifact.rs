@@ -72,10 +72,14 @@ pub(super) fn age(artifact: &ModelArtifact) -> (Option<Timestamp>, String) {
     (artifact.metadata.creation_timestamp.as_ref().map(|time| time.0), artifact.name_any())
 }
 
+/// All that a reference can call it by: its digest, the name that its job gave it, its own name.
+pub(crate) fn names_of(artifact: &ModelArtifact) -> impl Iterator<Item = &str> {
+    let label = artifact.labels().get(ARTIFACT_LABEL).map(String::as_str);
+    [Some(artifact.spec.digest.as_str()), label, artifact.metadata.name.as_deref()].into_iter().flatten()
+}
+
 fn is_meant(artifact: &ModelArtifact, reference: &str) -> bool {
-    artifact.spec.digest == reference
-        || artifact.labels().get(ARTIFACT_LABEL).is_some_and(|name| name == reference)
-        || artifact.name_any() == reference
+    names_of(artifact).any(|name| name == reference)
 }
 
 /// The newest verified artifact that `reference` (a name or a digest) means and that lies in `store`.

@@ -9,13 +9,14 @@ mod retention;
 mod run;
 mod serving;
 
-pub(crate) use artifact::is_verified;
 pub use artifact::{ARTIFACT_LABEL, FINALIZER, References, Resolution, removal, resolve, verification};
+pub(crate) use artifact::{is_verified, names_of};
 pub(crate) use failure::index;
 pub use failure::{Cause, Failure};
 pub use refusal::{Refusal, RefusalCause};
 pub use retention::{Reader, reader_of, removes_files, surplus};
-pub use run::{Action, Decision, Observed, decide};
+pub(crate) use run::JOB_LABEL;
+pub use run::{Action, Decision, Observed, decide, is_to_be_judged};
 pub use serving::{
     Measured, Observed as ServingObserved, Plan as ServingPlan, TrackLoad, rollout, serving_notes, serving_status,
 };

@@ -12,7 +12,7 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
-use sensorium_api::run::{Progress, RunState};
+use sensorium_api::run::{GateResult, Progress, RunState};
 use sensorium_api::{AttemptFailure, JobState, JobStatus};
 
 use super::conditions::{Conditions, Truth, is_true};
@@ -20,6 +20,9 @@ use super::failure::{self, Cause, Failure};
 use super::{Note, backoff};
 use crate::plan::{RunPolicy, WorkloadPlan};
 use crate::render::attempt_of;
+
+/// Kubernetes' label of a pod: the name of its Job.
+pub(crate) const JOB_LABEL: &str = "batch.kubernetes.io/job-name";
 
 const TYPES: [&str; 7] = ["Admitted", "ArtifactsReady", "PodsReady", "Suspended", "Restarting", "Complete", "Failed"];
 
@@ -323,7 +326,7 @@ impl Visit<'_> {
             return self.failed(attempt, Failure { cause: Cause::Disruption, message, result: None }, policy);
         };
         self.status.artifact.clone_from(&result.artifact);
-        self.status.gate.clone_from(&result.gate);
+        self.status.gate = result.gate.map(rounded);
         self.status.completion_time = Some(Time(self.observed.now));
         if let Some(progress) = &mut self.status.progress {
             "done".clone_into(&mut progress.state);
@@ -351,7 +354,7 @@ impl Visit<'_> {
         let disruption = cause == Cause::Disruption;
         self.status.last_failure = Some(AttemptFailure { attempt, disruption, message: message.clone(), time });
         if let Some(result) = result {
-            self.status.gate = result.gate.or(self.status.gate.take());
+            self.status.gate = result.gate.map(rounded).or(self.status.gate.take());
             self.status.artifact = result.artifact.or(self.status.artifact.take());
         }
         let spent = cause == Cause::Program && self.status.restarts >= policy.failure.max_restarts;
@@ -438,7 +441,7 @@ impl Visit<'_> {
 
     fn pods_of(&self, job: &Job) -> Vec<Pod> {
         let name = job.name_any();
-        let of = |pod: &&Pod| pod.labels().get("batch.kubernetes.io/job-name").is_some_and(|owner| *owner == name);
+        let of = |pod: &&Pod| pod.labels().get(JOB_LABEL).is_some_and(|owner| *owner == name);
         self.observed.pods.iter().filter(of).cloned().collect()
     }
 
@@ -471,6 +474,15 @@ impl Visit<'_> {
     }
 }
 
+/// Whether `job`, an attempt, has ended and `status` does not say yet how. Its pods decide on that, and they have to be seen as
+/// they are now: a watch of pods may lag behind that of Jobs.
+pub fn is_to_be_judged(status: &JobStatus, job: &Job) -> bool {
+    let ended = ["Complete", "SuccessCriteriaMet", "Failed"].iter().any(|name| has(job, name));
+    let judged = status.last_failure.as_ref().map(|failure| failure.attempt);
+    let over = is_true(&status.conditions, "Complete") || is_true(&status.conditions, "Failed");
+    ended && !over && judged < attempt_of(job)
+}
+
 fn has(job: &Job, name: &str) -> bool {
     let conditions = job.status.as_ref().and_then(|status| status.conditions.as_ref());
     conditions.is_some_and(|list| list.iter().any(|c| c.type_ == name && c.status == "True"))
@@ -492,6 +504,28 @@ pub(super) fn obstacle(pod: &Pod) -> Option<String> {
     let reason =
         waiting.reason.as_deref().filter(|reason| !["ContainerCreating", "PodInitializing"].contains(reason))?;
     Some(format!("{}: {reason}: {}", pod.name_any(), waiting.message.as_deref().unwrap_or_default()))
+}
+
+/// `gate` with figures that people can read: `kubectl get` prints all digits of a number.
+fn rounded(gate: GateResult) -> GateResult {
+    let hundredths = |value: f64| (value * 100.0).round() / 100.0;
+    GateResult {
+        parent: significant(gate.parent),
+        candidate: significant(gate.candidate),
+        drop: significant(gate.drop),
+        speedup: hundredths(gate.speedup),
+        size_ratio: hundredths(gate.size_ratio),
+        ..gate
+    }
+}
+
+/// `value` with four significant digits, or more where they are before the point. A metric may be of any size.
+fn significant(value: f64) -> f64 {
+    if value == 0.0 || !value.is_finite() {
+        return value;
+    }
+    let shift = 10_f64.powi((3 - value.abs().log10().floor() as i32).clamp(0, 15));
+    (value * shift).round() / shift
 }
 
 fn in_words(progress: &Progress) -> String {

@@ -99,7 +99,8 @@ async fn live(cluster: &ApiCluster, name: &str, faults: Option<Arc<Faults>>) -> 
     };
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let stop = async move { drop(ended.await) }.boxed().shared();
-    let operator = tokio::spawn(controller::run(client, settings, Arc::new(Health::default()), stop));
+    let (_acts, lead) = tokio::sync::watch::channel(true);
+    let operator = tokio::spawn(controller::run(client, settings, Arc::new(Health::default()), lead, stop));
 
     let jobs = namespace.api::<TrainingJob>();
     for seed in 0..HISTORIES {

@@ -363,22 +363,37 @@ fn exit_code_2_fails_the_job_at_once_in_the_programs_own_words() {
 }
 
 #[test]
+fn the_pods_of_an_attempt_are_looked_up_once_when_it_has_ended() {
+    let mut world = running();
+    assert!(!is_to_be_judged(&world.status, &world.jobs[0]));
+    world.fail(0, 1, "");
+    let ended = world.jobs[0].clone();
+    assert!(is_to_be_judged(&world.status, &ended));
+    world.settle();
+    assert_eq!(world.status.restarts, 1);
+    assert!(!is_to_be_judged(&world.status, &ended), "it is written down");
+}
+
+#[test]
 fn a_refused_candidate_fails_the_job_with_its_numbers() {
     let mut world = running();
     let gate = GateResult {
         metric: "vqa_accuracy".to_owned(),
         parent: 0.9,
-        candidate: 0.5,
-        drop: 0.4,
-        speedup: 1.0,
-        size_ratio: 0.3,
+        candidate: 0.512_345,
+        drop: 0.387_655,
+        speedup: 0.987_654_321,
+        size_ratio: 0.287_5,
         promoted: false,
         message: "refused".to_owned(),
     };
     world.fail(0, 1, &result(RunState::Failed, Some(gate)));
     world.settle();
     assert_eq!(world.reason("Failed"), "GateRefused");
-    assert!((world.status.gate.as_ref().unwrap().drop - 0.4).abs() < 1e-9);
+    let gate = world.status.gate.as_ref().unwrap();
+    let shown =
+        [gate.parent, gate.candidate, gate.drop, gate.speedup, gate.size_ratio].map(|figure| figure.to_string());
+    assert_eq!(shown, ["0.9", "0.5123", "0.3877", "0.99", "0.29"], "kubectl prints every digit that is there");
     assert_eq!(world.status.restarts, 0);
 }
 
