@@ -6,7 +6,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{FutureExt as _, StreamExt as _};
+use futures::StreamExt as _;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
@@ -21,7 +21,7 @@ use kube::runtime::controller::{Action as Again, Config};
 use kube::{Api, Resource, ResourceExt};
 use sensorium_api::manifest::Resource as Manifest;
 use sensorium_api::run::{JobKey, JobKind};
-use sensorium_api::{ServingJob, ServingJobStatus};
+use sensorium_api::{ModelArtifact, ServingJob, ServingJobStatus};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 
@@ -180,7 +180,7 @@ impl Servings {
                 let digest = artifacts.values().next().cloned().unwrap_or_default();
                 let pins = Pins {
                     artifacts: artifacts.clone(),
-                    graphs: readable().find(|artifact| artifact.spec.digest == digest).map(graphs),
+                    graphs: meant.iter().find(|artifact| artifact.spec.digest == digest).map(graphs),
                     node_cache: self.context.settings.node_cache,
                     ..Pins::default()
                 };

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
 use bytes::Bytes;
-use sensorium_engine::{Engine, RESET_METHOD};
+use sensorium_engine::{Engine, RESET_METHOD, RawTensor};
 use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, model_config::SchedulingChoice};
 
 use super::{
@@ -215,8 +215,11 @@ fn open_version(
             lost: opening.lost.clone(),
         };
         let scheduler = Scheduler::start(setup, &signature)?;
-        // Seats take inputs away, and a sample is of all of them.
-        let sample = sample.clone().filter(|sample| signature.validate(sample).is_ok());
+        let mut sample = sample.clone();
+        // Seats bring an input of their own, in which zeros mean that nobody sits there.
+        if let Some(sample) = &mut sample {
+            sample.extend(signature.inputs().get(sample.len()).and_then(|seat| RawTensor::smallest(seat, 1).ok()));
+        }
         Ok::<_, String>(Graph::new(name.to_owned(), signature, scheduler, sample))
     };
     let runs = match sequences {
