@@ -17,10 +17,13 @@ fn own_rows(group: &ProcessGroup, batch: &Tensor) -> Tensor {
     batch.narrow(0, i64::from(group.rank()) * rows, rows)
 }
 
+/// Equal but for the order of sums, which is another one on each kind of processor: the neighbour of a number around 10 is
+/// 1e-6 away already, so that the bound grows with the numbers.
 #[track_caller]
 fn assert_close(found: &Tensor, expected: &Tensor, what: &str) {
     let difference = (found - expected).abs().max().double_value(&[]);
-    assert!(difference < 1e-6, "{what} differs by {difference:e}");
+    let largest = expected.abs().max().double_value(&[]);
+    assert!(difference < 1e-6 * largest.max(1.0), "{what} of up to {largest} differs by {difference:e}");
 }
 
 #[test]
