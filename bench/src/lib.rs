@@ -88,6 +88,19 @@ impl Report {
     /// When the file cannot be written.
     pub fn finish(&self) -> Result<()> {
         print!("{}", self.table());
+        self.save()?;
+        println!(
+            "\n{} on {} ({} cores), written to bench/results/{}.json",
+            self.commit, self.cpu, self.cores, self.name
+        );
+        Ok(())
+    }
+
+    /// Writes `bench/results/NAME.json`, whole or not at all.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self) -> Result<()> {
         let folder = repository().join("bench/results");
         fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
         let path = folder.join(&self.name).with_extension("json");
@@ -95,10 +108,6 @@ impl Report {
         serde_json::to_writer_pretty(&mut file, self)?;
         writeln!(file)?;
         file.persist(&path).with_context(|| path.display().to_string())?;
-        println!(
-            "\n{} on {} ({} cores), written to bench/results/{}.json",
-            self.commit, self.cpu, self.cores, self.name
-        );
         Ok(())
     }
 

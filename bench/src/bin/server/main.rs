@@ -132,6 +132,8 @@ fn measure(options: &Options) -> Result<()> {
         if case.name == "minilm-int8" {
             measure_texts(case, &setting, options, &mut report)?;
         }
+        // After each, so that what was measured is kept if another one fails.
+        report.save()?;
     }
     report.finish()
 }
