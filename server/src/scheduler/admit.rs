@@ -145,13 +145,14 @@ impl Queue {
     }
 
     /// The next batch, as soon as there is one to run; `None` when the queue is closed and empty. Where
-    /// the model `is_quick`, those who share this thread's core first do what they have to: they may bring more requests,
+    /// the model `is_quick` and a batch has room, those who share this thread's core first do what they have to: they may bring more requests,
     /// and to change between threads for each of them costs more than to run it.
     pub(super) fn next_batch(&self, mut was_busy: bool, is_quick: bool) -> Option<Vec<Job>> {
         let mut gives_way = is_quick;
         let mut state = self.lock();
         loop {
-            if std::mem::take(&mut gives_way) && state.line.len() > 0 {
+            let waiting = state.line.len();
+            if std::mem::take(&mut gives_way) && (1..self.policy.max_rows).contains(&waiting) {
                 drop(state);
                 std::thread::yield_now();
                 state = self.lock();
