@@ -42,7 +42,7 @@ bench-operator: build cluster-binaries ## Measure the operator on a real API ser
 
 bench-server: build ## Measure the model server beside Triton, KServe and its limits (BENCH_FLAGS="--model silero-vad" for less)
 	@python=$$(scripts/test-env bench) && "$$python" bench/peers/models.py target/bench-models && \
-		$(dir $(BIN))bench-server --python "$$python" --models target/bench-models $(BENCH_FLAGS)
+		BENCH_PYTHON="$$python" BENCH_MODELS=target/bench-models $(dir $(BIN))bench-server $(BENCH_FLAGS)
 
 bench-soak: build ## Put the released server under stress on loopback, some minutes (BENCH_FLAGS="--only fuzz" for a part)
 	@$(dir $(BIN))bench-soak $(BENCH_FLAGS)
