@@ -106,6 +106,20 @@ impl Seated {
         self.signature.inputs().get(index).map_or("", |spec| &spec.name)
     }
 
+    /// Runs the whole batch with the requests' rows in the seats `into`, and takes those of the seats `from` out of it.
+    fn run_seats(
+        &mut self,
+        inputs: &[RawTensor],
+        outputs: &[usize],
+        into: &[usize],
+        from: &[usize],
+    ) -> Result<Vec<RawTensor>, EngineError> {
+        let spread = |(index, input)| self.spread(index, input, into);
+        let inputs: Vec<_> = inputs.iter().enumerate().map(spread).collect::<Result<_, _>>()?;
+        let found = self.engine.run_raw(&inputs, outputs)?;
+        found.iter().map(|output| self.gather(output, from)).collect()
+    }
+
     /// A run for nobody, to see that the engine runs: every seat is empty.
     fn probe(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
         if !self.room.has_ready && self.room.seats.is_any_taken(self.room.instance) {
@@ -117,10 +131,7 @@ impl Seated {
         if !self.room.batches {
             return self.engine.run_raw(inputs, outputs);
         }
-        let inputs: Vec<_> =
-            inputs.iter().enumerate().map(|(index, input)| self.spread(index, input, &[])).collect::<Result<_, _>>()?;
-        let found = self.engine.run_raw(&inputs, outputs)?;
-        found.iter().map(|output| self.gather(output, &[0])).collect()
+        self.run_seats(inputs, outputs, &[], &[0])
     }
 }
 
@@ -146,13 +157,7 @@ impl Engine for Seated {
         if !self.room.batches {
             return self.engine.run_raw(inputs, outputs);
         }
-        let inputs: Vec<_> = inputs
-            .iter()
-            .enumerate()
-            .map(|(index, input)| self.spread(index, input, &rows))
-            .collect::<Result<_, _>>()?;
-        let found = self.engine.run_raw(&inputs, outputs)?;
-        found.iter().map(|output| self.gather(output, &rows)).collect()
+        self.run_seats(inputs, outputs, &rows, &rows)
     }
 
     fn reset(&mut self) -> Result<(), EngineError> {
