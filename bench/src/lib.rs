@@ -5,6 +5,7 @@
 
 pub mod attack;
 pub mod fuzz;
+pub mod until_refused;
 
 use std::fs;
 use std::io::Write as _;

@@ -12,18 +12,14 @@ use prost::Message as _;
 use sensorium_bench::{
     attack::{Target, attack},
     fuzz::Random,
+    until_refused,
 };
 use sensorium_onnx::{DType, Dim, GraphBuilder};
 use sensorium_proto::inference::{ModelInferRequest, RepositoryModelLoadRequest, RepositoryModelUnloadRequest};
 use serde_json::json;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    sync::mpsc,
-    task::JoinSet,
-};
+use tokio::{net::TcpStream, sync::mpsc, task::JoinSet};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Code;
+use tonic::transport::Endpoint;
 
 use crate::harness::{Server, eventually, floats, input, raw_request};
 
@@ -98,64 +94,30 @@ async fn a_stream_does_not_notice_that_others_are_cut() {
     eventually("nothing is held", async || server.sample("sensorium_server_request_bytes").await == Some(0.0)).await;
 }
 
-/// Asks over one kept connection of HTTP/1 until the server says that it is the last time.
-async fn keep_asking(mut stream: TcpStream, answered: Arc<AtomicUsize>) {
-    let body = json_pixels().to_string();
-    let request =
-        format!("POST {ENCODER}/infer HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}", body.len());
-    loop {
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = Vec::new();
-        let (head, length) = loop {
-            let read = stream.read_buf(&mut answer).await.unwrap();
-            assert!(read > 0, "closed with a request on its way");
-            if let Some(end) = answer.windows(4).position(|window| window == b"\r\n\r\n") {
-                let head = String::from_utf8(answer[..end].to_vec()).unwrap();
-                let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap();
-                let length: usize = length.parse().unwrap();
-                break (head, end + 4 + length);
-            }
-        };
-        while answer.len() < length {
-            assert!(stream.read_buf(&mut answer).await.unwrap() > 0, "closed in the middle of an answer");
-        }
-        match &head[9..12] {
-            "200" => answered.fetch_add(1, Ordering::Relaxed),
-            status => {
-                assert_eq!(status, "503", "{head}");
-                return;
-            }
-        };
-        if head.contains("connection: close") {
-            return;
-        }
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn no_request_is_lost_when_the_server_ends_under_load() {
     let mut server = Server::start(&[]).await;
     let answered = Arc::<AtomicUsize>::default();
     let mut clients = JoinSet::new();
     for _ in 0..8 {
-        let (mut client, counter) = (server.inference().await, answered.clone());
+        let channel = Endpoint::from_shared(format!("http://{}", server.grpc)).unwrap().connect().await.unwrap();
+        let count = answered.clone();
+        clients.spawn(async move { until_refused::grpc(channel, &pixels(), &count).await });
+        let (stream, count) = (TcpStream::connect(server.http).await.unwrap(), answered.clone());
         clients.spawn(async move {
-            loop {
-                match client.model_infer(pixels()).await {
-                    Ok(_) => drop(counter.fetch_add(1, Ordering::Relaxed)),
-                    Err(status) => {
-                        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
-                        return;
-                    }
-                }
-            }
+            let body = json_pixels().to_string();
+            let length = body.len();
+            let head = format!("POST {ENCODER}/infer HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n");
+            until_refused::http(stream, (head + &body).as_bytes(), &count).await
         });
-        clients.spawn(keep_asking(TcpStream::connect(server.http).await.unwrap(), answered.clone()));
     }
     eventually("all are answered", async || answered.load(Ordering::Relaxed) > 200).await;
     server.terminate();
     assert_eq!(server.exit_code().await, Some(0));
-    tokio::time::timeout(Duration::from_secs(30), clients.join_all()).await.expect("every client hears of the end");
+    let ends = tokio::time::timeout(Duration::from_secs(30), clients.join_all()).await;
+    for end in ends.expect("every client hears of the end") {
+        end.unwrap();
+    }
 }
 
 /// 40 MiB of weights.
