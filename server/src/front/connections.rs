@@ -28,7 +28,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
-use super::{impatient::Impatient, metered::Metered};
+use super::{corked::corked, impatient::Impatient, metered::Metered};
 use crate::{
     budget::{Budget, Tally},
     security::Tls,
@@ -204,17 +204,18 @@ where
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME);
+    let (stream, cork) = corked(stream);
     let connection = builder.serve_connection(TokioIo::new(Impatient::new(stream, FIRST_WORDS)), service);
     tokio::pin!(connection);
     let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
+        ended = cork.turns(connection.as_mut()) => ended,
         () = finish.cancelled() => {
             let linger = if is_http2.load(Ordering::Relaxed) { Duration::ZERO } else { LINGER };
-            match time::timeout(linger, connection.as_mut()).await {
+            match time::timeout(linger, cork.turns(connection.as_mut())).await {
                 Ok(ended) => ended,
                 Err(_) => {
                     connection.as_mut().graceful_shutdown();
-                    connection.await
+                    cork.turns(connection).await
                 }
             }
         }

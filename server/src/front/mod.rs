@@ -3,6 +3,7 @@
 //! Both ports serve both: a connection speaks HTTP/1 or HTTP/2, and a path belongs to one of the two.
 
 mod connections;
+mod corked;
 mod guard;
 mod impatient;
 mod metered;

@@ -62,6 +62,17 @@ struct State {
     pace: Pace,
 }
 
+/// What an instance has just done.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Last {
+    /// Whether it ran a batch at all.
+    pub(super) was_busy: bool,
+    /// Whether that took no longer than it takes to receive a few requests.
+    pub(super) is_quick: bool,
+    /// How long it looks out for more before it sleeps.
+    pub(super) lookout: Duration,
+}
+
 /// A place in the line: dropping it gives the place up, if no engine has taken the work yet.
 #[derive(Debug)]
 pub(super) struct Place {
@@ -144,11 +155,13 @@ impl Queue {
         }
     }
 
-    /// The next batch, as soon as there is one to run; `None` when the queue is closed and empty. Where
-    /// the model `is_quick` and a batch has room, those who share this thread's core first do what they have to: they may bring more requests,
+    /// The next batch, as soon as there is one to run; `None` when the queue is closed and empty. Where the model is quick
+    /// and a batch has room, those who share this thread's core first do what they have to: they may bring more requests,
     /// and to change between threads for each of them costs more than to run it.
-    pub(super) fn next_batch(&self, mut was_busy: bool, is_quick: bool) -> Option<Vec<Job>> {
+    pub(super) fn next_batch(&self, last: Last) -> Option<Vec<Job>> {
+        let Last { mut was_busy, is_quick, lookout } = last;
         let mut gives_way = is_quick;
+        let lookout = (!lookout.is_zero()).then(|| Instant::now() + lookout);
         let mut state = self.lock();
         loop {
             let waiting = state.line.len();
@@ -183,6 +196,12 @@ impl Queue {
                     return Some(jobs);
                 }
                 Next::Wait(_) if closing && state.line.len() == 0 => return None,
+                Next::Wait(None) if lookout.is_some_and(|until| now < until) => {
+                    (was_busy, gives_way) = (false, false);
+                    drop(state);
+                    std::thread::yield_now();
+                    state = self.lock();
+                }
                 Next::Wait(None) => {
                     (was_busy, gives_way) = (false, is_quick);
                     state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Done, Reopen, ScheduleError, Work,
-    admit::{Job, Outcome, Queue},
+    admit::{Job, Last, Outcome, Queue},
     shape::Shapes,
     slots::Share,
 };
@@ -24,6 +24,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// A batch that takes no longer than it takes to receive a few requests.
 const QUICK: Duration = Duration::from_micros(200);
+/// How long a thread looks out for more before it sleeps, as a part of the time of its last batch, and at most. A core
+/// that sleeps between two runs of 7 ms makes the second one 0.2 to 0.4 ms longer: its caches are cold when it is woken.
+const LOOKOUT_PART: u32 = 16;
+const LONGEST_LOOKOUT: Duration = Duration::from_micros(500);
 
 /// Memory in which the inputs of batches are put together, one for each input: that of the last batch, used again.
 type Rooms = Vec<BytesMut>;
@@ -94,18 +98,21 @@ impl Instance {
     }
 
     fn run(&self, mut engine: Box<dyn Engine>) {
-        let (mut was_busy, mut is_quick, mut rooms) = (false, false, Rooms::new());
-        while let Some(jobs) = self.queue.next_batch(was_busy, is_quick) {
-            let started = Instant::now();
-            self.run_batch(engine.as_mut(), jobs, &mut rooms);
-            (was_busy, is_quick) = (true, started.elapsed() < QUICK);
+        let (mut last, mut rooms) = (Last::default(), Rooms::new());
+        while let Some(jobs) = self.queue.next_batch(last) {
+            let took = self.run_batch(engine.as_mut(), jobs, &mut rooms);
+            let is_quick = took < QUICK;
+            let lookout = if is_quick { Duration::ZERO } else { (took / LOOKOUT_PART).min(LONGEST_LOOKOUT) };
+            last = Last { was_busy: true, is_quick, lookout };
         }
     }
 
-    fn run_batch(&self, engine: &mut dyn Engine, jobs: Vec<Job>, rooms: &mut Rooms) {
+    /// Runs `jobs` and hands the answers out; how long that took.
+    fn run_batch(&self, engine: &mut dyn Engine, jobs: Vec<Job>, rooms: &mut Rooms) -> Duration {
         let queue = &self.queue;
         let taken = Instant::now();
-        for job in jobs.iter().filter(|job| !job.work.is_probe) {
+        let is_probe = jobs.iter().any(|job| job.work.is_probe);
+        for job in jobs.iter().filter(|_| !is_probe) {
             queue.metrics.queued(taken.saturating_duration_since(job.admitted));
         }
         let mut owed = Owed { queue, places: jobs.iter().filter_map(|job| job.place).collect() };
@@ -122,10 +129,12 @@ impl Instance {
         };
         drop(held);
         owed.places.clear();
-        if !jobs.iter().any(|job| job.work.is_probe) {
-            queue.ran(jobs.iter().map(|job| job.work.rows).sum(), taken.elapsed());
+        let took = taken.elapsed();
+        if !is_probe {
+            queue.ran(jobs.iter().map(|job| job.work.rows).sum(), took);
         }
         queue.answer(jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome)));
+        took
     }
 
     /// Runs the rows of all jobs at once: an answer for each.
