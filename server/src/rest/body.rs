@@ -15,7 +15,7 @@ use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,
 };
-use bytes::Bytes;
+use bytes::{Buf, BufMut as _, Bytes, BytesMut};
 use flate2::{
     Compression,
     write::{GzEncoder, ZlibEncoder},
@@ -90,7 +90,8 @@ pub(super) async fn read(headers: &HeaderMap, arriving: Arriving, max: usize) ->
             Refusal::invalid(format!("the body did not arrive: {error}"))
         }
     })?;
-    let body = body.to_bytes();
+    let header_length = headers.get(HEADER_LENGTH).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+    let body = gathered(body.aggregate(), header_length.unwrap_or(0));
     let Some(coding) = coding else { return Ok(body) };
     let inflated = aside(usize::MAX, move || {
         let inflated = coding.inflate(&body, max, tally.as_ref());
@@ -104,6 +105,21 @@ pub(super) async fn read(headers: &HeaderMap, arriving: Arriving, max: usize) ->
         InflateError::Spent(found) => spent(found),
         InflateError::Broken(error) => Refusal::invalid(format!("the body is no {}: {error}", coding.name())),
     })
+}
+
+/// The pieces of a body as one. Where they have to be copied for that, what begins at `start` comes to lie as engines want
+/// it, who would copy it once more otherwise.
+fn gathered(mut pieces: impl Buf, start: usize) -> Bytes {
+    const ALIGNMENT: usize = 64;
+    let length = pieces.remaining();
+    if pieces.chunk().len() == length {
+        return pieces.copy_to_bytes(length);
+    }
+    let mut whole = BytesMut::with_capacity(length + ALIGNMENT);
+    let skipped = whole.as_ptr().addr().wrapping_add(start).wrapping_neg() % ALIGNMENT;
+    whole.put_bytes(0, skipped);
+    whole.put(pieces);
+    whole.freeze().slice(skipped..)
 }
 
 fn spent(found: Spent) -> Refusal {
@@ -242,6 +258,18 @@ mod tests {
         for list in ["gzip, deflate", "br", "*", "identity"] {
             assert_eq!(compressed(list, b"head").await, (None, Bytes::from_static(b"headtail")), "{list}");
         }
+    }
+
+    #[test]
+    fn what_follows_the_header_is_aligned_in_a_body_of_many_pieces() {
+        for header in [0, 1, 63, 64, 97] {
+            let (first, rest) = (vec![1; 50], vec![2; 500]);
+            let whole = gathered(first.as_slice().chain(rest.as_slice()), header);
+            assert_eq!(whole, [first, rest].concat());
+            assert_eq!(whole[header..].as_ptr().addr() % 64, 0);
+        }
+        let one = Bytes::from_static(b"one piece");
+        assert_eq!(gathered(one.clone(), 5).as_ptr(), one.as_ptr());
     }
 
     #[tokio::test]
