@@ -30,6 +30,9 @@ use crate::{
     shared_memory::SharedMemory,
 };
 
+/// How long before the end of a drain requests of many steps end.
+const LAST_STEPS: Duration = Duration::from_secs(1);
+
 /// Why serving ended before it was asked to, or never began.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -176,6 +179,18 @@ pub async fn serve(
         // What came over connections made before is answered; only then is anything refused.
         grpc.ended().await;
         service.drain().await;
+    };
+    // What has many steps is told of the end, as long as there is time for it.
+    let cut_short = async {
+        time::sleep_until(deadline - config.drain.min(LAST_STEPS)).await;
+        service.cut_short();
+        std::future::pending::<()>().await;
+    };
+    let finished = async {
+        tokio::select! {
+            () = finished => {}
+            () = cut_short => {}
+        }
     };
     match time::timeout_at(deadline, finished).await {
         Ok(()) => tracing::info!("drained"),
