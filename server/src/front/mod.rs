@@ -6,6 +6,7 @@ mod connections;
 mod guard;
 mod impatient;
 mod metered;
+mod places;
 
 use axum::{
     Router,
@@ -23,6 +24,7 @@ use tonic_health::server::HealthReporter;
 use tower::util::MapResponseLayer;
 
 pub use connections::{Door, Peer};
+pub use places::Places;
 
 use crate::{
     rest::{self, Refusal},

@@ -102,8 +102,7 @@ impl ModelVersion {
         });
         outputs.extend_from_slice(iteration.sequences.state_outputs());
         let asked = Instant::now();
-        let sequence =
-            Own::begin(iteration.sequences.clone(), iteration.ids.fetch_add(1, Ordering::Relaxed)).await?;
+        let sequence = Own::begin(iteration.sequences.clone(), iteration.ids.fetch_add(1, Ordering::Relaxed)).await?;
         let waited = asked.elapsed();
         Ok(Steps { model: self, iteration, request, inputs, outputs, wanted, end, sequence, waited, done: 0, count })
     }
@@ -241,7 +240,8 @@ mod tests {
 
     #[test]
     fn an_output_says_yes_by_any_number_but_zero_of_either_sign() {
-        let f32s = |values: &[f32]| RawTensor::from_vec(DType::Fp32, vec![values.len() as i64], values.to_vec()).unwrap();
+        let f32s =
+            |values: &[f32]| RawTensor::from_vec(DType::Fp32, vec![values.len() as i64], values.to_vec()).unwrap();
         assert!(!is_set(&f32s(&[0.0, -0.0])));
         assert!(is_set(&f32s(&[0.0, 1e-30])) && is_set(&f32s(&[f32::NAN])));
         let bools = |values: &[u8]| RawTensor::new(DType::Bool, vec![1], values.to_vec().into()).unwrap();

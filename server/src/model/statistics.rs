@@ -230,9 +230,8 @@ mod tests {
     #[test]
     fn responses_are_counted_by_their_place_and_those_far_behind_together() {
         let statistics = Statistics::default();
-        let made = |nanos| {
-            Responded::Made(Timings { compute_infer: Duration::from_nanos(nanos), ..Timings::default() })
-        };
+        let made =
+            |nanos| Responded::Made(Timings { compute_infer: Duration::from_nanos(nanos), ..Timings::default() });
         statistics.responded(0, made(3));
         statistics.responded(0, made(4));
         statistics.responded(1, Responded::Failed(Duration::from_nanos(5)));

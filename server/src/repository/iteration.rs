@@ -40,9 +40,11 @@ pub(super) fn bounds(config: &ModelConfig, signature: &Signature) -> Result<Opti
             .to_owned());
     }
     if sequence.state.is_empty() {
-        return Err("its sequence_batching is iterative and has no state, so that every step would be the first again; \
+        return Err(
+            "its sequence_batching is iterative and has no state, so that every step would be the first again; \
                     write down what one step leaves for the next as state"
-            .to_owned());
+                .to_owned(),
+        );
     }
     let most_steps = engines::number(config, MOST_STEPS)?.ok_or_else(|| {
         format!("its sequence_batching is iterative and nothing bounds it; write the parameter {MOST_STEPS}")

@@ -12,7 +12,10 @@ use std::{
 use sensorium_proto::inference::{
     InferParameter, ModelInferRequest, ModelInferResponse, infer_parameter::ParameterChoice,
 };
-use tokio::{sync::mpsc, time};
+use tokio::{
+    sync::mpsc,
+    time::{self, Instant},
+};
 use tokio_stream::Stream;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
@@ -91,8 +94,9 @@ impl Service {
                 reason: "the model has several responses, and each would overwrite the one before",
             }));
         }
-        let patience = model.patience();
+        let (patience, asked) = (model.patience(), Instant::now());
         let steps = async {
+            let mut is_first = true;
             let mut steps = model.clone().begin(request).await?;
             loop {
                 // A step begins when there is room for its response: a slow reader stops the loop.
@@ -101,6 +105,9 @@ impl Service {
                 let Ok(Ok(room)) = room else { return Err(InferError::Unread { patience }) };
                 let Some(step) = steps.next().await else { return Ok(()) };
                 let (response, is_last) = step?;
+                if std::mem::take(&mut is_first) {
+                    self.metrics.first_response(model.name(), model.version(), asked.elapsed());
+                }
                 let mut response = wire::encode(model, id.clone(), response, &reply, &self.memory)?;
                 mark(&mut response, is_last);
                 room.send(Ok(response));
