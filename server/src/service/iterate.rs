@@ -39,10 +39,11 @@ pub(crate) fn mark(response: &mut ModelInferResponse, is_last: bool) {
 
 type Answer = Result<ModelInferResponse, Status>;
 
-/// The responses of one request, each marked; after an error there are no more. Dropping this ends the request.
+/// The responses of one request, each marked; the last one is marked as that, or an error. Dropping this ends the request.
 #[derive(Debug)]
 pub(crate) struct Answers {
-    responses: mpsc::Receiver<Answer>,
+    responses: mpsc::Receiver<Result<(ModelInferResponse, bool), Status>>,
+    is_over: bool,
     _loop: AbortOnDropHandle<()>,
 }
 
@@ -50,7 +51,24 @@ impl Stream for Answers {
     type Item = Answer;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Answer>> {
-        self.responses.poll_recv(context)
+        let answer = match std::task::ready!(self.responses.poll_recv(context)) {
+            Some(Ok((mut response, is_last))) => {
+                mark(&mut response, is_last);
+                self.is_over = is_last;
+                Ok(response)
+            }
+            Some(Err(status)) => {
+                self.is_over = true;
+                Err(status)
+            }
+            None if self.is_over => return Poll::Ready(None),
+            // The loop panicked, and who waits for its end shall hear of it.
+            None => {
+                self.is_over = true;
+                Err(Status::internal("the request ended without its last response"))
+            }
+        };
+        Poll::Ready(Some(answer))
     }
 }
 
@@ -72,7 +90,7 @@ impl Service {
                 let _ = out.send(Err(status)).await;
             }
         };
-        Answers { responses, _loop: AbortOnDropHandle::new(tokio::spawn(answered.instrument(span))) }
+        Answers { responses, is_over: false, _loop: AbortOnDropHandle::new(tokio::spawn(answered.instrument(span))) }
     }
 
     /// Runs step after step, each when the response before it was taken.
@@ -81,7 +99,7 @@ impl Service {
         model: &Arc<ModelVersion>,
         request: ModelInferRequest,
         call: &Call,
-        out: &mpsc::Sender<Answer>,
+        out: &mpsc::Sender<Result<(ModelInferResponse, bool), Status>>,
     ) -> Result<(), InferError> {
         let _running = self.admit()?;
         let id = request.id.clone();
@@ -108,9 +126,8 @@ impl Service {
                 if std::mem::take(&mut is_first) {
                     self.metrics.first_response(model.name(), model.version(), asked.elapsed());
                 }
-                let mut response = wire::encode(model, id.clone(), response, &reply, &self.memory)?;
-                mark(&mut response, is_last);
-                room.send(Ok(response));
+                let response = wire::encode(model, id.clone(), response, &reply, &self.memory)?;
+                room.send(Ok((response, is_last)));
                 if is_last {
                     return Ok(());
                 }
