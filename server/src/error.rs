@@ -1,6 +1,6 @@
 //! What a caller is told when a request is not answered.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use sensorium_engine::{EngineError, PipelineError, RawTensorError};
 use tonic::{Code, Status};
@@ -54,6 +54,18 @@ pub enum InferError {
     Decoupled {
         /// The model.
         model: String,
+    },
+    /// The model has one response for each request, and was asked for several.
+    #[error("model {model:?} does not iterate: each of its requests has one response")]
+    OneResponse {
+        /// The model.
+        model: String,
+    },
+    /// Nobody took a response of a request that has several.
+    #[error("nobody took the next response for {patience:?}; the request was given up")]
+    Unread {
+        /// How long it waited.
+        patience: Duration,
     },
     /// The server is about to end.
     #[error("the server is shutting down; ask another one")]
@@ -184,11 +196,13 @@ impl InferError {
             Self::Sequence(
                 SequenceError::NoId { .. }
                 | SequenceError::NotStarted { .. }
+                | SequenceError::NamedId { .. }
                 | SequenceError::Rows { .. }
                 | SequenceError::TextId { .. },
             ) => Code::InvalidArgument,
             Self::Shared(error) => error.code(),
-            Self::Decoupled { .. } => Code::Unimplemented,
+            Self::Decoupled { .. } | Self::OneResponse { .. } => Code::Unimplemented,
+            Self::Unread { .. } => Code::Cancelled,
             Self::DeadlineExceeded | Self::Schedule(ScheduleError::DeadlineExceeded { .. }) => Code::DeadlineExceeded,
             // As Triton says it.
             Self::Schedule(ScheduleError::QueueFull { .. } | ScheduleError::TimedOut { .. }) => Code::Unavailable,

@@ -21,6 +21,8 @@ pub mod budget;
 mod coding;
 pub mod config;
 pub mod error;
+#[cfg(feature = "fixture")]
+pub mod fixture;
 pub mod front;
 pub mod health;
 pub mod metrics;

@@ -49,6 +49,8 @@ pub struct Metrics {
     run_seconds: Histograms,
     abandoned: Family<Labels<1>, Counter>,
     budget: BudgetMetrics,
+    connections: ConnectionMetrics,
+    first_response: Family<Labels<2>, Histogram, Buckets>,
     cache: Family<Labels<2>, Counter>,
     triton_failure: Family<Labels<3>, Untyped>,
     triton_pending: Family<Labels<2>, Gauge>,
@@ -80,6 +82,8 @@ impl Metrics {
             run_seconds: histograms(Buckets::Seconds),
             abandoned: Family::default(),
             budget: BudgetMetrics::default(),
+            connections: ConnectionMetrics::default(),
+            first_response: Family::new_with_constructor(Buckets::Milliseconds),
             cache: Family::default(),
             triton_failure: Family::default(),
             triton_pending: Family::default(),
@@ -99,9 +103,13 @@ impl Metrics {
         names::SERVER_REQUEST_BYTES.register(&mut registry, metrics.budget.held.clone());
         names::SERVER_REQUEST_BYTES_LIMIT.register(&mut registry, metrics.budget.limit.clone());
         names::SERVER_REQUEST_BYTES_REFUSALS.register(&mut registry, metrics.budget.refused.clone());
+        names::SERVER_CONNECTIONS.register(&mut registry, metrics.connections.open.clone());
+        names::SERVER_CONNECTIONS_LIMIT.register(&mut registry, metrics.connections.limit.clone());
+        names::SERVER_CONNECTIONS_REFUSALS.register(&mut registry, metrics.connections.refused.clone());
         names::SERVER_CACHE.register(&mut registry, metrics.cache.clone());
         names::TRITON_FAILURE.register(&mut registry, metrics.triton_failure.clone());
         names::TRITON_PENDING.register(&mut registry, metrics.triton_pending.clone());
+        names::TRITON_FIRST_RESPONSE_MS.register(&mut registry, metrics.first_response.clone());
         metrics.registry = Arc::new(registry);
         metrics
     }
@@ -156,6 +164,16 @@ impl Metrics {
     /// The bytes of all requests.
     pub fn budget(&self) -> BudgetMetrics {
         self.budget.clone()
+    }
+
+    /// The connections of clients.
+    pub fn connections(&self) -> ConnectionMetrics {
+        self.connections.clone()
+    }
+
+    /// The first of several responses of a request was there after `took`.
+    pub fn first_response(&self, model: &str, version: &str, took: Duration) {
+        self.first_response.get_or_create(&versioned(model, version)).observe(took.as_secs_f64() * 1000.0);
     }
 
     /// The metrics of one version of a graph.
@@ -213,6 +231,36 @@ impl BudgetMetrics {
     }
 
     /// A request was refused.
+    pub fn refused(&self) {
+        self.refused.inc();
+    }
+}
+
+/// The connections of clients, counted where they are shown. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct ConnectionMetrics {
+    open: Gauge,
+    limit: Gauge,
+    refused: Counter,
+}
+
+impl ConnectionMetrics {
+    /// So many may be open.
+    pub fn limit(&self, connections: u32) {
+        self.limit.set(connections.into());
+    }
+
+    /// Counts one as open; those that were before.
+    pub fn opened(&self) -> u32 {
+        u32::try_from(self.open.inc()).unwrap_or(0)
+    }
+
+    /// Counts one as closed.
+    pub fn closed(&self) {
+        self.open.dec();
+    }
+
+    /// One was refused.
     pub fn refused(&self) {
         self.refused.inc();
     }
@@ -308,6 +356,8 @@ fn triton(models: &[ModelStatistics]) -> Registry {
 enum Buckets {
     /// 100 microseconds to 10 seconds, three to a decade.
     Seconds,
+    /// Triton's, for the first response of many.
+    Milliseconds,
     /// Powers of two up to 1024.
     Rows,
     /// Powers of four from 16 to 16 million.
@@ -322,6 +372,7 @@ impl MetricConstructor<Histogram> for Buckets {
             Self::Seconds => Histogram::new([
                 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
             ]),
+            Self::Milliseconds => Histogram::new([100.0, 500.0, 2000.0, 5000.0]),
             Self::Rows => Histogram::new((0..=10).map(|power| f64::from(1 << power))),
             Self::Elements => Histogram::new((2..=12).map(|power| f64::from(1 << (2 * power)))),
             Self::Shares => Histogram::new((0..=10).map(|tenths| f64::from(tenths) / 10.0)),
@@ -400,6 +451,7 @@ mod tests {
         graph.padded(6, 2);
         graph.cache(true);
         metrics.request("m", "3", Code::Ok, Duration::from_micros(90));
+        metrics.first_response("m", "3", Duration::from_millis(700));
         metrics.request("m", "", Code::ResourceExhausted, Duration::ZERO);
         let statistics = ModelStatistics {
             name: "m".to_owned(),
@@ -424,6 +476,7 @@ mod tests {
             r#"nv_inference_compute_infer_duration_us{model="m",version="3"} 140"#,
             r#"nv_inference_count{model="m",version="3"} 4"#,
             r#"nv_inference_request_failure{model="m",version="",reason="REJECTED"} 1"#,
+            r#"nv_inference_first_response_histogram_ms_bucket{le="2000.0",model="m",version="3"} 1"#,
             r#"sensorium_server_padding_ratio_sum{model="m"} 0.25"#,
             r#"sensorium_server_requests_total{model="m",code="OK"} 1"#,
         ] {

@@ -18,17 +18,21 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     budget::Budget,
     config::{Addresses, ServerConfig},
-    front::{self, Door},
+    front::{self, Door, Places},
     health,
     metrics::Metrics,
     pool::CpuPool,
     repository::{IndexEntry, LoadError, Opening, Registry},
+    rest,
     scheduler::Slots,
     scrape,
     security::{Admission, ReloadError, Reloaded, Tls, Tokens},
     service::Service,
     shared_memory::SharedMemory,
 };
+
+/// How long before the end of a drain requests of many steps end.
+const LAST_STEPS: Duration = Duration::from_secs(1);
 
 /// Why serving ended before it was asked to, or never began.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +129,7 @@ pub async fn serve(
     let (app, reporter) = front::app(service.clone(), config.max_request_bytes, admission);
     let tls = config.tls.clone().map(Tls::watch).transpose()?;
     let budget = Budget::new(config.max_inflight_bytes, metrics.budget());
+    let places = Places::new(config.max_connections, metrics.connections());
 
     // Everything is answered from now on, with "not ready" while models load, so that the start can be watched.
     let (drain, close) = (CancellationToken::new(), CancellationToken::new());
@@ -134,6 +139,7 @@ pub async fn serve(
         app: app.clone(),
         budget: budget.clone(),
         max_message_bytes: config.max_request_bytes,
+        places: Some(places.clone()),
         tells_peers,
         drain: drain.clone(),
         close: close.clone(),
@@ -141,10 +147,8 @@ pub async fn serve(
     let mut grpc = Task::spawn("gRPC", door(listeners.grpc, &app, &drain, &drain));
     // Health is asked for over HTTP until the end, by connections that are made meanwhile.
     let mut http = Task::spawn("HTTP", door(listeners.http, &app, &drain, &close));
-    let scrapes = Door {
-        tls: None,
-        ..door(listeners.metrics, &scrape::metrics(metrics.clone(), service.clone()), &close, &close)
-    };
+    let measured = scrape::metrics(metrics.clone(), service.clone()).merge(rest::health(service.clone()));
+    let scrapes = Door { tls: None, places: None, ..door(listeners.metrics, &measured, &close, &close) };
     let mut scrapes = Task::spawn("the metrics endpoint", scrapes);
 
     let opening = opening(&config, &metrics, &lost);
@@ -176,6 +180,18 @@ pub async fn serve(
         // What came over connections made before is answered; only then is anything refused.
         grpc.ended().await;
         service.drain().await;
+    };
+    // What has many steps is told of the end, as long as there is time for it.
+    let cut_short = async {
+        time::sleep_until(deadline - config.drain.min(LAST_STEPS)).await;
+        service.cut_short();
+        std::future::pending::<()>().await;
+    };
+    let finished = async {
+        tokio::select! {
+            () = finished => {}
+            () = cut_short => {}
+        }
     };
     match time::timeout_at(deadline, finished).await {
         Ok(()) => tracing::info!("drained"),

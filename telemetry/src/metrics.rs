@@ -93,6 +93,12 @@ metrics! {
         "Bytes of requests that may be held";
     SERVER_REQUEST_BYTES_REFUSALS = Counter "sensorium_server_request_bytes_refusals_total" []
         "Requests that were refused because all together held as many bytes as they may";
+    SERVER_CONNECTIONS = Gauge "sensorium_server_connections" []
+        "Connections of clients that are open now, those to the metrics port not counted";
+    SERVER_CONNECTIONS_LIMIT = Gauge "sensorium_server_connections_limit" []
+        "Connections of clients that may be open";
+    SERVER_CONNECTIONS_REFUSALS = Counter "sensorium_server_connections_refusals_total" []
+        "Connections that were closed at once because as many were open as may be";
     SERVER_CACHE = Counter "sensorium_server_cache_lookups_total" ["model", "outcome"]
         "Looks into the response cache; the outcome is hit or miss";
     TRAINER_STEP = Gauge "sensorium_trainer_step" []
@@ -145,6 +151,8 @@ metrics! {
         "Sum of the times that looking into the response cache and filling it took, in microseconds";
     TRITON_PENDING = Gauge "nv_inference_pending_request_count" ["model", "version"]
         "Requests in the queue now";
+    TRITON_FIRST_RESPONSE_MS = Histogram "nv_inference_first_response_histogram_ms" ["model", "version"]
+        "Time until the first response of requests that have several, in milliseconds";
 }
 
 #[cfg(test)]

@@ -1,40 +1,30 @@
-//! A repository to test with.
+//! A repository of TorchScript to test with.
 
-use std::{fs, num::NonZeroUsize, path::Path, time::Duration};
+use std::{fs, ops::Deref};
 
-use sensorium_artifact::Volumes;
-use sensorium_engine::{DType, Options, RawTensor};
 use sensorium_engine_torch::{Attribute, OPENER, compile};
-use sensorium_modality::Limits;
+pub(crate) use sensorium_server::fixture::{f32s, infer, named};
 use sensorium_server::{
     error::InferError,
-    metrics::Metrics,
-    model::{NamedTensor, Request, Response, ResponseCache, Sequence, SequenceId},
-    pool::CpuPool,
-    repository::{GraphPlaces, Openers, Opening, Registry, RepositoryConfig},
-    scheduler::{Batching, Slots},
+    fixture,
+    model::{NamedTensor, Request, Sequence, SequenceId},
+    repository::{Openers, Registry},
 };
-use tempfile::TempDir;
-use tokio_util::sync::CancellationToken;
 
-/// A folder with models.
-pub(crate) struct Bench(TempDir);
+/// A folder with models, some of which are compiled here.
+pub(crate) struct Bench(fixture::Bench);
+
+impl Deref for Bench {
+    type Target = fixture::Bench;
+
+    fn deref(&self) -> &fixture::Bench {
+        &self.0
+    }
+}
 
 impl Bench {
     pub(crate) fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        self.0.path()
-    }
-
-    /// Writes a file of a model, such as `config.pbtxt`.
-    pub(crate) fn write(&self, model: &str, file: &str, content: impl AsRef<[u8]>) -> &Self {
-        let path = self.path().join(model).join(file);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, content).unwrap();
-        self
+        Self(fixture::Bench::new())
     }
 
     /// Compiles a model's first version.
@@ -48,38 +38,6 @@ impl Bench {
     pub(crate) async fn open(&self) -> Registry {
         self.open_with(Openers::with(&[OPENER])).await
     }
-
-    pub(crate) async fn open_with(&self, openers: Openers) -> Registry {
-        let repositories = vec![self.path().to_str().unwrap().to_owned()];
-        let config = RepositoryConfig { repositories, ..RepositoryConfig::default() };
-        Registry::open(config, opening(openers)).await.unwrap()
-    }
-}
-
-fn opening(openers: Openers) -> Opening {
-    Opening {
-        volumes: Volumes::default(),
-        cache: std::env::temp_dir(),
-        engine: Options { threads: NonZeroUsize::MIN, ..Options::default() },
-        openers,
-        graphs: GraphPlaces::default(),
-        batching: Batching { max_rows: 32, max_waiting_rows: 1024, max_delay: Duration::ZERO },
-        slots: Slots::new(2),
-        responses: ResponseCache::new(1 << 20),
-        limits: Limits::default(),
-        pool: CpuPool::new(1, 16),
-        metrics: Metrics::new(),
-        lost: CancellationToken::new(),
-    }
-}
-
-/// A tensor of numbers.
-pub(crate) fn f32s(shape: &[i64], values: &[f32]) -> RawTensor {
-    RawTensor::from_vec(DType::Fp32, shape.to_vec(), values.to_vec()).unwrap()
-}
-
-pub(crate) fn named(name: &str, tensor: RawTensor) -> NamedTensor {
-    NamedTensor { name: name.to_owned(), tensor }
 }
 
 pub(crate) fn request(inputs: Vec<NamedTensor>) -> Request {
@@ -89,10 +47,6 @@ pub(crate) fn request(inputs: Vec<NamedTensor>) -> Request {
 /// A step of a sequence.
 pub(crate) fn step(id: u64, start: bool, end: bool, inputs: Vec<NamedTensor>) -> Request {
     Request { sequence: Some(Sequence { id: SequenceId::Number(id), start, end }), ..request(inputs) }
-}
-
-pub(crate) async fn infer(registry: &Registry, model: &str, request: Request) -> Result<Response, InferError> {
-    registry.model(model, "")?.infer(request).await
 }
 
 /// The numbers of a model's first output.

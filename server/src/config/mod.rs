@@ -1,6 +1,7 @@
 //! What the operator set, and what it means.
 
 mod args;
+mod descriptors;
 mod memory;
 
 use std::{
@@ -41,6 +42,8 @@ pub struct ServerConfig {
     pub max_request_bytes: usize,
     /// Bytes of all requests at a time at most.
     pub max_inflight_bytes: usize,
+    /// Connections of clients at a time at most.
+    pub max_connections: NonZeroU32,
     /// Whether clients may pass tensors through shared memory.
     pub shared_memory: bool,
     /// Certificates, where connections are encrypted.
@@ -214,6 +217,7 @@ impl TryFrom<ServerArgs> for ServerConfig {
             },
             max_request_bytes: max_request_bytes as usize,
             max_inflight_bytes: usize::try_from(max_inflight_bytes).unwrap_or(usize::MAX),
+            max_connections: args.max_connections.unwrap_or_else(descriptors::connections),
             shared_memory: args.shared_memory.unwrap_or(true),
             tls,
             auth_tokens: args.auth_tokens,
@@ -307,6 +311,16 @@ mod tests {
         std::fs::write(settings.path(), "max-batch-sise: 1").unwrap();
         let error = config(&["--settings", settings.path().to_str().unwrap()]).unwrap_err();
         assert!(crate::error::chain(&error).contains("max-batch-sise"), "{}", crate::error::chain(&error));
+    }
+
+    #[test]
+    fn connections_are_bounded_by_the_files_that_may_be_open_where_nobody_says_by_what() {
+        let repository = ["--model-repository", "/m"];
+        assert_eq!(config(&repository).unwrap().max_connections, descriptors::connections());
+        let seven = config(&[&repository[..], &["--max-connections", "7"]].concat()).unwrap();
+        assert_eq!(seven.max_connections.get(), 7);
+        let none = [&["sensorium-server"], &repository[..], &["--max-connections", "0"]].concat();
+        assert!(ServerArgs::try_parse_from(none).unwrap_err().to_string().contains("--max-connections"));
     }
 
     #[test]

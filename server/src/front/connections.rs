@@ -28,7 +28,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
-use super::{corked::corked, impatient::Impatient, metered::Metered};
+use super::{corked::corked, impatient::Impatient, metered::Metered, places::Places};
 use crate::{
     budget::{Budget, Tally},
     security::Tls,
@@ -77,6 +77,8 @@ pub struct Door {
     pub budget: Budget,
     /// Bytes of a message at most.
     pub max_message_bytes: usize,
+    /// How many connections there may be; `None` where nobody counts them.
+    pub places: Option<Places>,
     /// Whether requests carry their [`Peer`], as an `Arc` among their extensions.
     pub tells_peers: bool,
     /// Connections made before this finish what they have begun, and end.
@@ -88,7 +90,7 @@ pub struct Door {
 impl Door {
     /// Serves until it is closed and the last connection has ended. Dropping this ends all of them at once.
     pub async fn serve(self) {
-        let Self { listener, tls, app, budget, max_message_bytes, tells_peers, drain, close } = self;
+        let Self { listener, tls, app, budget, max_message_bytes, places, tells_peers, drain, close } = self;
         let inside = Inside { app, budget, max_message_bytes };
         let connections = TaskTracker::new();
         // Whoever drops this future wants the port and its connections gone.
@@ -107,11 +109,17 @@ impl Door {
                     }
                 },
             };
+            let place = places.as_ref().map(Places::take);
+            if matches!(place, Some(None)) {
+                // Counted, and not logged: it happens as often as clients like.
+                continue;
+            }
             let finish = if drain.is_cancelled() { close.clone() } else { drain.clone() };
             let peer = tells_peers.then(|| Arc::new(Peer { address: address.ip() }));
             let served = connection(stream, tls.clone(), inside.clone(), peer, finish);
             let abort = abort.clone();
             connections.spawn(async move {
+                let _place = place;
                 tokio::select! {
                     () = served => {}
                     () = abort.cancelled() => {}

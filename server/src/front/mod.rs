@@ -7,6 +7,7 @@ mod corked;
 mod guard;
 mod impatient;
 mod metered;
+mod places;
 
 use axum::{
     Router,
@@ -24,6 +25,7 @@ use tonic_health::server::HealthReporter;
 use tower::util::MapResponseLayer;
 
 pub use connections::{Door, Peer};
+pub use places::Places;
 
 use crate::{
     rest::{self, Refusal},

@@ -5,6 +5,7 @@ mod cache;
 mod ensemble;
 mod fit;
 mod graph;
+mod iteration;
 mod multimodal;
 mod ragged;
 mod request;
@@ -28,16 +29,18 @@ pub(crate) use self::sequence::Seated;
 pub(crate) use self::{
     binding::{Binding, Bound, Reshape},
     ensemble::{Ensemble, Find},
+    iteration::{Bounds, Iteration},
     ragged::Ragged,
 };
 pub use self::{
     cache::ResponseCache,
     fit::{Fitted, Interface},
     graph::Graph,
+    iteration::Steps,
     multimodal::{Item, Multimodal, Task},
     request::{NamedTensor, Parameter, Request, Response, Sequence, SequenceId, Timings},
     sequence::{SequenceError, Sequences},
-    statistics::Statistics,
+    statistics::{Responded, Statistics},
 };
 use crate::{
     error::InferError,
@@ -76,6 +79,8 @@ pub(crate) enum Runs {
     Graph(Arc<Graph>, Binding),
     /// One graph, or one for each instance where sequences sit in them.
     Sequence(Vec<Arc<Graph>>, Binding, Arc<Sequences>),
+    /// Any number of times for one request.
+    Iteration(Arc<Iteration>),
     Multimodal(Arc<Multimodal>),
     Ensemble(Arc<Ensemble>),
 }
@@ -108,7 +113,7 @@ impl ModelVersion {
     /// With answers kept in `cache`, where the configuration wants them to be and they depend on the request alone.
     pub(crate) fn with_cache(self, cache: &ResponseCache, metrics: GraphMetrics) -> Self {
         let wanted = self.config.response_cache.is_some_and(|cache| cache.enable);
-        let is_stateless = !matches!(self.runs, Runs::Sequence(..));
+        let is_stateless = !matches!(self.runs, Runs::Sequence(..) | Runs::Iteration(_));
         Self { cache: (wanted && is_stateless).then(|| (cache.clone(), metrics)), ..self }
     }
 
@@ -167,6 +172,7 @@ impl ModelVersion {
         match &self.runs {
             Runs::Graph(graph, _) => std::slice::from_ref(graph),
             Runs::Sequence(graphs, ..) => graphs,
+            Runs::Iteration(iteration) => iteration.graphs(),
             Runs::Multimodal(_) | Runs::Ensemble(_) => &[],
         }
     }
@@ -258,6 +264,7 @@ impl ModelVersion {
                 done.timings.queue += waited;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }
+            Runs::Iteration(_) => Err(InferError::Decoupled { model: self.name.clone() }),
             Runs::Ensemble(ensemble) => {
                 let answer = Box::pin(ensemble.infer(fitted, request)).await?;
                 self.statistics.composed();

@@ -93,3 +93,16 @@ pub struct Timings {
     /// Whether the answer was known already.
     pub cache_hit: bool,
 }
+
+impl std::ops::AddAssign for Timings {
+    /// The times of both; the rest is of the later one.
+    fn add_assign(&mut self, later: Self) {
+        *self = Self {
+            queue: self.queue + later.queue,
+            compute_input: self.compute_input + later.compute_input,
+            compute_infer: self.compute_infer + later.compute_infer,
+            compute_output: self.compute_output + later.compute_output,
+            ..later
+        };
+    }
+}

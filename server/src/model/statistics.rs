@@ -6,9 +6,15 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use sensorium_proto::inference::{InferBatchStatistics, InferStatistics, ModelStatistics, StatisticDuration};
+use sensorium_proto::inference::{
+    InferBatchStatistics, InferResponseStatistics, InferStatistics, ModelStatistics, StatisticDuration,
+};
 
 use super::Timings;
+
+/// Responses of one request that are counted each by itself; what comes after them is counted with the last. A scrape must
+/// not grow with the longest request that ever was.
+const RESPONSES: usize = 64;
 
 /// Counters of one model version.
 #[derive(Debug, Default)]
@@ -31,6 +37,28 @@ struct Counters {
     cache_hit: Sum,
     cache_miss: Sum,
     batches: BTreeMap<u64, [Sum; 3]>,
+    /// By their place among the responses of a request, for models that give several.
+    responses: Vec<Responses>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Responses {
+    compute_infer: Sum,
+    compute_output: Sum,
+    success: Sum,
+    fail: Sum,
+    cancel: Sum,
+}
+
+/// How one of the responses of a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Responded {
+    /// It was made, with this much computing.
+    Made(Timings),
+    /// It would have come, and an error came instead after this time.
+    Failed(Duration),
+    /// Nobody waited for it any more; so much time had gone into it.
+    Cancelled(Duration),
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -76,6 +104,25 @@ impl Statistics {
         self.change(|counters| counters.fail.add(took));
     }
 
+    /// The response with this place among those of its request, from 0 on, ended.
+    pub fn responded(&self, index: usize, ended: Responded) {
+        let index = index.min(RESPONSES - 1);
+        self.change(|counters| {
+            let length = counters.responses.len().max(index + 1);
+            counters.responses.resize(length, Responses::default());
+            let own = &mut counters.responses[index];
+            match ended {
+                Responded::Made(timings) => {
+                    own.compute_infer.add(timings.compute_infer);
+                    own.compute_output.add(timings.compute_output);
+                    own.success.add(timings.compute_infer + timings.compute_output);
+                }
+                Responded::Failed(took) => own.fail.add(took),
+                Responded::Cancelled(took) => own.cancel.add(took),
+            }
+        });
+    }
+
     /// A request was not in the cache; looking it up and keeping its answer took `took`.
     pub fn missed(&self, took: Duration) {
         self.change(|counters| counters.cache_miss.add(took));
@@ -106,6 +153,17 @@ impl Statistics {
             compute_infer: (*infer).into(),
             compute_output: (*output).into(),
         };
+        let response = |(index, own): (usize, &Responses)| {
+            let statistics = InferResponseStatistics {
+                compute_infer: own.compute_infer.into(),
+                compute_output: own.compute_output.into(),
+                success: own.success.into(),
+                fail: own.fail.into(),
+                empty_response: Sum::default().into(),
+                cancel: own.cancel.into(),
+            };
+            (index.to_string(), statistics)
+        };
         ModelStatistics {
             name: name.to_owned(),
             version: version.to_owned(),
@@ -123,6 +181,7 @@ impl Statistics {
                 cache_miss: counters.cache_miss.into(),
             }),
             batch_stats: counters.batches.iter().map(batch).collect(),
+            response_stats: counters.responses.iter().enumerate().map(response).collect(),
             ..ModelStatistics::default()
         }
     }
@@ -165,5 +224,27 @@ mod tests {
         assert_eq!(stats.fail, Some(StatisticDuration { count: 1, ns: 5 }));
         assert_eq!(report.batch_stats[0].batch_size, 3);
         assert_eq!(report.batch_stats[0].compute_infer, Some(StatisticDuration { count: 1, ns: 700 }));
+        assert!(report.response_stats.is_empty(), "requests with one response are counted as requests alone");
+    }
+
+    #[test]
+    fn responses_are_counted_by_their_place_and_those_far_behind_together() {
+        let statistics = Statistics::default();
+        let made =
+            |nanos| Responded::Made(Timings { compute_infer: Duration::from_nanos(nanos), ..Timings::default() });
+        statistics.responded(0, made(3));
+        statistics.responded(0, made(4));
+        statistics.responded(1, Responded::Failed(Duration::from_nanos(5)));
+        statistics.responded(RESPONSES - 1, made(1));
+        statistics.responded(1_000_000, made(1));
+        statistics.responded(1_000_000, Responded::Cancelled(Duration::from_nanos(9)));
+        let report = statistics.report("m", "1").response_stats;
+        assert_eq!(report.len(), RESPONSES);
+        assert_eq!(report["0"].success, Some(StatisticDuration { count: 2, ns: 7 }));
+        assert_eq!(report["1"].fail, Some(StatisticDuration { count: 1, ns: 5 }));
+        assert_eq!(report["2"].success, Some(StatisticDuration::default()));
+        let last = &report[&(RESPONSES - 1).to_string()];
+        assert_eq!(last.success, Some(StatisticDuration { count: 2, ns: 2 }));
+        assert_eq!(last.cancel, Some(StatisticDuration { count: 1, ns: 9 }));
     }
 }

@@ -81,8 +81,10 @@ fn descriptor() -> Result<MessageDescriptor, String> {
 }
 
 fn typed(message: &DynamicMessage, has_batch_size: bool) -> Result<Written, String> {
-    let config =
+    let config: ModelConfig =
         message.transcode_to().map_err(|error| format!("it is no {}: {error}", message.descriptor().name()))?;
+    // Wherever in a line it stands: only a 0 could be one that nobody wrote.
+    let has_batch_size = has_batch_size || config.max_batch_size != 0;
     Ok(Written { config, has_batch_size })
 }
 
@@ -126,6 +128,12 @@ mod tests {
         let Some(SchedulingChoice::DynamicBatching(batching)) = config.scheduling_choice else { panic!("dynamic") };
         assert_eq!((batching.preferred_batch_size, batching.max_queue_delay_microseconds), (vec![4, 8], 100));
         assert_eq!(config.parameters["intra_op_thread_count"].string_value, "2");
+    }
+
+    #[test]
+    fn a_batch_size_in_the_middle_of_a_line_is_written_too() {
+        let written = from_text("name: \"m\" max_batch_size: 1").unwrap();
+        assert_eq!((written.has_batch_size, written.config.max_batch_size), (true, 1));
     }
 
     #[test]

@@ -96,11 +96,16 @@ pub(super) fn max_elements(config: &ModelConfig) -> Result<usize, String> {
     Ok(number(config, "max_batch_elements")?.unwrap_or(0))
 }
 
-fn parameter<'a>(config: &'a ModelConfig, name: &str) -> Option<&'a str> {
+/// A parameter's text, without space around it.
+pub(super) fn parameter<'a>(config: &'a ModelConfig, name: &str) -> Option<&'a str> {
     config.parameters.get(name).map(|parameter| parameter.string_value.trim())
 }
 
-fn number(config: &ModelConfig, name: &str) -> Result<Option<usize>, String> {
+/// A parameter that is a whole number.
+///
+/// # Errors
+/// Text that is none.
+pub(super) fn number(config: &ModelConfig, name: &str) -> Result<Option<usize>, String> {
     let parse = |text: &str| text.parse().map_err(|_| format!("its parameter {name} is {text:?}, it must be a number"));
     parameter(config, name).map(parse).transpose()
 }

@@ -7,6 +7,7 @@ mod control;
 mod engines;
 mod error;
 mod folder;
+mod iteration;
 mod openers;
 mod peers;
 mod place;

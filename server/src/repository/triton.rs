@@ -12,11 +12,11 @@ use super::{
     config::{self, Written},
     engines,
     folder::Folder,
-    openers,
+    iteration, openers,
 };
 use crate::{
     error::chain,
-    model::{Ensemble, Find, Graph, ModelVersion, Runs, Seated, Sequences, Statistics},
+    model::{Ensemble, Find, Graph, Iteration, ModelVersion, Runs, Seated, Sequences, Statistics},
     scheduler::{Policy, Reopen, Scheduler, Setup},
 };
 
@@ -192,6 +192,7 @@ fn open_version(
     }
     policy.max_elements = engines::max_elements(&config)?;
     policy.joins = binding.ragged.joins();
+    let bounds = iteration::bounds(&config, &signature)?;
     let sample = sample.or_else(|| binding.ragged.sample(&interface, &signature));
     let statistics = Arc::new(Statistics::default());
     let sequences = match &config.scheduling_choice {
@@ -224,7 +225,6 @@ fn open_version(
     };
     let runs = match sequences {
         Some(sequences) => {
-            sequences.watch();
             let rows = interface.max_rows.unwrap_or(1);
             let graphs = if sequences.room(0, rows).is_some() {
                 let seated = seated_engines(engines, &reopen, &sequences, rows);
@@ -232,7 +232,12 @@ fn open_version(
             } else {
                 vec![start(engines, reopen)?]
             };
-            Runs::Sequence(graphs, binding, sequences)
+            if let Some(bounds) = bounds {
+                Runs::Iteration(Arc::new(Iteration::new(graphs, binding, sequences, bounds)))
+            } else {
+                sequences.watch();
+                Runs::Sequence(graphs, binding, sequences)
+            }
         }
         None => Runs::Graph(start(engines, reopen)?, binding),
     };

@@ -54,6 +54,13 @@ impl<S: Sync> FromRequest<S> for Arriving {
     }
 }
 
+impl Arriving {
+    /// What holds the bytes of the request; for whoever needs them after its answer has begun.
+    pub(super) fn tally(&self) -> Option<Tally> {
+        self.tally.clone()
+    }
+}
+
 /// Reads a whole body of at most `max` bytes, decompressed if need be.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! `POST /v2/models/MODEL[/versions/VERSION]/generate[_stream]`: inputs and outputs as plain fields of JSON, one row at a
 //! time; the answer as one object, or as server-sent events.
 
-use std::convert::Infallible;
+use std::{convert::Infallible, sync::Arc};
 
 use axum::{
     extract::{Path, State},
@@ -13,6 +13,8 @@ use axum::{
 };
 use sensorium_proto::inference::{ModelInferRequest, ModelInferResponse, model_infer_request::InferInputTensor};
 use serde_json::{Value, json, value::RawValue};
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::Status;
 
 use super::{
     Refusal, Rest, Target,
@@ -20,7 +22,10 @@ use super::{
     json::{JsonError, Reader},
     request, response, tensor,
 };
-use crate::{model::ModelVersion, service::Call};
+use crate::{
+    model::ModelVersion,
+    service::{Call, mark},
+};
 
 pub(super) async fn generate(
     State(rest): State<Rest>,
@@ -28,34 +33,64 @@ pub(super) async fn generate(
     headers: HeaderMap,
     body: Arriving,
 ) -> Result<Response, Refusal> {
-    let answer = ask(&rest, target, &headers, body).await?;
+    let (_, request) = read(&rest, target, &headers, body).await?;
+    let answer = rest.service.infer(request, &Call::new(&headers)).await?;
     Ok(axum::Json(answer_object(answer)?).into_response())
 }
 
-/// An error before the first event is a plain refusal; the models of this server have one event then.
+/// An event for each response; of a decoupled model each says whether it is the last. An error before the first event is a
+/// plain refusal, and one after it is an event.
 pub(super) async fn generate_stream(
     State(rest): State<Rest>,
     Path(target): Path<Target>,
     headers: HeaderMap,
     body: Arriving,
 ) -> Result<Response, Refusal> {
-    let answer = ask(&rest, target, &headers, body).await?;
-    let event = match answer_object(answer) {
-        Ok(answer) => answer.get().to_owned(),
-        Err(refusal) => json!({ "error": refusal.message() }).to_string(),
-    };
-    let events = tokio_stream::once(Ok::<_, Infallible>(Event::default().data(event)));
-    Ok(Sse::new(events).into_response())
+    let call = Call::new(&headers);
+    let held = body.tally();
+    let (model, request) = read(&rest, target, &headers, body).await?;
+    if !model.iterates() {
+        let is_decoupled = model.is_decoupled();
+        let mut answer = rest.service.infer_one(model, request, &call).await?;
+        if is_decoupled {
+            mark(&mut answer, true);
+        }
+        return Ok(events(tokio_stream::once(Ok(answer))));
+    }
+    let mut answers = rest.service.infer_many(model, request, call);
+    let first = answers.next().await.ok_or_else(|| Status::internal("the request ended without an answer"))??;
+    let all = tokio_stream::once(Ok(first)).chain(answers);
+    // The request's tensors are there until its last step.
+    Ok(events(all.map(move |answer| {
+        let _held = &held;
+        answer
+    })))
 }
 
-async fn ask(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<ModelInferResponse, Refusal> {
-    let call = Call::new(headers);
+fn events(answers: impl Stream<Item = Result<ModelInferResponse, Status>> + Send + 'static) -> Response {
+    let event = |answer: Result<ModelInferResponse, Status>| {
+        let text = match answer.map_err(Refusal::from).and_then(answer_object) {
+            Ok(answer) => answer.get().to_owned(),
+            Err(refusal) => json!({ "error": refusal.message() }).to_string(),
+        };
+        Ok::<_, Infallible>(Event::default().data(text))
+    };
+    Sse::new(answers.map(event)).into_response()
+}
+
+/// The model that is asked, and what.
+async fn read(
+    rest: &Rest,
+    target: Target,
+    headers: &HeaderMap,
+    body: Arriving,
+) -> Result<(Arc<ModelVersion>, ModelInferRequest), Refusal> {
     let body = body::read(headers, body, rest.max_bytes).await?;
     let model = rest.service.model(&target.model, &target.version)?;
     let mut request = fields(&model, &body).map_err(|error| Refusal::invalid(error.to_string()))?;
     request.model_name = target.model;
     request.model_version = target.version;
-    Ok(rest.service.infer(request, &call).await?)
+    Ok((model, request))
 }
 
 /// Fields that are named like inputs are those; `id` and `parameters` are themselves, and the rest are parameters.

@@ -40,6 +40,12 @@ struct Target {
     version: String,
 }
 
+/// What probes ask alone, for a port where nobody is kept out.
+pub fn health(service: Service) -> Router {
+    let router = Router::new().route("/livez", get(manage::alive)).route("/readyz", get(manage::ready));
+    router.with_state(Rest { service: Arc::new(service), max_bytes: 0 })
+}
+
 /// All routes. `max_bytes` bounds a request's body, before and after it is decompressed.
 pub fn router(service: Service, max_bytes: usize) -> Router {
     let mut router = Router::new()

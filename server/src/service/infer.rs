@@ -5,20 +5,19 @@ use std::{
     sync::Arc,
 };
 
-use sensorium_proto::inference::{
-    InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse, infer_parameter::ParameterChoice,
-};
+use sensorium_proto::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Status, Streaming};
 use tracing::Instrument as _;
 
-use super::{Call, Service};
+use super::{
+    Call, Service, mark,
+    replies::{Begun, Replies},
+};
 use crate::{budget::Tally, error::InferError, model::ModelVersion, wire};
 
 /// Requests of one stream that are worked on at a time. A client that sends more waits, by the flow control of HTTP/2.
 const IN_FLIGHT: usize = 64;
-/// Marks a request's last response on a stream.
-const FINAL_RESPONSE: &str = "triton_final_response";
 
 impl Service {
     /// One request, one response.
@@ -26,14 +25,29 @@ impl Service {
     /// # Errors
     /// What the caller is told: [`InferError::code`] chooses the code.
     pub async fn infer(&self, request: ModelInferRequest, call: &Call) -> Result<ModelInferResponse, Status> {
-        self.counted(request, call, |model| {
+        let model = self.model(&request.model_name, &request.model_version);
+        self.counted(model, request, call, |model| {
             if model.is_decoupled() { Err(InferError::Decoupled { model: model.name().to_owned() }) } else { Ok(()) }
         })
         .await
     }
 
-    /// Answers the requests of a stream in their order, each as soon as it and those before it are done. A request that
-    /// fails is answered in its place, and the stream goes on.
+    /// As [`Service::infer`], for ways in that could carry several responses and get one all the same.
+    ///
+    /// # Errors
+    /// As there, but that the model may be decoupled. One that iterates is for [`Service::infer_many`].
+    pub(crate) async fn infer_one(
+        &self,
+        model: Arc<ModelVersion>,
+        request: ModelInferRequest,
+        call: &Call,
+    ) -> Result<ModelInferResponse, Status> {
+        self.counted(Ok(model), request, call, |_| Ok(())).await
+    }
+
+    /// Answers the requests of a stream: those that have one response in their order, each as soon as it and those before it
+    /// are done, and those that have several beside them. A request that fails is answered in its place, and the stream
+    /// goes on.
     pub(super) fn infer_stream(
         self,
         requests: Streaming<ModelInferRequest>,
@@ -45,27 +59,40 @@ impl Service {
             let shared = shared.clone();
             // A stream may last for days: each of its messages gives its bytes back when it is answered.
             let message = tally.as_ref().filter(|_| request.is_ok()).and_then(Tally::claim_message);
-            async move {
-                let _message = message;
-                let (service, call) = &*shared;
-                // The connection, or what came over it, is broken: there is nothing to answer.
-                let request = request?;
-                let (id, name) = (request.id.clone(), request.model_name.clone());
-                let answer = service.counted(request, call, |_| Ok(())).await;
-                Ok(in_band(answer, id, name))
+            let found = request.as_ref().map(|request| {
+                let model = shared.0.model(&request.model_name, &request.model_version);
+                (model, request.id.clone(), request.model_name.clone())
+            });
+            let found = found.map_err(Status::clone);
+            match (found, request) {
+                (Ok((Ok(model), id, name)), Ok(request)) if model.iterates() => {
+                    let answers = shared.0.infer_many(model, request, shared.1.clone());
+                    Begun::Many(answers.map(move |answer| {
+                        let _message = &message;
+                        Ok(in_band(answer, id.clone(), name.clone()))
+                    }))
+                }
+                (found, request) => Begun::One(async move {
+                    let _message = message;
+                    let (service, call) = &*shared;
+                    // The connection, or what came over it, is broken: there is nothing to answer.
+                    let (model, id, name) = found?;
+                    let answer = service.counted(model, request?, call, |_| Ok(())).await;
+                    Ok(in_band(answer, id, name))
+                }),
             }
         };
-        futures::StreamExt::buffered(requests.map(answer), IN_FLIGHT)
+        Replies::new(requests, answer, IN_FLIGHT)
     }
 
-    /// Runs a request that `accept` has nothing against, counted and traced.
+    /// Runs a request to `model`, if there is one and `accept` has nothing against it, counted and traced.
     async fn counted(
         &self,
+        model: Result<Arc<ModelVersion>, Status>,
         request: ModelInferRequest,
         call: &Call,
         accept: impl FnOnce(&ModelVersion) -> Result<(), InferError>,
     ) -> Result<ModelInferResponse, Status> {
-        let model = self.model(&request.model_name, &request.model_version);
         let name = request.model_name.clone();
         let served = model.as_ref().ok().cloned();
         let span = self.traces.request_span(&name, &request.id, call.parent.as_ref());
@@ -119,7 +146,7 @@ fn in_band(answer: Result<ModelInferResponse, Status>, id: String, model_name: S
             (status.message().to_owned(), ModelInferResponse { model_name, id, ..ModelInferResponse::default() })
         }
     };
-    let is_final = InferParameter { parameter_choice: Some(ParameterChoice::BoolParam(true)) };
-    response.parameters.insert(FINAL_RESPONSE.to_owned(), is_final);
+    // The responses of a request that has several say so themselves, but for an error, which is the last.
+    mark(&mut response, true);
     ModelStreamInferResponse { error_message, infer_response: Some(response) }
 }

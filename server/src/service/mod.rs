@@ -4,9 +4,11 @@
 mod call;
 mod grpc;
 mod infer;
+mod iterate;
 mod metadata;
 mod multimodal;
 mod observe;
+mod replies;
 mod repository;
 mod settings;
 mod shared_memory;
@@ -15,11 +17,12 @@ use std::sync::{Arc, OnceLock};
 
 use sensorium_telemetry::{LogControl, TraceControl};
 use tokio::sync::watch;
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Status;
 
 pub use call::Call;
 pub(crate) use grpc::NO_CUDA_MEMORY;
+pub(crate) use iterate::mark;
 
 use crate::{metrics::Metrics, model::ModelVersion, repository::Registry, shared_memory::SharedMemory};
 
@@ -34,6 +37,8 @@ pub struct Service {
     traces: TraceControl,
     /// Inferences that have begun: the drain waits for them.
     running: TaskTracker,
+    /// Cancelled when those that iterate must not go on.
+    cut_short: CancellationToken,
 }
 
 impl Service {
@@ -45,8 +50,8 @@ impl Service {
         logs: LogControl,
         traces: TraceControl,
     ) -> Self {
-        let (repository, running) = (Arc::default(), TaskTracker::new());
-        Self { repository, metrics, ready, memory, logs, traces, running }
+        let (repository, running, cut_short) = (Arc::default(), TaskTracker::new(), CancellationToken::new());
+        Self { repository, metrics, ready, memory, logs, traces, running, cut_short }
     }
 
     /// Answers from `repository` from now on. The first one stays.
@@ -59,6 +64,12 @@ impl Service {
     pub async fn drain(&self) {
         self.running.close();
         self.running.wait().await;
+    }
+
+    /// Ends the requests that iterate, after the response that they are at, with words: a drain is about to end, and would
+    /// cut them off without any.
+    pub fn cut_short(&self) {
+        self.cut_short.cancel();
     }
 
     /// Whether everything is ready, as health says.

@@ -8,8 +8,12 @@ mod batching;
 mod bench;
 mod cache;
 mod control;
+#[path = "../graphs/counter.rs"]
+mod counter;
 mod ensembles;
 mod fairness;
+mod iteration;
 mod loading;
+mod overload;
 mod ragged;
 mod sequences;

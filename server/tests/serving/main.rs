@@ -4,8 +4,12 @@
 
 mod budget;
 mod clients;
+mod connections;
+#[path = "../graphs/counter.rs"]
+mod counter;
 mod harness;
 mod inference;
+mod iteration;
 mod load;
 mod malformed;
 mod operations;

@@ -1,8 +1,10 @@
 //! What those who run the server use: checking a repository, files of settings.
 
-use std::{fs, process::Command};
+use std::{fs, path::Path, process::Command};
 
-use crate::{clients::identities, harness::Server};
+use sensorium_onnx::{DType, Dim, GraphBuilder};
+
+use crate::{clients::identities, counter, harness::Server};
 
 /// The exit code and output of the server, which is expected to end by itself.
 async fn ended(arguments: &[&str]) -> (Option<i32>, String) {
@@ -27,6 +29,78 @@ async fn a_repository_is_checked_without_being_served() {
     let broken = said.lines().find(|line| line.starts_with("identity_int8 ")).unwrap_or_else(|| panic!("{said}"));
     assert!(broken.contains("UNAVAILABLE") && broken.trim_end().len() > "UNAVAILABLE".len() + 64, "{broken}");
     assert!(said.lines().any(|line| line.starts_with("identity_fp32 ") && line.contains("READY")), "{said}");
+}
+
+/// A graph whose inputs are returned, each with the rest of its shape behind the batch, or behind nothing.
+fn copies(inputs: &[(&str, DType, &[Dim<'_>])]) -> Vec<u8> {
+    let mut graph = GraphBuilder::new("copies");
+    for (name, dtype, shape) in inputs {
+        let input = graph.input(name, *dtype, shape);
+        let output = graph.node("Identity", &[&input], vec![]);
+        graph.output(&format!("{name}_out"), &output, *dtype, shape);
+    }
+    graph.finish(20).unwrap().to_bytes()
+}
+
+fn write(repository: &Path, model: &str, graph: &[u8], config: &str) {
+    fs::create_dir_all(repository.join(model).join("1")).unwrap();
+    fs::write(repository.join(model).join("1/model.onnx"), graph).unwrap();
+    fs::write(repository.join(model).join("config.pbtxt"), config).unwrap();
+}
+
+/// For each option a model that uses it well, how that configuration is spoiled, and what is said then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_loads_what_uses_each_option_and_says_what_is_wrong_with_it() {
+    const RAGGED: &str = r#"max_batch_size: 8
+        input { name: "x" data_type: TYPE_FP32 dims: -1 allow_ragged_batch: true }
+        output { name: "x_out" dims: -1 }
+        batch_input { kind: BATCH_ACCUMULATED_ELEMENT_COUNT target_name: "ends" data_type: TYPE_INT32 source_input: "x" }
+        batch_output { target_name: "x_out" kind: BATCH_SCATTER_WITH_INPUT_SHAPE source_input: "x" }"#;
+    const SEATED: &str = r#"max_batch_size: 4
+        sequence_batching {
+          direct { }
+          control_input { name: "ready" control { kind: CONTROL_SEQUENCE_READY int32_false_true: [ 0, 1 ] } }
+          state { input_name: "kept" output_name: "kept_out" data_type: TYPE_FP32 dims: [ 1 ] }
+        }"#;
+    const WARM: &str = r#"max_batch_size: 4
+        model_warmup { name: "file" batch_size: 1
+          inputs { key: "x" value { data_type: TYPE_FP32 dims: [ 1 ] input_data_file: "one" } } }"#;
+    let batch = [Dim::Symbol("batch"), Dim::Fixed(1)];
+    let flat = [Dim::Symbol("total")];
+    let ragged = copies(&[("x", DType::F32, &flat), ("ends", DType::I32, &[Dim::Symbol("ends")])]);
+    let seated = copies(&[("x", DType::F32, &batch), ("ready", DType::I32, &batch), ("kept", DType::F32, &batch)]);
+    let warm = copies(&[("x", DType::F32, &batch)]);
+    let (iterating, bounded) = (counter::counter(1), counter::config("direct { }", 9));
+    let cases = [
+        ("ragged", &ragged, RAGGED, "source_input: \"x\" }", "source_input: \"z\" }", "`z`"),
+        ("seated", &seated, SEATED, "\"ready\"", "\"redy\"", "control_input `redy`, which its file has not"),
+        ("seated-state", &seated, SEATED, "dims: [ 1 ]", "dims: [ 3 ]", "begins as [1, 3], which does not fit"),
+        ("warm", &warm, WARM, "\"one\"", "\"two\"", "warmup/two"),
+        ("warm-size", &warm, WARM, "dims: [ 1 ]", "dims: [ 2 ]", "its model_warmup \"file\""),
+        ("iterating", &iterating, &bounded, "iteration_most_steps", "steps", "nothing bounds it"),
+        ("iterating-unary", &iterating, &bounded, "decoupled: true", "decoupled: false", "decoupled: true } as well"),
+    ];
+    let models = tempfile::tempdir().unwrap();
+    let repository = models.path().to_str().unwrap();
+    for (model, graph, config, ..) in &cases {
+        write(models.path(), model, graph, config);
+        let warmup = models.path().join(model).join("warmup");
+        fs::create_dir(&warmup).unwrap();
+        fs::write(warmup.join("one"), 1_f32.to_le_bytes()).unwrap();
+    }
+    let (code, said) = ended(&["--model-repository", repository, "--check"]).await;
+    assert_eq!((code, said.matches(" READY ").count()), (Some(0), cases.len()), "{said}");
+
+    for (model, graph, config, right, wrong, _) in &cases {
+        assert!(config.contains(right), "{model}: {right} is not in {config}");
+        write(models.path(), model, graph, &config.replace(right, wrong));
+    }
+    let (code, said) = ended(&["--model-repository", repository, "--check"]).await;
+    assert_eq!(code, Some(1), "{said}");
+    for (model, .., words) in &cases {
+        let line = said.lines().find(|line| line.starts_with(&format!("{model} "))).unwrap_or_else(|| panic!("{said}"));
+        assert!(line.contains("UNAVAILABLE") && line.contains(words), "{words:?} is not in {line}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -120,14 +120,14 @@ async fn no_request_is_lost_when_the_server_ends_under_load() {
     }
 }
 
-/// 40 MiB of weights.
-fn weighty() -> Vec<u8> {
+/// So many times 10 MiB of weights.
+fn weighty(layers: u8) -> Vec<u8> {
     const SIDE: i64 = 1620;
     let mut graph = GraphBuilder::new("weighty");
     let x = graph.input("x", DType::F32, &[Dim::Symbol("batch"), Dim::Fixed(SIDE)]);
     let mut y = x;
-    for layer in 0..4 {
-        let values: Vec<f32> = (0..SIDE * SIDE).map(|index| (index % 97) as f32 * 1e-4 + layer as f32).collect();
+    for layer in 0..layers {
+        let values: Vec<f32> = (0..SIDE * SIDE).map(|index| (index % 97) as f32 * 1e-4 + f32::from(layer)).collect();
         let weights = graph.initializer_f32(&format!("w{layer}"), &[SIDE, SIDE], values);
         y = graph.node("MatMul", &[&y, &weights], vec![]);
     }
@@ -139,7 +139,7 @@ fn weighty() -> Vec<u8> {
 async fn a_model_that_is_let_go_gives_its_memory_back() {
     let repository = tempfile::tempdir().unwrap();
     std::fs::create_dir_all(repository.path().join("weighty/1")).unwrap();
-    std::fs::write(repository.path().join("weighty/1/model.onnx"), weighty()).unwrap();
+    std::fs::write(repository.path().join("weighty/1/model.onnx"), weighty(4)).unwrap();
     let arguments = ["--model-repository", repository.path().to_str().unwrap(), "--model-control-mode", "explicit"];
     let server = Server::start(&arguments).await;
     let mut client = server.inference().await;
@@ -160,4 +160,45 @@ async fn a_model_that_is_let_go_gives_its_memory_back() {
         eventually("its memory comes back", async || server.memory().0 < limit).await;
         before = server.memory().0.max(before);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_reloads_under_load_lose_no_request_and_keep_no_memory() {
+    const RELOADS: usize = 20;
+    /// Loads that pay for what is paid for once.
+    const FIRST: usize = 5;
+    let repository = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(repository.path().join("weighty/1")).unwrap();
+    std::fs::write(repository.path().join("weighty/1/model.onnx"), weighty(2)).unwrap();
+    let arguments = ["--model-repository", repository.path().to_str().unwrap(), "--model-control-mode", "explicit"];
+    let server = Server::start(&[&arguments[..], &["--load-model", "*"]].concat()).await;
+    let (stop, answered) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+    let mut clients = JoinSet::new();
+    for _ in 0..4 {
+        let (mut client, stop, answered) = (server.inference().await, stop.clone(), answered.clone());
+        clients.spawn(async move {
+            while !stop.load(Ordering::Relaxed) {
+                let tensor = (input("x", "FP32", &[1, 1620]), floats(&[1.0; 1620]));
+                client.model_infer(raw_request("weighty", vec![tensor])).await.unwrap();
+                answered.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    let mut control = server.inference().await;
+    let mut settled = 0;
+    for load in 1..=RELOADS {
+        // Each of them is met by requests.
+        let before = answered.load(Ordering::Relaxed);
+        eventually("requests are answered", async || answered.load(Ordering::Relaxed) > before).await;
+        let request = RepositoryModelLoadRequest { model_name: "weighty".to_owned(), ..Default::default() };
+        control.repository_model_load(request).await.unwrap();
+        if load == FIRST {
+            settled = server.memory().0;
+        }
+    }
+    // One of the fifteen models since would be 20 MiB.
+    let limit = settled + (16 << 20);
+    eventually("no more is held than after the first loads", async || server.memory().0 < limit).await;
+    stop.store(true, Ordering::Relaxed);
+    clients.join_all().await;
 }

@@ -9,6 +9,7 @@
 //! sequence's life, so that an engine can keep state by rows ([`seated`]).
 
 mod fill;
+mod own;
 mod seated;
 mod seats;
 
@@ -22,6 +23,7 @@ use sensorium_engine::{RawTensor, Signature};
 use sensorium_proto::inference::{ModelSequenceBatching, model_sequence_batching::StrategyChoice};
 use tokio::sync::oneshot;
 
+pub(super) use self::own::Own;
 pub(crate) use self::seated::{Room, Seated};
 use self::{
     fill::Fills,
@@ -104,6 +106,12 @@ pub enum SequenceError {
         /// The model.
         model: String,
     },
+    /// A request of a model that runs each as a sequence names one.
+    #[error("model {model:?} runs every request as a sequence of its own; leave sequence_id out")]
+    NamedId {
+        /// The model.
+        model: String,
+    },
     /// Too many sequences wait. Trying again later may succeed.
     #[error("model {model:?} has as many sequences as it takes, {limit}; try again later")]
     Overloaded {
@@ -128,9 +136,6 @@ impl Sequences {
         rows: Option<usize>,
         folder: &std::path::Path,
     ) -> Result<Arc<Self>, String> {
-        if config.iterative_sequence {
-            return Err("its sequence_batching is iterative, which this server does not do".to_owned());
-        }
         let (instances, rows_each, seated) = match &config.strategy_choice {
             Some(StrategyChoice::Oldest(oldest)) => {
                 (1, usize::try_from(oldest.max_candidate_sequences).unwrap_or(0).max(1), None)
@@ -185,10 +190,8 @@ impl Sequences {
         self.sweep(&mut table);
         let before = table.under_way.remove(&sequence.id);
         let (before, admission) = if sequence.start {
-            let asked = self.seats.ask();
-            let asked = asked.map_err(|Full| SequenceError::Overloaded { model: self.name.clone(), limit: self.limit });
             // One that begins again lets go of what it was.
-            (before.map(|entry| (entry.last, entry.users)), Some(asked?))
+            (before.map(|entry| (entry.last, entry.users)), Some(self.ask()?))
         } else {
             let entry = before.ok_or_else(|| SequenceError::NotStarted {
                 model: self.name.clone(),
@@ -204,6 +207,12 @@ impl Sequences {
         }
         drop(table);
         Ok(Turn { sequences: self.clone(), sequence: sequence.clone(), before, admission, next: Some(next), users })
+    }
+
+    /// A seat, or a place among those who wait for one.
+    fn ask(&self) -> Result<Asked, SequenceError> {
+        let asked = self.seats.ask();
+        asked.map_err(|Full| SequenceError::Overloaded { model: self.name.clone(), limit: self.limit })
     }
 
     /// Lets go of sequences that nobody continued in time: the state, and the place among candidates.

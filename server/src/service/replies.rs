@@ -1,0 +1,177 @@
+//! In which order a stream answers: requests that have one response in the order of their coming, and those that have
+//! several side by side, each response as it comes.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use futures::stream::{FuturesOrdered, SelectAll};
+use tokio_stream::Stream;
+
+/// What a request turned out to be.
+pub(super) enum Begun<F, S> {
+    /// One that has one response.
+    One(F),
+    /// One that has several.
+    Many(S),
+}
+
+/// The answers to a stream of requests. No more than a number of them are worked on at a time, and none of that goes on
+/// while nobody takes what is there: whoever sends without reading waits.
+pub(super) struct Replies<R, B, F: Future, S> {
+    requests: R,
+    /// Whether more of them may come.
+    is_open: bool,
+    begin: B,
+    ones: FuturesOrdered<F>,
+    many: SelectAll<S>,
+    limit: usize,
+    /// Which of the two is asked first, in turn: neither keeps the other from being heard.
+    is_turn_of_many: bool,
+}
+
+/// Nothing in it is pinned in place: both collections keep their members on the heap.
+impl<R, B, F: Future, S> Unpin for Replies<R, B, F, S> {}
+
+impl<R, B, F, S> Replies<R, B, F, S>
+where
+    R: Stream + Unpin,
+    B: FnMut(R::Item) -> Begun<F, S>,
+    F: Future,
+    S: Stream<Item = F::Output> + Unpin,
+{
+    /// Answers `requests`, at most `limit` at a time.
+    pub(super) fn new(requests: R, begin: B, limit: usize) -> Self {
+        let (ones, many) = (FuturesOrdered::new(), SelectAll::new());
+        Self { requests, is_open: true, begin, ones, many, limit, is_turn_of_many: false }
+    }
+
+    /// Takes requests while there is room for more; whether there is some left because none came.
+    fn fill(&mut self, context: &mut Context<'_>) -> bool {
+        while self.is_open && self.ones.len() + self.many.len() < self.limit {
+            match Pin::new(&mut self.requests).poll_next(context) {
+                Poll::Ready(Some(request)) => match (self.begin)(request) {
+                    Begun::One(answer) => self.ones.push_back(answer),
+                    Begun::Many(answers) => self.many.push(answers),
+                },
+                Poll::Ready(None) => self.is_open = false,
+                Poll::Pending => return true,
+            }
+        }
+        false
+    }
+
+    fn answer(&mut self, context: &mut Context<'_>) -> Option<F::Output> {
+        for _ in 0..2 {
+            self.is_turn_of_many = !self.is_turn_of_many;
+            let answer = if self.is_turn_of_many {
+                Pin::new(&mut self.many).poll_next(context)
+            } else {
+                Pin::new(&mut self.ones).poll_next(context)
+            };
+            if let Poll::Ready(Some(answer)) = answer {
+                return Some(answer);
+            }
+        }
+        None
+    }
+}
+
+impl<R, B, F, S> Stream for Replies<R, B, F, S>
+where
+    R: Stream + Unpin,
+    B: FnMut(R::Item) -> Begun<F, S>,
+    F: Future,
+    S: Stream<Item = F::Output> + Unpin,
+{
+    type Item = F::Output;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        loop {
+            let has_asked = self.fill(context);
+            if let Some(answer) = self.answer(context) {
+                return Poll::Ready(Some(answer));
+            }
+            let under_way = self.ones.len() + self.many.len();
+            if !self.is_open && under_way == 0 {
+                return Poll::Ready(None);
+            }
+            // What had several answers may end without another word, and makes room that nobody would be told of.
+            if has_asked || !self.is_open || under_way >= self.limit {
+                return Poll::Pending;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::RefCell, rc::Rc};
+
+    use futures::{FutureExt as _, StreamExt as _, future::LocalBoxFuture, stream::LocalBoxStream};
+    use tokio::sync::{mpsc, oneshot};
+    use tokio_stream::wrappers::ReceiverStream;
+
+    use super::*;
+
+    type Reply = Begun<LocalBoxFuture<'static, &'static str>, LocalBoxStream<'static, &'static str>>;
+
+    fn one(answer: oneshot::Receiver<&'static str>) -> Reply {
+        Begun::One(async move { answer.await.unwrap() }.boxed_local())
+    }
+
+    fn many(answers: mpsc::Receiver<&'static str>) -> Reply {
+        Begun::Many(ReceiverStream::new(answers).boxed_local())
+    }
+
+    #[tokio::test]
+    async fn single_answers_come_in_order_and_others_do_not_wait_for_them() {
+        let (first, a) = oneshot::channel();
+        let (second, b) = oneshot::channel();
+        let (several, c) = mpsc::channel(4);
+        let requests = futures::stream::iter([one(a), many(c), one(b)]);
+        let mut replies = Replies::new(requests, |reply| reply, 64);
+        second.send("second").unwrap();
+        several.send("several 1").await.unwrap();
+        assert_eq!(replies.next().await, Some("several 1"), "although the first request is not answered");
+        several.send("several 2").await.unwrap();
+        assert_eq!(replies.next().await, Some("several 2"));
+        assert_eq!(replies.next().now_or_never(), None, "the second waits for the first");
+        first.send("first").unwrap();
+        assert_eq!(replies.next().await, Some("first"));
+        assert_eq!(replies.next().await, Some("second"));
+        drop(several);
+        assert_eq!(replies.next().await, None);
+    }
+
+    #[tokio::test]
+    async fn those_that_always_have_an_answer_take_turns() {
+        let (chatty, _chatty) = (futures::stream::repeat("many").boxed_local(), ());
+        let answered: Vec<Reply> = (0..4).map(|_| Begun::One(futures::future::ready("one").boxed_local())).collect();
+        let requests = futures::stream::iter(std::iter::once(Begun::Many(chatty)).chain(answered));
+        let found: Vec<_> = Replies::new(requests, |reply: Reply| reply, 64).take(8).collect().await;
+        assert_eq!(found.iter().filter(|answer| **answer == "one").count(), 4, "{found:?}");
+    }
+
+    #[tokio::test]
+    async fn no_more_begin_than_may_and_an_end_without_a_word_makes_room() {
+        let begun = Rc::new(RefCell::new(0));
+        let (held, a) = mpsc::channel(1);
+        let (_never, b) = mpsc::channel(1);
+        let (after, c) = mpsc::channel(1);
+        let counter = begun.clone();
+        let begin = move |reply: Reply| {
+            *counter.borrow_mut() += 1;
+            reply
+        };
+        let requests = futures::stream::iter([many(a), many(b), many(c)]).chain(futures::stream::pending());
+        let mut replies = Replies::new(requests, begin, 2);
+        assert_eq!(replies.next().now_or_never(), None);
+        assert_eq!(*begun.borrow(), 2);
+        after.send("the third").await.unwrap();
+        drop(held);
+        assert_eq!(replies.next().now_or_never(), Some(Some("the third")));
+        assert_eq!(*begun.borrow(), 3);
+    }
+}
