@@ -160,12 +160,10 @@ fn measure_case(case: &Case, setting: &Setting, options: &Options, report: &mut 
         report.row(row("idle-memory"), "MiB", Better::Lower, ours.idle_mebibytes, (name, peer.idle_mebibytes));
     }
     let is_tiny = alone.median < TINY;
-    if is_tiny {
-        let grpc = load::ask_once(ours.port(Protocol::Grpc), Protocol::Grpc, &message)?;
-        let http = load::ask_once(ours.port(Protocol::Http), Protocol::Http, &message)?;
-        check(&grpc)?;
-        servers.push(Server::echo(setting, &grpc, &http, &message)?);
-    }
+    let grpc = load::ask_once(ours.port(Protocol::Grpc), Protocol::Grpc, &message)?;
+    let http = load::ask_once(ours.port(Protocol::Http), Protocol::Http, &message)?;
+    check(&grpc)?;
+    servers.push(Server::echo(setting, &grpc, &http, &message)?);
     for protocol in [Protocol::Grpc, Protocol::Http] {
         for concurrency in CONCURRENCIES {
             let place = Place { case, protocol, concurrency, best, is_tiny };
@@ -268,21 +266,20 @@ impl Place<'_> {
             line.push_str(&format!(", {added:.0} us more than in process"));
             let limit = ("limit", limits::ADDED_LATENCY * 1e6);
             report.row(row("added-latency-p50"), "us", Better::Lower, added, limit);
+            // What the messages alone take, without a model and all that belongs to it.
+            let echo = turns.median(Kind::Echo, |sample| sample.latency(0.5)).unwrap_or(f64::NAN) * 1e6;
+            line.push_str(&format!(", echo {echo:.0} us"));
+            report.row(row("added-latency-p50"), "us", Better::Lower, added, ("echo", echo));
         }
         if self.concurrency >= SATURATED {
-            let (name, ceiling) = if self.is_tiny {
-                ("echo", turns.median(Kind::Echo, throughput).unwrap_or(f64::NAN))
-            } else {
-                ("ceiling", in_process)
-            };
+            let echo = turns.median(Kind::Echo, throughput).unwrap_or(f64::NAN);
+            let (name, ceiling) = if self.is_tiny { ("echo", echo) } else { ("ceiling", in_process) };
             line.push_str(&format!(", {name} {ceiling:.0}/s: {:.3} of it", ours / ceiling));
             report.row(row("throughput"), "requests/s", Better::Higher, ours, (name, ceiling));
             // One core does both: the model, and what there is to do about each message.
-            if self.is_tiny {
-                let both = 1.0 / (1.0 / ceiling + 1.0 / in_process);
-                line.push_str(&format!(", with the model {both:.0}/s: {:.3} of it", ours / both));
-                report.row(row("throughput"), "requests/s", Better::Higher, ours, ("echo-and-model", both));
-            }
+            let both = 1.0 / (1.0 / echo + 1.0 / in_process);
+            line.push_str(&format!(", echo and model {both:.0}/s: {:.3} of it", ours / both));
+            report.row(row("throughput"), "requests/s", Better::Higher, ours, ("echo-and-model", both));
         }
         eprintln!("{line}");
     }
