@@ -23,6 +23,7 @@ use super::health::Health;
 use super::index::{Follower, Known, Touched};
 use super::kept::{Kept, Own};
 use super::pods::Pods;
+use super::visit::Unseen;
 use super::{Error, Stop};
 use crate::plan::WorkloadPlan;
 use crate::render::{Images, KIND_LABEL, MANAGED_BY};
@@ -64,6 +65,7 @@ pub struct Context {
     pub(super) settings: Settings,
     pub(super) health: Arc<Health>,
     pub(super) pods: Pods,
+    pub(super) unseen: Unseen,
     events: Events,
     /// Whether this operator is the one that acts.
     lead: watch::Receiver<bool>,
@@ -99,7 +101,8 @@ impl Context {
         stop: Stop,
     ) -> Self {
         let events = Events::new(client.clone(), settings.identity.clone());
-        Self { client, settings, health, pods: Pods::default(), events, lead, stop, failures: Mutex::default() }
+        let (pods, unseen, failures) = (Pods::default(), Unseen::default(), Mutex::default());
+        Self { client, settings, health, pods, unseen, events, lead, stop, failures }
     }
 
     /// Whether a visit may go on. One that cannot, because another operator leads, waits here; what it was about to look at
@@ -115,6 +118,16 @@ impl Context {
             () = self.stop.clone() => {}
         }
         false
+    }
+
+    /// There is news of an object. How long it takes to act on it is measured where anybody does: an operator that stands by
+    /// waits for something else.
+    pub(super) fn heard<K: Own>(&self, kind: &'static str, known: &Known<K>, key: &Key) {
+        if known.has(key) && *self.lead.borrow() {
+            self.unseen.heard(kind, key, Instant::now());
+        } else {
+            self.unseen.take(kind, key);
+        }
     }
 
     /// The objects of kind `K` that the operator looks at.
@@ -229,27 +242,4 @@ pub(super) fn again_after(context: &Context, object: String, error: &Error) -> A
     let wait = context.retry_delay(object.clone());
     tracing::warn!(object, error = crate::error_line(error), again_in_seconds = wait.as_secs(), "a visit failed");
     Again::requeue(wait)
-}
-
-/// Measures one visit.
-pub(super) struct Visit<'a> {
-    health: &'a Health,
-    kind: &'static str,
-    began: Instant,
-}
-
-impl<'a> Visit<'a> {
-    pub(super) fn begin(health: &'a Health, kind: &'static str) -> Self {
-        Self { health, kind, began: Instant::now() }
-    }
-
-    pub(super) fn end<T>(self, result: &Result<T, Error>) {
-        let outcome = match result {
-            Ok(_) => "ok",
-            Err(error) if error.is_conflict() => "conflict",
-            Err(Error::NotReady) => "not_ready",
-            Err(_) => "error",
-        };
-        self.health.visited(self.kind, outcome, self.began.elapsed());
-    }
 }
