@@ -297,19 +297,30 @@ impl Runs {
         let Some(role) = plan.roles.first() else { return Ok(()) };
         let owner = Owner { job: JobKey::of(object, K::KIND), reference };
         let objects = render_run(&owner, &plan, role, attempt, &context.settings.images);
-        if !self.configs.has(key, &objects.config.name_any()) {
-            apply::create(visit, &objects.config).await?;
+        let is_new = !jobs.iter().any(|job| job.name_any() == objects.job.name_any());
+        if let Some(config) = &objects.config
+            && !self.configs.has(key, &config.name_any())
+        {
+            apply::create(visit, config).await?;
         }
-        let live = self.services.get(key, &objects.service.name_any());
-        apply::apply(visit, &objects.service, live.as_deref()).await?;
+        if let Some(service) = &objects.service {
+            let live = self.services.get(key, &service.name_any());
+            apply::apply(visit, service, live.as_deref()).await?;
+        } else if is_new {
+            // A wider attempt's. One that is under way goes on with what it was started with, also by an operator that would
+            // not start it so any more.
+            for service in self.services.of(key) {
+                apply::delete(visit, &*service).await?;
+            }
+        }
         let live = self.policies.get(key, &objects.network.name_any());
         apply::apply(visit, &objects.network, live.as_deref()).await?;
-        if !jobs.iter().any(|job| job.name_any() == objects.job.name_any()) {
+        if is_new {
             apply::create(visit, &objects.job).await?;
         }
         // Each attempt has a file of its own; those of earlier ones have no reader any more.
         for config in self.configs.of(key) {
-            if config.name_any() != objects.config.name_any() && is_older(&config, attempt) {
+            if is_older(&config, attempt) {
                 apply::delete(visit, &*config).await?;
             }
         }

@@ -278,7 +278,7 @@ impl Servings {
         let stable = render_servers(&revision, role, &encoders, Track::Stable, replicas);
         let live = self.deployments.get(key, &stable.deployment.name_any());
         let live_canary = self.deployments.get(key, &deployment_name(job, Track::Canary));
-        let measured = self.measure(key, role, status).await;
+        let measured = self.measure(key, live.as_deref(), live_canary.as_deref(), status).await;
         let decided = rollout(
             spec,
             &stable.revision,
@@ -402,9 +402,16 @@ impl Servings {
     }
 
     /// What both tracks have done, while a canary is being judged.
-    async fn measure(&self, key: &Key, role: &Role, status: &ServingJobStatus) -> Measured {
+    async fn measure(
+        &self,
+        key: &Key,
+        stable: Option<&Deployment>,
+        canary: Option<&Deployment>,
+        status: &ServingJobStatus,
+    ) -> Measured {
         let judged = status.rollout.as_ref().is_some_and(|rollout| rollout.failed.is_none());
-        let Some(port) = role.ports.get("metrics").copied().filter(|_| judged) else { return Measured::default() };
+        let ports = stable.and_then(metrics_port).zip(canary.and_then(metrics_port));
+        let Some((stable_port, canary_port)) = ports.filter(|_| judged) else { return Measured::default() };
         let pods = self.pods.of(key);
         let track = |track: &str| {
             let of = |pod: &&Arc<Pod>| pod.labels().get("sensorium.dev/track").is_some_and(|label| label == track);
@@ -415,9 +422,18 @@ impl Servings {
             return Measured::default();
         }
         let asked = &self.context.pods;
-        let (stable, canary) = futures::future::join(asked.load(&stable, port), asked.load(&canary, port)).await;
+        let (stable, canary) =
+            futures::future::join(asked.load(&stable, stable_port), asked.load(&canary, canary_port)).await;
         Measured { stable, canary }
     }
+}
+
+/// The port at which a Deployment's pods tell their metrics; the spec's is that of the newest ones only.
+fn metrics_port(deployment: &Deployment) -> Option<u16> {
+    let pod = deployment.spec.template.spec.as_ref()?;
+    let mut ports = pod.containers.iter().flat_map(|container| container.ports.iter().flatten());
+    let port = ports.find(|port| port.name.as_deref() == Some("metrics"))?.container_port;
+    u16::try_from(port).ok()
 }
 
 fn ready_addresses(slice: &EndpointSlice) -> usize {
