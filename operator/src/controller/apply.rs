@@ -164,8 +164,13 @@ where
     let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
     let sent = Instant::now();
     match api.patch_status(&name, &params, &Patch::Merge(&change)).instrument(span("status", object)).await {
-        Ok(_) => {
+        Ok(written) => {
             visit.wrote("status", sent);
+            if let Some(old) = object.resource_version()
+                && written.resource_version().as_ref() != Some(&old)
+            {
+                visit.replaced(old);
+            }
             Ok(true)
         }
         Err(kube::Error::Api(status)) if status.is_not_found() => Ok(false),

@@ -99,8 +99,8 @@ pub(super) async fn control(
 }
 
 async fn reconcile(object: Arc<Kept<ModelArtifact>>, records: Arc<Records>) -> Result<Again, Error> {
-    if !records.context.may_visit().await {
-        return Ok(Again::requeue(Duration::ZERO));
+    if let Some(again) = records.context.held_up(KIND, &object).await {
+        return Ok(again);
     }
     let visit = Visit::begin(&records.context, KIND, object.key());
     let result = match object.read() {

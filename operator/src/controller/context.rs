@@ -23,7 +23,7 @@ use super::health::Health;
 use super::index::{Follower, Known, Touched};
 use super::kept::{Kept, Own};
 use super::pods::Pods;
-use super::visit::Unseen;
+use super::visit::{Replaced, Unseen};
 use super::{Error, Stop};
 use crate::plan::WorkloadPlan;
 use crate::render::{Images, KIND_LABEL, MANAGED_BY};
@@ -66,6 +66,7 @@ pub struct Context {
     pub(super) health: Arc<Health>,
     pub(super) pods: Pods,
     pub(super) unseen: Unseen,
+    pub(super) replaced: Replaced,
     events: Events,
     /// Whether this operator is the one that acts.
     lead: watch::Receiver<bool>,
@@ -82,6 +83,9 @@ impl Debug for Context {
 
 /// How long the visits of an object that has just changed are put together.
 pub(super) const DEBOUNCE: Duration = Duration::from_millis(100);
+/// A watch that has not told of our own write after so long will be asked again. It nearly always tells within milliseconds, and
+/// that brings a visit of its own.
+const CATCH_UP: Duration = Duration::from_secs(5);
 /// Bounds of the wait after a failed visit.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// Objects of a list that are under way at a time. All kinds are listed at once, and a pod has kilobytes: pages decide on
@@ -101,15 +105,17 @@ impl Context {
         stop: Stop,
     ) -> Self {
         let events = Events::new(client.clone(), settings.identity.clone());
-        let (pods, unseen, failures) = (Pods::default(), Unseen::default(), Mutex::default());
-        Self { client, settings, health, pods, unseen, events, lead, stop, failures }
+        let (pods, failures) = (Pods::default(), Mutex::default());
+        let (unseen, replaced) = (Unseen::default(), Replaced::default());
+        Self { client, settings, health, pods, unseen, replaced, events, lead, stop, failures }
     }
 
-    /// Whether a visit may go on. One that cannot, because another operator leads, waits here; what it was about to look at
-    /// is old by then, so it has to be begun again.
-    pub(super) async fn may_visit(&self) -> bool {
+    /// Why a visit to `object` may not go on: when it has to be begun again, because what it was about to look at is old.
+    /// One that another operator has to make waits here until that one leads no more.
+    pub(super) async fn held_up<K: Own>(&self, kind: &'static str, object: &Kept<K>) -> Option<Again> {
         if *self.lead.borrow() {
-            return true;
+            let version = object.meta().resource_version.as_deref();
+            return self.replaced.is_replaced(kind, &object.key(), version).then(|| Again::requeue(CATCH_UP));
         }
         let mut lead = self.lead.clone();
         tokio::select! {
@@ -117,7 +123,7 @@ impl Context {
             _ = lead.wait_for(|leads| *leads) => {}
             () = self.stop.clone() => {}
         }
-        false
+        Some(Again::requeue(Duration::ZERO))
     }
 
     /// There is news of an object. How long it takes to act on it is measured where anybody does: an operator that stands by
@@ -127,6 +133,7 @@ impl Context {
             self.unseen.heard(kind, key, Instant::now());
         } else {
             self.unseen.take(kind, key);
+            self.replaced.is_replaced(kind, key, None);
         }
     }
 

@@ -127,8 +127,8 @@ pub(super) async fn control<K: Run>(context: Arc<Context>, artifacts: Artifacts,
 }
 
 async fn reconcile<K: Run>(object: Arc<Kept<K>>, runs: Arc<Runs>) -> Result<Again, Error> {
-    if !runs.context.may_visit().await {
-        return Ok(Again::requeue(Duration::ZERO));
+    if let Some(again) = runs.context.held_up(K::KIND.as_str(), &object).await {
+        return Ok(again);
     }
     let visit = Visit::begin(&runs.context, K::KIND.as_str(), object.key());
     let result = match object.read() {

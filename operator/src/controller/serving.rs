@@ -127,8 +127,8 @@ fn owner_by_label(slice: &EndpointSlice) -> Option<Key> {
 }
 
 async fn reconcile(object: Arc<Kept<ServingJob>>, servings: Arc<Servings>) -> Result<Again, Error> {
-    if !servings.context.may_visit().await {
-        return Ok(Again::requeue(Duration::ZERO));
+    if let Some(again) = servings.context.held_up(KIND, &object).await {
+        return Ok(again);
     }
     let visit = Visit::begin(&servings.context, KIND, object.key());
     let result = match object.read() {

@@ -27,6 +27,30 @@ impl Unseen {
     }
 }
 
+/// The version of each object onto which its status was written, until its watch tells of that.
+///
+/// News of what a visit made arrives while it ends, and the next visit would begin with the status from before the last one: it
+/// would decide the same again, and the API server refuse to write it.
+#[derive(Debug, Default)]
+pub(super) struct Replaced(Mutex<HashMap<(&'static str, Key), String>>);
+
+impl Replaced {
+    fn note(&self, kind: &'static str, key: &Key, version: String) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert((kind, key.clone()), version);
+    }
+
+    /// Whether `version` of an object, which is what its watch last told of, has been replaced by a write of ours.
+    pub(super) fn is_replaced(&self, kind: &'static str, key: &Key, version: Option<&str>) -> bool {
+        let mut replaced = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let object = (kind, key.clone());
+        let is_replaced = replaced.get(&object).is_some_and(|old| Some(old.as_str()) == version);
+        if !is_replaced {
+            replaced.remove(&object);
+        }
+        is_replaced
+    }
+}
+
 /// A visit under way. Writes are made through it, so that they are counted and timed.
 pub(super) struct Visit<'a> {
     pub(super) context: &'a Context,
@@ -53,6 +77,11 @@ impl<'a> Visit<'a> {
             let answered = news.elapsed();
             self.context.health.reacted(self.kind, sent.saturating_duration_since(news), answered);
         }
+    }
+
+    /// Notes that the object's status was written onto `version`, and that there is a newer version now.
+    pub(super) fn replaced(&self, version: String) {
+        self.context.replaced.note(self.kind, &self.key, version);
     }
 
     pub(super) fn end<T>(self, result: &Result<T, Error>) {
@@ -86,5 +115,16 @@ mod tests {
         assert_eq!(unseen.take("ServingJob", &key), None, "another one of that name");
         assert_eq!(unseen.take("TrainingJob", &key), Some(start + Duration::from_secs(1)));
         assert_eq!(unseen.take("TrainingJob", &key), None);
+    }
+
+    #[test]
+    fn an_object_is_old_until_its_watch_tells_of_our_own_write() {
+        let (replaced, key) = (Replaced::default(), ("a".to_owned(), "vqa".to_owned()));
+        let is_old = |version| replaced.is_replaced("TrainingJob", &key, Some(version));
+        assert!(!is_old("7"));
+        replaced.note("TrainingJob", &key, "7".to_owned());
+        assert!(is_old("7") && is_old("7"));
+        assert!(!is_old("8"));
+        assert!(!is_old("7"), "nothing is remembered once there has been news");
     }
 }
