@@ -70,8 +70,9 @@ struct Options {
     /// Name by which this operator holds the Lease and writes events: the pod's
     #[arg(long, env = "SENSORIUM_IDENTITY")]
     identity: Option<String>,
-    /// Objects of one kind that are visited at the same time
-    #[arg(long, env = "SENSORIUM_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
+    /// Objects of one kind that are visited at the same time. A visit does little but wait for the API server, so a slow one
+    /// wants more of them
+    #[arg(long, env = "SENSORIUM_CONCURRENCY", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=256))]
     concurrency: u16,
     /// Whether nodes fetch artifacts from buckets for their pods: whether sensorium-node-cache runs on all of them
     #[arg(long, env = "SENSORIUM_NODE_CACHE", default_value_t = false, action = clap::ArgAction::Set)]

@@ -113,6 +113,8 @@ metrics! {
         "Checkpoints that could not be written";
     OPERATOR_RECONCILE_SECONDS = Histogram "sensorium_reconcile_duration_seconds" ["kind"]
         "Time of one visit to an object";
+    OPERATOR_REACTION = Histogram "sensorium_reaction_seconds" ["kind", "until"]
+        "Time from a watch's news of an object until the first write that came of it was sent or answered";
     OPERATOR_RECONCILE = Counter "sensorium_reconcile_total" ["kind", "outcome"]
         "Visits to objects; the outcome is ok, conflict (changed meanwhile, visited again), not_ready or error";
     OPERATOR_WRITES = Counter "sensorium_writes_total" ["kind", "verb"]

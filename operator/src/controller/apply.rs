@@ -1,6 +1,7 @@
 //! Writes: each can be repeated, and each is left out when it would change nothing.
 
 use std::fmt::Debug;
+use std::time::Instant;
 
 use k8s_openapi::NamespaceResourceScope;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions, PropagationPolicy};
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 use tracing::{Instrument as _, Span};
 
 use super::Error;
-use super::context::Context;
+use super::visit::Visit;
 
 /// The name under which the operator owns the fields that it sets.
 const MANAGER: &str = "sensorium-operator";
@@ -33,15 +34,16 @@ fn span<K: Resource<DynamicType = ()>>(verb: &'static str, object: &K) -> Span {
 }
 
 /// Creates `object` unless it is there; what is there stays as it is. Says whether it was created.
-pub(super) async fn create<K>(context: &Context, owner: &'static str, object: &K) -> Result<bool, Error>
+pub(super) async fn create<K>(visit: &Visit<'_>, object: &K) -> Result<bool, Error>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
 {
-    let api: Api<K> = context.api_in(&object.namespace().unwrap_or_default());
+    let api: Api<K> = visit.context.api_in(&object.namespace().unwrap_or_default());
     let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
+    let sent = Instant::now();
     match api.create(&params, object).instrument(span("create", object)).await {
         Ok(_) => {
-            context.health.wrote(owner, "create");
+            visit.wrote("create", sent);
             Ok(true)
         }
         Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(false),
@@ -50,12 +52,7 @@ where
 }
 
 /// Makes the live object have every field of `desired`. Fields that others set stay theirs.
-pub(super) async fn apply<K>(
-    context: &Context,
-    owner: &'static str,
-    desired: &K,
-    actual: Option<&K>,
-) -> Result<bool, Error>
+pub(super) async fn apply<K>(visit: &Visit<'_>, desired: &K, actual: Option<&K>) -> Result<bool, Error>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
 {
@@ -68,23 +65,25 @@ where
     }
     wanted["apiVersion"] = json!(K::api_version(&()));
     wanted["kind"] = json!(K::kind(&()));
-    let api: Api<K> = context.api_in(&desired.namespace().unwrap_or_default());
+    let api: Api<K> = visit.context.api_in(&desired.namespace().unwrap_or_default());
     let name = desired.name_any();
+    let sent = Instant::now();
     api.patch(&name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&wanted))
         .instrument(span("apply", desired))
         .await
         .map_err(Error::api("apply", named::<K>(&name)))?;
-    context.health.wrote(owner, "apply");
+    visit.wrote("apply", sent);
     Ok(true)
 }
 
 /// Changes part of an object.
-pub(super) async fn merge<K>(context: &Context, owner: &'static str, object: &K, change: &Value) -> Result<(), Error>
+pub(super) async fn merge<K>(visit: &Visit<'_>, object: &K, change: &Value) -> Result<(), Error>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
 {
-    let api: Api<K> = context.api_in(&object.namespace().unwrap_or_default());
+    let api: Api<K> = visit.context.api_in(&object.namespace().unwrap_or_default());
     let name = object.name_any();
+    let sent = Instant::now();
     api.patch(
         &name,
         &PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() },
@@ -93,47 +92,43 @@ where
     .instrument(span("merge", object))
     .await
     .map_err(Error::api("change", named::<K>(&name)))?;
-    context.health.wrote(owner, "merge");
+    visit.wrote("merge", sent);
     Ok(())
 }
 
 /// Deletes exactly this object; what it owns follows.
-pub(super) async fn delete<K>(context: &Context, owner: &'static str, object: &K) -> Result<(), Error>
+pub(super) async fn delete<K>(visit: &Visit<'_>, object: &K) -> Result<(), Error>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
 {
-    delete_with(context, owner, object, PropagationPolicy::Background).await
+    delete_with(visit, object, PropagationPolicy::Background).await
 }
 
 /// Deletes exactly this object, what it owns first: as long as it is there, so may they be.
-pub(super) async fn delete_last<K>(context: &Context, owner: &'static str, object: &K) -> Result<(), Error>
+pub(super) async fn delete_last<K>(visit: &Visit<'_>, object: &K) -> Result<(), Error>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
 {
-    delete_with(context, owner, object, PropagationPolicy::Foreground).await
+    delete_with(visit, object, PropagationPolicy::Foreground).await
 }
 
-async fn delete_with<K>(
-    context: &Context,
-    owner: &'static str,
-    object: &K,
-    propagation: PropagationPolicy,
-) -> Result<(), Error>
+async fn delete_with<K>(visit: &Visit<'_>, object: &K, propagation: PropagationPolicy) -> Result<(), Error>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
 {
     if object.meta().deletion_timestamp.is_some() {
         return Ok(());
     }
-    let api: Api<K> = context.api_in(&object.namespace().unwrap_or_default());
+    let api: Api<K> = visit.context.api_in(&object.namespace().unwrap_or_default());
     let params = DeleteParams {
         propagation_policy: Some(propagation),
         preconditions: Some(Preconditions { uid: object.uid(), resource_version: None }),
         ..DeleteParams::default()
     };
+    let sent = Instant::now();
     match api.delete(&object.name_any(), &params).instrument(span("delete", object)).await {
         Ok(_) => {
-            context.health.wrote(owner, "delete");
+            visit.wrote("delete", sent);
             Ok(())
         }
         Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
@@ -145,8 +140,7 @@ where
 /// Writes `status` if it differs from `old`, and only onto the version that was read: a decision made on old news is not
 /// written over a newer one.
 pub(super) async fn write_status<K, S>(
-    context: &Context,
-    owner: &'static str,
+    visit: &Visit<'_>,
     object: &K,
     old: Option<&S>,
     status: &S,
@@ -165,12 +159,18 @@ where
         erase(&old, wanted);
     }
     let change = json!({"metadata": {"resourceVersion": object.resource_version()}, "status": wanted});
-    let api: Api<K> = context.api_in(&object.namespace().unwrap_or_default());
+    let api: Api<K> = visit.context.api_in(&object.namespace().unwrap_or_default());
     let name = object.name_any();
     let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
+    let sent = Instant::now();
     match api.patch_status(&name, &params, &Patch::Merge(&change)).instrument(span("status", object)).await {
-        Ok(_) => {
-            context.health.wrote(owner, "status");
+        Ok(written) => {
+            visit.wrote("status", sent);
+            if let Some(old) = object.resource_version()
+                && written.resource_version().as_ref() != Some(&old)
+            {
+                visit.replaced(old);
+            }
             Ok(true)
         }
         Err(kube::Error::Api(status)) if status.is_not_found() => Ok(false),

@@ -20,9 +20,10 @@ use serde_json::json;
 
 use super::apply;
 use super::children::{Children, Key, owner_by_reference, prune_job};
-use super::context::{Context, DEBOUNCE, PAGE, Visit};
+use super::context::{Context, DEBOUNCE, PAGE};
 use super::index::{Known, reference};
 use super::kept::Kept;
+use super::visit::Visit;
 use super::{Error, Stop};
 use crate::render::{is_verification, render_removal, render_verification};
 use crate::status::conditions::is_true;
@@ -82,7 +83,11 @@ pub(super) async fn control(
 ) {
     let store = artifacts.0.store();
     let (jobs, news) = context.watch_children(KIND, owner_by_reference(KIND), prune_job);
-    let touched = futures::stream::select(touched, news).map(|key| reference(&key));
+    let heard = {
+        let (context, known) = (Arc::clone(&context), artifacts.0.clone());
+        move |key: &Key| context.heard(KIND, &known, key)
+    };
+    let touched = futures::stream::select(touched, news).inspect(heard).map(|key| reference(&key));
     let records = Arc::new(Records { context: Arc::clone(&context), jobs, all: artifacts });
     Controller::for_stream(futures::stream::pending(), store)
         .with_config(Config::default().concurrency(context.settings.concurrency).debounce(DEBOUNCE))
@@ -94,12 +99,12 @@ pub(super) async fn control(
 }
 
 async fn reconcile(object: Arc<Kept<ModelArtifact>>, records: Arc<Records>) -> Result<Again, Error> {
-    if !records.context.may_visit().await {
-        return Ok(Again::requeue(Duration::ZERO));
+    if let Some(again) = records.context.held_up(KIND, &object).await {
+        return Ok(again);
     }
-    let visit = Visit::begin(&records.context.health, KIND);
+    let visit = Visit::begin(&records.context, KIND, object.key());
     let result = match object.read() {
-        Ok(object) => records.visit(&object).await,
+        Ok(object) => records.visit(&visit, &object).await,
         Err(error) => {
             records.context.unreadable(&*object, &error).await;
             Ok(None)
@@ -123,7 +128,7 @@ fn is_kept(artifact: &ModelArtifact) -> bool {
 
 impl Records {
     /// Gives the time after which to look again, if nothing happens until then.
-    async fn visit(&self, artifact: &ModelArtifact) -> Result<Option<Duration>, Error> {
+    async fn visit(&self, visit: &Visit<'_>, artifact: &ModelArtifact) -> Result<Option<Duration>, Error> {
         if !self.jobs.listed() {
             return Err(Error::NotReady);
         }
@@ -131,19 +136,19 @@ impl Records {
         let jobs = self.jobs.of(&key);
         if artifact.meta().deletion_timestamp.is_some() {
             let job = jobs.iter().find(|job| !is_verification(job));
-            return self.remove(artifact, job.map(|job| &**job)).await;
+            return self.remove(visit, artifact, job.map(|job| &**job)).await;
         }
         if removes_files(artifact) && !is_kept(artifact) {
             let finalizers: Vec<&str> = artifact.finalizers().iter().map(String::as_str).chain([FINALIZER]).collect();
-            self.set_finalizers(artifact, &finalizers).await?;
+            self.set_finalizers(visit, artifact, &finalizers).await?;
         }
         let job = jobs.iter().find(|job| is_verification(job));
-        self.verify(artifact, job.map(|job| &**job)).await?;
-        self.retire(artifact).await
+        self.verify(visit, artifact, job.map(|job| &**job)).await?;
+        self.retire(visit, artifact).await
     }
 
     /// Has the stored files compared with their digests.
-    async fn verify(&self, artifact: &ModelArtifact, live: Option<&Job>) -> Result<(), Error> {
+    async fn verify(&self, visit: &Visit<'_>, artifact: &ModelArtifact, live: Option<&Job>) -> Result<(), Error> {
         let Some(owner) = artifact.controller_owner_ref(&()) else { return Err(Error::NotReady) };
         let verified = is_verified(artifact);
         let mut problem = None;
@@ -151,23 +156,23 @@ impl Records {
         if !verified && live.is_none() {
             match render_verification(artifact, owner, &self.context.settings.images) {
                 Ok(job) => {
-                    apply::create(&self.context, KIND, &job).await?;
+                    apply::create(visit, &job).await?;
                 }
                 Err(reason) => problem = Some(reason),
             }
         }
         let (status, notes) = verification(artifact, live, problem.as_deref(), Timestamp::now());
         let verified = is_true(&status.conditions, "Verified");
-        apply::write_status(&self.context, KIND, artifact, artifact.status.as_ref(), &status).await?;
+        apply::write_status(visit, artifact, artifact.status.as_ref(), &status).await?;
         if let (true, Some(job)) = (verified, live) {
-            apply::delete(&self.context, KIND, job).await?;
+            apply::delete(visit, job).await?;
         }
         self.context.publish(&artifact.object_ref(&()), &notes).await;
         Ok(())
     }
 
     /// Deletes the older artifacts that the rule of this one lets go and nobody uses.
-    async fn retire(&self, artifact: &ModelArtifact) -> Result<Option<Duration>, Error> {
+    async fn retire(&self, visit: &Visit<'_>, artifact: &ModelArtifact) -> Result<Option<Duration>, Error> {
         if artifact.spec.retention.is_none() {
             return Ok(None);
         }
@@ -186,13 +191,18 @@ impl Records {
             let keep = artifact.spec.retention.map_or(1, |retention| retention.keep);
             let message = format!("{} is newer, and the newest {keep} of the name are kept", artifact.name_any());
             self.context.publish(&old.object_ref(&()), &[Note::normal("Retired", message)]).await;
-            apply::delete(&self.context, KIND, old).await?;
+            apply::delete(visit, old).await?;
         }
         Ok(used.then_some(STILL_USED))
     }
 
     /// A record that is being deleted: first its files go, if they should and no other record is of the same ones.
-    async fn remove(&self, artifact: &ModelArtifact, live: Option<&Job>) -> Result<Option<Duration>, Error> {
+    async fn remove(
+        &self,
+        visit: &Visit<'_>,
+        artifact: &ModelArtifact,
+        live: Option<&Job>,
+    ) -> Result<Option<Duration>, Error> {
         // Deleted in the foreground, whatever it owns goes at once, and a Job that removes files would too. The garbage collector
         // takes its mark away when it is done with what there was.
         if !is_kept(artifact) || artifact.finalizers().iter().any(|name| name == "foregroundDeletion") {
@@ -208,9 +218,9 @@ impl Records {
             if reader.is_none() && live.is_none() {
                 let Some(owner) = artifact.controller_owner_ref(&()) else { return Err(Error::NotReady) };
                 match render_removal(artifact, owner, &self.context.settings.images) {
-                    Ok(job) => match apply::create(&self.context, KIND, &job).await {
+                    Ok(job) => match apply::create(visit, &job).await {
                         // Nothing can be made in a namespace that goes away; its volumes go with it.
-                        Err(error) if error.is_namespace_terminating() => return self.let_go(artifact).await,
+                        Err(error) if error.is_namespace_terminating() => return self.let_go(visit, artifact).await,
                         made => drop(made?),
                     },
                     Err(reason) => problem = Some(reason),
@@ -218,22 +228,27 @@ impl Records {
             }
             let (status, removed) = removal(artifact, reader, live, problem.as_deref(), Timestamp::now());
             if !removed {
-                apply::write_status(&self.context, KIND, artifact, artifact.status.as_ref(), &status).await?;
+                apply::write_status(visit, artifact, artifact.status.as_ref(), &status).await?;
                 return Ok(reader.is_some().then_some(STILL_USED));
             }
         }
-        self.let_go(artifact).await
+        self.let_go(visit, artifact).await
     }
 
-    async fn let_go(&self, artifact: &ModelArtifact) -> Result<Option<Duration>, Error> {
+    async fn let_go(&self, visit: &Visit<'_>, artifact: &ModelArtifact) -> Result<Option<Duration>, Error> {
         let others: Vec<&str> =
             artifact.finalizers().iter().map(String::as_str).filter(|name| *name != FINALIZER).collect();
-        self.set_finalizers(artifact, &others).await.map(|()| None)
+        self.set_finalizers(visit, artifact, &others).await.map(|()| None)
     }
 
-    async fn set_finalizers(&self, artifact: &ModelArtifact, finalizers: &[&str]) -> Result<(), Error> {
+    async fn set_finalizers(
+        &self,
+        visit: &Visit<'_>,
+        artifact: &ModelArtifact,
+        finalizers: &[&str],
+    ) -> Result<(), Error> {
         let change = json!({"metadata": {"finalizers": finalizers, "resourceVersion": artifact.resource_version()}});
-        apply::merge(&self.context, KIND, artifact, &change).await
+        apply::merge(visit, artifact, &change).await
     }
 
     /// Everybody who reads artifacts in the namespace of this one. Asked for when something is about to be removed only, so

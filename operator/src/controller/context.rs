@@ -23,6 +23,7 @@ use super::health::Health;
 use super::index::{Follower, Known, Touched};
 use super::kept::{Kept, Own};
 use super::pods::Pods;
+use super::visit::{Replaced, Unseen};
 use super::{Error, Stop};
 use crate::plan::WorkloadPlan;
 use crate::render::{Images, KIND_LABEL, MANAGED_BY};
@@ -64,6 +65,8 @@ pub struct Context {
     pub(super) settings: Settings,
     pub(super) health: Arc<Health>,
     pub(super) pods: Pods,
+    pub(super) unseen: Unseen,
+    pub(super) replaced: Replaced,
     events: Events,
     /// Whether this operator is the one that acts.
     lead: watch::Receiver<bool>,
@@ -80,6 +83,9 @@ impl Debug for Context {
 
 /// How long the visits of an object that has just changed are put together.
 pub(super) const DEBOUNCE: Duration = Duration::from_millis(100);
+/// A watch that has not told of our own write after so long will be asked again. It nearly always tells within milliseconds, and
+/// that brings a visit of its own.
+const CATCH_UP: Duration = Duration::from_secs(5);
 /// Bounds of the wait after a failed visit.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// Objects of a list that are under way at a time. All kinds are listed at once, and a pod has kilobytes: pages decide on
@@ -99,14 +105,17 @@ impl Context {
         stop: Stop,
     ) -> Self {
         let events = Events::new(client.clone(), settings.identity.clone());
-        Self { client, settings, health, pods: Pods::default(), events, lead, stop, failures: Mutex::default() }
+        let (pods, failures) = (Pods::default(), Mutex::default());
+        let (unseen, replaced) = (Unseen::default(), Replaced::default());
+        Self { client, settings, health, pods, unseen, replaced, events, lead, stop, failures }
     }
 
-    /// Whether a visit may go on. One that cannot, because another operator leads, waits here; what it was about to look at
-    /// is old by then, so it has to be begun again.
-    pub(super) async fn may_visit(&self) -> bool {
+    /// Why a visit to `object` may not go on: when it has to be begun again, because what it was about to look at is old.
+    /// One that another operator has to make waits here until that one leads no more.
+    pub(super) async fn held_up<K: Own>(&self, kind: &'static str, object: &Kept<K>) -> Option<Again> {
         if *self.lead.borrow() {
-            return true;
+            let version = object.meta().resource_version.as_deref();
+            return self.replaced.is_replaced(kind, &object.key(), version).then(|| Again::requeue(CATCH_UP));
         }
         let mut lead = self.lead.clone();
         tokio::select! {
@@ -114,7 +123,18 @@ impl Context {
             _ = lead.wait_for(|leads| *leads) => {}
             () = self.stop.clone() => {}
         }
-        false
+        Some(Again::requeue(Duration::ZERO))
+    }
+
+    /// There is news of an object. How long it takes to act on it is measured where anybody does: an operator that stands by
+    /// waits for something else.
+    pub(super) fn heard<K: Own>(&self, kind: &'static str, known: &Known<K>, key: &Key) {
+        if known.has(key) && *self.lead.borrow() {
+            self.unseen.heard(kind, key, Instant::now());
+        } else {
+            self.unseen.take(kind, key);
+            self.replaced.is_replaced(kind, key, None);
+        }
     }
 
     /// The objects of kind `K` that the operator looks at.
@@ -229,27 +249,4 @@ pub(super) fn again_after(context: &Context, object: String, error: &Error) -> A
     let wait = context.retry_delay(object.clone());
     tracing::warn!(object, error = crate::error_line(error), again_in_seconds = wait.as_secs(), "a visit failed");
     Again::requeue(wait)
-}
-
-/// Measures one visit.
-pub(super) struct Visit<'a> {
-    health: &'a Health,
-    kind: &'static str,
-    began: Instant,
-}
-
-impl<'a> Visit<'a> {
-    pub(super) fn begin(health: &'a Health, kind: &'static str) -> Self {
-        Self { health, kind, began: Instant::now() }
-    }
-
-    pub(super) fn end<T>(self, result: &Result<T, Error>) {
-        let outcome = match result {
-            Ok(_) => "ok",
-            Err(error) if error.is_conflict() => "conflict",
-            Err(Error::NotReady) => "not_ready",
-            Err(_) => "error",
-        };
-        self.health.visited(self.kind, outcome, self.began.elapsed());
-    }
 }

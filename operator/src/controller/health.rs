@@ -29,6 +29,12 @@ struct OutcomeLabel {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct UntilLabel {
+    kind: &'static str,
+    until: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct WatchLabel {
     watch: String,
 }
@@ -52,6 +58,7 @@ type States = Box<dyn Fn() -> Vec<(JobState, i64)> + Send + Sync>;
 pub struct Health {
     registry: Registry,
     duration: Family<KindLabel, Histogram>,
+    reactions: Family<UntilLabel, Histogram>,
     visits: Family<OutcomeLabel, Counter>,
     writes: Family<VerbLabel, Counter>,
     staleness: Family<WatchLabel, Gauge<f64, AtomicU64>>,
@@ -74,9 +81,12 @@ impl Default for Health {
         let mut registry = Registry::default();
         let duration: Family<KindLabel, Histogram> =
             Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 14)));
+        let reactions: Family<UntilLabel, Histogram> =
+            Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.01, 1.5, 22)));
         let (visits, writes, staleness) = (Family::default(), Family::default(), Family::default());
         let (leader, jobs) = (Gauge::default(), Family::default());
         names::OPERATOR_RECONCILE_SECONDS.register(&mut registry, duration.clone());
+        names::OPERATOR_REACTION.register(&mut registry, reactions.clone());
         names::OPERATOR_RECONCILE.register(&mut registry, Family::clone(&visits));
         names::OPERATOR_WRITES.register(&mut registry, Family::clone(&writes));
         names::OPERATOR_WATCH_STALENESS.register(&mut registry, Family::clone(&staleness));
@@ -85,6 +95,7 @@ impl Default for Health {
         Self {
             registry,
             duration,
+            reactions,
             visits,
             writes,
             staleness,
@@ -101,6 +112,13 @@ impl Health {
     pub(super) fn visited(&self, kind: &'static str, outcome: &'static str, took: Duration) {
         self.duration.get_or_create(&KindLabel { kind }).observe(took.as_secs_f64());
         self.visits.get_or_create(&OutcomeLabel { kind, outcome }).inc();
+    }
+
+    /// Notes how long after the news of an object the first write that came of it was sent, and answered.
+    pub(super) fn reacted(&self, kind: &'static str, sent: Duration, answered: Duration) {
+        for (until, took) in [("sent", sent), ("answered", answered)] {
+            self.reactions.get_or_create(&UntilLabel { kind, until }).observe(took.as_secs_f64());
+        }
     }
 
     /// Notes one write to the API server.

@@ -40,6 +40,11 @@ impl<K: Own> Known<K> {
         self.store.clone()
     }
 
+    /// Whether there is such an object.
+    pub(super) fn has(&self, key: &Key) -> bool {
+        self.store.get(&reference(key)).is_some()
+    }
+
     /// Whether all that exist are known.
     pub(super) fn listed(&self) -> bool {
         self.index.read().unwrap_or_else(PoisonError::into_inner).listed

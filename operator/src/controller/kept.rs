@@ -3,7 +3,6 @@
 //! Read into its type, an object takes several times the memory of its text, most of it for fields that are not set. There
 //! may be ten thousand of them and few are visited at a time, so each is read again when it is its turn.
 
-use std::borrow::Cow;
 use std::fmt::Debug;
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -127,29 +126,7 @@ impl From<Unreadable> for Error {
     }
 }
 
-impl<K: Resource<DynamicType = ()>> Resource for Kept<K> {
-    type DynamicType = ();
-    type Scope = K::Scope;
-
-    fn kind((): &()) -> Cow<'_, str> {
-        K::kind(&())
-    }
-    fn group((): &()) -> Cow<'_, str> {
-        K::group(&())
-    }
-    fn version((): &()) -> Cow<'_, str> {
-        K::version(&())
-    }
-    fn plural((): &()) -> Cow<'_, str> {
-        K::plural(&())
-    }
-    fn meta(&self) -> &ObjectMeta {
-        &self.meta
-    }
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.meta
-    }
-}
+lean::same_kind!(Kept, self => &self.meta, &mut self.meta);
 
 impl<'de, K: Own> Deserialize<'de> for Kept<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -3,11 +3,8 @@
 //! `metadata.managedFields` lists all fields of an object, each as a JSON object of its own: read as JSON, ten times the
 //! object itself. It is passed over while an object is read, so that a page of a list never holds it.
 
-use std::borrow::Cow;
 use std::fmt;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::Resource;
 use serde::de::{DeserializeOwned, DeserializeSeed, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
@@ -22,29 +19,37 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Lean<K> {
     }
 }
 
-impl<K: Resource<DynamicType = ()>> Resource for Lean<K> {
-    type DynamicType = ();
-    type Scope = K::Scope;
+/// Says that a form in which objects are kept is of the same kind as they are, and where it has their metadata.
+macro_rules! same_kind {
+    ($form:ident, $self:ident => $meta:expr, $meta_mut:expr) => {
+        impl<K: kube::Resource<DynamicType = ()>> kube::Resource for $form<K> {
+            type DynamicType = ();
+            type Scope = K::Scope;
 
-    fn kind((): &()) -> Cow<'_, str> {
-        K::kind(&())
-    }
-    fn group((): &()) -> Cow<'_, str> {
-        K::group(&())
-    }
-    fn version((): &()) -> Cow<'_, str> {
-        K::version(&())
-    }
-    fn plural((): &()) -> Cow<'_, str> {
-        K::plural(&())
-    }
-    fn meta(&self) -> &ObjectMeta {
-        self.0.meta()
-    }
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        self.0.meta_mut()
-    }
+            fn kind((): &()) -> std::borrow::Cow<'_, str> {
+                K::kind(&())
+            }
+            fn group((): &()) -> std::borrow::Cow<'_, str> {
+                K::group(&())
+            }
+            fn version((): &()) -> std::borrow::Cow<'_, str> {
+                K::version(&())
+            }
+            fn plural((): &()) -> std::borrow::Cow<'_, str> {
+                K::plural(&())
+            }
+            fn meta(&$self) -> &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta {
+                $meta
+            }
+            fn meta_mut(&mut $self) -> &mut k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta {
+                $meta_mut
+            }
+        }
+    };
 }
+pub(super) use same_kind;
+
+same_kind!(Lean, self => self.0.meta(), self.0.meta_mut());
 
 /// Reads an object as JSON, without its `managedFields`.
 pub(super) fn object<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {

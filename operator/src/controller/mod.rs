@@ -22,6 +22,7 @@ mod news;
 mod pods;
 mod run;
 mod serving;
+mod visit;
 
 pub use context::{Context, Settings};
 pub use health::Health;

@@ -20,9 +20,10 @@ use serde_json::json;
 use super::apply;
 use super::artifact::Artifacts;
 use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_job, prune_pod};
-use super::context::{Context, DEBOUNCE, Visit};
+use super::context::{Context, DEBOUNCE};
 use super::index::reference;
 use super::kept::{Kept, Own};
+use super::visit::Visit;
 use super::{Error, News, Stop};
 use crate::plan::{Pins, WorkloadPlan, plan_pinned};
 use crate::render::{ACCESS_ANNOTATION, Owner, access_of, attempt_of, render_run};
@@ -107,6 +108,10 @@ pub(super) async fn control<K: Run>(context: Arc<Context>, artifacts: Artifacts,
         policy_news.boxed(),
         news.of_readers(known.clone()).boxed(),
     ])
+    .inspect({
+        let (context, known) = (Arc::clone(&context), known.clone());
+        move |key| context.heard(kind, &known, key)
+    })
     .map(|key| reference(&key));
 
     let counted = known.clone();
@@ -122,12 +127,12 @@ pub(super) async fn control<K: Run>(context: Arc<Context>, artifacts: Artifacts,
 }
 
 async fn reconcile<K: Run>(object: Arc<Kept<K>>, runs: Arc<Runs>) -> Result<Again, Error> {
-    if !runs.context.may_visit().await {
-        return Ok(Again::requeue(Duration::ZERO));
+    if let Some(again) = runs.context.held_up(K::KIND.as_str(), &object).await {
+        return Ok(again);
     }
-    let visit = Visit::begin(&runs.context.health, K::KIND.as_str());
+    let visit = Visit::begin(&runs.context, K::KIND.as_str(), object.key());
     let result = match object.read() {
-        Ok(object) => runs.visit(&object).await,
+        Ok(object) => runs.visit(&visit, &object).await,
         Err(error) => {
             runs.context.unreadable(&*object, &error).await;
             Ok(Again::await_change())
@@ -145,7 +150,7 @@ fn on_error<K: Run>(object: Arc<Kept<K>>, error: &Error, runs: Arc<Runs>) -> Aga
 }
 
 impl Runs {
-    async fn visit<K: Run>(&self, object: &K) -> Result<Again, Error> {
+    async fn visit<K: Run>(&self, visit: &Visit<'_>, object: &K) -> Result<Again, Error> {
         let caches = [
             self.jobs.listed(),
             self.pods.listed(),
@@ -188,7 +193,7 @@ impl Runs {
             progress,
             widths: &widths,
         });
-        self.carry_out(object, &manifest, &key, old, &jobs, &decision).await?;
+        self.carry_out(visit, object, &manifest, &key, old, &jobs, &decision).await?;
         let again = match (decision.again, poll) {
             (Some(again), Some(poll)) => Some(again.min(poll)),
             (again, poll) => again.or(poll),
@@ -228,8 +233,10 @@ impl Runs {
         }
     }
 
+    #[expect(clippy::too_many_arguments, reason = "what a visit knows by then; nobody else calls it")]
     async fn carry_out<K: Run>(
         &self,
+        visit: &Visit<'_>,
         object: &K,
         manifest: &Manifest,
         key: &Key,
@@ -237,16 +244,15 @@ impl Runs {
         jobs: &[Job],
         decision: &Decision,
     ) -> Result<(), Error> {
-        let (context, kind) = (&*self.context, K::KIND.as_str());
         let status = &decision.status;
         match &decision.action {
-            Action::Expire => return apply::delete(context, kind, object).await,
+            Action::Expire => return apply::delete(visit, object).await,
             Action::Ensure { attempt, workers } => {
-                self.ensure(object, manifest, key, *attempt, *workers, &status.inputs, jobs).await?;
+                self.ensure(visit, object, manifest, key, *attempt, *workers, &status.inputs, jobs).await?;
             }
             Action::Suspend { attempt, hold } => {
                 for job in jobs.iter().filter(|job| attempt_of(job) == Some(*attempt)) {
-                    apply::merge(context, kind, job, &json!({"spec": {"suspend": hold}})).await?;
+                    apply::merge(visit, job, &json!({"spec": {"suspend": hold}})).await?;
                 }
             }
             Action::None | Action::Remove => {}
@@ -257,16 +263,16 @@ impl Runs {
         if let (true, Some(artifact)) = (ended_now, &status.artifact)
             && status.gate.as_ref().is_none_or(|gate| gate.promoted)
         {
-            self.record(object, manifest, artifact).await?;
+            self.record(visit, object, manifest, artifact).await?;
         }
         // What a failure was is written before its traces are removed.
-        apply::write_status(context, kind, object, old, status).await?;
+        apply::write_status(visit, object, old, status).await?;
         if decision.action == Action::Remove {
             for job in jobs {
-                apply::delete_last(context, kind, job).await?;
+                apply::delete_last(visit, job).await?;
             }
         }
-        context.publish(&object.object_ref(&()), &decision.notes).await;
+        self.context.publish(&object.object_ref(&()), &decision.notes).await;
         Ok(())
     }
 
@@ -274,6 +280,7 @@ impl Runs {
     #[expect(clippy::too_many_arguments, reason = "what a visit knows by then; nobody else calls it")]
     async fn ensure<K: Run>(
         &self,
+        visit: &Visit<'_>,
         object: &K,
         manifest: &Manifest,
         key: &Key,
@@ -282,7 +289,7 @@ impl Runs {
         inputs: &std::collections::BTreeMap<String, String>,
         jobs: &[Job],
     ) -> Result<(), Error> {
-        let (context, kind) = (&*self.context, K::KIND.as_str());
+        let context = &*self.context;
         let pins = Pins { artifacts: inputs.clone(), workers: Some(workers), ..Pins::default() };
         let mut plan = plan_pinned(manifest, &pins).map_err(|error| Error::Object(error.to_string()))?;
         let Some(reference) = object.controller_owner_ref(&()) else { return Err(Error::NotReady) };
@@ -290,27 +297,44 @@ impl Runs {
         let Some(role) = plan.roles.first() else { return Ok(()) };
         let owner = Owner { job: JobKey::of(object, K::KIND), reference };
         let objects = render_run(&owner, &plan, role, attempt, &context.settings.images);
-        if !self.configs.has(key, &objects.config.name_any()) {
-            apply::create(context, kind, &objects.config).await?;
+        let is_new = !jobs.iter().any(|job| job.name_any() == objects.job.name_any());
+        if let Some(config) = &objects.config
+            && !self.configs.has(key, &config.name_any())
+        {
+            apply::create(visit, config).await?;
         }
-        let live = self.services.get(key, &objects.service.name_any());
-        apply::apply(context, kind, &objects.service, live.as_deref()).await?;
+        if let Some(service) = &objects.service {
+            let live = self.services.get(key, &service.name_any());
+            apply::apply(visit, service, live.as_deref()).await?;
+        } else if is_new {
+            // A wider attempt's. One that is under way goes on with what it was started with, also by an operator that would
+            // not start it so any more.
+            for service in self.services.of(key) {
+                apply::delete(visit, &*service).await?;
+            }
+        }
         let live = self.policies.get(key, &objects.network.name_any());
-        apply::apply(context, kind, &objects.network, live.as_deref()).await?;
-        if !jobs.iter().any(|job| job.name_any() == objects.job.name_any()) {
-            apply::create(context, kind, &objects.job).await?;
+        apply::apply(visit, &objects.network, live.as_deref()).await?;
+        if is_new {
+            apply::create(visit, &objects.job).await?;
         }
         // Each attempt has a file of its own; those of earlier ones have no reader any more.
         for config in self.configs.of(key) {
-            if config.name_any() != objects.config.name_any() && is_older(&config, attempt) {
-                apply::delete(context, kind, &*config).await?;
+            if is_older(&config, attempt) {
+                apply::delete(visit, &*config).await?;
             }
         }
         Ok(())
     }
 
     /// Creates the ModelArtifact of what the job made.
-    async fn record<K: Run>(&self, object: &K, manifest: &Manifest, artifact: &ArtifactResult) -> Result<(), Error> {
+    async fn record<K: Run>(
+        &self,
+        visit: &Visit<'_>,
+        object: &K,
+        manifest: &Manifest,
+        artifact: &ArtifactResult,
+    ) -> Result<(), Error> {
         let plan = plan_pinned(manifest, &Pins::default()).map_err(|error| Error::Object(error.to_string()))?;
         let record = artifact.record.clone().unwrap_or_default();
         let job = JobKey::of(object, K::KIND);
@@ -346,7 +370,7 @@ impl Runs {
         );
         let access = access_of(&plan.pods).map(|access| [(ACCESS_ANNOTATION.to_owned(), access)].into());
         created.metadata.annotations = access;
-        apply::create(&self.context, K::KIND.as_str(), &created).await?;
+        apply::create(visit, &created).await?;
         Ok(())
     }
 }

@@ -4,7 +4,7 @@ mod encoders;
 
 use std::fmt::Debug;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
@@ -28,9 +28,10 @@ use serde_json::json;
 use super::apply;
 use super::artifact::Artifacts;
 use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_pod};
-use super::context::{Context, DEBOUNCE, Visit};
+use super::context::{Context, DEBOUNCE};
 use super::index::reference;
 use super::kept::Kept;
+use super::visit::Visit;
 use super::{Error, News, Stop};
 use crate::plan::{Pins, Role, plan_pinned};
 use crate::render::{
@@ -86,6 +87,10 @@ pub(super) async fn control(context: Arc<Context>, artifacts: Artifacts, news: N
         slice_news.boxed(),
         news.of_readers(known.clone()).boxed(),
     ])
+    .inspect({
+        let (context, known) = (Arc::clone(&context), known.clone());
+        move |key| context.heard(KIND, &known, key)
+    })
     .map(|key| reference(&key));
 
     let counted = known.clone();
@@ -122,12 +127,12 @@ fn owner_by_label(slice: &EndpointSlice) -> Option<Key> {
 }
 
 async fn reconcile(object: Arc<Kept<ServingJob>>, servings: Arc<Servings>) -> Result<Again, Error> {
-    if !servings.context.may_visit().await {
-        return Ok(Again::requeue(Duration::ZERO));
+    if let Some(again) = servings.context.held_up(KIND, &object).await {
+        return Ok(again);
     }
-    let visit = Visit::begin(&servings.context.health, KIND);
+    let visit = Visit::begin(&servings.context, KIND, object.key());
     let result = match object.read() {
-        Ok(object) => servings.visit(&object).await,
+        Ok(object) => servings.visit(&visit, &object).await,
         Err(error) => {
             servings.context.unreadable(&*object, &error).await;
             Ok(Again::await_change())
@@ -157,7 +162,7 @@ impl Servings {
             && self.artifacts.listed()
     }
 
-    async fn visit(&self, object: &ServingJob) -> Result<Again, Error> {
+    async fn visit(&self, visit: &Visit<'_>, object: &ServingJob) -> Result<Again, Error> {
         if !self.listed() {
             return Err(Error::NotReady);
         }
@@ -184,7 +189,7 @@ impl Servings {
                     node_cache: self.context.settings.node_cache,
                     ..Pins::default()
                 };
-                match self.serve(object, &manifest, &key, &job, &pins, &before).await {
+                match self.serve(visit, object, &manifest, &key, &job, &pins, &before).await {
                     Ok(decided) => plan = decided,
                     Err(error) => match error.refusal() {
                         // What serves goes on serving, as it is.
@@ -223,7 +228,7 @@ impl Servings {
             selector: label.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(","),
         });
         let refusal = refused.as_ref().map(|(refusal, _)| refusal);
-        self.write(object, &status, notes, refusal).await?;
+        self.write(visit, object, &status, notes, refusal).await?;
         match refused {
             // Nobody says when a quota or a policy changes: it is tried again, with growing pauses.
             Some((_, error @ Error::Api { .. })) => Err(error),
@@ -234,6 +239,7 @@ impl Servings {
 
     async fn write(
         &self,
+        visit: &Visit<'_>,
         object: &ServingJob,
         status: &ServingJobStatus,
         mut notes: Vec<Note>,
@@ -241,7 +247,7 @@ impl Servings {
     ) -> Result<(), Error> {
         let old = object.status.as_ref();
         notes.extend(serving_notes(old, status, refusal));
-        apply::write_status(&self.context, KIND, object, old, status).await?;
+        apply::write_status(visit, object, old, status).await?;
         self.context.publish(&object.object_ref(&()), &notes).await;
         Ok(())
     }
@@ -249,6 +255,7 @@ impl Servings {
     /// Makes the children what they should be, and says where the rollout is.
     async fn serve(
         &self,
+        visit: &Visit<'_>,
         object: &ServingJob,
         manifest: &Manifest,
         key: &Key,
@@ -271,7 +278,7 @@ impl Servings {
         let stable = render_servers(&revision, role, &encoders, Track::Stable, replicas);
         let live = self.deployments.get(key, &stable.deployment.name_any());
         let live_canary = self.deployments.get(key, &deployment_name(job, Track::Canary));
-        let measured = self.measure(key, role, status).await;
+        let measured = self.measure(key, live.as_deref(), live_canary.as_deref(), status).await;
         let decided = rollout(
             spec,
             &stable.revision,
@@ -282,48 +289,61 @@ impl Servings {
             Timestamp::now(),
         );
 
-        self.around(object, &owner, role, key).await?;
+        self.around(visit, object, &owner, role, key).await?;
         // Servers that are not started call nobody.
         let encoders = if decided.apply || decided.canaries.is_some() { encoders } else { Vec::new() };
-        self.apply_encoders(key, &encoders).await?;
+        self.apply_encoders(visit, key, &encoders).await?;
         if decided.apply {
-            self.apply_servers(key, &stable, live.as_deref()).await?;
+            self.apply_servers(visit, key, &stable, live.as_deref()).await?;
         } else if let (Some(live), Some(replicas)) = (&live, replicas)
             && live.spec.replicas != i32::try_from(replicas).ok()
         {
             // The old revision stays while the new one is tried; its number may change all the same.
-            apply::merge(context, KIND, &**live, &json!({"spec": {"replicas": replicas}})).await?;
+            apply::merge(visit, &**live, &json!({"spec": {"replicas": replicas}})).await?;
         }
         match (decided.canaries, live_canary) {
             (Some(count), live) => {
                 let canary = render_servers(&revision, role, &encoders, Track::Canary, Some(count));
-                self.apply_servers(key, &canary, live.as_deref()).await?;
+                self.apply_servers(visit, key, &canary, live.as_deref()).await?;
             }
-            (None, Some(live)) => apply::delete(context, KIND, &*live).await?,
+            (None, Some(live)) => apply::delete(visit, &*live).await?,
             (None, None) => {}
         }
-        self.sweep_encoders(key, job, &encoders).await?;
-        self.sweep_configs(key, &stable).await?;
+        self.sweep_encoders(visit, key, job, &encoders).await?;
+        self.sweep_configs(visit, key, &stable).await?;
         Ok(decided)
     }
 
-    async fn apply_servers(&self, key: &Key, servers: &Servers, live: Option<&Deployment>) -> Result<(), Error> {
+    async fn apply_servers(
+        &self,
+        visit: &Visit<'_>,
+        key: &Key,
+        servers: &Servers,
+        live: Option<&Deployment>,
+    ) -> Result<(), Error> {
         if self.configs.get(key, &servers.config.name_any()).is_none() {
-            apply::create(&self.context, KIND, &servers.config).await?;
+            apply::create(visit, &servers.config).await?;
         }
-        apply::apply(&self.context, KIND, &servers.deployment, live).await?;
+        apply::apply(visit, &servers.deployment, live).await?;
         Ok(())
     }
 
     /// The objects that do not depend on a revision.
-    async fn around(&self, object: &ServingJob, owner: &Owner, role: &Role, key: &Key) -> Result<(), Error> {
+    async fn around(
+        &self,
+        visit: &Visit<'_>,
+        object: &ServingJob,
+        owner: &Owner,
+        role: &Role,
+        key: &Key,
+    ) -> Result<(), Error> {
         let context = &*self.context;
         let objects = render_serving(owner, &object.spec, role);
         let name = deployment_name(&owner.job, Track::Stable);
-        self.settle(&self.services, key, &objects.service.name_any(), Some(&objects.service)).await?;
-        self.settle(&self.budgets, key, &name, Some(&objects.budget)).await?;
-        self.settle(&self.policies, key, &name, objects.network.as_ref()).await?;
-        self.settle(&self.autoscalers, key, &name, objects.autoscaler.as_ref()).await?;
+        self.settle(visit, &self.services, key, &objects.service.name_any(), Some(&objects.service)).await?;
+        self.settle(visit, &self.budgets, key, &name, Some(&objects.budget)).await?;
+        self.settle(visit, &self.policies, key, &name, objects.network.as_ref()).await?;
+        self.settle(visit, &self.autoscalers, key, &name, objects.autoscaler.as_ref()).await?;
         // Applied once per generation: the kind is not ours to watch.
         let seen = object.status.as_ref().and_then(|status| status.observed_generation);
         if context.settings.pod_monitors && seen != object.meta().generation {
@@ -332,28 +352,36 @@ impl Servings {
                 Api::namespaced_with(context.client.clone(), &key.0, &ApiResource::from_gvk(&gvk));
             let name = objects.monitor["metadata"]["name"].as_str().unwrap_or_default().to_owned();
             let params = PatchParams::apply("sensorium-operator").force();
+            let sent = Instant::now();
             api.patch(&name, &params, &Patch::Apply(&objects.monitor))
                 .await
                 .map_err(Error::api("apply", format!("PodMonitor/{name}")))?;
-            context.health.wrote(KIND, "apply");
+            visit.wrote("apply", sent);
         }
         Ok(())
     }
 
     /// Makes the child of this name what is wanted: nothing, where that is `None`.
-    async fn settle<K>(&self, children: &Children<K>, key: &Key, name: &str, wanted: Option<&K>) -> Result<(), Error>
+    async fn settle<K>(
+        &self,
+        visit: &Visit<'_>,
+        children: &Children<K>,
+        key: &Key,
+        name: &str,
+        wanted: Option<&K>,
+    ) -> Result<(), Error>
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
     {
         match (wanted, children.get(key, name)) {
-            (Some(wanted), live) => apply::apply(&self.context, KIND, wanted, live.as_deref()).await.map(drop),
-            (None, Some(live)) => apply::delete(&self.context, KIND, &*live).await,
+            (Some(wanted), live) => apply::apply(visit, wanted, live.as_deref()).await.map(drop),
+            (None, Some(live)) => apply::delete(visit, &*live).await,
             (None, None) => Ok(()),
         }
     }
 
     /// Removes files that no server reads any more.
-    async fn sweep_configs(&self, key: &Key, stable: &Servers) -> Result<(), Error> {
+    async fn sweep_configs(&self, visit: &Visit<'_>, key: &Key, stable: &Servers) -> Result<(), Error> {
         let deployments = self.deployments.of(key);
         let read = |name: &str| {
             deployments.iter().any(|deployment| {
@@ -367,16 +395,23 @@ impl Servings {
         for config in self.configs.of(key) {
             let name = config.name_any();
             if name != stable.config.name_any() && !deployments.is_empty() && !read(&name) {
-                apply::delete(&self.context, KIND, &*config).await?;
+                apply::delete(visit, &*config).await?;
             }
         }
         Ok(())
     }
 
     /// What both tracks have done, while a canary is being judged.
-    async fn measure(&self, key: &Key, role: &Role, status: &ServingJobStatus) -> Measured {
+    async fn measure(
+        &self,
+        key: &Key,
+        stable: Option<&Deployment>,
+        canary: Option<&Deployment>,
+        status: &ServingJobStatus,
+    ) -> Measured {
         let judged = status.rollout.as_ref().is_some_and(|rollout| rollout.failed.is_none());
-        let Some(port) = role.ports.get("metrics").copied().filter(|_| judged) else { return Measured::default() };
+        let ports = stable.and_then(metrics_port).zip(canary.and_then(metrics_port));
+        let Some((stable_port, canary_port)) = ports.filter(|_| judged) else { return Measured::default() };
         let pods = self.pods.of(key);
         let track = |track: &str| {
             let of = |pod: &&Arc<Pod>| pod.labels().get("sensorium.dev/track").is_some_and(|label| label == track);
@@ -387,9 +422,18 @@ impl Servings {
             return Measured::default();
         }
         let asked = &self.context.pods;
-        let (stable, canary) = futures::future::join(asked.load(&stable, port), asked.load(&canary, port)).await;
+        let (stable, canary) =
+            futures::future::join(asked.load(&stable, stable_port), asked.load(&canary, canary_port)).await;
         Measured { stable, canary }
     }
+}
+
+/// The port at which a Deployment's pods tell their metrics; the spec's is that of the newest ones only.
+fn metrics_port(deployment: &Deployment) -> Option<u16> {
+    let pod = deployment.spec.template.spec.as_ref()?;
+    let mut ports = pod.containers.iter().flat_map(|container| container.ports.iter().flatten());
+    let port = ports.find(|port| port.name.as_deref() == Some("metrics"))?.container_port;
+    u16::try_from(port).ok()
 }
 
 fn ready_addresses(slice: &EndpointSlice) -> usize {

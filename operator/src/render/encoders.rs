@@ -65,7 +65,7 @@ fn one(revision: &Revision<'_>, encoder: &EncoderService, role: &Role) -> Encode
     // Pods of one graph are spread among themselves, whatever their revision; their name can't be known yet.
     let mut peers = selector(&owner.job);
     peers.insert(GRAPH_LABEL.to_owned(), encoder.graph.clone());
-    let place = Place { plan, role, job: &graph, domain: &graph, services: &BTreeMap::new() };
+    let place = Place { plan, role, job: &graph, domain: None, services: &BTreeMap::new() };
     let (pod, digest) = revision.pod(&place, peers);
     let name = child_name(&owner.job.name, &format!("{graph}-{digest}"));
 

@@ -1,4 +1,8 @@
-//! A run's attempt: an Indexed Job, the headless Service by which its pods find each other, and the file they read.
+//! A run's attempt: an Indexed Job, and what its pods need to find each other and the file that they read.
+//!
+//! There may be ten thousand jobs, and every object costs the API server and its controllers more than it costs us. So a
+//! single pod has no Service, whose addresses Kubernetes would keep up to date for nobody, and a file that is short enough
+//! is an annotation of the pods instead of a ConfigMap.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +16,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt;
 
 use super::names::{ATTEMPT_LABEL, OWNER_ANNOTATION, child_name, labels, selector};
-use super::pod::{Place, PodContext, pod_spec};
+use super::pod::{Files, Place, PodContext, file_annotations, pod_spec};
 use super::{Images, Owner, network};
 use crate::plan::{Role, WorkloadPlan};
 
@@ -21,13 +25,17 @@ const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
 /// Time between SIGTERM and SIGKILL: enough to finish a training step and write a checkpoint.
 const GRACE_SECONDS: i64 = 30;
 
+/// Bytes of files that the pods of an attempt may have in their annotations, all together. The Job has them too, and each
+/// pod has a copy of its own. Kubernetes allows 256 KiB per object; a job's file has about two.
+const ANNOTATED: usize = 64 << 10;
+
 /// The objects of one attempt, in the order in which they are made.
 #[derive(Clone, Debug)]
 pub struct RunObjects {
-    /// The file that the pods read.
-    pub config: ConfigMap,
-    /// Gives the pods their names.
-    pub service: Service,
+    /// The file that the pods read, where it is too long for their annotations.
+    pub config: Option<ConfigMap>,
+    /// Gives the pods their names; none where there is one pod only.
+    pub service: Option<Service>,
     /// Lets only the pods themselves, and the operator, reach them.
     pub network: NetworkPolicy,
     /// The pods.
@@ -52,13 +60,15 @@ pub fn render_run(owner: &Owner, plan: &WorkloadPlan, role: &Role, attempt: u32,
         ..ObjectMeta::default()
     };
 
-    let config = ConfigMap {
+    let bytes: usize = plan.files.values().map(String::len).sum();
+    let is_short = bytes * role.replicas as usize <= ANNOTATED;
+    let config = (!is_short).then(|| ConfigMap {
         metadata: metadata(&name, &attempt_labels),
         immutable: Some(true),
         data: Some(plan.files.clone()),
         binary_data: None,
-    };
-    let service = Service {
+    });
+    let service = (role.replicas > 1).then(|| Service {
         metadata: metadata(&domain, &labels(&owner.job, &role.name)),
         spec: Some(ServiceSpec {
             cluster_ip: Some("None".to_owned()),
@@ -69,22 +79,26 @@ pub fn render_run(owner: &Owner, plan: &WorkloadPlan, role: &Role, attempt: u32,
             ..ServiceSpec::default()
         }),
         status: None,
-    };
+    });
     let network = NetworkPolicy {
         metadata: metadata(&domain, &labels(&owner.job, &role.name)),
         spec: Some(network::workers(&owner.job, role)),
     };
 
-    let place = Place { plan, role, job: &name, domain: &domain, services: &BTreeMap::new() };
-    let mut pod = pod_spec(&PodContext { plan, images, config: &name, peers: selector(&owner.job) }, &place);
+    let domain = service.as_ref().map(|_| domain.as_str());
+    let place = Place { plan, role, job: &name, domain, services: &BTreeMap::new() };
+    let files = if is_short { Files::Annotations } else { Files::ConfigMap(&name) };
+    let mut pod = pod_spec(&PodContext { plan, images, files, peers: selector(&owner.job) }, &place);
     pod.restart_policy = Some("Never".to_owned());
-    pod.subdomain = Some(domain.clone());
+    pod.subdomain = domain.map(str::to_owned);
     pod.termination_grace_period_seconds = Some(GRACE_SECONDS);
     let mut job_labels = attempt_labels.clone();
     let queue = plan.scheduling.queue_name.as_ref();
     if let Some(queue) = queue {
         job_labels.insert(QUEUE_LABEL.to_owned(), queue.clone());
     }
+    let mut annotations = if is_short { file_annotations(plan) } else { BTreeMap::new() };
+    annotations.insert(OWNER_ANNOTATION.to_owned(), owner.job.name.clone());
     let replicas = i32::try_from(role.replicas).unwrap_or(i32::MAX);
     let job = Job {
         metadata: metadata(&name, &job_labels),
@@ -99,7 +113,7 @@ pub fn render_run(owner: &Owner, plan: &WorkloadPlan, role: &Role, attempt: u32,
             template: PodTemplateSpec {
                 metadata: Some(ObjectMeta {
                     labels: Some(attempt_labels),
-                    annotations: Some([(OWNER_ANNOTATION.to_owned(), owner.job.name.clone())].into()),
+                    annotations: Some(annotations),
                     ..ObjectMeta::default()
                 }),
                 spec: Some(pod),

@@ -43,7 +43,7 @@ pub(super) fn encoder(
 ) -> NetworkPolicySpec {
     let servers = vec![pods(server_selector(job))];
     let watchers = (!spec.network_access.open).then(|| clients(spec));
-    let metrics = role.ports.get("metrics").copied().map(port).into_iter().collect();
+    let metrics = role.ports.keys().filter(|name| *name == "metrics").map(port).collect();
     policy(
         selected,
         vec![
@@ -89,12 +89,13 @@ fn matching(labels: BTreeMap<String, String>) -> LabelSelector {
 }
 
 fn ports(role: &Role) -> Vec<NetworkPolicyPort> {
-    role.ports.values().copied().map(port).collect()
+    role.ports.keys().map(port).collect()
 }
 
-fn port(number: u16) -> NetworkPolicyPort {
+/// By name, so that while a job's `ports` change each pod can be reached at its own number.
+fn port(name: &String) -> NetworkPolicyPort {
     NetworkPolicyPort {
-        port: Some(IntOrString::Int(i32::from(number))),
+        port: Some(IntOrString::String(name.clone())),
         protocol: Some("TCP".to_owned()),
         end_port: None,
     }

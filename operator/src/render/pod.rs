@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    Affinity, CSIVolumeSource, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource,
-    EnvFromSource, EnvVar, EnvVarSource, LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaimVolumeSource,
-    PodAffinity, PodAffinityTerm, PodSecurityContext, PodSpec, ResourceFieldSelector, ResourceRequirements,
-    SeccompProfile, SecretEnvSource, SecurityContext, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
+    Affinity, CSIVolumeSource, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, DownwardAPIVolumeFile,
+    DownwardAPIVolumeSource, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource, LocalObjectReference,
+    ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodAffinity, PodAffinityTerm, PodSecurityContext, PodSpec,
+    ResourceFieldSelector, ResourceRequirements, SeccompProfile, SecretEnvSource, SecurityContext, Toleration,
+    TopologySpreadConstraint, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -24,6 +25,8 @@ pub const RESULT_FILE: &str = "/dev/termination-log";
 const NODE_CACHE_DRIVER: &str = "node-cache.sensorium.dev";
 /// User and group of every process; the images know it.
 const USER: i64 = 65_532;
+/// Where the processes of a single pod find each other.
+const LOOPBACK: &str = "127.0.0.1";
 /// The variable that holds a pod's number within its Job.
 const POD_INDEX: &str = "POD_INDEX";
 /// Resource names that are GPUs or parts of them: `nvidia.com/gpu`, `nvidia.com/mig-1g.10gb`.
@@ -35,15 +38,18 @@ pub(super) struct Place<'a> {
     pub(super) role: &'a Role,
     /// Name of the Job, which the pods' host names begin with.
     pub(super) job: &'a str,
-    /// Name of the headless Service that gives the pods their domain.
-    pub(super) domain: &'a str,
+    /// Name of the headless Service that gives the pods their domain; none where no pod calls another.
+    pub(super) domain: Option<&'a str>,
     /// Names of the Services by which other roles are reached.
     pub(super) services: &'a BTreeMap<String, String>,
 }
 
 impl Resolve for Place<'_> {
     fn host(&self, _role: &str, index: u32) -> String {
-        format!("{}-{index}.{}", self.job, self.domain)
+        match self.domain {
+            Some(domain) => format!("{}-{index}.{domain}", self.job),
+            None => LOOPBACK.to_owned(),
+        }
     }
     fn port(&self, _role: &str, name: &str) -> u16 {
         self.role.ports.get(name).copied().unwrap_or_default()
@@ -76,12 +82,30 @@ fn mount_path(name: &str) -> String {
     format!("/mnt/{name}")
 }
 
+/// Where a pod finds the plan's files.
+#[derive(Clone, Copy)]
+pub(super) enum Files<'a> {
+    /// In the ConfigMap of this name.
+    ConfigMap(&'a str),
+    /// In its own annotations: see [`file_annotations`].
+    Annotations,
+}
+
+/// The plan's files as annotations of its pods.
+pub(super) fn file_annotations(plan: &WorkloadPlan) -> BTreeMap<String, String> {
+    plan.files.iter().map(|(name, text)| (file_annotation(name), text.clone())).collect()
+}
+
+fn file_annotation(file: &str) -> String {
+    format!("sensorium.dev/{file}")
+}
+
 /// What a pod template needs besides its role.
 pub(super) struct PodContext<'a> {
     pub(super) plan: &'a WorkloadPlan,
     pub(super) images: &'a Images,
-    /// Name of the ConfigMap with the plan's files.
-    pub(super) config: &'a str,
+    /// Where the plan's files are.
+    pub(super) files: Files<'a>,
     /// Labels of the pods that topology speaks of.
     pub(super) peers: BTreeMap<String, String>,
 }
@@ -91,7 +115,7 @@ pub(super) fn pod_spec(context: &PodContext<'_>, place: &Place<'_>) -> PodSpec {
     let (plan, role) = (context.plan, place.role);
     let gpus = uses_gpus(role);
     let scheduling = &plan.scheduling;
-    let (volumes, mounts) = volumes(role, context.config, gpus);
+    let (volumes, mounts) = volumes(role, context, gpus);
     let image = plan.pods.image.as_deref().unwrap_or_else(|| context.images.of(role.program));
     let mut node_selector = scheduling.node_selector.clone();
     if let Some(product) = &scheduling.gpu_product {
@@ -246,16 +270,19 @@ fn non_empty(quantities: &BTreeMap<String, Quantity>) -> Option<BTreeMap<String,
     (!quantities.is_empty()).then(|| quantities.clone())
 }
 
-fn volumes(role: &Role, config: &str, gpus: bool) -> (Vec<Volume>, Vec<VolumeMount>) {
+fn volumes(role: &Role, context: &PodContext<'_>, gpus: bool) -> (Vec<Volume>, Vec<VolumeMount>) {
     let mut volumes = Vec::new();
     let mut mounts = Vec::new();
     for mount in &role.mounts {
         let name = mount.name.replace(['/', '.'], "-");
         let mut volume = Volume { name: name.clone(), ..Volume::default() };
         match &mount.source {
-            MountSource::Config => {
-                volume.config_map = Some(ConfigMapVolumeSource { name: config.to_owned(), ..Default::default() });
-            }
+            MountSource::Config => match context.files {
+                Files::ConfigMap(name) => {
+                    volume.config_map = Some(ConfigMapVolumeSource { name: name.to_owned(), ..Default::default() });
+                }
+                Files::Annotations => volume.downward_api = Some(annotated_files(context.plan)),
+            },
             MountSource::Artifact(artifact) => volume.csi = Some(artifact_volume(artifact)),
             MountSource::Scratch => volume.empty_dir = Some(EmptyDirVolumeSource::default()),
             MountSource::Claim(claim) => {
@@ -283,6 +310,18 @@ fn volumes(role: &Role, config: &str, gpus: bool) -> (Vec<Volume>, Vec<VolumeMou
         mounts.push(VolumeMount { name: "shared-memory".to_owned(), mount_path, ..VolumeMount::default() });
     }
     (volumes, mounts)
+}
+
+fn annotated_files(plan: &WorkloadPlan) -> DownwardAPIVolumeSource {
+    let file = |name: &String| DownwardAPIVolumeFile {
+        path: name.clone(),
+        field_ref: Some(ObjectFieldSelector {
+            field_path: format!("metadata.annotations['{}']", file_annotation(name)),
+            api_version: None,
+        }),
+        ..DownwardAPIVolumeFile::default()
+    };
+    DownwardAPIVolumeSource { items: Some(plan.files.keys().map(file).collect()), ..DownwardAPIVolumeSource::default() }
 }
 
 /// The node fetches it with the pod's own Secret, which the kubelet passes on.

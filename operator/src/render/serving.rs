@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 use super::encoders::{ENCODERS_ANNOTATION, Encoder};
 use super::names::{COMPONENT_LABEL, OWNER_ANNOTATION, child_name, labels, selector, short_digest};
-use super::pod::{Place, PodContext, pod_spec};
+use super::pod::{Files, Place, PodContext, pod_spec};
 use super::{Images, Owner, network};
 use crate::plan::{Role, WorkloadPlan};
 
@@ -161,11 +161,11 @@ pub(super) fn budget(
 }
 
 pub(super) fn service_port((name, number): (&String, &u16)) -> ServicePort {
-    let port = i32::from(*number);
     ServicePort {
         name: Some(name.clone()),
-        port,
-        target_port: Some(IntOrString::Int(port)),
+        port: i32::from(*number),
+        // By name, so that while `ports` changes each pod is called at its own number.
+        target_port: Some(IntOrString::String(name.clone())),
         protocol: Some("TCP".to_owned()),
         // Lets meshes and gateways speak HTTP/2 to it without being told.
         app_protocol: (name == "grpc").then(|| "kubernetes.io/h2c".to_owned()),
@@ -249,7 +249,10 @@ impl Revision<'_> {
     pub(super) fn pod(&self, place: &Place<'_>, peers: BTreeMap<String, String>) -> (PodSpec, String) {
         let config = self.config().metadata.name.unwrap_or_default();
         let role = place.role;
-        let mut pod = pod_spec(&PodContext { plan: self.plan, images: self.images, config: &config, peers }, place);
+        let mut pod = pod_spec(
+            &PodContext { plan: self.plan, images: self.images, files: Files::ConfigMap(&config), peers },
+            place,
+        );
         pod.termination_grace_period_seconds = Some(DEREGISTRATION_SECONDS + DRAIN_SECONDS);
         for container in &mut pod.containers {
             container.lifecycle = Some(Lifecycle {
@@ -301,7 +304,7 @@ pub fn render_servers(
     let name = deployment_name(&owner.job, track);
     let services: BTreeMap<String, String> =
         encoders.iter().map(|encoder| (encoder.graph.clone(), encoder.name.clone())).collect();
-    let place = Place { plan, role, job: &name, domain: &name, services: &services };
+    let place = Place { plan, role, job: &name, domain: None, services: &services };
     let (pod, digest) = revision.pod(&place, server_selector(&owner.job));
     let mut pod_labels = labels(&owner.job, SERVER);
     pod_labels.insert(TRACK_LABEL.to_owned(), track.as_str().to_owned());

@@ -166,6 +166,8 @@ impl Visit<'_> {
                 }
                 if Self::suspended_without_queue(plan, job) {
                     self.status.start_time = None;
+                    // In one write with its being let go: there is nothing else to say until pods run.
+                    self.starting(0, workers_of(job), "");
                     return self.end(Action::Suspend { attempt, hold: false }, None);
                 }
                 self.attempt(plan, policy, attempt, job)
@@ -228,16 +230,22 @@ impl Visit<'_> {
             (Some(workers), 2..) => workers,
             _ => declared,
         };
-        if self.status.attempt != attempt || attempt == 1 {
+        // That a job which was just made is started goes without saying.
+        if (1..attempt).contains(&self.status.attempt) {
             self.notes.push(Note::normal("Started", format!("attempt {attempt} with {workers} workers")));
         }
         self.status.attempt = attempt;
         self.status.workers = Some(workers);
-        // The same words as when its pods are first seen, so that nothing is written in between.
-        let message = format!("0 of {workers} workers run");
+        self.starting(0, workers, "");
+        self.end(Action::Ensure { attempt, workers }, None)
+    }
+
+    /// Says how far the start of an attempt is. In the same words before its pods are seen as when they first are, so that
+    /// nothing is written in between.
+    fn starting(&mut self, running: u32, workers: u32, because: &str) {
+        let message = format!("{running} of {workers} workers run{because}");
         self.conditions().set("PodsReady", false, "Starting", &message);
         self.say(JobState::Pending, message);
-        self.end(Action::Ensure { attempt, workers }, None)
     }
 
     /// The newest attempt exists and nothing speaks against it.
@@ -249,7 +257,7 @@ impl Visit<'_> {
         if has(job, "Failed") {
             return self.failed(attempt, failure::judge(job, &pods, &policy.failure), policy);
         }
-        let workers = job.spec.as_ref().and_then(|spec| spec.completions).map_or(1, |n| u32::try_from(n).unwrap_or(1));
+        let workers = workers_of(job);
         self.status.workers = Some(workers);
         if job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true) {
             let queue = plan.scheduling.queue_name.as_deref().unwrap_or_default();
@@ -274,9 +282,7 @@ impl Visit<'_> {
         let because = obstacle.map(|text| format!(": {text}")).unwrap_or_default();
         match until(self.observed.now, due) {
             Some(wait) => {
-                let message = format!("{running} of {workers} workers run{because}");
-                self.conditions().set("PodsReady", false, "Starting", &message);
-                self.say(JobState::Pending, message);
+                self.starting(running, workers, &because);
                 let wait = self.nearest(policy, wait);
                 self.end(Action::Ensure { attempt, workers }, Some(wait))
             }
@@ -481,6 +487,11 @@ pub fn is_to_be_judged(status: &JobStatus, job: &Job) -> bool {
     let judged = status.last_failure.as_ref().map(|failure| failure.attempt);
     let over = is_true(&status.conditions, "Complete") || is_true(&status.conditions, "Failed");
     ended && !over && judged < attempt_of(job)
+}
+
+fn workers_of(job: &Job) -> u32 {
+    let completions = job.spec.as_ref().and_then(|spec| spec.completions);
+    completions.and_then(|workers| u32::try_from(workers).ok()).unwrap_or(1)
 }
 
 fn has(job: &Job, name: &str) -> bool {

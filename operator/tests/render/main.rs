@@ -49,13 +49,48 @@ fn run(text: &str, changes: &[(&str, Value)], attempt: u32) -> Value {
     let plan = plan_pinned(&resource, &Pins::default()).unwrap();
     let mut objects = render_run(&owner(&resource), &plan, &plan.roles[0], attempt, &images());
     // An example's learning rate is not what these tests watch.
-    objects.config.data.as_mut().unwrap().values_mut().for_each(|text| *text = "...".to_owned());
+    let annotations = objects.job.spec.as_mut().unwrap().template.metadata.as_mut().unwrap().annotations.as_mut();
+    annotations.unwrap().entry("sensorium.dev/job.json".to_owned()).and_modify(|text| *text = "...".to_owned());
     json!([objects.config, objects.service, objects.network, objects.job])
 }
 
 #[test]
 fn the_first_attempt_of_a_training_job() {
     assert_yaml_snapshot!(run(TRAINING, &[], 1));
+}
+
+#[test]
+fn a_single_worker_needs_nothing_but_its_job_and_a_policy() {
+    let changes = [("/spec/workers", json!(1)), ("/spec/processesPerWorker", json!(2))];
+    let objects = run(TRAINING, &changes, 1);
+    assert_eq!((&objects[0], &objects[1]), (&Value::Null, &Value::Null), "neither a ConfigMap nor a Service");
+    let pod = &objects[3]["spec"]["template"]["spec"];
+    assert_eq!(pod["subdomain"], Value::Null);
+    let env = pod["containers"][0]["env"].as_array().unwrap();
+    let master = env.iter().find(|variable| variable["name"] == "MASTER_ADDR").unwrap();
+    assert_eq!(master["value"], "127.0.0.1", "its processes find each other");
+}
+
+#[test]
+fn a_file_that_is_too_long_for_all_pods_together_is_a_config_map() {
+    let notes = |length: usize| ("/spec/pods", json!({"env": {"NOTES": "x".repeat(length)}}));
+    let layout = |workers: u32| [("/spec/workers", json!(workers)), ("/spec/parallelism/data", json!(workers))];
+    let objects = |workers: u32, length: usize| {
+        let changes: Vec<_> = layout(workers).into_iter().chain([notes(length)]).collect();
+        run(TRAINING, &changes, 7)
+    };
+    let pods = |objects: &Value| objects[3]["spec"]["template"].clone();
+    let short = objects(1, 40_000);
+    assert_eq!(short[0], Value::Null);
+    assert_eq!(pods(&short)["metadata"]["annotations"]["sensorium.dev/job.json"], "...");
+
+    let long = objects(2, 40_000);
+    assert_eq!(long[0]["metadata"]["name"], long[3]["metadata"]["name"], "each attempt has a file of its own");
+    assert_eq!(long[0]["immutable"], true);
+    assert_eq!(pods(&long)["metadata"]["annotations"]["sensorium.dev/job.json"], Value::Null);
+    let volumes = pods(&long)["spec"]["volumes"].clone();
+    let config = volumes.as_array().unwrap().iter().find(|volume| volume["name"] == "config").unwrap();
+    assert_eq!(config["configMap"]["name"], long[0]["metadata"]["name"]);
 }
 
 #[test]

@@ -1,18 +1,18 @@
 //! Whatever is deleted or changed by hand comes back, and what nothing needs any more goes.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use kube::ResourceExt;
 use kube::api::ListParams;
+use kube::{Resource as _, ResourceExt};
 use sensorium_api::{ServingJob, TrainingJob};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::common::{Case, LIMIT, serving, serving_with_encoder, training};
+use crate::common::{Case, LIMIT, holds, serving, serving_with_encoder, training, with_a_long_file};
 
 /// Deletes a child and waits until another one of its name is there.
 async fn deleted_and_back<K>(case: &Case, name: &str) -> Result<()>
@@ -32,13 +32,100 @@ where
 #[tokio::test]
 async fn every_child_of_a_training_job_comes_back() -> Result<()> {
     let case = Case::start("children-train").await?;
-    case.running("vqa", |_| {}).await?;
+    case.running("vqa", with_a_long_file).await?;
     deleted_and_back::<Service>(&case, "vqa-worker").await?;
     deleted_and_back::<ConfigMap>(&case, "vqa-worker-1").await?;
     deleted_and_back::<NetworkPolicy>(&case, "vqa-worker").await?;
     deleted_and_back::<Job>(&case, "vqa-worker-1").await?;
     let job = case.training("vqa", "to be there", |_| true).await?.status.unwrap();
     assert_eq!((job.attempt, job.restarts, job.disruptions), (1, 0, 0), "it costs nothing");
+    Ok(())
+}
+
+/// A TrainingJob of one worker.
+fn alone(name: &str) -> Value {
+    let mut manifest = training(name);
+    manifest["spec"]["workers"] = json!(1);
+    manifest["spec"]["parallelism"] = json!({"data": 1});
+    manifest
+}
+
+#[tokio::test]
+async fn a_single_worker_has_a_job_and_a_policy_and_both_come_back() -> Result<()> {
+    let case = Case::start("children-one").await?;
+    case.apply(&alone("vqa")).await?;
+    let pods = case.workers("vqa", 1, 1).await?;
+    assert!(case.job_file(&pods[0]).await?.contains("\"specHash\""));
+    deleted_and_back::<NetworkPolicy>(&case, "vqa-worker").await?;
+    deleted_and_back::<Job>(&case, "vqa-worker-1").await?;
+    let mine = ListParams::default().labels("sensorium.dev/name=vqa");
+    assert!(case.namespace.api::<Service>().list(&mine).await?.items.is_empty());
+    assert!(case.namespace.api::<ConfigMap>().list(&mine).await?.items.is_empty());
+    Ok(())
+}
+
+/// Makes what an operator before 0.2 made for the first attempt of a job of one worker.
+async fn started_by_an_earlier_version(case: &Case, job: &TrainingJob) -> Result<()> {
+    let owner = json!([job.controller_owner_ref(&()).context("it has a uid")?]);
+    let labels = json!({
+        "app.kubernetes.io/component": "worker", "app.kubernetes.io/managed-by": "sensorium",
+        "sensorium.dev/attempt": "1", "sensorium.dev/kind": "TrainingJob", "sensorium.dev/name": "vqa",
+    });
+    let metadata = |name: &str| json!({"name": name, "labels": labels, "ownerReferences": owner});
+    case.apply(&json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata("vqa-worker-1"), "immutable": true,
+        "data": {"job.json": "{}"},
+    }))
+    .await?;
+    case.apply(&json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": metadata("vqa-worker"),
+        "spec": {
+            "clusterIP": "None", "publishNotReadyAddresses": true, "ports": [{"name": "rendezvous", "port": 29500}],
+            "selector": {"sensorium.dev/kind": "TrainingJob", "sensorium.dev/name": "vqa"},
+        },
+    }))
+    .await?;
+    case.apply(&json!({
+        "apiVersion": "batch/v1", "kind": "Job", "metadata": metadata("vqa-worker-1"),
+        "spec": {
+            "completionMode": "Indexed", "completions": 1, "parallelism": 1, "backoffLimit": 0,
+            "template": {
+                "metadata": {"labels": labels, "annotations": {"sensorium.dev/owner": "vqa"}},
+                "spec": {
+                    "restartPolicy": "Never", "subdomain": "vqa-worker",
+                    "containers": [{
+                        "name": "main", "image": "trainer", "volumeMounts": [{"name": "config", "mountPath": "/mnt/config"}],
+                    }],
+                    "volumes": [{"name": "config", "configMap": {"name": "vqa-worker-1"}}],
+                },
+            },
+        },
+    }))
+    .await
+}
+
+#[tokio::test]
+async fn an_attempt_of_an_earlier_version_keeps_what_it_has_and_the_next_one_does_without() -> Result<()> {
+    let mut case = Case::start("upgrade").await?;
+    case.operator.kill()?;
+    case.apply(&alone("vqa")).await?;
+    let job = case.training("vqa", "to be there", |_| true).await?;
+    started_by_an_earlier_version(&case, &job).await?;
+    case.operator.restart()?;
+    case.operator.wait_until_ready(LIMIT)?;
+    let pods = case.workers("vqa", 1, 1).await?;
+    case.kubelet.run(&pods[0]).await?;
+    case.training("vqa", "to run", |job| holds(job, "PodsReady")).await?;
+    case.namespace.api::<Service>().get("vqa-worker").await?;
+    case.namespace.api::<ConfigMap>().get("vqa-worker-1").await?;
+
+    case.kubelet.fail(&pods[0], 1, "out of luck").await?;
+    let again = case.workers("vqa", 2, 1).await?;
+    case.namespace.eventually_gone::<Service>("vqa-worker", LIMIT).await?;
+    case.namespace.eventually_gone::<ConfigMap>("vqa-worker-1", LIMIT).await?;
+    case.kubelet.run(&again[0]).await?;
+    case.succeed(&again, "vqa-model", 'e').await?;
+    case.training("vqa", "to be complete", |job| holds(job, "Complete")).await?;
     Ok(())
 }
 
@@ -98,8 +185,11 @@ async fn a_child_that_was_changed_by_hand_is_put_right() -> Result<()> {
 #[tokio::test]
 async fn a_deleted_job_takes_its_children_along() -> Result<()> {
     let case = Case::start("gone").await?;
-    case.apply(&training("vqa")).await?;
+    let mut manifest = training("vqa");
+    with_a_long_file(&mut manifest);
+    case.apply(&manifest).await?;
     case.workers("vqa", 1, 2).await?;
+    case.namespace.api::<ConfigMap>().get("vqa-worker-1").await?;
     case.delete::<TrainingJob>("vqa").await?;
     case.namespace.eventually_gone::<Job>("vqa-worker-1", LIMIT).await?;
     case.namespace.eventually_gone::<ConfigMap>("vqa-worker-1", LIMIT).await?;

@@ -74,6 +74,12 @@ impl Case {
         Ok(pods.iter().map(ResourceExt::name_any).collect())
     }
 
+    /// The file that a worker reads.
+    pub(crate) async fn job_file(&self, pod: &str) -> Result<String> {
+        let pod = self.namespace.api::<Pod>().get(pod).await?;
+        pod.annotations().get("sensorium.dev/job.json").cloned().context("the pod has no file")
+    }
+
     /// Starts a TrainingJob of two workers and lets them run.
     pub(crate) async fn running(&self, name: &str, change: impl FnOnce(&mut Value)) -> Result<Vec<String>> {
         let mut manifest = training(name);
@@ -268,6 +274,11 @@ pub(crate) fn training(name: &str) -> Value {
             "output": {"artifact": format!("{name}-model")},
         },
     })
+}
+
+/// Makes the file of a job's workers too long for their annotations.
+pub(crate) fn with_a_long_file(job: &mut Value) {
+    job["spec"]["pods"] = json!({"env": {"NOTES": "x".repeat(40_000)}});
 }
 
 /// A CompressionJob that reads `source`.

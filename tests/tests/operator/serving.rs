@@ -96,6 +96,46 @@ async fn a_newer_artifact_of_the_name_rolls_out_by_itself_before_an_old_server_s
 }
 
 #[tokio::test]
+async fn while_ports_change_each_server_is_called_at_its_own() -> Result<()> {
+    let case = ready("ports").await?;
+    let grpc = async || {
+        let slices = ListParams::default().labels("kubernetes.io/service-name=vqa");
+        let slices: Vec<EndpointSlice> = case.namespace.api::<EndpointSlice>().list(&slices).await?.items;
+        let mut called: Vec<(i32, usize)> = slices
+            .iter()
+            .filter_map(|slice| {
+                let port = slice.ports.iter().flatten().find(|port| port.name.as_deref() == Some("grpc"))?.port?;
+                Some((port, slice.endpoints.as_ref().map_or(0, Vec::len)))
+            })
+            .filter(|(_, servers)| *servers > 0)
+            .collect();
+        called.sort_unstable();
+        anyhow::Ok(called)
+    };
+    assert_eq!(grpc().await?, [(8001, 2)]);
+    case.patch::<ServingJob>("vqa", json!({"spec": {"ports": {"grpc": 9001}}})).await?;
+    let offers = |service: &Service| {
+        let ports = service.spec.as_ref().and_then(|spec| spec.ports.as_ref());
+        ports.is_some_and(|ports| ports.iter().any(|port| port.port == 9001))
+    };
+    case.namespace.eventually::<Service>("vqa", "to offer the new port", LIMIT, offers).await?;
+    // One more server, as the rollout begins: nobody runs it yet, so its address is not known.
+    case.kubelet.pods(SERVERS, 3, LIMIT).await?;
+    // By the time that the controller of EndpointSlices has seen that pod, it has long seen the Service.
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert_eq!(grpc().await?, [(8001, 2)], "the old servers listen where they did");
+
+    let running = case.kubelet.run_all(SERVERS);
+    let deadline = std::time::Instant::now() + LIMIT;
+    while grpc().await? != [(9001, 2)] {
+        anyhow::ensure!(std::time::Instant::now() < deadline, "called at {:?}", grpc().await?);
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    drop(running);
+    Ok(())
+}
+
+#[tokio::test]
 async fn an_encoder_that_is_not_up_is_named() -> Result<()> {
     let case = Case::start("encoder-down").await?;
     case.artifact("model", 'a').await?;

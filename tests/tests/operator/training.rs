@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use kube::api::{Api, ListParams};
 use sensorium_api::{ModelArtifact, TrainingJob};
@@ -46,8 +46,7 @@ async fn workers_get_what_torchrun_gives_and_nothing_that_they_do_not_need() -> 
     assert_eq!((spec.hostname.as_deref(), spec.subdomain.as_deref()), (Some("vqa-worker-1-1"), Some("vqa-worker")));
     assert_eq!(spec.automount_service_account_token, Some(false));
     assert_eq!(spec.security_context.unwrap().run_as_non_root, Some(true));
-    let config = case.namespace.api::<ConfigMap>().get("vqa-worker-1").await?;
-    assert!(config.data.unwrap()["job.json"].contains("\"specHash\""));
+    assert!(case.job_file(&pods[1]).await?.contains("\"specHash\""));
     Ok(())
 }
 
@@ -214,8 +213,7 @@ async fn a_group_that_is_not_whole_in_time_makes_room_and_comes_back_narrower() 
     case.kubelet.run(&again[0]).await?;
     let job = case.training("vqa", "to run", |job| holds(job, "PodsReady")).await?;
     assert_eq!(job.status.unwrap().workers, Some(1));
-    let config = case.namespace.api::<ConfigMap>().get("vqa-worker-2").await?;
-    assert!(config.data.unwrap()["job.json"].contains("\"data\": 1"), "the worker is told of its width");
+    assert!(case.job_file(&again[0]).await?.contains("\"data\": 1"), "the worker is told of its width");
     Ok(())
 }
 
@@ -261,9 +259,8 @@ async fn a_job_that_starts_from_an_artifact_waits_for_it_and_pins_its_digest() -
     let job = case.training("tune", "to wait", |job| reason(job, "ArtifactsReady") == Some("ArtifactNotReady")).await?;
     assert!(job.status.unwrap().message.unwrap().contains("waits for artifact base"));
     case.artifact("base", 'd').await?;
-    case.workers("tune", 1, 2).await?;
-    let config = case.namespace.api::<ConfigMap>().get("tune-worker-1").await?;
-    assert!(config.data.unwrap()["job.json"].contains(&crate::common::digest('d')));
+    let pods = case.workers("tune", 1, 2).await?;
+    assert!(case.job_file(&pods[0]).await?.contains(&crate::common::digest('d')));
     Ok(())
 }
 

@@ -11,23 +11,24 @@ use kube::{Resource, ResourceExt};
 use sensorium_api::run::JobKey;
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{KIND, Servings};
+use super::Servings;
 use crate::controller::children::{Children, Key};
+use crate::controller::visit::Visit;
 use crate::controller::{Error, apply};
 use crate::render::{ENCODERS_ANNOTATION, Encoder, Track, child_name, deployment_name};
 
 impl Servings {
-    pub(super) async fn apply_encoders(&self, key: &Key, encoders: &[Encoder]) -> Result<(), Error> {
+    pub(super) async fn apply_encoders(&self, visit: &Visit<'_>, key: &Key, encoders: &[Encoder]) -> Result<(), Error> {
         for encoder in encoders {
             if self.configs.get(key, &encoder.config.name_any()).is_none() {
-                apply::create(&self.context, KIND, &encoder.config).await?;
+                apply::create(visit, &encoder.config).await?;
             }
             let name = &encoder.name;
-            self.settle(&self.services, key, name, Some(&encoder.service)).await?;
-            self.settle(&self.policies, key, name, Some(&encoder.network)).await?;
-            self.settle(&self.budgets, key, name, Some(&encoder.budget)).await?;
-            self.settle(&self.deployments, key, name, Some(&encoder.deployment)).await?;
-            self.settle(&self.autoscalers, key, name, encoder.autoscaler.as_ref()).await?;
+            self.settle(visit, &self.services, key, name, Some(&encoder.service)).await?;
+            self.settle(visit, &self.policies, key, name, Some(&encoder.network)).await?;
+            self.settle(visit, &self.budgets, key, name, Some(&encoder.budget)).await?;
+            self.settle(visit, &self.deployments, key, name, Some(&encoder.deployment)).await?;
+            self.settle(visit, &self.autoscalers, key, name, encoder.autoscaler.as_ref()).await?;
         }
         Ok(())
     }
@@ -39,7 +40,13 @@ impl Servings {
     }
 
     /// Removes encoders that are not `wanted` and that no server may still call.
-    pub(super) async fn sweep_encoders(&self, key: &Key, job: &JobKey, wanted: &[Encoder]) -> Result<(), Error> {
+    pub(super) async fn sweep_encoders(
+        &self,
+        visit: &Visit<'_>,
+        key: &Key,
+        job: &JobKey,
+        wanted: &[Encoder],
+    ) -> Result<(), Error> {
         let (deployments, pods) = (self.deployments.of(key), self.pods.of(key));
         let mut kept: BTreeSet<String> = wanted.iter().map(|encoder| encoder.name.clone()).collect();
         kept.extend(deployments.iter().flat_map(|deployment| called_by(deployment)).map(str::to_owned));
@@ -49,20 +56,26 @@ impl Servings {
         kept.extend([Track::Stable, Track::Canary].map(|track| deployment_name(job, track)));
         kept.insert(child_name(&job.name, ""));
 
-        self.sweep(&self.autoscalers, key, &kept).await?;
-        self.sweep(&self.deployments, key, &kept).await?;
-        self.sweep(&self.services, key, &kept).await?;
-        self.sweep(&self.budgets, key, &kept).await?;
-        self.sweep(&self.policies, key, &kept).await
+        self.sweep(visit, &self.autoscalers, key, &kept).await?;
+        self.sweep(visit, &self.deployments, key, &kept).await?;
+        self.sweep(visit, &self.services, key, &kept).await?;
+        self.sweep(visit, &self.budgets, key, &kept).await?;
+        self.sweep(visit, &self.policies, key, &kept).await
     }
 
-    async fn sweep<K>(&self, children: &Children<K>, key: &Key, kept: &BTreeSet<String>) -> Result<(), Error>
+    async fn sweep<K>(
+        &self,
+        visit: &Visit<'_>,
+        children: &Children<K>,
+        key: &Key,
+        kept: &BTreeSet<String>,
+    ) -> Result<(), Error>
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
     {
         for child in children.of(key) {
             if !kept.contains(&child.name_any()) {
-                apply::delete(&self.context, KIND, &*child).await?;
+                apply::delete(visit, &*child).await?;
             }
         }
         Ok(())

@@ -287,6 +287,36 @@ fn a_job_that_runs_well_completes_with_its_result() {
 }
 
 #[test]
+fn a_job_that_is_let_go_on_is_said_to_start_in_the_same_write() {
+    let mut world = running();
+    world.spec["suspend"] = json!(true);
+    world.settle();
+    world.spec["suspend"] = json!(false);
+    world.pods.clear();
+    assert_eq!(world.visit(), Action::Suspend { attempt: 1, hold: false });
+    let said = world.status.clone();
+    assert_eq!((said.state, said.message.as_deref()), (Some(JobState::Pending), Some("0 of 2 workers run")));
+    world.visit();
+    assert_eq!(world.status, said, "nothing is left to be said until pods run");
+}
+
+#[test]
+fn the_start_of_a_new_job_is_no_event_and_every_later_one_is() {
+    let started = |world: &World| world.last.iter().any(|note| note.reason == "Started");
+    let mut world = World::new();
+    world.visit();
+    assert_eq!((world.status.attempt, started(&world)), (1, false));
+    world.settle();
+    world.run(2);
+    world.settle();
+    world.fail(1, 1, "out of luck");
+    world.settle();
+    world.pass(3600);
+    world.visit();
+    assert_eq!((world.status.attempt, started(&world)), (2, true));
+}
+
+#[test]
 fn every_condition_is_there_after_the_first_visit_and_none_is_unknown() {
     let mut world = World::new();
     world.visit();
