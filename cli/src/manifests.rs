@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sensorium_api::manifest::{Resource, parse_documents};
+use sensorium_api::{Resources, Security};
 use sensorium_operator::plan::{self, WorkloadPlan};
 
 use crate::error::Error;
@@ -14,6 +15,22 @@ pub struct Job {
     pub resource: Resource,
     /// What is to run.
     pub plan: WorkloadPlan,
+}
+
+impl Job {
+    /// The same on this machine: its loopback is nobody else's, so that servers need no certificate and no token there, and
+    /// nobody hands out its GPUs.
+    ///
+    /// # Errors
+    /// As [`load`].
+    pub fn on_this_machine(self) -> Result<Self, Error> {
+        let Resource::ServingJob(mut job) = self.resource else { return Ok(self) };
+        job.spec.security = Security::default();
+        job.spec.resources = Resources::default();
+        job.spec.encoders.iter_mut().for_each(|encoder| encoder.resources = Resources::default());
+        let resource = Resource::ServingJob(job);
+        Ok(Self { plan: plan::plan(&resource)?, resource })
+    }
 }
 
 /// Reads manifests and plans their jobs, in the order in which they need each other.

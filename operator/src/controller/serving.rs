@@ -1,6 +1,7 @@
 //! ServingJobs: servers that stay up while their model changes.
 
 mod encoders;
+mod records;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
-use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment};
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -27,7 +28,7 @@ use serde_json::json;
 
 use super::apply;
 use super::artifact::Artifacts;
-use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_pod};
+use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_pod, prune_record};
 use super::context::{Context, DEBOUNCE, Visit};
 use super::index::reference;
 use super::kept::Kept;
@@ -52,6 +53,7 @@ struct Servings {
     deployments: Children<Deployment>,
     services: Children<Service>,
     configs: Children<ConfigMap>,
+    records: Children<ControllerRevision>,
     budgets: Children<PodDisruptionBudget>,
     policies: Children<NetworkPolicy>,
     autoscalers: Children<HorizontalPodAutoscaler>,
@@ -67,6 +69,7 @@ pub(super) async fn control(context: Arc<Context>, artifacts: Artifacts, news: N
         context.watch_children(KIND, owner_by_reference(KIND), |_: &mut Deployment| {});
     let (services, service_news) = context.watch_children(KIND, owner_by_reference(KIND), |_: &mut Service| {});
     let (configs, config_news) = context.watch_children(KIND, owner_by_reference(KIND), prune_config);
+    let (records, record_news) = context.watch_children(KIND, owner_by_reference(KIND), prune_record);
     let (budgets, budget_news) =
         context.watch_children(KIND, owner_by_reference(KIND), |_: &mut PodDisruptionBudget| {});
     let (policies, policy_news) = context.watch_children(KIND, owner_by_reference(KIND), |_: &mut NetworkPolicy| {});
@@ -79,6 +82,7 @@ pub(super) async fn control(context: Arc<Context>, artifacts: Artifacts, news: N
         deployment_news.boxed(),
         service_news.boxed(),
         config_news.boxed(),
+        record_news.boxed(),
         budget_news.boxed(),
         policy_news.boxed(),
         autoscaler_news.boxed(),
@@ -95,6 +99,7 @@ pub(super) async fn control(context: Arc<Context>, artifacts: Artifacts, news: N
         deployments,
         services,
         configs,
+        records,
         budgets,
         policies,
         autoscalers,
@@ -149,6 +154,7 @@ impl Servings {
         self.deployments.listed()
             && self.services.listed()
             && self.configs.listed()
+            && self.records.listed()
             && self.budgets.listed()
             && self.policies.listed()
             && self.autoscalers.listed()
@@ -269,10 +275,11 @@ impl Servings {
         let revision = Revision { owner: &owner, spec, plan: &plan, digest, images: &context.settings.images };
         let encoders = render_encoders(&revision);
         let stable = render_servers(&revision, role, &encoders, Track::Stable, replicas);
+        let record = records::wanted(&owner, spec, &stable, &encoders)?;
         let live = self.deployments.get(key, &stable.deployment.name_any());
         let live_canary = self.deployments.get(key, &deployment_name(job, Track::Canary));
         let measured = self.measure(key, role, status).await;
-        let decided = rollout(
+        let mut decided = rollout(
             spec,
             &stable.revision,
             status,
@@ -284,10 +291,15 @@ impl Servings {
 
         self.around(object, &owner, role, key).await?;
         // Servers that are not started call nobody.
-        let encoders = if decided.apply || decided.canaries.is_some() { encoders } else { Vec::new() };
+        let starts = decided.apply || decided.canaries.is_some();
+        let encoders = if starts { encoders } else { Vec::new() };
+        if starts {
+            self.apply_config(key, &stable.config).await?;
+            self.keep_record(key, record.as_ref()).await?;
+        }
         self.apply_encoders(key, &encoders).await?;
         if decided.apply {
-            self.apply_servers(key, &stable, live.as_deref()).await?;
+            self.apply_servers(&stable, live.as_deref()).await?;
         } else if let (Some(live), Some(replicas)) = (&live, replicas)
             && live.spec.replicas != i32::try_from(replicas).ok()
         {
@@ -297,21 +309,28 @@ impl Servings {
         match (decided.canaries, live_canary) {
             (Some(count), live) => {
                 let canary = render_servers(&revision, role, &encoders, Track::Canary, Some(count));
-                self.apply_servers(key, &canary, live.as_deref()).await?;
+                self.apply_servers(&canary, live.as_deref()).await?;
             }
             (None, Some(live)) => apply::delete(context, KIND, &*live).await?,
             (None, None) => {}
         }
+        let current = starts.then_some(stable.revision.as_str());
+        decided.notes.extend(self.make_again(key, current).await?);
         self.sweep_encoders(key, job, &encoders).await?;
+        self.sweep_records(key, record.as_ref()).await?;
         self.sweep_configs(key, &stable).await?;
         Ok(decided)
     }
 
-    async fn apply_servers(&self, key: &Key, servers: &Servers, live: Option<&Deployment>) -> Result<(), Error> {
-        if self.configs.get(key, &servers.config.name_any()).is_none() {
-            apply::create(&self.context, KIND, &servers.config).await?;
+    async fn apply_servers(&self, servers: &Servers, live: Option<&Deployment>) -> Result<(), Error> {
+        apply::apply(&self.context, KIND, &servers.deployment, live).await.map(drop)
+    }
+
+    /// The file of all pods of a revision.
+    async fn apply_config(&self, key: &Key, config: &ConfigMap) -> Result<(), Error> {
+        if !self.configs.has(key, &config.name_any()) {
+            apply::create(&self.context, KIND, config).await?;
         }
-        apply::apply(&self.context, KIND, &servers.deployment, live).await?;
         Ok(())
     }
 

@@ -13,6 +13,7 @@ use sensorium_server::{
     pool::CpuPool,
     repository::{GraphPlaces, Openers, Opening, Registry, RepositoryConfig},
     scheduler::{Batching, Slots},
+    security::Outgoing,
 };
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -63,6 +64,7 @@ fn opening(openers: Openers) -> Opening {
         engine: Options { threads: NonZeroUsize::MIN, ..Options::default() },
         openers,
         graphs: GraphPlaces::default(),
+        outgoing: Outgoing::default(),
         batching: Batching { max_rows: 32, max_waiting_rows: 1024, max_delay: Duration::ZERO },
         slots: Slots::new(2),
         responses: ResponseCache::new(1 << 20),

@@ -18,6 +18,7 @@ use sensorium_server::{
     pool::CpuPool,
     repository::{ControlMode, GraphPlaces, IndexEntry, Openers, Opening, Registry, RepositoryConfig},
     scheduler::{Batching, Slots},
+    security::Outgoing,
 };
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -90,6 +91,7 @@ fn opening() -> Opening {
         engine: Options { threads: NonZeroUsize::MIN, ..Options::default() },
         openers: Openers::default(),
         graphs: GraphPlaces::default(),
+        outgoing: Outgoing::default(),
         batching: Batching { max_rows: 32, max_waiting_rows: 1024, max_delay: Duration::ZERO },
         slots: Slots::new(1),
         responses: ResponseCache::new(1 << 20),
