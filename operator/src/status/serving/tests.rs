@@ -200,7 +200,8 @@ fn a_job_is_not_ready_once_no_server_has_an_encoder_to_call_whatever_deployments
     let stable = deployment("r", 2);
     let encoders = [("vqa-image-encoder-e".to_owned(), Some(Arc::new(deployment("e", 1))))];
     let status = |pods: &[Pod]| {
-        let observed = served(&ServingJobStatus::default(), &stable);
+        let before = ServingJobStatus::default();
+        let observed = served(&before, &stable);
         serving_status(&Observed { encoders: &encoders, pods, ..observed })
     };
     assert!(is_ready(&status(&[calling(Some("e")), encoder_pod("e", true)])));
@@ -221,7 +222,8 @@ fn a_job_is_not_ready_once_no_server_has_an_encoder_to_call_whatever_deployments
 fn a_job_is_ready_while_some_server_has_all_that_it_calls() {
     let stable = deployment("r", 2);
     let ready = |pods: &[Pod]| {
-        let observed = served(&ServingJobStatus::default(), &stable);
+        let before = ServingJobStatus::default();
+        let observed = served(&before, &stable);
         is_ready(&serving_status(&Observed { pods, ..observed }))
     };
     // The encoders of a rollout are not up yet, and the old servers have theirs.
@@ -242,7 +244,8 @@ fn an_encoder_that_does_not_answer_is_named_and_the_job_is_ready_while_its_serve
         });
         let encoders = [("vqa-image-encoder-e".to_owned(), encoder)];
         let pods: Vec<Pod> = (0..answering.unwrap_or(0)).map(|_| encoder_pod("e", true)).collect();
-        let observed = served(&ServingJobStatus::default(), &stable);
+        let before = ServingJobStatus::default();
+        let observed = served(&before, &stable);
         serving_status(&Observed { encoders: &encoders, pods: &pods, ..observed })
     };
     let whole = status(Some(2));
