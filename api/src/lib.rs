@@ -59,7 +59,8 @@ pub use model_artifact::{
 };
 pub use serving_job::{
     Analysis, Autoscaling, Batching, Canary, CanaryStep, EncoderService, Engine, Limits, NetworkAccess, Ports, Rollout,
-    RolloutStatus, ScaleMetric, ServiceSpec, ServiceType, ServingJob, ServingJobSpec, ServingJobStatus, Verification,
+    RolloutStatus, ScaleMetric, Security, ServiceSpec, ServiceType, ServingJob, ServingJobSpec, ServingJobStatus,
+    TlsSecret, TokensSecret, Verification,
 };
 pub use status::{AttemptFailure, JobState, JobStatus};
 pub use storage::{ArtifactSource, FilePolicy, OutputSpec, Retention};

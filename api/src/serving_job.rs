@@ -77,7 +77,9 @@ pub struct ServingJobSpec {
     /// Ask the server held-out questions through its public API once it is ready, and report the answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verification: Option<Verification>,
-    /// What one server (one pod) needs of the machine, in Kubernetes' words. Runs on one machine do not limit anything.
+    /// What one server (one pod) needs of the machine, in Kubernetes' words. With a GPU in `limits` (`nvidia.com/gpu: "1"` or
+    /// a MIG slice) it runs its graphs there, by CUDA; one is all it uses, and its image has to have an onnxruntime that can
+    /// (`pods.image`). Runs on one machine do not limit anything, and use no GPU.
     #[serde(default)]
     pub resources: Resources,
     /// The Service by which clients reach the servers; it has the name of the job.
@@ -86,6 +88,10 @@ pub struct ServingJobSpec {
     /// Who may talk to the servers. A NetworkPolicy holds everyone else off where the cluster's network enforces them.
     #[serde(default)]
     pub network_access: NetworkAccess,
+    /// How the servers are talked to, and by whom: certificates and tokens. It holds for their calls of encoders, too. Runs on
+    /// one machine, where nobody else can reach the servers, have neither.
+    #[serde(default, skip_serializing_if = "Security::is_open")]
+    pub security: Security,
     /// Servers that drained nodes may take away at the same time (a PodDisruptionBudget). 0 holds every drain up.
     #[serde(default = "default_max_unavailable")]
     #[schemars(range(max = 10_000))]
@@ -125,7 +131,8 @@ pub struct EncoderService {
     /// Lets the load decide how many pods there are, by a HorizontalPodAutoscaler; instead of `replicas`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<Autoscaling>,
-    /// What one pod needs of the machine, in Kubernetes' words.
+    /// What one pod needs of the machine, in Kubernetes' words; the servers' own `resources` say nothing of it. A GPU in
+    /// `limits` is used as there.
     #[serde(default)]
     pub resources: Resources,
 }
@@ -326,6 +333,45 @@ pub struct NetworkAccess {
     /// Everyone may: no NetworkPolicy is made.
     #[serde(default)]
     pub open: bool,
+}
+
+/// Certificates and tokens. Files that change in a Secret are used without a restart.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Security {
+    /// gRPC and HTTP are encrypted; in plain text where this is not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsSecret>,
+    /// Requests need a token; everyone is let in where this is not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<TokensSecret>,
+}
+
+impl Security {
+    /// Whether there is none.
+    pub fn is_open(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A certificate in a Secret, as cert-manager writes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TlsSecret {
+    /// Name of the Secret: `tls.crt` and `tls.key`. With `encoders`, which show the same certificate, it has to be for
+    /// `NAME.NAMESPACE.svc`, the job's Service, and signed by an authority of `ca.crt`; where there is no `ca.crt`, by one of
+    /// the certificates of `tls.crt`.
+    #[schemars(length(min = 1, max = 253))]
+    pub secret_name: String,
+}
+
+/// Tokens in a Secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TokensSecret {
+    /// Name of the Secret. Its key `tokens` has a line `NAME TOKEN` for each client; servers show the first to encoders.
+    #[schemars(length(min = 1, max = 253))]
+    pub secret_name: String,
 }
 
 /// What runs the graphs.

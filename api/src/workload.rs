@@ -75,6 +75,13 @@ pub struct Resources {
     pub limits: BTreeMap<String, Quantity>,
 }
 
+impl Resources {
+    /// Whether GPUs, or parts of them, are asked for: `nvidia.com/gpu`, `nvidia.com/mig-1g.10gb`.
+    pub fn has_gpus(&self) -> bool {
+        self.limits.keys().chain(self.requests.keys()).any(|name| name.starts_with("nvidia.com/"))
+    }
+}
+
 /// Where pods may run, and who decides. All of it is passed to Kubernetes as it is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sensorium_api::manifest::{Resource, parse_documents};
+use sensorium_api::{Resources, Security};
 use sensorium_operator::plan::{self, WorkloadPlan};
 
 use crate::error::Error;
@@ -14,6 +15,22 @@ pub struct Job {
     pub resource: Resource,
     /// What is to run.
     pub plan: WorkloadPlan,
+}
+
+impl Job {
+    /// The same on this machine: its loopback is nobody else's, so that servers need no certificate and no token there, and
+    /// nobody hands out its GPUs.
+    ///
+    /// # Errors
+    /// As [`load`].
+    pub fn on_this_machine(self) -> Result<Self, Error> {
+        let Resource::ServingJob(mut job) = self.resource else { return Ok(self) };
+        job.spec.security = Security::default();
+        job.spec.resources = Resources::default();
+        job.spec.encoders.iter_mut().for_each(|encoder| encoder.resources = Resources::default());
+        let resource = Resource::ServingJob(job);
+        Ok(Self { plan: plan::plan(&resource)?, resource })
+    }
 }
 
 /// Reads manifests and plans their jobs, in the order in which they need each other.
@@ -57,4 +74,31 @@ fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, Error> {
 
 fn is_manifest(path: &Path) -> bool {
     path.is_file() && path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_on_this_machine_have_neither_certificates_nor_tokens_nor_gpus() {
+        let manifest = "
+apiVersion: sensorium.dev/v1alpha1
+kind: ServingJob
+metadata: {name: vqa}
+spec:
+  model: {artifact: vqa-int8}
+  resources: {limits: {nvidia.com/gpu: 1}}
+  encoders: [{graph: image_encoder, resources: {limits: {nvidia.com/gpu: 1}}}]
+  security: {tls: {secretName: vqa-tls}, tokens: {secretName: vqa-clients}}
+";
+        let resource = parse_documents(manifest, "m.yaml").unwrap().remove(0);
+        let on_a_cluster = Job { plan: plan::plan(&resource).unwrap(), resource };
+        let here = on_a_cluster.clone().on_this_machine().unwrap();
+        let texts = |job: &Job| serde_json::to_string(&job.plan.roles).unwrap();
+        for wanted in ["--tls-cert", "--remote-tls-ca", "--auth-tokens", "--engine-device", "vqa-tls"] {
+            assert!(texts(&on_a_cluster).contains(wanted) && !texts(&here).contains(wanted), "{wanted}");
+        }
+        assert_eq!(here.plan.spec_hash, on_a_cluster.plan.spec_hash, "its answers are the same");
+    }
 }

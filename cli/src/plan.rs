@@ -73,6 +73,7 @@ fn volumes(role: &Role) -> String {
     let claims = role.mounts.iter().filter_map(|mount| match &mount.source {
         MountSource::Claim(claim) => Some(format!("{claim}{}", if mount.read_only { " (read only)" } else { "" })),
         MountSource::Artifact(artifact) => Some(format!("{} (fetched by the node)", artifact.store)),
+        MountSource::Secret(secret) => Some(format!("{secret} (a Secret)")),
         MountSource::Config | MountSource::Scratch => None,
     });
     claims.collect::<Vec<_>>().join(", ")

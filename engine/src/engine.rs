@@ -1,3 +1,6 @@
+use std::task::{Context, Poll};
+use std::time::Instant;
+
 use sensorium_modality::Tensor;
 
 use crate::raw::RawTensor;
@@ -6,6 +9,14 @@ use crate::{EngineError, Signature};
 
 /// Tensors by the name of a graph's input or output.
 pub type Named = Vec<(String, Tensor)>;
+
+/// Those who wait for a run.
+pub struct Waiters<'a> {
+    /// When the last of them stops waiting; `None` where one waits for as long as it takes.
+    pub deadline: Option<Instant>,
+    /// Ready once none of them waits any more; it is polled as a future is.
+    pub poll_gone: &'a mut (dyn FnMut(&mut Context<'_>) -> Poll<()> + Send),
+}
 
 /// One graph, ready to run. It is owned by one thread at a time, because the libraries behind it are not safe to call
 /// concurrently on one graph.
@@ -20,6 +31,21 @@ pub trait Engine: Send {
     /// # Errors
     /// [`EngineError::Run`], or [`EngineError::NotUtf8`] for text that is none.
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError>;
+
+    /// As [`Engine::run_raw`], for `waiters`. An engine whose runs can be cut short, because they are calls of another
+    /// machine, say, does that when nobody waits any more; others run to the end.
+    ///
+    /// # Errors
+    /// As [`Engine::run_raw`], and [`EngineError::CutShort`].
+    fn run_for(
+        &mut self,
+        inputs: &[RawTensor],
+        outputs: &[usize],
+        waiters: Waiters<'_>,
+    ) -> Result<Vec<RawTensor>, EngineError> {
+        let _ = waiters;
+        self.run_raw(inputs, outputs)
+    }
 
     /// Makes the graph forget what it keeps from run to run, where it does and can be told to.
     ///

@@ -122,6 +122,12 @@ pub enum EngineError {
         /// What the last attempt failed with, or what was answered.
         reason: String,
     },
+    /// The run was given up, because nobody waited for it any more.
+    #[error("the run at {address} was given up: nobody waited for it any more")]
+    CutShort {
+        /// Where.
+        address: String,
+    },
 }
 
 impl EngineError {
@@ -139,7 +145,8 @@ impl EngineError {
             | Self::Open { .. }
             | Self::UnsupportedType { .. }
             | Self::Run { .. }
-            | Self::Unavailable { .. } => false,
+            | Self::Unavailable { .. }
+            | Self::CutShort { .. } => false,
         }
     }
 }

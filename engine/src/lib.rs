@@ -24,11 +24,11 @@ mod pipeline;
 mod raw;
 mod signature;
 
-pub use engine::{Engine, Named};
+pub use engine::{Engine, Named, Waiters};
 pub use error::{EngineError, PipelineError};
 pub use onnxruntime::OnnxRuntime;
 pub use opener::{Declared, DeclaredTensor, ELSEWHERE, Elsewhere, Open, Opener, RESET_METHOD};
-pub use options::{Device, Optimization, Options};
+pub use options::{Device, DeviceError, Optimization, Options};
 pub use pipeline::{Encoded, GraphRunner, LocalPipeline, Pipeline, VqaAnswer, VqaInput, open_graph, rank_answers};
 pub use raw::{RawTensor, RawTensorError, Strings, element_size, smallest_shape};
 pub use sensorium_artifact::DType;

@@ -1,4 +1,5 @@
 use std::num::NonZeroUsize;
+use std::str::FromStr;
 
 /// How a graph is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +46,30 @@ pub enum Device {
     TensorRt(i32),
 }
 
+/// Text that names no device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{value:?} is not where graphs run; write cpu, cuda or tensorrt, with the index of a GPU where it is not the first: cuda:1"
+)]
+pub struct DeviceError {
+    value: String,
+}
+
+impl FromStr for Device {
+    type Err = DeviceError;
+
+    /// `cpu`, `cuda[:INDEX]` or `tensorrt[:INDEX]`.
+    fn from_str(value: &str) -> Result<Self, DeviceError> {
+        let (name, index) = value.split_once(':').unwrap_or((value, "0"));
+        match (name, index.parse()) {
+            _ if value == "cpu" => Ok(Self::Cpu),
+            ("cuda", Ok(index @ 0..)) => Ok(Self::Cuda(index)),
+            ("tensorrt", Ok(index @ 0..)) => Ok(Self::TensorRt(index)),
+            _ => Err(DeviceError { value: value.to_owned() }),
+        }
+    }
+}
+
 impl Default for Options {
     /// One thread on the processor, everything optimised.
     fn default() -> Self {
@@ -56,6 +81,27 @@ impl Default for Options {
             memory_pattern: true,
             optimization: Optimization::All,
             device: Device::Cpu,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_a_name_and_the_index_of_a_gpu() {
+        for (text, device) in [
+            ("cpu", Device::Cpu),
+            ("cuda", Device::Cuda(0)),
+            ("cuda:1", Device::Cuda(1)),
+            ("tensorrt:3", Device::TensorRt(3)),
+        ] {
+            assert_eq!(text.parse(), Ok(device), "{text}");
+        }
+        for text in ["", "gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:a"] {
+            let error = text.parse::<Device>().unwrap_err();
+            assert!(error.to_string().contains("cpu, cuda or tensorrt"), "{error}");
         }
     }
 }

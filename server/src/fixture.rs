@@ -28,6 +28,7 @@ use crate::{
     pool::CpuPool,
     repository::{ControlMode, GraphPlaces, Openers, Opening, Registry, RepositoryConfig},
     scheduler::{Batching, Slots},
+    security::Outgoing,
 };
 
 /// A folder with models. It goes with this.
@@ -84,6 +85,7 @@ fn opening(openers: Openers) -> Opening {
         engine: Options { threads: NonZeroUsize::MIN, ..Options::default() },
         openers,
         graphs: GraphPlaces::default(),
+        outgoing: Outgoing::default(),
         batching: Batching { max_rows: 32, max_waiting_rows: 1024, max_delay: Duration::ZERO },
         slots: Slots::new(1),
         responses: ResponseCache::new(1 << 20),

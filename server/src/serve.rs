@@ -26,7 +26,7 @@ use crate::{
     rest,
     scheduler::Slots,
     scrape,
-    security::{Admission, ReloadError, Reloaded, Tls, Tokens},
+    security::{Admission, Outgoing, ReloadError, Reloaded, Tls, Tokens},
     service::Service,
     shared_memory::SharedMemory,
 };
@@ -51,7 +51,7 @@ pub enum ServeError {
     #[error(transparent)]
     Load(#[from] LoadError),
     /// Certificates or tokens cannot be read.
-    #[error("clients cannot be let in safely")]
+    #[error("nobody can be talked to safely")]
     Security(#[from] ReloadError),
     /// A task that never ends did.
     #[error("{task} ended unasked")]
@@ -151,7 +151,7 @@ pub async fn serve(
     let scrapes = Door { tls: None, places: None, ..door(listeners.metrics, &measured, &close, &close) };
     let mut scrapes = Task::spawn("the metrics endpoint", scrapes);
 
-    let opening = opening(&config, &metrics, &lost);
+    let opening = opening(&config, &metrics, &lost)?;
     tokio::pin!(shutdown);
     let repository = tokio::select! {
         opened = Registry::open(config.repository.clone(), opening) => opened?,
@@ -215,23 +215,23 @@ pub async fn serve(
 /// Loads the models of `config` as [`serve`] would, and returns the index of the repository instead.
 ///
 /// # Errors
-/// [`ServeError::Load`] when there is no index.
+/// [`ServeError::Load`] when there is no index, [`ServeError::Security`].
 pub async fn check(config: &ServerConfig) -> Result<Vec<IndexEntry>, ServeError> {
-    let repository =
-        Registry::open(config.repository.clone(), opening(config, &Metrics::new(), &CancellationToken::new()));
-    let repository = repository.await?;
+    let opening = opening(config, &Metrics::new(), &CancellationToken::new())?;
+    let repository = Registry::open(config.repository.clone(), opening).await?;
     let index = repository.index(false);
     repository.stop().await;
     Ok(index)
 }
 
-fn opening(config: &ServerConfig, metrics: &Metrics, lost: &CancellationToken) -> Opening {
-    Opening {
+fn opening(config: &ServerConfig, metrics: &Metrics, lost: &CancellationToken) -> Result<Opening, ReloadError> {
+    Ok(Opening {
         volumes: config.volumes.clone(),
         cache: config.artifact_cache.clone(),
         engine: config.engine,
         openers: config.openers.clone(),
         graphs: config.graphs.clone(),
+        outgoing: Outgoing::watch(config.outgoing.clone())?,
         batching: config.batching,
         slots: Slots::new(config.engine.threads.get()),
         responses: crate::model::ResponseCache::new(config.response_cache_bytes),
@@ -240,7 +240,7 @@ fn opening(config: &ServerConfig, metrics: &Metrics, lost: &CancellationToken) -
         pool: CpuPool::new(config.prepare_threads.get(), config.batching.max_waiting_rows),
         metrics: metrics.clone(),
         lost: lost.clone(),
-    }
+    })
 }
 
 /// Who is let in; `None` for everybody without limit.

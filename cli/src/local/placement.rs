@@ -164,8 +164,9 @@ impl Place<'_> {
     fn folder(&self, source: &MountSource) -> PathBuf {
         match source {
             MountSource::Claim(claim) => self.state.volume(claim),
-            // Nothing here fetches for others, and no plan that is made here says so.
+            // Nothing here fetches for others or keeps secrets, and no plan that is run here says so.
             MountSource::Artifact(_) => self.state.volume("node-cache"),
+            MountSource::Secret(name) => self.state.volume(name),
             MountSource::Config => self.job.config(),
             MountSource::Scratch => self.job.scratch(&self.process_name()),
         }
@@ -190,6 +191,10 @@ impl Resolve for Place<'_> {
 
     fn addresses(&self, role: &str, name: &str) -> String {
         self.ports.addresses(role, name)
+    }
+
+    fn service(&self) -> String {
+        HOST.to_owned()
     }
 
     fn listen(&self, name: &str) -> String {

@@ -36,7 +36,7 @@ use run::Run;
 pub async fn run(args: &UpArgs, state: StateDir) -> Result<(), Error> {
     let began = Instant::now();
     let interrupt = Interrupt::install().map_err(Error::Signals)?;
-    let jobs = manifests::load(&args.paths)?;
+    let jobs = manifests::load(&args.paths)?.into_iter().map(Job::on_this_machine).collect::<Result<_, _>>()?;
     let _lock = state.lock()?;
     let jobs = in_order(jobs, &state).await?;
     let programs = Programs::from_env();

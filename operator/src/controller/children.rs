@@ -9,8 +9,10 @@ use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use futures::{Stream, StreamExt as _};
+use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::batch::v1::{Job, JobSpec, JobStatus};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Resource, ResourceExt};
 use serde::Serialize;
@@ -18,7 +20,7 @@ use serde::de::DeserializeOwned;
 
 use super::health::Watch;
 use super::lean::Lean;
-use crate::render::{COMPLETION_INDEX, ENCODERS_ANNOTATION, OWNER_ANNOTATION};
+use crate::render::{COMPLETION_INDEX, ENCODERS_ANNOTATION, OWNER_ANNOTATION, REVISION_ANNOTATION};
 
 /// Namespace and name of an object.
 pub(super) type Key = (String, String);
@@ -218,6 +220,11 @@ pub(super) fn prune_config(config: &mut ConfigMap) {
     config.data = None;
 }
 
+/// Drops the content of a record: it is fetched when it is needed, which is seldom.
+pub(super) fn prune_record(record: &mut ControllerRevision) {
+    record.data = RawExtension::default();
+}
+
 /// Drops from the metadata of what is never compared all that does not tell which one it is and whose.
 fn prune_identity<K: ResourceExt>(object: &mut K) {
     let metadata = object.meta_mut();
@@ -227,7 +234,8 @@ fn prune_identity<K: ResourceExt>(object: &mut K) {
     metadata.finalizers = None;
     metadata.generate_name = None;
     if let Some(annotations) = &mut metadata.annotations {
-        annotations.retain(|key, _| [OWNER_ANNOTATION, ENCODERS_ANNOTATION, COMPLETION_INDEX].contains(&key.as_str()));
+        let known = [OWNER_ANNOTATION, ENCODERS_ANNOTATION, REVISION_ANNOTATION, COMPLETION_INDEX];
+        annotations.retain(|key, _| known.contains(&key.as_str()));
         if annotations.is_empty() {
             metadata.annotations = None;
         }

@@ -1,6 +1,7 @@
 //! ServingJobs: servers that stay up while their model changes.
 
 mod encoders;
+mod records;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
-use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment};
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -27,7 +28,7 @@ use serde_json::json;
 
 use super::apply;
 use super::artifact::Artifacts;
-use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_pod};
+use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_pod, prune_record};
 use super::context::{Context, DEBOUNCE};
 use super::index::reference;
 use super::kept::Kept;
@@ -53,6 +54,7 @@ struct Servings {
     deployments: Children<Deployment>,
     services: Children<Service>,
     configs: Children<ConfigMap>,
+    records: Children<ControllerRevision>,
     budgets: Children<PodDisruptionBudget>,
     policies: Children<NetworkPolicy>,
     autoscalers: Children<HorizontalPodAutoscaler>,
@@ -68,6 +70,7 @@ pub(super) async fn control(context: Arc<Context>, artifacts: Artifacts, news: N
         context.watch_children(KIND, owner_by_reference(KIND), |_: &mut Deployment| {});
     let (services, service_news) = context.watch_children(KIND, owner_by_reference(KIND), |_: &mut Service| {});
     let (configs, config_news) = context.watch_children(KIND, owner_by_reference(KIND), prune_config);
+    let (records, record_news) = context.watch_children(KIND, owner_by_reference(KIND), prune_record);
     let (budgets, budget_news) =
         context.watch_children(KIND, owner_by_reference(KIND), |_: &mut PodDisruptionBudget| {});
     let (policies, policy_news) = context.watch_children(KIND, owner_by_reference(KIND), |_: &mut NetworkPolicy| {});
@@ -80,6 +83,7 @@ pub(super) async fn control(context: Arc<Context>, artifacts: Artifacts, news: N
         deployment_news.boxed(),
         service_news.boxed(),
         config_news.boxed(),
+        record_news.boxed(),
         budget_news.boxed(),
         policy_news.boxed(),
         autoscaler_news.boxed(),
@@ -100,6 +104,7 @@ pub(super) async fn control(context: Arc<Context>, artifacts: Artifacts, news: N
         deployments,
         services,
         configs,
+        records,
         budgets,
         policies,
         autoscalers,
@@ -154,6 +159,7 @@ impl Servings {
         self.deployments.listed()
             && self.services.listed()
             && self.configs.listed()
+            && self.records.listed()
             && self.budgets.listed()
             && self.policies.listed()
             && self.autoscalers.listed()
@@ -276,10 +282,11 @@ impl Servings {
         let revision = Revision { owner: &owner, spec, plan: &plan, digest, images: &context.settings.images };
         let encoders = render_encoders(&revision);
         let stable = render_servers(&revision, role, &encoders, Track::Stable, replicas);
+        let record = records::wanted(&owner, spec, &stable, &encoders)?;
         let live = self.deployments.get(key, &stable.deployment.name_any());
         let live_canary = self.deployments.get(key, &deployment_name(job, Track::Canary));
         let measured = self.measure(key, live.as_deref(), live_canary.as_deref(), status).await;
-        let decided = rollout(
+        let mut decided = rollout(
             spec,
             &stable.revision,
             status,
@@ -291,10 +298,15 @@ impl Servings {
 
         self.around(visit, object, &owner, role, key).await?;
         // Servers that are not started call nobody.
-        let encoders = if decided.apply || decided.canaries.is_some() { encoders } else { Vec::new() };
+        let starts = decided.apply || decided.canaries.is_some();
+        let encoders = if starts { encoders } else { Vec::new() };
+        if starts {
+            self.apply_config(visit, key, &stable.config).await?;
+            self.keep_record(visit, key, record.as_ref()).await?;
+        }
         self.apply_encoders(visit, key, &encoders).await?;
         if decided.apply {
-            self.apply_servers(visit, key, &stable, live.as_deref()).await?;
+            self.apply_servers(visit, &stable, live.as_deref()).await?;
         } else if let (Some(live), Some(replicas)) = (&live, replicas)
             && live.spec.replicas != i32::try_from(replicas).ok()
         {
@@ -304,12 +316,15 @@ impl Servings {
         match (decided.canaries, live_canary) {
             (Some(count), live) => {
                 let canary = render_servers(&revision, role, &encoders, Track::Canary, Some(count));
-                self.apply_servers(visit, key, &canary, live.as_deref()).await?;
+                self.apply_servers(visit, &canary, live.as_deref()).await?;
             }
             (None, Some(live)) => apply::delete(visit, &*live).await?,
             (None, None) => {}
         }
+        let current = starts.then_some(stable.revision.as_str());
+        decided.notes.extend(self.make_again(visit, key, current).await?);
         self.sweep_encoders(visit, key, job, &encoders).await?;
+        self.sweep_records(visit, key, record.as_ref()).await?;
         self.sweep_configs(visit, key, &stable).await?;
         Ok(decided)
     }
@@ -317,14 +332,17 @@ impl Servings {
     async fn apply_servers(
         &self,
         visit: &Visit<'_>,
-        key: &Key,
         servers: &Servers,
         live: Option<&Deployment>,
     ) -> Result<(), Error> {
-        if self.configs.get(key, &servers.config.name_any()).is_none() {
-            apply::create(visit, &servers.config).await?;
+        apply::apply(visit, &servers.deployment, live).await.map(drop)
+    }
+
+    /// The file of all pods of a revision.
+    async fn apply_config(&self, visit: &Visit<'_>, key: &Key, config: &ConfigMap) -> Result<(), Error> {
+        if !self.configs.has(key, &config.name_any()) {
+            apply::create(visit, config).await?;
         }
-        apply::apply(visit, &servers.deployment, live).await?;
         Ok(())
     }
 

@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 
 use sensorium_api::run::{JobKey, JobKind};
 use sensorium_api::{
-    EncoderService, NetworkAccess, PodSettings, Resources, Rollout, Scheduling, ServiceSpec, ServingJob, ServingJobSpec,
+    EncoderService, NetworkAccess, PodSettings, Resources, Rollout, Scheduling, Security, ServiceSpec, ServingJob,
+    ServingJobSpec,
 };
 
 use super::config::{common_env, config_args, config_files, listen_args};
 use super::spec_hash;
 use super::storage::Claims;
 use super::template::{Part, Template};
-use super::workload::{ArtifactVolume, HttpProbe, Lifetime, MountSource, Program, Role, WorkloadPlan};
+use super::workload::{ArtifactVolume, HttpProbe, Lifetime, Mount, MountSource, Program, Role, WorkloadPlan};
 use super::{Pins, PlanError};
 
 /// The servers' role; encoders' roles are called after their graphs.
@@ -20,6 +21,9 @@ const SERVER: &str = "server";
 const NODE_CACHE: &str = "node-cache";
 /// The port by which servers call encoders.
 const GRPC: &str = "grpc";
+/// The mounts of a job's certificate and of its tokens.
+const TLS: &str = "tls";
+const TOKENS: &str = "tokens";
 
 pub(super) fn plan_serving(object: &ServingJob, pins: &Pins) -> Result<WorkloadPlan, PlanError> {
     let job = JobKey::of(object, JobKind::ServingJob);
@@ -80,7 +84,45 @@ fn servers(spec: &ServingJobSpec) -> Role {
         let addresses = Part::Addresses { role: graph.clone(), name: GRPC.to_owned() };
         [Template::text("--remote-graph"), Template::new([Part::Text(format!("{graph}=")), addresses])]
     });
-    role(spec, SERVER, spec.replicas, &spec.resources, remote)
+    let known = if spec.encoders.is_empty() { Vec::new() } else { known_by(&spec.security) };
+    role(spec, SERVER, spec.replicas, &spec.resources, remote.chain(known))
+}
+
+/// How servers and encoders know each other: encoders show the job's own certificate, so that it need not be for names that
+/// every rollout changes, and accept its tokens.
+fn known_by(security: &Security) -> Vec<Template> {
+    let tls = security.tls.iter().flat_map(|_| {
+        let [flag, file] = file_args("--remote-tls-ca", TLS, "ca.crt");
+        [flag, file, Template::text("--remote-tls-name"), Template::new([Part::Service])]
+    });
+    let tokens = security.tokens.iter().flat_map(|_| file_args("--remote-tokens", TOKENS, "tokens"));
+    tls.chain(tokens).collect()
+}
+
+/// How whoever connects has to come.
+fn let_in_by(security: &Security) -> Vec<Template> {
+    let tls = security.tls.iter().flat_map(|_| {
+        let files = [("--tls-cert", "tls.crt"), ("--tls-key", "tls.key")];
+        files.map(|(flag, file)| file_args(flag, TLS, file)).concat()
+    });
+    let tokens = security.tokens.iter().flat_map(|_| file_args("--auth-tokens", TOKENS, "tokens"));
+    tls.chain(tokens).collect()
+}
+
+/// `FLAG PATH` of a file in a mount.
+fn file_args(flag: &str, mount: &str, file: &str) -> [Template; 2] {
+    [Template::text(flag), Template::new([Part::MountPath(mount.to_owned()), Part::Text(format!("/{file}"))])]
+}
+
+/// The Secrets as folders.
+fn secrets(security: &Security) -> impl Iterator<Item = Mount> {
+    let tls = security.tls.iter().map(|tls| (TLS, &tls.secret_name));
+    let tokens = security.tokens.iter().map(|tokens| (TOKENS, &tokens.secret_name));
+    tls.chain(tokens).map(|(name, secret)| Mount {
+        name: name.to_owned(),
+        source: MountSource::Secret(secret.clone()),
+        read_only: true,
+    })
 }
 
 /// Servers of a single graph.
@@ -100,15 +142,20 @@ fn role(
     let claims = Claims::default().read(&spec.model.store);
     let ports = [(GRPC, spec.ports.grpc), ("http", spec.ports.http), ("metrics", spec.ports.metrics)];
     let listen = ports.iter().flat_map(|(name, _)| listen_args(&format!("--{name}-addr"), name));
+    // The program finds the GPU that it was given as the first one.
+    let device = resources.has_gpus().then(|| ["--engine-device", "cuda"].map(Template::text));
+    let security = let_in_by(&spec.security);
+    let args =
+        config_args(&claims).into_iter().chain(listen).chain(device.into_iter().flatten()).chain(security).chain(args);
     Role {
         name: name.to_owned(),
         program: Program::Server,
         replicas: replicas.unwrap_or(1),
         processes: 1,
-        args: config_args(&claims).into_iter().chain(listen).chain(args).collect(),
+        args: args.collect(),
         env: common_env(),
         ports: BTreeMap::from(ports.map(|(name, number)| (name.to_owned(), number))),
-        mounts: claims.mounts(),
+        mounts: claims.mounts().into_iter().chain(secrets(&spec.security)).collect(),
         resources: resources.clone(),
         result: false,
         readiness: Some(HttpProbe { port: "http".to_owned(), path: "/v2/health/ready".to_owned() }),
@@ -127,6 +174,7 @@ fn told(spec: &ServingJobSpec) -> ServingJobSpec {
         resources: Resources::default(),
         service: ServiceSpec::default(),
         network_access: NetworkAccess::default(),
+        security: Security::default(),
         disruption_max_unavailable: 1,
         scheduling: Scheduling::default(),
         pods: PodSettings::default(),

@@ -76,6 +76,7 @@ pub(super) fn serving(spec: &ServingJobSpec) -> String {
         resources: _,
         service: _,
         network_access: _,
+        security: _,
         disruption_max_unavailable: _,
         scheduling: _,
         pods: _,

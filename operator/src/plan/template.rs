@@ -36,6 +36,8 @@ pub enum Part {
         /// Name of the port.
         name: String,
     },
+    /// `{service}`: the name by which clients reach the job, and for which its certificate is.
+    Service,
     /// `{listen NAME}`: ADDRESS:PORT on which this process offers its port of that name. All interfaces in a pod,
     /// loopback on one machine; each replica has its own.
     Listen {
@@ -61,6 +63,8 @@ pub trait Resolve {
     fn port(&self, role: &str, name: &str) -> u16;
     /// HOST:PORT of the port `name` of all replicas of `role`.
     fn addresses(&self, role: &str, name: &str) -> String;
+    /// The name by which clients reach the job.
+    fn service(&self) -> String;
     /// ADDRESS:PORT on which this process offers its port `name`.
     fn listen(&self, name: &str) -> String;
     /// Path of the mount `name`.
@@ -102,6 +106,7 @@ impl Part {
             Self::Host { role, index } => resolve.host(role, *index),
             Self::Port { role, name } => resolve.port(role, name).to_string(),
             Self::Addresses { role, name } => resolve.addresses(role, name),
+            Self::Service => resolve.service(),
             Self::Listen { name } => resolve.listen(name),
             Self::MountPath(name) => resolve.mount_path(name),
             Self::Rank => resolve.rank(),
@@ -124,6 +129,7 @@ impl fmt::Display for Part {
             Self::Host { role, index } => write!(f, "{{host {role} {index}}}"),
             Self::Port { role, name } => write!(f, "{{port {role} {name}}}"),
             Self::Addresses { role, name } => write!(f, "{{addresses {role} {name}}}"),
+            Self::Service => f.write_str("{service}"),
             Self::Listen { name } => write!(f, "{{listen {name}}}"),
             Self::MountPath(name) => write!(f, "{{mount {name}}}"),
             Self::Rank => f.write_str("{rank}"),
@@ -156,6 +162,9 @@ mod tests {
         fn addresses(&self, role: &str, name: &str) -> String {
             format!("vqa-{role}:{name}")
         }
+        fn service(&self) -> String {
+            "vqa.default.svc".to_owned()
+        }
         fn listen(&self, name: &str) -> String {
             format!("0.0.0.0:{}", name.len())
         }
@@ -182,6 +191,8 @@ mod tests {
             Part::Text(" ".to_owned()),
             Part::Addresses { role: "encoder".to_owned(), name: "grpc".to_owned() },
             Part::Text(" ".to_owned()),
+            Part::Service,
+            Part::Text(" ".to_owned()),
             Part::Listen { name: "progress".to_owned() },
             Part::Text(" ".to_owned()),
             Part::MountPath("config".to_owned()),
@@ -194,11 +205,11 @@ mod tests {
         ]);
         assert_eq!(
             template.render(&Worker3),
-            "worker-0.vqa:29500 vqa-encoder:grpc 0.0.0.0:8 /mnt/config 3/1 /out/result.json"
+            "worker-0.vqa:29500 vqa-encoder:grpc vqa.default.svc 0.0.0.0:8 /mnt/config 3/1 /out/result.json"
         );
         assert_eq!(
             template.to_string(),
-            "{host worker 0}:{port worker rendezvous} {addresses encoder grpc} {listen progress} {mount config} {rank}/{local rank} {result file}"
+            "{host worker 0}:{port worker rendezvous} {addresses encoder grpc} {service} {listen progress} {mount config} {rank}/{local rank} {result file}"
         );
     }
 

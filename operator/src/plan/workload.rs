@@ -96,7 +96,7 @@ impl Program {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Mount {
-    /// Unique within the role: `config`, `scratch`, or `volumes/CLAIM`.
+    /// Unique within the role: `config`, `scratch`, `tls`, `tokens`, or `volumes/CLAIM`.
     pub name: String,
     /// What is in it.
     pub source: MountSource,
@@ -114,6 +114,8 @@ pub enum MountSource {
     Config,
     /// An empty folder that goes when the process does.
     Scratch,
+    /// The keys of a Secret as files, which change when it does.
+    Secret(String),
     /// An artifact that the node fetched from a bucket: a store with nothing else in it.
     Artifact(ArtifactVolume),
 }

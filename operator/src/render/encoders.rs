@@ -7,36 +7,35 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec};
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
-use k8s_openapi::api::core::v1::{ConfigMap, PodTemplateSpec, Service, ServiceSpec};
+use k8s_openapi::api::core::v1::{PodTemplateSpec, Service, ServiceSpec};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use sensorium_api::EncoderService;
+use serde::{Deserialize, Serialize};
 
 use super::names::{child_name, labels, selector};
 use super::network;
 use super::pod::Place;
-use super::serving::{MIN_READY_SECONDS, Revision, autoscaler, budget, matching, metadata, service_port};
+use super::serving::{MIN_READY_SECONDS, Revision, autoscaler, budget, matching, metadata, service_ports};
 use crate::plan::Role;
 
 /// Annotation of a server's pod: names of the encoders that it calls, joined by commas.
 pub const ENCODERS_ANNOTATION: &str = "sensorium.dev/encoders";
 /// Label of an encoder's pods: its name.
-const ENCODER_LABEL: &str = "sensorium.dev/encoder";
+pub const ENCODER_LABEL: &str = "sensorium.dev/encoder";
 /// Label of an encoder's pods: the graph that it runs.
 const GRAPH_LABEL: &str = "sensorium.dev/graph";
 /// Component of encoders' pods.
 const ENCODER: &str = "encoder";
 
-/// One encoder's objects.
-#[derive(Clone, Debug)]
+/// One encoder's objects. The file that its pods read is that of the servers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Encoder {
     /// The graph that it runs.
     pub graph: String,
-    /// Name of all of them but the file.
+    /// Name of all of them.
     pub name: String,
-    /// The file that its pods read; the servers' one.
-    pub config: ConfigMap,
     /// Its pods.
     pub deployment: Deployment,
     /// Their addresses, for the servers. Headless: a server spreads its requests itself, since a connection stays with
@@ -83,7 +82,6 @@ fn one(revision: &Revision<'_>, encoder: &EncoderService, role: &Role) -> Encode
     let metadata = || metadata(owner, name.clone(), ENCODER);
     Encoder {
         graph: encoder.graph.clone(),
-        config: revision.config(),
         deployment: Deployment {
             metadata: metadata(),
             spec: DeploymentSpec {
@@ -103,7 +101,7 @@ fn one(revision: &Revision<'_>, encoder: &EncoderService, role: &Role) -> Encode
             spec: Some(ServiceSpec {
                 cluster_ip: Some("None".to_owned()),
                 selector: Some(selected.clone()),
-                ports: Some(role.ports.iter().map(service_port).collect()),
+                ports: Some(service_ports(spec, role)),
                 ..ServiceSpec::default()
             }),
             status: None,

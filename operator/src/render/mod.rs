@@ -9,14 +9,16 @@ mod job;
 mod names;
 mod network;
 mod pod;
+mod record;
 mod serving;
 mod store_jobs;
 
-pub use encoders::{ENCODERS_ANNOTATION, Encoder, render_encoders};
+pub use encoders::{ENCODER_LABEL, ENCODERS_ANNOTATION, Encoder, render_encoders};
 pub use job::{RunObjects, attempt_of, render_run};
 pub(crate) use names::COMPLETION_INDEX;
 pub use names::{ATTEMPT_LABEL, KIND_LABEL, MANAGED_BY, NAME_LABEL, OWNER_ANNOTATION, child_name, labels, selector};
 pub use pod::{CONTAINER, RESULT_FILE};
+pub use record::{CONFIG_ANNOTATION, MadeOf, render_record};
 pub use serving::{
     ARTIFACT_ANNOTATION, REVISION_ANNOTATION, Revision, Servers, ServingObjects, Track, deployment_name,
     render_servers, render_serving, server_selector,

@@ -6,15 +6,15 @@ use k8s_openapi::api::core::v1::{
     Affinity, CSIVolumeSource, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, DownwardAPIVolumeFile,
     DownwardAPIVolumeSource, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource, LocalObjectReference,
     ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodAffinity, PodAffinityTerm, PodSecurityContext, PodSpec,
-    ResourceFieldSelector, ResourceRequirements, SeccompProfile, SecretEnvSource, SecurityContext, Toleration,
-    TopologySpreadConstraint, Volume, VolumeMount,
+    ResourceFieldSelector, ResourceRequirements, SeccompProfile, SecretEnvSource, SecretVolumeSource, SecurityContext,
+    Toleration, TopologySpreadConstraint, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use sensorium_api::{Scheduling, TopologyMode};
 
 use super::Images;
-use super::names::COMPLETION_INDEX;
+use super::names::{COMPLETION_INDEX, child_name};
 use crate::plan::{ArtifactVolume, MountSource, Program, Resolve, Role, WorkloadPlan};
 
 /// Name of the one container of every pod.
@@ -29,8 +29,8 @@ const USER: i64 = 65_532;
 const LOOPBACK: &str = "127.0.0.1";
 /// The variable that holds a pod's number within its Job.
 const POD_INDEX: &str = "POD_INDEX";
-/// Resource names that are GPUs or parts of them: `nvidia.com/gpu`, `nvidia.com/mig-1g.10gb`.
-const GPU_PREFIX: &str = "nvidia.com/";
+/// Mode of a Secret's files: the group of every process may read them, and nobody else.
+const SECRET_MODE: i32 = 0o440;
 
 /// A pod's place in the cluster, for the holes of a plan's templates.
 pub(super) struct Place<'a> {
@@ -59,6 +59,10 @@ impl Resolve for Place<'_> {
         let role = self.plan.roles.iter().find(|other| other.name == role);
         let port = role.and_then(|role| role.ports.get(name)).copied().unwrap_or_default();
         format!("{service}:{port}")
+    }
+    fn service(&self) -> String {
+        let job = &self.plan.job;
+        format!("{}.{}.svc", child_name(&job.name, ""), job.namespace)
     }
     fn listen(&self, name: &str) -> String {
         format!("0.0.0.0:{}", self.port("", name))
@@ -113,7 +117,7 @@ pub(super) struct PodContext<'a> {
 /// The pod of `role`, to be completed with what only a Job's or only a Deployment's pods have.
 pub(super) fn pod_spec(context: &PodContext<'_>, place: &Place<'_>) -> PodSpec {
     let (plan, role) = (context.plan, place.role);
-    let gpus = uses_gpus(role);
+    let gpus = role.resources.has_gpus();
     let scheduling = &plan.scheduling;
     let (volumes, mounts) = volumes(role, context, gpus);
     let image = plan.pods.image.as_deref().unwrap_or_else(|| context.images.of(role.program));
@@ -189,10 +193,6 @@ pub(super) fn container_security() -> SecurityContext {
         capabilities: Some(Capabilities { drop: Some(vec!["ALL".to_owned()]), add: None }),
         ..SecurityContext::default()
     }
-}
-
-fn uses_gpus(role: &Role) -> bool {
-    role.resources.limits.keys().chain(role.resources.requests.keys()).any(|name| name.starts_with(GPU_PREFIX))
 }
 
 /// Several processes in one pod are started by `launch`, as torchrun does.
@@ -283,6 +283,13 @@ fn volumes(role: &Role, context: &PodContext<'_>, gpus: bool) -> (Vec<Volume>, V
                 }
                 Files::Annotations => volume.downward_api = Some(annotated_files(context.plan)),
             },
+            MountSource::Secret(secret) => {
+                volume.secret = Some(SecretVolumeSource {
+                    secret_name: Some(secret.clone()),
+                    default_mode: Some(SECRET_MODE),
+                    ..SecretVolumeSource::default()
+                });
+            }
             MountSource::Artifact(artifact) => volume.csi = Some(artifact_volume(artifact)),
             MountSource::Scratch => volume.empty_dir = Some(EmptyDirVolumeSource::default()),
             MountSource::Claim(claim) => {

@@ -28,7 +28,7 @@ use super::{Images, Owner, network};
 use crate::plan::{Role, WorkloadPlan};
 
 /// Component of the servers' pods.
-const SERVER: &str = "server";
+pub(super) const SERVER: &str = "server";
 /// Label that tells stable servers from canaries; the Service does not look at it.
 const TRACK_LABEL: &str = "sensorium.dev/track";
 /// Annotation of a pod template: the revision that it serves.
@@ -110,7 +110,7 @@ pub fn render_serving(owner: &Owner, spec: &ServingJobSpec, role: &Role) -> Serv
         spec: Some(ServiceSpec {
             type_: Some(spec.service.type_.as_str().to_owned()),
             selector: Some(server_selector(&owner.job)),
-            ports: Some(role.ports.iter().map(service_port).collect()),
+            ports: Some(service_ports(spec, role)),
             ..ServiceSpec::default()
         }),
         status: None,
@@ -160,17 +160,19 @@ pub(super) fn budget(
     }
 }
 
-pub(super) fn service_port((name, number): (&String, &u16)) -> ServicePort {
-    ServicePort {
+/// The ports of a role by which others reach it.
+pub(super) fn service_ports(spec: &ServingJobSpec, role: &Role) -> Vec<ServicePort> {
+    let service_port = |(name, number): (&String, &u16)| ServicePort {
         name: Some(name.clone()),
         port: i32::from(*number),
         // By name, so that while `ports` changes each pod is called at its own number.
         target_port: Some(IntOrString::String(name.clone())),
         protocol: Some("TCP".to_owned()),
-        // Lets meshes and gateways speak HTTP/2 to it without being told.
-        app_protocol: (name == "grpc").then(|| "kubernetes.io/h2c".to_owned()),
+        // Lets meshes and gateways speak HTTP/2 to it without being told. Over TLS, the two sides agree on it.
+        app_protocol: (name == "grpc" && spec.security.tls.is_none()).then(|| "kubernetes.io/h2c".to_owned()),
         ..ServicePort::default()
-    }
+    };
+    role.ports.iter().map(service_port).collect()
 }
 
 /// Lets the load decide on the number of a Deployment's pods.
@@ -263,9 +265,12 @@ impl Revision<'_> {
                 ..Lifecycle::default()
             });
             let port = role.ports.get("http").copied().unwrap_or_default();
-            container.startup_probe = Some(probe("/v2/health/live", port, 1, STARTUP_PROBES));
-            container.readiness_probe = role.readiness.as_ref().map(|readiness| probe(&readiness.path, port, 2, 2));
-            container.liveness_probe = Some(probe("/v2/health/live", port, 10, 6));
+            // The kubelet looks at no certificate, and health needs no token.
+            let scheme = self.spec.security.tls.as_ref().map(|_| "HTTPS");
+            let probe = |path: &str, period, failures| probe(scheme, path, port, period, failures);
+            container.startup_probe = Some(probe("/v2/health/live", 1, STARTUP_PROBES));
+            container.readiness_probe = role.readiness.as_ref().map(|readiness| probe(&readiness.path, 2, 2));
+            container.liveness_probe = Some(probe("/v2/health/live", 10, 6));
         }
         let revision = short_digest(&json!({"digest": self.digest, "pod": pod}).to_string());
         (pod, revision)
@@ -340,9 +345,10 @@ pub fn render_servers(
     Servers { config: revision.config(), deployment, revision: digest }
 }
 
-fn probe(path: &str, port: u16, period: i32, failures: i32) -> Probe {
+fn probe(scheme: Option<&str>, path: &str, port: u16, period: i32, failures: i32) -> Probe {
     Probe {
         http_get: Some(HTTPGetAction {
+            scheme: scheme.map(str::to_owned),
             path: Some(path.to_owned()),
             port: IntOrString::Int(i32::from(port)),
             ..HTTPGetAction::default()

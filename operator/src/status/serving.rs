@@ -12,7 +12,7 @@ use sensorium_api::{Canary, JobState, RolloutStatus, ServingJobSpec, ServingJobS
 
 use super::conditions::{Conditions, is_true};
 use super::{Note, Refusal};
-use crate::render::{ARTIFACT_ANNOTATION, REVISION_ANNOTATION};
+use crate::render::{ARTIFACT_ANNOTATION, ENCODER_LABEL, ENCODERS_ANNOTATION, REVISION_ANNOTATION};
 
 const TYPES: [&str; 6] = ["ArtifactsReady", "WorkloadsReady", "RouteReady", "Progressing", "Degraded", "Ready"];
 
@@ -271,7 +271,10 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
         Ok(digest) => conditions.set("ArtifactsReady", true, "Resolved", *digest),
         Err(missing) => conditions.set("ArtifactsReady", false, "ArtifactNotReady", missing),
     }
-    let absent = observed.encoders.iter().find_map(|(name, live)| absent(name, live.as_deref()));
+    let silent = silent(observed.pods);
+    let absent = silent
+        .clone()
+        .or_else(|| observed.encoders.iter().find_map(|(name, live)| absent(name, live.as_deref(), observed.pods)));
     let servers = match &absent {
         None => format!("{answering} of {wanted} servers answer"),
         Some(absent) => format!("{answering} of {wanted} servers answer; {absent}"),
@@ -322,7 +325,8 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
     let missing = observed.artifact.as_ref().err().map(|missing| ("ArtifactNotReady", missing.clone()));
     let in_the_way = refused.or(missing);
     let answers = answering > 0 && route && serves;
-    let ready = answers && crash.is_none() && in_the_way.is_none();
+    // Servers find out by themselves, but not before a request, or half a minute, has told them.
+    let ready = answers && crash.is_none() && in_the_way.is_none() && silent.is_none();
     let (state, reason, message) = match (crash, in_the_way) {
         (Some(crash), _) => (JobState::Running, "PodsCrash", crash),
         (None, Some((reason, why))) if answers => {
@@ -335,6 +339,7 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
                 failed.map_or(servers.clone(), |why| format!("{servers}; the last rollout was taken back: {why}"));
             (JobState::Ready, "Answering", message)
         }
+        (None, None) if answers && silent.is_some() => (JobState::Running, "EncoderNotAnswering", servers.clone()),
         (None, None) if observed.stable.is_none() => {
             (JobState::Pending, "NotAnswering", "starting the servers".to_owned())
         }
@@ -349,10 +354,54 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
     status
 }
 
-/// How many of an encoder's pods answer, unless all do.
-fn absent(name: &str, live: Option<&Deployment>) -> Option<String> {
+/// How many of an encoder's pods answer, unless all do. Its Deployment hears later than we do that one of them has gone, and
+/// counts none before it can be relied on.
+fn absent(name: &str, live: Option<&Deployment>, pods: &[Pod]) -> Option<String> {
     let (available, wanted) = live.map_or((0, 1), |live| (available(live), wanted(live)));
-    (available < wanted).then(|| format!("encoder {name}: {available} of {wanted} answer"))
+    let answering =
+        available.min(i32::try_from(pods_of(name, pods).filter(|pod| is_up(pod)).count()).unwrap_or(i32::MAX));
+    (answering < wanted).then(|| unanswered(name, answering, wanted, pods))
+}
+
+/// An encoder of which no pod answers, although every server that is up calls it or another such: then no request can be
+/// answered. Only the pods are asked: they are the first to know.
+fn silent(pods: &[Pod]) -> Option<String> {
+    let called = |pod: &Pod| {
+        pod.annotations().get(ENCODERS_ANNOTATION).map(|names| names.split(',').map(str::to_owned).collect())
+    };
+    let servers = pods.iter().filter(|pod| is_up(pod) && !pod.labels().contains_key(ENCODER_LABEL));
+    let mut first = None;
+    for server in servers {
+        let called: Vec<String> = called(server).unwrap_or_default();
+        let silent = called.into_iter().find(|name| !pods_of(name, pods).any(is_up))?;
+        first.get_or_insert(silent);
+    }
+    let name = first?;
+    let wanted = i32::try_from(pods_of(&name, pods).count()).unwrap_or(i32::MAX).max(1);
+    Some(unanswered(&name, 0, wanted, pods))
+}
+
+/// That so many of an encoder's pods answer, and what is known of those that do not.
+fn unanswered(name: &str, answering: i32, wanted: i32, pods: &[Pod]) -> String {
+    let why = pods_of(name, pods).filter(|pod| !is_up(pod)).find_map(|pod| {
+        let leaves = || pod.metadata.deletion_timestamp.is_some().then(|| format!("pod {} leaves", pod.name_any()));
+        let fails = || pod.status.as_ref()?.phase.as_deref().filter(|phase| *phase == "Running");
+        leaves().or_else(|| obstacle(pod)).or_else(|| fails().map(|_| format!("pod {} is not ready", pod.name_any())))
+    });
+    let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
+    format!("encoder {name}: {answering} of {wanted} answer{why}")
+}
+
+/// The pods of an encoder.
+fn pods_of<'a>(name: &'a str, pods: &'a [Pod]) -> impl Iterator<Item = &'a Pod> {
+    pods.iter().filter(move |pod| pod.labels().get(ENCODER_LABEL).is_some_and(|label| label == name))
+}
+
+/// Whether a pod is ready and not about to leave.
+fn is_up(pod: &Pod) -> bool {
+    let mut conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    let is_ready = conditions.any(|condition| condition.type_ == "Ready" && condition.status == "True");
+    is_ready && pod.metadata.deletion_timestamp.is_none()
 }
 
 /// What is worth an event when `new` takes the place of `old`.

@@ -23,7 +23,7 @@ fn assert_holes_can_be_filled(plan: &WorkloadPlan) {
                 Part::Listen { name } => assert!(role.ports.contains_key(name)),
                 Part::MountPath(name) => assert!(role.mounts.iter().any(|mount| mount.name == *name)),
                 Part::ResultFile => assert!(role.result),
-                Part::Text(_) | Part::Rank | Part::LocalRank => {}
+                Part::Text(_) | Part::Rank | Part::LocalRank | Part::Service => {}
             }
         }
         if let Some(probe) = &role.readiness {

@@ -1,11 +1,12 @@
 //! Whole objects, as a cluster gets them.
 
 use insta::assert_yaml_snapshot;
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use sensorium_api::manifest::{Resource, parse_documents};
 use sensorium_operator::plan::{Pins, plan_pinned};
 use sensorium_operator::render::{
-    Images, Owner, Revision, Track, render_encoders, render_run, render_servers, render_serving,
+    Images, MadeOf, Owner, Revision, Track, render_encoders, render_record, render_run, render_servers, render_serving,
 };
 use serde_json::{Value, json};
 
@@ -174,6 +175,73 @@ fn an_encoder_as_a_service_of_its_own() {
     let ((text, one), (_, another)) = (servers(encoder.clone()), servers(other));
     assert!(text.contains(&format!("image_encoder={}:8001", encoder.name)), "{text}");
     assert_ne!(one, another, "servers that call other encoders are other servers");
+}
+
+#[test]
+fn a_certificate_and_tokens_are_files_of_servers_and_encoders_which_know_each_other_by_them() {
+    let changes = [
+        ("/spec/encoders", json!([{"graph": "image_encoder"}])),
+        ("/spec/security", json!({"tls": {"secretName": "vqa-tls"}, "tokens": {"secretName": "vqa-clients"}})),
+    ];
+    let resource = resource(SERVING, &changes);
+    let plan = plan_pinned(&resource, &Pins::default()).unwrap();
+    let (owner, images) = (owner(&resource), images());
+    let Resource::ServingJob(job) = &resource else { panic!("it is a ServingJob") };
+    let revision = Revision { owner: &owner, spec: &job.spec, plan: &plan, digest: "sha256:a", images: &images };
+    let encoder = render_encoders(&revision).remove(0);
+    let servers = render_servers(&revision, &plan.roles[0], std::slice::from_ref(&encoder), Track::Stable, None);
+    let seen = |deployment: &Deployment| {
+        let pod = json!(deployment.spec.template.spec);
+        let container = &pod["containers"][0];
+        let secrets = |list: &Value| {
+            let all = list.as_array().unwrap().iter();
+            all.filter(|one| ["tls", "tokens"].map(Value::from).contains(&one["name"])).cloned().collect::<Vec<_>>()
+        };
+        json!({
+            "args": container["args"],
+            "mounts": secrets(&container["volumeMounts"]),
+            "volumes": secrets(&pod["volumes"]),
+            "readiness": container["readinessProbe"]["httpGet"],
+            "liveness": container["livenessProbe"]["httpGet"],
+        })
+    };
+    let mut servers_seen = seen(&servers.deployment);
+    for argument in servers_seen["args"].as_array_mut().unwrap() {
+        *argument = json!(argument.as_str().unwrap().replace(&encoder.name, "ENCODER"));
+    }
+    let ports = render_serving(&owner, &job.spec, &plan.roles[0]).service.spec.unwrap().ports;
+    assert_yaml_snapshot!(json!({
+        "servers": servers_seen,
+        "encoder": seen(&encoder.deployment),
+        "ports": [ports, encoder.service.spec.unwrap().ports],
+    }));
+    let told = servers.config.data.unwrap().remove("job.json").unwrap();
+    assert!(!told.contains("security"), "it is in arguments; the file stays what it is: {told}");
+}
+
+#[test]
+fn a_record_has_all_that_a_revision_needs_besides_its_servers() {
+    let resource = resource(SERVING, &[("/spec/encoders", json!([{"graph": "image_encoder", "replicas": 2}]))]);
+    let plan = plan_pinned(&resource, &Pins::default()).unwrap();
+    let (owner, images) = (owner(&resource), images());
+    let Resource::ServingJob(job) = &resource else { panic!("it is a ServingJob") };
+    let revision = Revision { owner: &owner, spec: &job.spec, plan: &plan, digest: "sha256:a", images: &images };
+    let mut encoders = render_encoders(&revision);
+    let servers = render_servers(&revision, &plan.roles[0], &encoders, Track::Stable, None);
+    let record = render_record(&owner, &servers, &encoders).unwrap();
+    let made = MadeOf::read(&record).unwrap();
+    assert_eq!((&made.config, &made.encoders), (&servers.config, &encoders));
+    let annotations = record.metadata.annotations.as_ref().unwrap();
+    assert_eq!(annotations["sensorium.dev/revision"], servers.revision);
+    assert_eq!(annotations["sensorium.dev/encoders"], encoders[0].name);
+    assert_eq!(Some(&annotations["sensorium.dev/config"]), servers.config.metadata.name.as_ref());
+    // Its content cannot be changed: another number of pods is another record, of the same revision.
+    encoders[0].deployment.spec.replicas = Some(3);
+    let other = render_record(&owner, &servers, &encoders).unwrap();
+    assert_ne!(record.metadata.name, other.metadata.name);
+    assert_eq!(Some(annotations), other.metadata.annotations.as_ref());
+    let strange = k8s_openapi::api::apps::v1::ControllerRevision { data: Default::default(), ..record };
+    assert_eq!(MadeOf::read(&strange), None);
 }
 
 #[test]

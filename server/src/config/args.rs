@@ -10,6 +10,7 @@ use std::{
 
 use clap::{Parser, ValueEnum};
 use sensorium_artifact::Volume;
+use sensorium_engine::Device;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 use super::ConfigError;
@@ -120,6 +121,23 @@ pub struct ServerArgs {
     /// changes
     #[arg(long, env = "SENSORIUM_AUTH_TOKENS", value_name = "FILE", help_heading = "Security")]
     pub auth_tokens: Option<PathBuf>,
+    /// Authorities of the servers of --remote-graph, PEM: these are called over TLS then, and see the certificate of
+    /// --tls-cert if they ask for one. Where there is no such file, the certificates of --tls-cert are trusted instead
+    #[arg(long, env = "SENSORIUM_REMOTE_TLS_CA", value_name = "FILE", help_heading = "Security")]
+    pub remote_tls_ca: Option<PathBuf>,
+    /// Name that the certificates of the servers of --remote-graph have to be for [default: the host of each]
+    #[arg(
+        long,
+        env = "SENSORIUM_REMOTE_TLS_NAME",
+        value_name = "NAME",
+        requires = "remote_tls_ca",
+        help_heading = "Security"
+    )]
+    pub remote_tls_name: Option<String>,
+    /// Tokens for the servers of --remote-graph, a file as for --auth-tokens: calls carry the first one, and the next
+    /// where that is refused
+    #[arg(long, env = "SENSORIUM_REMOTE_TOKENS", value_name = "FILE", help_heading = "Security")]
+    pub remote_tokens: Option<PathBuf>,
     /// Requests per second of one client (its token's name, else its address) at most [default: no limit]
     #[arg(long, env = "SENSORIUM_CLIENT_REQUESTS_PER_SECOND", value_name = "N", help_heading = "Security")]
     pub client_requests_per_second: Option<NonZeroU32>,
@@ -145,6 +163,11 @@ pub struct ServerArgs {
     /// Threads of each engine; lower it when several models share the cores [default: one per core]
     #[arg(long, env = "SENSORIUM_ENGINE_THREADS", value_name = "THREADS", help_heading = "Scheduling")]
     pub engine_threads: Option<NonZeroUsize>,
+    /// What runs the graphs, where a model does not say: cpu, cuda or tensorrt, the last two with the index of a GPU where
+    /// it is not the first (cuda:1) [default: cpu]
+    #[arg(long, env = "SENSORIUM_ENGINE_DEVICE", value_name = "DEVICE", help_heading = "Scheduling")]
+    #[serde(deserialize_with = "text")]
+    pub engine_device: Option<Device>,
     /// Threads that decode images and split texts [default: one per core]
     #[arg(long, env = "SENSORIUM_PREPARE_THREADS", value_name = "THREADS", help_heading = "Scheduling")]
     pub prepare_threads: Option<NonZeroUsize>,
@@ -184,6 +207,16 @@ where
 {
     let texts = Vec::<String>::deserialize(deserializer)?;
     texts.iter().map(|text| text.parse().map_err(D::Error::custom)).collect()
+}
+
+/// A text that is read as a flag is.
+fn text<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: Display>,
+{
+    let text = Option::<String>::deserialize(deserializer)?;
+    text.map(|text| text.parse().map_err(D::Error::custom)).transpose()
 }
 
 /// What a flag has when nobody gave it.
@@ -251,12 +284,16 @@ impl ServerArgs {
             tls_key,
             tls_client_ca,
             auth_tokens,
+            remote_tls_ca,
+            remote_tls_name,
+            remote_tokens,
             client_requests_per_second,
             client_concurrency,
             max_batch_size,
             max_queue_size,
             max_queue_delay_microseconds,
             engine_threads,
+            engine_device,
             prepare_threads,
             response_cache_bytes,
             drain_seconds,

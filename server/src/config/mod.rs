@@ -22,7 +22,7 @@ pub use args::{ControlModeName, ServerArgs};
 use crate::{
     repository::{ControlMode, GraphPlaces, ModelSource, Openers, RepositoryConfig},
     scheduler::Batching,
-    security::{self, TlsFiles},
+    security::{self, OutgoingFiles, PeerTls, TlsFiles},
 };
 
 /// What the arguments and the file mean, checked.
@@ -50,6 +50,8 @@ pub struct ServerConfig {
     pub tls: Option<TlsFiles>,
     /// File of tokens, where clients need one.
     pub auth_tokens: Option<PathBuf>,
+    /// How the servers of graphs that run elsewhere are called.
+    pub outgoing: OutgoingFiles,
     /// What one client may ask.
     pub client_limits: security::Limits,
     /// What is accepted of media and texts.
@@ -194,6 +196,15 @@ impl TryFrom<ServerArgs> for ServerConfig {
             }
             (None, None, None) => None,
         };
+        let outgoing = match (args.remote_tls_ca, args.remote_tls_name) {
+            (None, Some(_)) => {
+                return Err(ConfigError::Alone { given: "--remote-tls-name", missing: "--remote-tls-ca" });
+            }
+            (authorities, name) => OutgoingFiles {
+                tls: authorities.map(|authorities| PeerTls { authorities, name, own: tls.clone() }),
+                tokens: args.remote_tokens,
+            },
+        };
         let poll = Duration::from_secs(args.repository_poll_secs.map_or(15, NonZeroU32::get).into());
         let mode = match args.model_control_mode.unwrap_or_default() {
             ControlModeName::None => ControlMode::None,
@@ -221,13 +232,18 @@ impl TryFrom<ServerArgs> for ServerConfig {
             shared_memory: args.shared_memory.unwrap_or(true),
             tls,
             auth_tokens: args.auth_tokens,
+            outgoing,
             client_limits: security::Limits {
                 per_second: args.client_requests_per_second,
                 at_once: args.client_concurrency,
             },
             limits: accepted,
             graphs: GraphPlaces { only: args.graph, remote: args.remote_graph },
-            engine: Options { threads: args.engine_threads.unwrap_or(cores), ..Options::default() },
+            engine: Options {
+                threads: args.engine_threads.unwrap_or(cores),
+                device: args.engine_device.unwrap_or_default(),
+                ..Options::default()
+            },
             openers: Openers::default(),
             prepare_threads: args.prepare_threads.unwrap_or(cores),
             response_cache_bytes: args.response_cache_bytes.unwrap_or(64 << 20),

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, OnceLock},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use sensorium_artifact::TensorSpec;
@@ -60,11 +60,12 @@ impl Graph {
     }
 
     /// As a pipeline calls it: typed tensors by name in, all outputs out.
-    pub(super) async fn run_named(&self, inputs: Named) -> Result<Named, InferError> {
+    pub(super) async fn run_named(&self, inputs: Named, deadline: Option<Instant>) -> Result<Named, InferError> {
         let inputs = self.signature.place(inputs).map_err(|source| InferError::engine(&self.name, source))?;
         let rows = inputs.first().and_then(RawTensor::row_count).unwrap_or(1);
         let specs = self.signature.outputs();
-        let done = self.run(Work { inputs, rows, outputs: (0..specs.len()).collect(), ..Work::default() }).await?;
+        let outputs = (0..specs.len()).collect();
+        let done = self.run(Work { inputs, rows, outputs, deadline, ..Work::default() }).await?;
         let typed = |(spec, raw): (&TensorSpec, RawTensor)| {
             let unsupported = |dtype| {
                 let (origin, found) = (self.name.clone(), dtype_name(dtype).to_owned());

@@ -271,7 +271,7 @@ impl ModelVersion {
                 Ok(answer)
             }
             Runs::Multimodal(multimodal) => {
-                let outputs = Box::pin(multimodal.infer(&fitted)).await?;
+                let outputs = Box::pin(multimodal.infer(&fitted, deadline)).await?;
                 self.statistics.composed();
                 Ok((outputs, Timings { compute_infer: started.elapsed(), ..Timings::default() }))
             }

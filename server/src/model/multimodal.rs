@@ -1,6 +1,6 @@
 //! A whole artifact as one model: parts go in, answers come out.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use sensorium_artifact::{DType, TensorSpec};
@@ -59,19 +59,25 @@ pub struct Multimodal {
 }
 
 /// The graphs of one artifact, by their names in it.
-#[derive(Debug)]
-struct Graphs(BTreeMap<String, Arc<Graph>>);
+type Graphs = BTreeMap<String, Arc<Graph>>;
 
-impl GraphRunner for Graphs {
+/// What runs the graphs for one request.
+struct Runner<'a> {
+    graphs: &'a Graphs,
+    /// When its caller stops waiting.
+    deadline: Option<Instant>,
+}
+
+impl GraphRunner for Runner<'_> {
     type Error = InferError;
 
     async fn run(&self, graph: &str, inputs: Named) -> Result<Named, InferError> {
-        let graph = self.0.get(graph).ok_or_else(|| PipelineError::BadOutput {
+        let graph = self.graphs.get(graph).ok_or_else(|| PipelineError::BadOutput {
             graph: graph.to_owned(),
             output: "every output".to_owned(),
             reason: "is missing: the artifact has no such graph".to_owned(),
         })?;
-        graph.run_named(inputs).await
+        graph.run_named(inputs, self.deadline).await
     }
 }
 
@@ -84,7 +90,7 @@ impl Multimodal {
         pool: CpuPool,
         max_rows: usize,
     ) -> Self {
-        Self { name, digest, pipeline: Arc::new(pipeline), graphs: Graphs(graphs), pool, max_rows }
+        Self { name, digest, pipeline: Arc::new(pipeline), graphs, pool, max_rows }
     }
 
     /// Digest of the artifact.
@@ -114,13 +120,17 @@ impl Multimodal {
         })
     }
 
-    /// Answers one question: one image and one text, in any order.
+    fn runner(&self, deadline: Option<Instant>) -> Runner<'_> {
+        Runner { graphs: &self.graphs, deadline }
+    }
+
+    /// Answers one question: one image and one text, in any order. What is not answered by `deadline` need not be.
     ///
     /// # Errors
     /// [`InferError::Parts`] for other parts, [`InferError::Pipeline`] for one that is refused, or what the engines say.
-    pub async fn answer(&self, items: Vec<Item>) -> Result<VqaAnswer, InferError> {
+    pub async fn answer(&self, items: Vec<Item>, deadline: Option<Instant>) -> Result<VqaAnswer, InferError> {
         let (image, text) = image_and_text(items)?;
-        let mut answers = self.vqa(vec![image], vec![text]).await?;
+        let mut answers = self.vqa(vec![image], vec![text], deadline).await?;
         answers.pop().ok_or_else(|| no_row(ANSWER))
     }
 
@@ -128,7 +138,7 @@ impl Multimodal {
     ///
     /// # Errors
     /// As [`Multimodal::answer`].
-    pub async fn embed(&self, items: Vec<Item>) -> Result<Vec<Vec<f32>>, InferError> {
+    pub async fn embed(&self, items: Vec<Item>, deadline: Option<Instant>) -> Result<Vec<Vec<f32>>, InferError> {
         if items.is_empty() || items.len() > self.max_rows {
             return Err(PartsError::Count { task: Task::Embed.as_str(), found: items.len(), max: self.max_rows }.into());
         }
@@ -150,7 +160,7 @@ impl Multimodal {
             }
             let batch: Vec<&Tensor> = places.iter().map(|&place| &rows[place]).collect();
             let batch = Tensor::stack(&batch).map_err(PipelineError::from)?;
-            let encoded = self.pipeline.encode(&self.graphs, modality, batch).await?;
+            let encoded = self.pipeline.encode(&self.runner(deadline), modality, batch).await?;
             let vectors = encoded.embedding().ok_or(PipelineError::NoSuchTask { task: "contrastive" })?;
             for (row, place) in places.into_iter().enumerate() {
                 let vector = vectors.row(row).map_err(PipelineError::from)?;
@@ -172,13 +182,17 @@ impl Multimodal {
     }
 
     /// Runs a request that fits [`Multimodal::interface`].
-    pub(super) async fn infer(&self, request: &Fitted) -> Result<Vec<RawTensor>, InferError> {
+    pub(super) async fn infer(
+        &self,
+        request: &Fitted,
+        deadline: Option<Instant>,
+    ) -> Result<Vec<RawTensor>, InferError> {
         let column = |input: usize, name| match request.inputs.get(input) {
             Some(tensor) => Ok(tensor.strings().map(|item| tensor.data().slice_ref(item)).collect()),
             None => Err(no_row(name)),
         };
         let (images, texts): (Vec<Bytes>, Vec<Bytes>) = (column(0, IMAGE)?, column(1, TEXT)?);
-        let answers = self.vqa(images, texts).await?;
+        let answers = self.vqa(images, texts, deadline).await?;
         let shape = vec![answers.len() as i64];
         let output = |&output: &usize| {
             let tensor = if output == 0 {
@@ -193,7 +207,12 @@ impl Multimodal {
     }
 
     /// Answers question `i` about image `i`.
-    async fn vqa(&self, images: Vec<Bytes>, texts: Vec<Bytes>) -> Result<Vec<VqaAnswer>, InferError> {
+    async fn vqa(
+        &self,
+        images: Vec<Bytes>,
+        texts: Vec<Bytes>,
+        deadline: Option<Instant>,
+    ) -> Result<Vec<VqaAnswer>, InferError> {
         let pipeline = self.pipeline.clone();
         let prepared = self.pool.run(move || {
             let prepare = |input, row, item: &Bytes| {
@@ -210,7 +229,7 @@ impl Multimodal {
             };
             images.iter().zip(&texts).enumerate().map(pair).collect::<Result<Vec<_>, InferError>>()
         });
-        self.pipeline.vqa(&self.graphs, &prepared.await??).await
+        self.pipeline.vqa(&self.runner(deadline), &prepared.await??).await
     }
 }
 

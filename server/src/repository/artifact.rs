@@ -14,6 +14,7 @@ use crate::{
     error::chain,
     model::{Binding, Graph, Interface, ModelVersion, Multimodal, Runs, Statistics},
     scheduler::{Policy, Reopen, Scheduler, Setup, Slots},
+    security::Outgoing,
 };
 
 /// The version of an artifact that comes from a store: there, artifacts are told apart by digest.
@@ -84,7 +85,7 @@ fn open(
         let engines = if addresses.is_empty() {
             here(folder, graph, opening).map_err(failed)?
         } else {
-            elsewhere(&model, graph, digest, addresses)
+            elsewhere(&model, graph, digest, addresses, &opening.outgoing)
         };
         let model = open_one(&model, version, engines, opening)
             .map_err(|source| LoadError::Thread { name: name.to_owned(), source })?
@@ -148,9 +149,15 @@ fn here(folder: &Path, graph: &sensorium_artifact::Graph, opening: &Opening) -> 
 }
 
 /// As many calls of another server as may be under way.
-fn elsewhere(model: &str, graph: &sensorium_artifact::Graph, digest: &Digest, addresses: Vec<String>) -> Engines {
+fn elsewhere(
+    model: &str,
+    graph: &sensorium_artifact::Graph,
+    digest: &Digest,
+    addresses: Vec<String>,
+    outgoing: &Outgoing,
+) -> Engines {
     let signature = Signature::of_manifest(&graph.inputs, &graph.outputs);
-    let calls = remote::open(model, signature.clone(), digest.to_string(), addresses);
+    let calls = remote::open(model, signature.clone(), digest.to_string(), addresses, outgoing);
     // A call waits and computes nothing.
     let slots = Slots::new(calls.len());
     let all = calls.into_iter().map(|call| Box::new(call) as Box<dyn Engine>).collect();

@@ -44,6 +44,7 @@ use crate::{
     model::{Graph, ModelVersion, Multimodal, ResponseCache},
     pool::CpuPool,
     scheduler::{Batching, Slots},
+    security::Outgoing,
     wire::excerpt,
 };
 
@@ -96,6 +97,8 @@ pub struct Opening {
     pub openers: Openers,
     /// Which graphs of artifacts are served, and which of them run elsewhere.
     pub graphs: GraphPlaces,
+    /// How those that run elsewhere are called.
+    pub outgoing: Outgoing,
     /// How requests are put together, where a model does not say.
     pub batching: Batching,
     /// The machine's compute, shared by all models.

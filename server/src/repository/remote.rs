@@ -7,15 +7,17 @@
 
 use std::{
     collections::HashMap,
+    future::poll_fn,
     hash::{BuildHasher as _, Hasher as _, RandomState},
     str::FromStr,
     sync::Arc,
+    task::Poll,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use sensorium_artifact::Manifest;
-use sensorium_engine::{Engine, EngineError, RawTensor, Signature, dtype_name};
+use sensorium_engine::{Engine, EngineError, RawTensor, Signature, Waiters, dtype_name};
 use sensorium_proto::inference::{
     InferParameter, ModelInferRequest, ModelInferResponse,
     infer_parameter::ParameterChoice,
@@ -26,8 +28,16 @@ use sensorium_telemetry::Parent;
 use tokio::{runtime::Handle, time};
 use tonic::{Code, Request, Status};
 
-use super::{LoadError, peers::Peers};
-use crate::{error::chain, model::ARTIFACT_DIGEST, wire};
+use super::{
+    LoadError,
+    peers::{Client, Peers},
+};
+use crate::{
+    error::chain,
+    model::ARTIFACT_DIGEST,
+    security::{Outgoing, OwnTokens, Reloaded},
+    wire,
+};
 
 /// Calls of one graph that may be under way at a time: enough that the other server always has one to go on with while
 /// answers travel, few enough that requests still meet in batches here.
@@ -35,7 +45,7 @@ const CALLS: usize = 4;
 /// How often a call is made when nobody answers, and how long the first pause is; each next one is twice as long.
 const ATTEMPTS: u32 = 4;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
-/// How long all attempts together may take. A batch takes milliseconds; a server that takes this long is stuck.
+/// How long all attempts together may take, if nobody asks for less. A batch takes milliseconds; a server that takes this long is stuck.
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// Which graphs of artifacts a server serves, and which of these run elsewhere.
@@ -117,10 +127,16 @@ impl GraphPlaces {
 
 /// The calls of `model` that may be under way at a time. Nobody is called yet. Must be called inside a Tokio runtime, on
 /// which the calls then run; they are made from other threads.
-pub(super) fn open(model: &str, signature: Signature, digest: String, addresses: Vec<String>) -> Vec<RemoteEngine> {
-    let peers = Peers::watch(addresses);
-    let engine = RemoteEngine { model: model.to_owned(), signature, digest, peers, runtime: Handle::current() };
-    vec![engine; CALLS]
+pub(super) fn open(
+    model: &str,
+    signature: Signature,
+    digest: String,
+    addresses: Vec<String>,
+    outgoing: &Outgoing,
+) -> Vec<RemoteEngine> {
+    let peers = Peers::watch(addresses, outgoing.tls.clone());
+    let (model, tokens, runtime) = (model.to_owned(), outgoing.tokens.clone(), Handle::current());
+    vec![RemoteEngine { model, signature, digest, peers, tokens, runtime }; CALLS]
 }
 
 /// A graph that another server runs.
@@ -130,6 +146,7 @@ pub(super) struct RemoteEngine {
     signature: Signature,
     digest: String,
     peers: Arc<Peers>,
+    tokens: Option<Reloaded<OwnTokens>>,
     runtime: Handle,
 }
 
@@ -139,8 +156,17 @@ impl Engine for RemoteEngine {
     }
 
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
+        self.run_for(inputs, outputs, Waiters { deadline: None, poll_gone: &mut |_| Poll::Pending })
+    }
+
+    fn run_for(
+        &mut self,
+        inputs: &[RawTensor],
+        outputs: &[usize],
+        waiters: Waiters<'_>,
+    ) -> Result<Vec<RawTensor>, EngineError> {
         let request = self.request(inputs, outputs);
-        let response = self.runtime.block_on(self.call(&request))?;
+        let response = self.runtime.block_on(self.call(&request, waiters))?;
         let tensors = tensors(response, &request);
         tensors.map_err(|reason| EngineError::Run { reason: format!("{}: {reason}", self.peers.text()) })
     }
@@ -169,9 +195,27 @@ impl RemoteEngine {
         }
     }
 
+    /// Asks until somebody answers, the time is over, or nobody waits any more. Dropping a call takes it back where it runs,
+    /// too: there it leaves its queue.
+    async fn call(&self, request: &ModelInferRequest, waiters: Waiters<'_>) -> Result<ModelInferResponse, EngineError> {
+        let limit = Instant::now() + LIMIT;
+        let deadline = waiters.deadline.map_or(limit, |deadline| deadline.min(limit));
+        let address = || self.peers.text();
+        tokio::select! {
+            // What is there already counts, whoever has left meanwhile.
+            biased;
+            answer = self.ask(request, deadline) => answer,
+            () = time::sleep_until(deadline.into()) => Err(if deadline < limit {
+                EngineError::CutShort { address: address() }
+            } else {
+                EngineError::Unavailable { address: address(), reason: format!("no answer within {LIMIT:?}") }
+            }),
+            () = poll_fn(|context| (waiters.poll_gone)(context)) => Err(EngineError::CutShort { address: address() }),
+        }
+    }
+
     /// Asks one server after the other until one answers.
-    async fn call(&self, request: &ModelInferRequest) -> Result<ModelInferResponse, EngineError> {
-        let deadline = Instant::now() + LIMIT;
+    async fn ask(&self, request: &ModelInferRequest, deadline: Instant) -> Result<ModelInferResponse, EngineError> {
         let mut pause = FIRST_PAUSE;
         let mut reason = "no address is known yet".to_owned();
         for attempt in 0..ATTEMPTS {
@@ -179,24 +223,47 @@ impl RemoteEngine {
                 time::sleep(jittered(pause)).await;
                 pause *= 2;
             }
-            let Some(mut client) = self.peers.next() else { continue };
-            let left = deadline.saturating_duration_since(Instant::now());
-            let mut call = Request::new(request.clone());
-            call.set_timeout(left);
-            if let Some(trace) = Parent::current().and_then(|parent| parent.traceparent().parse().ok()) {
-                call.metadata_mut().insert("traceparent", trace);
-            }
-            match time::timeout(left, client.model_infer(call)).await {
-                Ok(Ok(response)) => return Ok(response.into_inner()),
-                Ok(Err(status)) if is_absence(&status) => reason = chain(&status),
-                Ok(Err(status)) => return Err(self.refused(&status)),
-                Err(_) => {
-                    reason = format!("no answer within {LIMIT:?}");
-                    break;
-                }
+            let Some(client) = self.peers.next() else { continue };
+            match self.ask_one(client, request, deadline).await {
+                Ok(response) => return Ok(response),
+                Err(status) if is_absence(&status) => reason = chain(&status),
+                // Whoever says so goes by our own clock: the moment is here.
+                Err(status) if status.code() == Code::DeadlineExceeded => std::future::pending().await,
+                Err(status) => return Err(self.refused(&status)),
             }
         }
         Err(EngineError::Unavailable { address: self.peers.text(), reason })
+    }
+
+    /// Asks one server, with the next token where it does not know the one before: it may read a changed file later, or
+    /// earlier, than this server does.
+    async fn ask_one(
+        &self,
+        mut client: Client,
+        request: &ModelInferRequest,
+        deadline: Instant,
+    ) -> Result<ModelInferResponse, Status> {
+        let tokens = self.tokens.as_ref().map(Reloaded::get);
+        let mut tokens = tokens.iter().flat_map(|tokens| tokens.headers());
+        let mut token = tokens.next();
+        loop {
+            let mut call = Request::new(request.clone());
+            call.set_timeout(deadline.saturating_duration_since(Instant::now()));
+            if let Some(trace) = Parent::current().and_then(|parent| parent.traceparent().parse().ok()) {
+                call.metadata_mut().insert("traceparent", trace);
+            }
+            if let Some(token) = token {
+                call.metadata_mut().insert("authorization", token.clone());
+            }
+            match client.model_infer(call).await {
+                Ok(response) => return Ok(response.into_inner()),
+                Err(status) if status.code() == Code::Unauthenticated => match tokens.next() {
+                    Some(next) => token = Some(next),
+                    None => return Err(status),
+                },
+                Err(status) => return Err(status),
+            }
+        }
     }
 
     /// What an answer other than tensors means: that the graph failed, or that this server can't run it for anybody,

@@ -153,6 +153,11 @@ impl ScheduleError {
     pub(crate) fn is_everybodys(&self) -> bool {
         matches!(self, Self::Engine { source, .. } if matches!(**source, EngineError::Unavailable { .. }))
     }
+
+    /// Whether each member of a batch that ended so would end so by itself, too.
+    fn is_of_the_whole_batch(&self) -> bool {
+        self.is_everybodys() || matches!(self, Self::DeadlineExceeded { .. })
+    }
 }
 
 /// Makes an engine anew after one has died.

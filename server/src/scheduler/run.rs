@@ -3,11 +3,12 @@
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use bytes::BytesMut;
-use sensorium_engine::{Engine, RawTensor};
+use sensorium_engine::{Engine, EngineError, RawTensor, Waiters};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -108,7 +109,7 @@ impl Instance {
     }
 
     /// Runs `jobs` and hands the answers out; how long that took.
-    fn run_batch(&self, engine: &mut dyn Engine, jobs: Vec<Job>, rooms: &mut Rooms) -> Duration {
+    fn run_batch(&self, engine: &mut dyn Engine, mut jobs: Vec<Job>, rooms: &mut Rooms) -> Duration {
         let queue = &self.queue;
         let taken = Instant::now();
         let is_probe = jobs.iter().any(|job| job.work.is_probe);
@@ -117,14 +118,16 @@ impl Instance {
         }
         let mut owed = Owed { queue, places: jobs.iter().filter_map(|job| job.place).collect() };
         let held = self.share.hold();
-        let outcomes: Vec<Outcome> = match self.run_together(engine, &jobs, taken, rooms) {
+        let outcomes: Vec<Outcome> = match self.run_together(engine, &mut jobs, taken, rooms) {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
-            Err(error) if jobs.len() == 1 || error.is_everybodys() => jobs.iter().map(|_| Err(error.clone())).collect(),
+            Err(error) if jobs.len() == 1 || error.is_of_the_whole_batch() => {
+                jobs.iter().map(|_| Err(error.clone())).collect()
+            }
             // One member's values may have failed all of them, and only a run of its own shows whose.
             Err(error) => {
                 tracing::debug!(graph = queue.graph, requests = jobs.len(), %error, "batch failed, running each alone");
-                let mut alone = |job| self.run_together(engine, std::slice::from_ref(job), taken, rooms);
-                jobs.iter().map(|job| alone(job).map(|mut answers| answers.remove(0))).collect()
+                let mut alone = |job| self.run_together(engine, std::slice::from_mut(job), taken, rooms);
+                jobs.iter_mut().map(|job| alone(job).map(|mut answers| answers.remove(0))).collect()
             }
         };
         drop(held);
@@ -141,26 +144,31 @@ impl Instance {
     fn run_together(
         &self,
         engine: &mut dyn Engine,
-        jobs: &[Job],
+        jobs: &mut [Job],
         taken: Instant,
         rooms: &mut Rooms,
     ) -> Result<Vec<Done>, ScheduleError> {
         let queue = &self.queue;
-        let works: Vec<&Work> = jobs.iter().map(|job| &job.work).collect();
-        let rows = works.iter().map(|work| work.rows).sum();
-        let failed = |source| ScheduleError::Engine { graph: queue.graph.clone(), source: Box::new(source) };
+        let rows = jobs.iter().map(|job| job.work.rows).sum();
+        let failed = |source| match source {
+            EngineError::CutShort { .. } => ScheduleError::DeadlineExceeded { graph: queue.graph.clone() },
+            source => ScheduleError::Engine { graph: queue.graph.clone(), source: Box::new(source) },
+        };
         let unfit = || ScheduleError::Outputs { graph: queue.graph.clone(), rows };
 
         let span = tracing::info_span!(parent: None, "batch", model = queue.graph, rows, requests = jobs.len());
-        for job in jobs {
+        for job in &*jobs {
             span.follows_from(&job.span);
         }
         let _entered = span.entered();
         let started = Instant::now();
-        let (inputs, wanted) = self.join(&works, rooms).ok_or_else(unfit)?;
+        let (inputs, wanted) = self.join(&works_of(jobs), rooms).ok_or_else(unfit)?;
         let joined = Instant::now();
-        let found = engine.run_raw(&inputs, &wanted).map_err(failed)?;
+        let deadline = last_deadline(jobs);
+        let poll_gone = &mut |context: &mut Context<'_>| poll_gone(jobs, context);
+        let found = engine.run_for(&inputs, &wanted, Waiters { deadline, poll_gone }).map_err(failed)?;
         let ran = Instant::now();
+        let works = works_of(jobs);
         let outputs = self.split(&works, &wanted, &found).ok_or_else(unfit)?;
         let timings = Timings {
             compute_input: joined - started,
@@ -181,7 +189,7 @@ impl Instance {
             outputs,
             timings: Timings { queue: taken.saturating_duration_since(job.admitted), ..timings },
         };
-        Ok(outputs.into_iter().zip(jobs).map(done).collect())
+        Ok(outputs.into_iter().zip(&*jobs).map(done).collect())
     }
 
     /// The rows of all, one after the other, and every output that any of them wants, ascending.
@@ -221,4 +229,19 @@ impl Instance {
         };
         works.iter().enumerate().map(answer).collect()
     }
+}
+
+fn works_of(jobs: &[Job]) -> Vec<&Work> {
+    jobs.iter().map(|job| &job.work).collect()
+}
+
+/// When the last of the callers stops waiting; `None` where one of them does not say.
+fn last_deadline(jobs: &[Job]) -> Option<Instant> {
+    jobs.iter().map(|job| job.work.deadline).collect::<Option<Vec<_>>>()?.into_iter().max()
+}
+
+/// Ready once no caller waits any more. The first one that does is the one whose leaving wakes the task: those behind it are
+/// asked then.
+fn poll_gone(jobs: &mut [Job], context: &mut Context<'_>) -> Poll<()> {
+    if jobs.iter_mut().any(|job| job.reply.poll_closed(context).is_pending()) { Poll::Pending } else { Poll::Ready(()) }
 }

@@ -1,12 +1,13 @@
 //! The scheduler with an engine that stops where the test wants it to.
 
 use std::{
+    future::poll_fn,
     sync::{Arc, Mutex, mpsc},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use sensorium_engine::{DType, Engine, EngineError, RawTensor, Signature};
-use tokio::task::JoinHandle;
+use sensorium_engine::{DType, Engine, EngineError, RawTensor, Signature, Waiters};
+use tokio::{runtime::Handle, sync::mpsc as tokio_mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use super::{Batching, Done, Policy, Reopen, ScheduleError, Scheduler, Setup, Slots, Work, shape::Shapes};
@@ -46,6 +47,44 @@ impl Engine for Doubler {
 const TWICE: usize = 0;
 const THRICE: usize = 1;
 
+/// Everything that a scheduler of one engine is made of.
+fn setup(engine: Box<dyn Engine>, policy: Policy, reopen: Option<Reopen>, lost: &CancellationToken) -> Setup {
+    Setup {
+        graph: "m".to_owned(),
+        engines: vec![engine],
+        reopen,
+        policy,
+        batches: true,
+        slots: Slots::new(1),
+        threads: 1,
+        metrics: Metrics::new().graph("m", "1"),
+        statistics: Arc::new(Statistics::default()),
+        lost: lost.clone(),
+    }
+}
+
+/// Runs until nobody waits any more, having said how long anybody would.
+struct Endless {
+    runtime: Handle,
+    begun: tokio_mpsc::UnboundedSender<Option<Instant>>,
+}
+
+impl Engine for Endless {
+    fn signature(&self) -> &Signature {
+        unreachable!("the scheduler takes work that was validated")
+    }
+
+    fn run_raw(&mut self, _: &[RawTensor], _: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
+        unreachable!("the scheduler says who waits")
+    }
+
+    fn run_for(&mut self, _: &[RawTensor], _: &[usize], waiters: Waiters<'_>) -> Result<Vec<RawTensor>, EngineError> {
+        self.begun.send(waiters.deadline).unwrap();
+        self.runtime.block_on(poll_fn(|context| (waiters.poll_gone)(context)));
+        Err(EngineError::CutShort { address: "elsewhere".to_owned() })
+    }
+}
+
 struct Bench {
     scheduler: Arc<Scheduler>,
     runs: Arc<Mutex<Vec<Vec<f32>>>>,
@@ -64,19 +103,7 @@ impl Bench {
         let runs = Arc::<Mutex<Vec<_>>>::default();
         let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver });
         let lost = CancellationToken::new();
-        let setup = Setup {
-            graph: "m".to_owned(),
-            engines: vec![engine],
-            reopen,
-            policy,
-            batches: true,
-            slots: Slots::new(1),
-            threads: 1,
-            metrics: Metrics::new().graph("m", "1"),
-            statistics: Arc::new(Statistics::default()),
-            lost: lost.clone(),
-        };
-        let scheduler = Scheduler::start_with(setup, Shapes::tail(1)).unwrap();
+        let scheduler = Scheduler::start_with(setup(engine, policy, reopen, &lost), Shapes::tail(1)).unwrap();
         Self { scheduler: Arc::new(scheduler), runs, gate, lost }
     }
 
@@ -310,4 +337,36 @@ async fn what_cannot_be_done_before_its_deadline_is_refused_at_once() {
     }
     // It was let in, because nobody waited: what became of it is a matter of time.
     let _ = nobody_before.await.unwrap();
+}
+
+#[tokio::test]
+async fn an_engine_is_told_how_long_the_last_of_a_batch_waits_and_when_nobody_does() {
+    let (begun, mut runs) = tokio_mpsc::unbounded_channel();
+    let engine = Box::new(Endless { runtime: Handle::current(), begun });
+    let batching = Batching { max_rows: 2, max_waiting_rows: 8, max_delay: Duration::ZERO };
+    let setup = setup(engine, Policy::of_server(batching), None, &CancellationToken::new());
+    let scheduler = Arc::new(Scheduler::start_with(setup, Shapes::tail(1)).unwrap());
+    let now = Instant::now();
+    let ask = |seconds: Option<u64>| {
+        let deadline = seconds.map(|seconds| now + Duration::from_secs(seconds));
+        let (scheduler, work) = (scheduler.clone(), Work { deadline, ..rows(&[1.0]) });
+        tokio::spawn(async move { scheduler.run(work).await })
+    };
+    let alone = ask(Some(60));
+    assert_eq!(runs.recv().await.unwrap(), Some(now + Duration::from_secs(60)));
+    // The next three wait for the engine, and meet there: two in a batch, and one that says nothing with one that does.
+    let [short, long] = [ask(Some(70)), ask(Some(80))];
+    tokio::task::yield_now().await;
+    let [open, other] = [ask(None), ask(Some(90))];
+    tokio::task::yield_now().await;
+    alone.abort();
+    assert_eq!(runs.recv().await.unwrap(), Some(now + Duration::from_secs(80)));
+    long.abort();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert!(runs.try_recv().is_err(), "one of the batch still waits");
+    short.abort();
+    assert_eq!(runs.recv().await.unwrap(), None, "one of them waits for as long as it takes");
+    open.abort();
+    other.abort();
+    scheduler.stop().await;
 }

@@ -1,6 +1,10 @@
 //! TLS, with certificates of clients where they are asked for.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use rustls::{
     RootCertStore, ServerConfig,
@@ -50,7 +54,7 @@ impl Tls {
 
 fn read(files: &TlsFiles) -> Result<ServerConfig, ReloadError> {
     let chain = certificates(&files.certificate)?;
-    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|error| ReloadError::new(&files.key, error))?;
+    let key = private_key(&files.key)?;
     let provider = Arc::new(ring::default_provider());
     let of_certificate = |error: rustls::Error| ReloadError::new(&files.certificate, error);
     let builder = ServerConfig::builder_with_provider(provider.clone())
@@ -59,11 +63,8 @@ fn read(files: &TlsFiles) -> Result<ServerConfig, ReloadError> {
     let builder = match &files.client_authorities {
         None => builder.with_no_client_auth(),
         Some(path) => {
-            let mut authorities = RootCertStore::empty();
-            for certificate in certificates(path)? {
-                authorities.add(certificate).map_err(|error| ReloadError::new(path, error))?;
-            }
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(authorities), provider).build();
+            let authorities = Arc::new(authorities(path)?);
+            let verifier = WebPkiClientVerifier::builder_with_provider(authorities, provider).build();
             builder.with_client_cert_verifier(verifier.map_err(|error| ReloadError::new(path, error))?)
         }
     };
@@ -72,10 +73,23 @@ fn read(files: &TlsFiles) -> Result<ServerConfig, ReloadError> {
     Ok(config)
 }
 
-fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, ReloadError> {
+pub(super) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, ReloadError> {
     let all = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
     let all = all.map_err(|error| ReloadError::new(path, error))?;
     if all.is_empty() { Err(ReloadError::new(path, "it has no certificate in PEM format")) } else { Ok(all) }
+}
+
+pub(super) fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, ReloadError> {
+    PrivateKeyDer::from_pem_file(path).map_err(|error| ReloadError::new(path, error))
+}
+
+/// The certificates of a file as those that others may be signed by.
+pub(super) fn authorities(path: &Path) -> Result<RootCertStore, ReloadError> {
+    let mut authorities = RootCertStore::empty();
+    for certificate in certificates(path)? {
+        authorities.add(certificate).map_err(|error| ReloadError::new(path, error))?;
+    }
+    Ok(authorities)
 }
 
 #[cfg(test)]

@@ -30,14 +30,14 @@ impl MultimodalService for Service {
         let is_served = model.is_ok();
         let answer = async {
             let _running = self.admit()?;
-            within(&call, pin!(perform(&*model?, request))).await
+            within(&call, pin!(perform(&*model?, request, &call))).await
         };
         let answer = pin!(async { answer.await.map_err(|error: InferError| error.into_status(&name)) });
         self.observed(is_served.then_some((&name, "")), answer).instrument(span).await.map(Response::new)
     }
 }
 
-async fn perform(model: &Multimodal, request: InferRequest) -> Result<InferResponse, InferError> {
+async fn perform(model: &Multimodal, request: InferRequest, call: &Call) -> Result<InferResponse, InferError> {
     let task = model.task(&request.task)?;
     if request.parts.len() > MAX_PARTS {
         return Err(PartsError::Count { task: task.as_str(), found: request.parts.len(), max: MAX_PARTS }.into());
@@ -53,12 +53,12 @@ async fn perform(model: &Multimodal, request: InferRequest) -> Result<InferRespo
     match task {
         Task::Vqa => {
             let top = request.parameters.map_or(0, |parameters| parameters.top_k).max(1) as usize;
-            let ranked = model.answer(items).await?.ranked;
+            let ranked = model.answer(items, call.deadline).await?.ranked;
             response.answers = ranked.into_iter().take(top).map(|(text, score)| Answer { text, score }).collect();
         }
         Task::Embed => {
             let modalities: Vec<&str> = items.iter().map(|item| item.modality).collect();
-            let vectors = model.embed(items).await?;
+            let vectors = model.embed(items, call.deadline).await?;
             let embedding = |(modality, values): (&str, Vec<f32>)| Embedding { modality: modality.to_owned(), values };
             response.embeddings = modalities.into_iter().zip(vectors).map(embedding).collect();
         }

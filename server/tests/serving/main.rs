@@ -14,6 +14,8 @@ mod load;
 mod malformed;
 mod operations;
 mod remote;
+mod remote_deadlines;
+mod remote_security;
 mod rest;
 mod security;
 mod shutdown;

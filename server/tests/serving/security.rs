@@ -16,23 +16,36 @@ use crate::{
 const TOKEN: &str = "0123456789abcdef0123456789abcdef";
 const REQUEST: &str = r#"{"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}"#;
 
-/// `ca.pem`, and certificates with keys for `server` and `client` that it has signed.
-fn certificates() -> TempDir {
+/// The name for which the certificate `named` is, and no other.
+pub(crate) const NAME: &str = "vqa.default.svc";
+
+/// `ca.pem`, and certificates with keys for `server` and `client` that it has signed; `named` is one for both, for [`NAME`].
+pub(crate) fn certificates() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.distinguished_name.push(DnType::CommonName, "an authority");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
     std::fs::write(folder.path().join("ca.pem"), authority.pem()).unwrap();
-    issue(folder.path(), "server", ExtendedKeyUsagePurpose::ServerAuth, &authority);
-    issue(folder.path(), "client", ExtendedKeyUsagePurpose::ClientAuth, &authority);
+    let (here, server, client) =
+        (["localhost", "127.0.0.1"], ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth);
+    issue(folder.path(), "server", &here, &[server.clone()], &authority);
+    issue(folder.path(), "client", &here, &[client.clone()], &authority);
+    issue(folder.path(), "named", &[NAME], &[server, client], &authority);
     folder
 }
 
-fn issue(folder: &Path, name: &str, purpose: ExtendedKeyUsagePurpose, authority: &CertifiedIssuer<'_, KeyPair>) {
-    let mut params = CertificateParams::new(vec!["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap();
+fn issue(
+    folder: &Path,
+    name: &str,
+    subjects: &[&str],
+    purposes: &[ExtendedKeyUsagePurpose],
+    authority: &CertifiedIssuer<'_, KeyPair>,
+) {
+    let subjects: Vec<String> = subjects.iter().map(|&subject| subject.to_owned()).collect();
+    let mut params = CertificateParams::new(subjects).unwrap();
     params.distinguished_name.push(DnType::CommonName, name);
-    params.extended_key_usages = vec![purpose];
+    params.extended_key_usages = purposes.to_vec();
     let key = KeyPair::generate().unwrap();
     let certificate = params.signed_by(&key, authority).unwrap();
     std::fs::write(folder.join(format!("{name}.pem")), certificate.pem()).unwrap();

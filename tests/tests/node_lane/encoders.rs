@@ -1,14 +1,20 @@
-//! A graph in pods of its own: found by cluster DNS, called by the servers, replaced with them.
+//! A graph in pods of its own: found by cluster DNS, called by the servers, over TLS where the job wants it, replaced with
+//! them.
 
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use sensorium_tests::Node;
 use serde_json::{Value, json};
 
 use crate::client::{ask, finished, start_client};
 use crate::{CHAIN, START, change_serving, ready};
 
+/// Names of the Secrets with the job's certificate and its tokens.
+const TLS: &str = "vqa-tls";
+const TOKENS: &str = "vqa-clients";
+const TOKEN: &str = "0123456789abcdef0123456789abcdef";
 const ENCODERS: &str = "app.kubernetes.io/component=encoder";
 
 /// Answers stay right when the image encoder moves to two pods of its own; a rollout brings new ones, and no request fails.
@@ -32,8 +38,35 @@ pub(crate) fn come_and_go_with_their_servers(node: &Node, questions: &Path) -> R
     let second = settled(node, 1)?.remove(0);
     ensure!(first != second, "other servers have encoders of their own");
 
-    change_serving(node, &json!({"encoders": null}))?;
+    node.apply(&secrets()?)?;
+    change_serving(node, &json!({"security": {"tls": {"secretName": TLS}, "tokens": {"secretName": TOKENS}}}))?;
+    // Ready servers have called their encoders, and the kubelet both, over TLS.
+    let third = settled(node, 1)?.remove(0);
+    ensure!(second != third, "encoders that are called in another way are others");
+    for pod in &node.list("pods", CHAIN, ENCODERS)? {
+        let container = pod["spec"]["containers"][0].to_string();
+        ensure!(container.contains("/mnt/tls/tls.key") && container.contains("/mnt/tokens/tokens"), "{pod:#}");
+        ensure!(!container.contains(TOKEN), "a token is in no argument: {pod:#}");
+    }
+
+    change_serving(node, &json!({"encoders": null, "security": null}))?;
     settled(node, 0).map(drop)
+}
+
+/// A certificate for the job's Service with its authority, as cert-manager writes them, and a client's token.
+fn secrets() -> Result<String> {
+    let mut params = CertificateParams::new(Vec::new())?;
+    params.distinguished_name.push(DnType::CommonName, "an authority");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
+    let key = KeyPair::generate()?;
+    let certificate = CertificateParams::new(vec![format!("vqa.{CHAIN}.svc")])?.signed_by(&key, &authority)?;
+    let secret = |name: &str, content: Value| {
+        let metadata = json!({"name": name, "namespace": CHAIN});
+        json!({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": content}).to_string()
+    };
+    let files = json!({"tls.crt": certificate.pem(), "tls.key": key.serialize_pem(), "ca.crt": authority.pem()});
+    Ok([secret(TLS, files), secret(TOKENS, json!({"tokens": format!("alice {TOKEN}\n")}))].join("\n---\n"))
 }
 
 /// Waits until all servers are of the newest spec, and only so many encoders are left; their names.

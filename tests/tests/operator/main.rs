@@ -8,6 +8,7 @@ mod common;
 mod artifacts;
 mod children;
 mod compression;
+mod encoders;
 mod explain;
 mod leadership;
 mod serving;

@@ -20,9 +20,6 @@ use crate::render::{ENCODERS_ANNOTATION, Encoder, Track, child_name, deployment_
 impl Servings {
     pub(super) async fn apply_encoders(&self, visit: &Visit<'_>, key: &Key, encoders: &[Encoder]) -> Result<(), Error> {
         for encoder in encoders {
-            if self.configs.get(key, &encoder.config.name_any()).is_none() {
-                apply::create(visit, &encoder.config).await?;
-            }
             let name = &encoder.name;
             self.settle(visit, &self.services, key, name, Some(&encoder.service)).await?;
             self.settle(visit, &self.policies, key, name, Some(&encoder.network)).await?;
@@ -89,12 +86,12 @@ fn called_by(deployment: &Deployment) -> impl Iterator<Item = &str> {
     names(annotations.and_then(|annotations| annotations.get(ENCODERS_ANNOTATION)))
 }
 
-fn names(annotation: Option<&String>) -> impl Iterator<Item = &str> {
+pub(super) fn names(annotation: Option<&String>) -> impl Iterator<Item = &str> {
     annotation.into_iter().flat_map(|names| names.split(','))
 }
 
 /// A pod that was evicted stays on record, and calls nobody.
-fn has_ended(pod: &Pod) -> bool {
+pub(super) fn has_ended(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     matches!(phase, Some("Succeeded" | "Failed"))
 }

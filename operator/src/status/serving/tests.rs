@@ -175,6 +175,64 @@ fn old_servers_that_answer_do_not_make_a_job_ready_whose_new_ones_crash() {
     assert_eq!(status.message.unwrap(), "pod vqa-server-x crashes (started again 2 times): exit code 1, no such file");
 }
 
+/// A running pod of the encoder `vqa-image-encoder-ID`.
+fn encoder_pod(id: &str, ready: bool) -> Pod {
+    let status = if ready { "True" } else { "False" };
+    serde_json::from_value(json!({
+        "metadata": {"name": format!("encoder-{id}-pod"), "labels": {ENCODER_LABEL: format!("vqa-image-encoder-{id}")}},
+        "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": status}]},
+    }))
+    .unwrap()
+}
+
+/// A server's pod that is ready and calls the encoder `vqa-image-encoder-ID`, or none.
+fn calling(id: Option<&str>) -> Pod {
+    let annotations = id.map(|id| json!({ENCODERS_ANNOTATION: format!("vqa-image-encoder-{id}")}));
+    serde_json::from_value(json!({
+        "metadata": {"name": "server", "annotations": annotations},
+        "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]},
+    }))
+    .unwrap()
+}
+
+#[test]
+fn a_job_is_not_ready_once_no_server_has_an_encoder_to_call_whatever_deployments_have_heard() {
+    let stable = deployment("r", 2);
+    let encoders = [("vqa-image-encoder-e".to_owned(), Some(Arc::new(deployment("e", 1))))];
+    let status = |pods: &[Pod]| {
+        let before = ServingJobStatus::default();
+        let observed = served(&before, &stable);
+        serving_status(&Observed { encoders: &encoders, pods, ..observed })
+    };
+    assert!(is_ready(&status(&[calling(Some("e")), encoder_pod("e", true)])));
+    let dead = status(&[calling(Some("e")), encoder_pod("e", false)]);
+    let said = "2 of 2 servers answer; encoder vqa-image-encoder-e: 0 of 1 answer (pod encoder-e-pod is not ready)";
+    assert_eq!(dead.message.as_deref(), Some(said));
+    let ready = dead.conditions.iter().find(|condition| condition.type_ == "Ready").unwrap();
+    assert_eq!((ready.status.as_str(), ready.reason.as_str()), ("False", "EncoderNotAnswering"));
+    assert!(is_true(&dead.conditions, "Degraded") && !is_true(&dead.conditions, "WorkloadsReady"));
+    assert!(!is_ready(&status(&[calling(Some("e"))])), "its pods were all deleted");
+    let mut leaving = encoder_pod("e", true);
+    leaving.metadata.deletion_timestamp = Some(Time(at(0)));
+    let said = status(&[calling(Some("e")), leaving]).message.unwrap();
+    assert!(said.ends_with("0 of 1 answer (pod encoder-e-pod leaves)"), "{said}");
+}
+
+#[test]
+fn a_job_is_ready_while_some_server_has_all_that_it_calls() {
+    let stable = deployment("r", 2);
+    let ready = |pods: &[Pod]| {
+        let before = ServingJobStatus::default();
+        let observed = served(&before, &stable);
+        is_ready(&serving_status(&Observed { pods, ..observed }))
+    };
+    // The encoders of a rollout are not up yet, and the old servers have theirs.
+    assert!(ready(&[calling(Some("old")), encoder_pod("old", true), encoder_pod("new", false)]));
+    assert!(ready(&[calling(Some("old")), calling(Some("new")), encoder_pod("new", true)]));
+    assert!(ready(&[calling(Some("old")), calling(None)]), "one that runs all graphs itself");
+    assert!(!ready(&[calling(Some("old")), calling(Some("new")), encoder_pod("other", true)]));
+}
+
 #[test]
 fn an_encoder_that_does_not_answer_is_named_and_the_job_is_ready_while_its_servers_are() {
     let stable = deployment("r", 2);
@@ -185,7 +243,10 @@ fn an_encoder_that_does_not_answer_is_named_and_the_job_is_ready_while_its_serve
             Arc::new(encoder)
         });
         let encoders = [("vqa-image-encoder-e".to_owned(), encoder)];
-        serving_status(&Observed { encoders: &encoders, ..served(&ServingJobStatus::default(), &stable) })
+        let pods: Vec<Pod> = (0..answering.unwrap_or(0)).map(|_| encoder_pod("e", true)).collect();
+        let before = ServingJobStatus::default();
+        let observed = served(&before, &stable);
+        serving_status(&Observed { encoders: &encoders, pods: &pods, ..observed })
     };
     let whole = status(Some(2));
     assert!(is_true(&whole.conditions, "WorkloadsReady") && !is_true(&whole.conditions, "Degraded"));
