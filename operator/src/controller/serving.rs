@@ -259,6 +259,7 @@ impl Servings {
     }
 
     /// Makes the children what they should be, and says where the rollout is.
+    #[expect(clippy::too_many_arguments, reason = "what a visit knows by then; nobody else calls it")]
     async fn serve(
         &self,
         visit: &Visit<'_>,

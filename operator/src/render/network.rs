@@ -43,7 +43,7 @@ pub(super) fn encoder(
 ) -> NetworkPolicySpec {
     let servers = vec![pods(server_selector(job))];
     let watchers = (!spec.network_access.open).then(|| clients(spec));
-    let metrics = role.ports.keys().filter(|name| *name == "metrics").map(port).collect();
+    let metrics = role.ports.keys().filter(|name| *name == "metrics").map(|name| port(name)).collect();
     policy(
         selected,
         vec![
@@ -89,13 +89,13 @@ fn matching(labels: BTreeMap<String, String>) -> LabelSelector {
 }
 
 fn ports(role: &Role) -> Vec<NetworkPolicyPort> {
-    role.ports.keys().map(port).collect()
+    role.ports.keys().map(|name| port(name)).collect()
 }
 
 /// By name, so that while a job's `ports` change each pod can be reached at its own number.
-fn port(name: &String) -> NetworkPolicyPort {
+fn port(name: &str) -> NetworkPolicyPort {
     NetworkPolicyPort {
-        port: Some(IntOrString::String(name.clone())),
+        port: Some(IntOrString::String(name.to_owned())),
         protocol: Some("TCP".to_owned()),
         end_port: None,
     }
