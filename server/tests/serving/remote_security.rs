@@ -1,6 +1,6 @@
 //! Graphs that other servers run, called over TLS and with tokens.
 
-use std::{net::SocketAddr, path::Path};
+use std::{net::SocketAddr, time::Duration};
 
 use sensorium_engine::fixture;
 use sensorium_proto::multimodal::InferResponse;
@@ -131,7 +131,7 @@ async fn a_token_that_is_rotated_is_never_missed_by_either_side() {
 
     // The encoder has read the file without the old token before the server has: it is shown the next one.
     files.write("shown", &[OLD, NEW].concat());
-    tokio::time::sleep(std::time::Duration::from_secs(6)).await;
+    tokio::time::sleep(Duration::from_secs(6)).await;
     files.write("accepted", NEW);
     let refused = async || {
         let metadata = sensorium_proto::inference::ServerLiveRequest {};
@@ -162,5 +162,4 @@ fn tokens_and_keys_are_named_and_not_shown_when_a_server_starts() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("named.key cannot be used"), "{said}");
     assert!(!said.contains("0123456789abcdef") && !said.contains("PRIVATE KEY"), "{said}");
-    assert!(Path::new(&files.0.path().join("tokens")).exists());
 }
