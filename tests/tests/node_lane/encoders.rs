@@ -43,7 +43,10 @@ pub(crate) fn come_and_go_with_their_servers(node: &Node, questions: &Path) -> R
     // Ready servers have called their encoders, and the kubelet both, over TLS.
     let third = settled(node, 1)?.remove(0);
     ensure!(second != third, "encoders that are called in another way are others");
-    for pod in &node.list("pods", CHAIN, ENCODERS)? {
+    // Those of the encoder before may still be on their way out.
+    let pods = node.list("pods", CHAIN, &format!("sensorium.dev/encoder={third}"))?;
+    ensure!(pods.len() == 2, "{pods:#?}");
+    for pod in &pods {
         let container = pod["spec"]["containers"][0].to_string();
         ensure!(container.contains("/mnt/tls/tls.key") && container.contains("/mnt/tokens/tokens"), "{pod:#}");
         ensure!(!container.contains(TOKEN), "a token is in no argument: {pod:#}");
