@@ -115,28 +115,40 @@ impl Node {
                 return Ok(found);
             }
             if Instant::now() > deadline {
-                let state = self.kubectl(&["get", "pods,tj,cpj,sj,ma,jobs", "--all-namespaces", "--output", "wide"]);
-                let events = self.kubectl(&["get", "events", "--all-namespaces", "--sort-by=.lastTimestamp"]);
-                let logs = self.kubectl(&[
-                    "logs",
-                    "--namespace",
-                    "sensorium-system",
-                    "--selector",
-                    "app.kubernetes.io/name=sensorium-operator",
-                    "--tail",
-                    "30",
-                ]);
                 bail!(
-                    "not within {} s: {what}{}\n{}\n{}\n{}",
+                    "not within {} s: {what}{}\n{}",
                     limit.as_secs(),
                     found.err().map(|error| format!(" ({error})")).unwrap_or_default(),
-                    state.unwrap_or_default(),
-                    events.unwrap_or_default(),
-                    logs.unwrap_or_default(),
+                    self.all_there_is(),
                 );
             }
             std::thread::sleep(POLL);
         }
+    }
+
+    /// All pods, jobs and events, and the last words of operators and of pods that failed.
+    fn all_there_is(&self) -> String {
+        const OPERATORS: [&str; 6] = [
+            "--namespace",
+            "sensorium-system",
+            "--selector",
+            "app.kubernetes.io/name=sensorium-operator",
+            "--tail",
+            "30",
+        ];
+        let mut texts = vec![
+            self.kubectl(&["get", "pods,tj,cpj,sj,ma,jobs", "--all-namespaces", "--output", "wide"]),
+            self.kubectl(&["get", "events", "--all-namespaces", "--sort-by=.lastTimestamp"]),
+            self.kubectl(&[&["logs"], &OPERATORS[..]].concat()),
+        ];
+        let path = "jsonpath={range .items[*]}{.metadata.namespace} {.metadata.name}{\"\\n\"}{end}";
+        let failed = self.kubectl(&["get", "pods", "-A", "--field-selector", "status.phase=Failed", "--output", path]);
+        for pod in failed.unwrap_or_default().lines() {
+            let Some((namespace, name)) = pod.split_once(' ') else { continue };
+            let said = self.kubectl(&["logs", "--namespace", namespace, name, "--tail", "10"]);
+            texts.push(said.map(|said| format!("{pod}: {said}")));
+        }
+        texts.into_iter().map(Result::unwrap_or_default).collect::<Vec<_>>().join("\n")
     }
 
     /// Ends containers at once, as the kernel does when memory runs out: all that run, or those of one pod.

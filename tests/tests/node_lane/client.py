@@ -12,7 +12,7 @@ import numpy as np
 import tritonclient.grpc as triton
 
 # A Service picks a server for a connection, not for a request.
-PER_CONNECTION = 10
+PER_CONNECTION = 5
 
 
 def column(name, item):
