@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 
 use prost::{
     Message,
-    bytes::Buf as _,
+    bytes::{Buf as _, Bytes},
     encoding::{WireType, decode_key, decode_varint},
 };
 use tonic::{
@@ -72,19 +72,31 @@ impl<U: Message + Default> Decoder for BoundedDecoder<U> {
 
     fn decode(&mut self, message: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
         // A message arrives in one piece: the transport collects it before it asks for decoding.
-        let mut budget = MAX_FIELDS;
-        if spend(message.chunk(), DEPTH, &mut budget) {
-            self.0.decode(message)
-        } else {
-            Err(Status::resource_exhausted(format!(
-                "the message has more fields than the limit of {MAX_FIELDS}; send the elements of a tensor packed, or in raw_input_contents"
-            )))
-        }
+        check(message.chunk())?;
+        self.0.decode(message)
     }
 
     fn buffer_settings(&self) -> BufferSettings {
         self.0.buffer_settings()
     }
+}
+
+/// Decodes a message of at most [`MAX_FIELDS`] fields, whose tensors share `message`.
+///
+/// # Errors
+/// RESOURCE_EXHAUSTED for more fields, INTERNAL for what is no such message.
+pub fn decode<M: Message + Default>(message: Bytes) -> Result<M, Status> {
+    check(&message)?;
+    M::decode(message).map_err(|error| Status::internal(error.to_string()))
+}
+
+fn check(message: &[u8]) -> Result<(), Status> {
+    if spend(message, DEPTH, &mut { MAX_FIELDS }) {
+        return Ok(());
+    }
+    Err(Status::resource_exhausted(format!(
+        "the message has more fields than the limit of {MAX_FIELDS}; send the elements of a tensor packed, or in raw_input_contents"
+    )))
 }
 
 /// Takes one off `budget` for each field; `false` when it does not suffice. Stops without complaint at what is no

@@ -16,6 +16,7 @@
 //! engines run, [`scrape`] serves metrics, [`security`] keeps certificates, tokens and limits, [`config`] is what the
 //! operator set.
 
+mod aligned;
 mod allocator;
 pub mod budget;
 mod coding;

@@ -5,7 +5,6 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use axum::Router;
 use sensorium_telemetry::{LogControl, TraceControl};
 use tokio::{
     net::TcpListener,
@@ -18,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     budget::Budget,
     config::{Addresses, ServerConfig},
-    front::{self, Door, Places},
+    front::{self, App, Door, Places},
     health,
     metrics::Metrics,
     pool::CpuPool,
@@ -133,7 +132,7 @@ pub async fn serve(
 
     // Everything is answered from now on, with "not ready" while models load, so that the start can be watched.
     let (drain, close) = (CancellationToken::new(), CancellationToken::new());
-    let door = |listener, app: &Router, drain: &CancellationToken, close: &CancellationToken| Door {
+    let door = |listener, app: &App, drain: &CancellationToken, close: &CancellationToken| Door {
         listener,
         tls: tls.clone(),
         app: app.clone(),
@@ -147,7 +146,7 @@ pub async fn serve(
     let mut grpc = Task::spawn("gRPC", door(listeners.grpc, &app, &drain, &drain));
     // Health is asked for over HTTP until the end, by connections that are made meanwhile.
     let mut http = Task::spawn("HTTP", door(listeners.http, &app, &drain, &close));
-    let measured = scrape::metrics(metrics.clone(), service.clone()).merge(rest::health(service.clone()));
+    let measured = App::from(scrape::metrics(metrics.clone(), service.clone()).merge(rest::health(service.clone())));
     let scrapes = Door { tls: None, places: None, ..door(listeners.metrics, &measured, &close, &close) };
     let mut scrapes = Task::spawn("the metrics endpoint", scrapes);
 

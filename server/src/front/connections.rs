@@ -1,6 +1,7 @@
 //! Connections of one port, from the handshake to the last answer.
 
 use std::{
+    convert::Infallible,
     net::IpAddr,
     sync::{
         Arc,
@@ -10,11 +11,11 @@ use std::{
 };
 
 use axum::{
-    Router,
     body::Body,
     extract::Request,
-    http::{HeaderValue, Version, header},
+    http::{HeaderValue, Response, Version, header},
 };
+use http_body_util::Either;
 use hyper::body::Incoming;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -28,11 +29,8 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
-use super::{corked::corked, impatient::Impatient, metered::Metered, places::Places};
-use crate::{
-    budget::{Budget, Tally},
-    security::Tls,
-};
+use super::{App, corked::corked, impatient::Impatient, metered::Metered, places::Places, unary::Answer};
+use crate::{budget::Budget, security::Tls};
 
 /// Longest wait for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -50,9 +48,9 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_mins(1);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Streams of one HTTP/2 connection at a time: gRPC clients put all their calls on one.
 const MAX_STREAMS: u32 = 4096;
-/// What a stream, and a connection, may send before the server has read it: a tensor of a picture in one go, and a bound on
+/// What a stream, and a connection, may send before the server has read it: the tensors of a few pictures in one go, and a bound on
 /// what one connection makes the server hold.
-const STREAM_WINDOW: u32 = 1 << 20;
+const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 /// Larger frames than the default of 16 KiB: fewer of them per tensor.
 const FRAME: u32 = 256 << 10;
@@ -72,7 +70,7 @@ pub struct Door {
     /// With which certificate; `None` for plain text.
     pub tls: Option<Tls>,
     /// What answers them.
-    pub app: Router,
+    pub app: App,
     /// What the bodies of requests are taken from.
     pub budget: Budget,
     /// Bytes of a message at most.
@@ -91,7 +89,7 @@ impl Door {
     /// Serves until it is closed and the last connection has ended. Dropping this ends all of them at once.
     pub async fn serve(self) {
         let Self { listener, tls, app, budget, max_message_bytes, places, tells_peers, drain, close } = self;
-        let inside = Inside { app, budget, max_message_bytes };
+        let inside = Arc::new(Inside { app, budget, max_message_bytes });
         let connections = TaskTracker::new();
         // Whoever drops this future wants the port and its connections gone.
         let abort = CancellationToken::new();
@@ -133,9 +131,9 @@ impl Door {
 }
 
 /// What is behind a port, for each of its connections.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Inside {
-    app: Router,
+    app: App,
     budget: Budget,
     max_message_bytes: usize,
 }
@@ -143,7 +141,7 @@ struct Inside {
 async fn connection(
     stream: TcpStream,
     tls: Option<Tls>,
-    inside: Inside,
+    inside: Arc<Inside>,
     peer: Option<Arc<Peer>>,
     finish: CancellationToken,
 ) {
@@ -160,21 +158,29 @@ async fn connection(
 }
 
 impl Inside {
-    /// The request with a body that is taken from the budget, and what holds it until the request is answered. A stream's
-    /// messages hold themselves.
-    fn metered(&self, request: Request<Incoming>) -> (Request<Body>, Option<Tally>) {
+    /// Answers a request. Its body is taken from the budget, and given back with the answer or when its client leaves; a
+    /// stream's messages hold themselves.
+    async fn answer(&self, request: Request<Incoming>, peer: Option<Arc<Peer>>) -> Response<Either<Answer, Body>> {
         let (mut head, body) = request.into_parts();
-        if http_body::Body::is_end_stream(&body) {
-            return (Request::from_parts(head, Body::empty()), None);
-        }
         let tally = self.budget.tally();
+        let is_empty = http_body::Body::is_end_stream(&body);
         let body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, STALL);
+        if let Some(infer) = &self.app.infer
+            && infer.takes(&head)
+        {
+            return infer.answer(&head.headers, body, peer.as_deref()).await.map(Either::Left);
+        }
+        let body = if is_empty { Body::empty() } else { Body::new(body) };
         head.extensions.insert(tally.clone());
-        (Request::from_parts(head, Body::new(body)), Some(tally))
+        if let Some(peer) = peer {
+            head.extensions.insert(peer);
+        }
+        let Ok(answer) = self.app.routes.clone().oneshot(Request::from_parts(head, body)).await;
+        answer.map(Either::Right)
     }
 }
 
-async fn exchange<S>(stream: S, inside: Inside, peer: Option<Arc<Peer>>, finish: CancellationToken)
+async fn exchange<S>(stream: S, inside: Arc<Inside>, peer: Option<Arc<Peer>>, finish: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -184,21 +190,13 @@ where
         let is_http2 = request.version() == Version::HTTP_2;
         speaks_http2.store(is_http2, Ordering::Relaxed);
         let ends = (!is_http2).then(|| ends.clone());
-        let (mut request, tally) = inside.metered(request);
-        if let Some(peer) = &peer {
-            request.extensions_mut().insert(peer.clone());
-        }
-        let answer = inside.app.clone().oneshot(request);
+        let (inside, peer) = (inside.clone(), peer.clone());
         async move {
-            let mut answer = answer.await;
-            if ends.is_some_and(|ends| ends.is_cancelled())
-                && let Ok(answer) = &mut answer
-            {
+            let mut answer = inside.answer(request, peer).await;
+            if ends.is_some_and(|ends| ends.is_cancelled()) {
                 answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
-            // What the request held is given back with its answer, or when its client leaves.
-            drop(tally);
-            answer
+            Ok::<_, Infallible>(answer)
         }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());

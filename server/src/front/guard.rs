@@ -9,7 +9,7 @@ use std::{
 use axum::{
     body::Body,
     extract::{Request, State},
-    http::header,
+    http::{HeaderMap, header},
     middleware::Next,
     response::Response,
 };
@@ -34,17 +34,11 @@ pub(super) async fn guard(State(admission): State<Admission>, request: Request, 
     if FOR_EVERYBODY.contains(&request.uri().path()) {
         return next.run(request).await;
     }
-    let authorization = request.headers().get(header::AUTHORIZATION).map(|value| value.as_bytes());
-    let address = request.extensions().get::<Arc<Peer>>().map(|peer| peer.address);
-    match admission.admit(authorization, address) {
+    let peer = request.extensions().get::<Arc<Peer>>().map(|peer| &**peer);
+    match admit(&admission, request.headers(), peer) {
         // The pass is held until the answer is sent: a stream counts as long as it lasts.
         Ok(pass) => next.run(request).await.map(|body| Body::new(Held { body, _pass: pass })),
-        Err(error) => {
-            let message = error.to_string();
-            let status = match error {
-                AdmissionError::NoToken | AdmissionError::WrongToken => Status::unauthenticated(message),
-                AdmissionError::TooFast { .. } | AdmissionError::TooMany { .. } => Status::resource_exhausted(message),
-            };
+        Err(status) => {
             let unauthenticated = status.code() == tonic::Code::Unauthenticated;
             let mut response = refuse(is_grpc(&request), status);
             if unauthenticated {
@@ -53,6 +47,18 @@ pub(super) async fn guard(State(admission): State<Admission>, request: Request, 
             response
         }
     }
+}
+
+/// A pass for a request with these headers.
+pub(super) fn admit(admission: &Admission, headers: &HeaderMap, peer: Option<&Peer>) -> Result<Pass, Status> {
+    let authorization = headers.get(header::AUTHORIZATION).map(|value| value.as_bytes());
+    admission.admit(authorization, peer.map(|peer| peer.address)).map_err(|error| {
+        let message = error.to_string();
+        match error {
+            AdmissionError::NoToken | AdmissionError::WrongToken => Status::unauthenticated(message),
+            AdmissionError::TooFast { .. } | AdmissionError::TooMany { .. } => Status::resource_exhausted(message),
+        }
+    })
 }
 
 /// A body that keeps a pass until it is sent or given up.

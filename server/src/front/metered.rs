@@ -57,7 +57,7 @@ struct Messages {
 }
 
 /// A flag, which is 1 for a compressed message, and the length.
-const HEAD: usize = 5;
+pub(super) const HEAD: usize = 5;
 
 /// Where in a message the body is.
 #[derive(Debug)]

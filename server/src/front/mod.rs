@@ -8,6 +8,9 @@ mod guard;
 mod impatient;
 mod metered;
 mod places;
+mod unary;
+
+use std::sync::Arc;
 
 use axum::{
     Router,
@@ -26,6 +29,7 @@ use tower::util::MapResponseLayer;
 
 pub use connections::{Door, Peer};
 pub use places::Places;
+use unary::Unary;
 
 use crate::{
     rest::{self, Refusal},
@@ -33,8 +37,21 @@ use crate::{
     service::Service,
 };
 
+/// What answers requests: every route, and beside them the one method that is called all the time.
+#[derive(Clone, Debug)]
+pub struct App {
+    routes: Router,
+    infer: Option<Arc<Unary>>,
+}
+
+impl From<Router> for App {
+    fn from(routes: Router) -> Self {
+        Self { routes, infer: None }
+    }
+}
+
 /// Every route of `service`, behind `admission`; and where to say what health clients of gRPC hear.
-pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admission>) -> (Router, HealthReporter) {
+pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admission>) -> (App, HealthReporter) {
     let (reporter, health) = tonic_health::server::health_reporter();
     // Compressed answers cost more time than they save on the networks of a cluster, so requests alone may be.
     let inference = GrpcInferenceServiceServer::new(service.clone())
@@ -58,15 +75,16 @@ pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admissi
         (Err(error), _) | (_, Err(error)) => tracing::error!(%error, "gRPC reflection is not there"),
     }
     let grpc = grpc.into_axum_router().layer(MapResponseLayer::new(as_other_servers_say));
-    let app = grpc
+    let infer = Unary::new(service.clone(), max_request_bytes, admission.clone());
+    let routes = grpc
         .merge(rest::router(service, max_request_bytes))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method);
-    let app = match admission {
-        None => app,
-        Some(admission) => app.layer(axum::middleware::from_fn_with_state(admission, guard::guard)),
+    let routes = match admission {
+        None => routes,
+        Some(admission) => routes.layer(axum::middleware::from_fn_with_state(admission, guard::guard)),
     };
-    (app, reporter)
+    (App { routes, infer: Some(Arc::new(infer)) }, reporter)
 }
 
 /// A message over the limit is RESOURCE_EXHAUSTED in every gRPC library but tonic, which says OUT_OF_RANGE. Nothing

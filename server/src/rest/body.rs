@@ -15,7 +15,7 @@ use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,
 };
-use bytes::{Buf, BufMut as _, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use flate2::{
     Compression,
     write::{GzEncoder, ZlibEncoder},
@@ -26,6 +26,7 @@ use serde::de::DeserializeOwned;
 
 use super::{Refusal, response::Written};
 use crate::{
+    aligned::Aligned,
     budget::{Spent, Tally},
     coding::{Coding, InflateError},
 };
@@ -115,18 +116,15 @@ pub(super) async fn read(headers: &HeaderMap, arriving: Arriving, max: usize) ->
 }
 
 /// The pieces of a body as one. Where they have to be copied for that, what begins at `start` comes to lie as engines want
-/// it, who would copy it once more otherwise.
+/// it.
 fn gathered(mut pieces: impl Buf, start: usize) -> Bytes {
-    const ALIGNMENT: usize = 64;
     let length = pieces.remaining();
     if pieces.chunk().len() == length {
         return pieces.copy_to_bytes(length);
     }
-    let mut whole = BytesMut::with_capacity(length + ALIGNMENT);
-    let skipped = whole.as_ptr().addr().wrapping_add(start).wrapping_neg() % ALIGNMENT;
-    whole.put_bytes(0, skipped);
+    let mut whole = Aligned::new(length, start);
     whole.put(pieces);
-    whole.freeze().slice(skipped..)
+    whole.freeze()
 }
 
 fn spent(found: Spent) -> Refusal {
