@@ -87,7 +87,7 @@ impl Mirror {
             if tags.get(&path) != Some(&tag) || !target.is_file() {
                 self.download(&object.location, &target).await?;
                 tags.insert(path.clone(), tag.clone());
-                self.keep(&tags_file, &tags)?;
+                keep(&tags_file, &tags)?;
             }
             found.insert(path, tag);
         }
@@ -100,7 +100,7 @@ impl Mirror {
                 _ => remove_empty(&self.folder, &target),
             }
         }
-        self.keep(&tags_file, &found)
+        keep(&tags_file, &found)
     }
 
     async fn download(&self, key: &Key, target: &Path) -> Result<(), ArtifactError> {
@@ -120,11 +120,11 @@ impl Mirror {
         file.sync_all().await.map_err(written)?;
         scratch.persist(target).map_err(|error| written(error.error)).map(drop)
     }
+}
 
-    fn keep(&self, file: &Path, tags: &Tags) -> Result<(), ArtifactError> {
-        let json = serde_json::to_vec(tags).unwrap_or_default();
-        atomic::write(file, &json)
-    }
+fn keep(file: &Path, tags: &Tags) -> Result<(), ArtifactError> {
+    let json = serde_json::to_vec(tags).unwrap_or_default();
+    atomic::write(file, &json)
 }
 
 /// The path of an object below a prefix; `None` for what has no name there.

@@ -223,8 +223,8 @@ pub fn json_text(random: &mut Random, value: &Value) -> Vec<u8> {
     let mut text = value.to_string().into_bytes();
     match random.below(12) {
         0 => text = [vec![b'['; 1 << random.below(14)], text].concat(),
-        1 => text = String::from_utf8_lossy(&text).replace("1", "1e400").into_bytes(),
-        2 => text = String::from_utf8_lossy(&text).replace("a", "\\ud800").into_bytes(),
+        1 => text = String::from_utf8_lossy(&text).replace('1', "1e400").into_bytes(),
+        2 => text = String::from_utf8_lossy(&text).replace('a', "\\ud800").into_bytes(),
         3 | 4 => mangle(random, &mut text),
         _ => {}
     }
@@ -277,34 +277,35 @@ pub fn http1(random: &mut Random, path: &str, body: &[u8]) -> Vec<u8> {
         _ => path.to_owned(),
     };
     let version = random.pick(&["HTTP/1.1", "HTTP/1.1", "HTTP/1.1", "HTTP/1.0", "HTTP/2.0", "HTTP/9", ""]);
-    let mut head = format!("{method} {path} {version}\r\nhost: localhost\r\nconnection: close\r\n");
+    let mut head = vec![format!("{method} {path} {version}"), "host: localhost\r\nconnection: close".to_owned()];
     for _ in 0..random.below(4) {
         let edge = *random.pick(&EDGES);
-        head.push_str(&match random.below(10) {
-            0 => format!("content-length: {edge}\r\n"),
-            1 => format!("inference-header-content-length: {edge}\r\n"),
-            2 => format!("content-encoding: {}\r\n", random.pick(&["gzip", "deflate", "br", "gzip, gzip", "\u{1}"])),
-            3 => format!("accept-encoding: {}\r\n", random.pick(&["gzip", "deflate", "*;q=0", "é"])),
-            4 => format!("grpc-timeout: {}\r\n", random.pick(&["1n", "99999999H", "-1S", "999999999999m"])),
-            5 => format!("traceparent: {}\r\n", random.pick(&["00-0-0-0", "", "ff-1234", "\u{ff}"])),
-            6 => "expect: 100-continue\r\n".to_owned(),
-            7 => format!("x-{edge}: {}\r\n", "y".repeat(1 << random.below(15))),
-            8 => "content-type: application/grpc\r\nte: trailers\r\n".to_owned(),
-            _ => "upgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n".to_owned(),
+        head.push(match random.below(10) {
+            0 => format!("content-length: {edge}"),
+            1 => format!("inference-header-content-length: {edge}"),
+            2 => format!("content-encoding: {}", random.pick(&["gzip", "deflate", "br", "gzip, gzip", "\u{1}"])),
+            3 => format!("accept-encoding: {}", random.pick(&["gzip", "deflate", "*;q=0", "é"])),
+            4 => format!("grpc-timeout: {}", random.pick(&["1n", "99999999H", "-1S", "999999999999m"])),
+            5 => format!("traceparent: {}", random.pick(&["00-0-0-0", "", "ff-1234", "\u{ff}"])),
+            6 => "expect: 100-continue".to_owned(),
+            7 => format!("x-{edge}: {}", "y".repeat(1 << random.below(15))),
+            8 => "content-type: application/grpc\r\nte: trailers".to_owned(),
+            _ => "upgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__".to_owned(),
         });
     }
-    let mut bytes = if random.below(4) == 0 {
-        head.push_str("transfer-encoding: chunked\r\n\r\n");
+    let body = if random.below(4) == 0 {
+        head.push("transfer-encoding: chunked".to_owned());
         let length = match random.below(3) {
             0 => format!("{:x}", random.pick(&EDGES)),
             1 => "zz".to_owned(),
             _ => format!("{:x}", body.len()),
         };
-        [head.as_bytes(), length.as_bytes(), b"\r\n", body, b"\r\n0\r\n\r\n"].concat()
+        [length.as_bytes(), b"\r\n", body, b"\r\n0\r\n\r\n"].concat()
     } else {
-        head.push_str(&format!("content-length: {}\r\n\r\n", body.len()));
-        [head.as_bytes(), body].concat()
+        head.push(format!("content-length: {}", body.len()));
+        body.to_vec()
     };
+    let mut bytes = [head.join("\r\n").as_bytes(), b"\r\n\r\n", &body].concat();
     if random.below(6) == 0 {
         mangle(random, &mut bytes);
     }

@@ -149,6 +149,7 @@ fn figure(value: f64) -> String {
 }
 
 /// How many times better ours is.
+#[expect(clippy::float_cmp, reason = "two zeros have no quotient; near figures do")]
 fn ratio(better: Better, ours: f64, peer: f64) -> Option<f64> {
     let ratio = match better {
         _ if ours == peer => 1.0,

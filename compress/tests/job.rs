@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::path::Path;
 
 use sensorium_api::run::{JobKey, JobKind, Progress, RunConfig, RunResult, RunState};
-use sensorium_api::workload::{FailurePolicy, Resources};
+use sensorium_api::workload::{FailurePolicy, PodSettings, Resources, Scheduling};
 use sensorium_api::{
     Acceptance, ArtifactSource, Calibration, CalibrationMethod, CompressionJobSpec, CompressionStep, Metric,
     OutputSpec, QuantizationScheme, QuantizeStep,
@@ -72,8 +72,8 @@ impl Bench {
                 active_deadline_seconds: None,
                 pre_running_deadline_seconds: 600,
                 ttl_seconds_after_finished: None,
-                scheduling: Default::default(),
-                pods: Default::default(),
+                scheduling: Scheduling::default(),
+                pods: PodSettings::default(),
                 resources: Resources::default(),
                 output: OutputSpec {
                     artifact: "tiny-int8".to_owned(),

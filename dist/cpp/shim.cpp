@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <climits>
 #include <cstdlib>
-#include <cstring>
-#include <exception>
 #include <new>
 #include <string>
 #include <vector>
@@ -22,32 +20,8 @@
 
 namespace {
 
+using sensorium::guarded;
 using std::chrono::milliseconds;
-
-// A fixed buffer, so that reporting a failure cannot fail itself (an allocation may be what failed).
-thread_local char last_error[4096];
-
-void remember(const char* text) noexcept {
-  std::strncpy(last_error, text, sizeof(last_error) - 1);
-  last_error[sizeof(last_error) - 1] = '\0';
-}
-
-// Runs `body`; no exception gets past it, for unwinding into Rust is undefined.
-template <typename Body>
-int guarded(Body&& body) noexcept {
-  try {
-    body();
-    return SENSORIUM_OK;
-  } catch (const c10::Error& error) {
-    // what() would add a C++ stack trace of hundreds of lines.
-    remember(error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    remember(error.what());
-  } catch (...) {
-    remember("a C++ exception that is not a std::exception");
-  }
-  return SENSORIUM_FAILED;
-}
 
 // c10d also writes what it throws to stderr, as a warning with a stack trace of dozens of lines. Here every failure comes
 // back as an error, so that is noise in the caller's log. TORCH_CPP_LOG_LEVEL brings it back.
@@ -74,7 +48,7 @@ std::vector<at::Tensor> only(const at::Tensor* tensor) {
 extern "C" {
 
 const char* sensorium_last_error() {
-  return last_error;
+  return sensorium::last_error;
 }
 
 // ---- store ----------------------------------------------------------------------------------------------------

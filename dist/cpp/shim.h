@@ -14,9 +14,10 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 
+#include "guarded.h"
+
+// Beside those of guarded.h.
 enum {
-  SENSORIUM_OK = 0,
-  SENSORIUM_FAILED = 1,
   // Only of sensorium_work_wait: the time is over and the operation goes on.
   SENSORIUM_PENDING = 2,
 };

@@ -1,7 +1,6 @@
 #include "shim.h"
 
 #include <cstring>
-#include <exception>
 #include <optional>
 #include <string>
 #include <utility>
@@ -34,30 +33,7 @@ struct SensoriumTensor {
 
 namespace {
 
-// A fixed buffer, so that reporting a failure cannot fail itself (an allocation may be what failed).
-thread_local char last_error[8192];
-
-void remember(const char* text) noexcept {
-  std::strncpy(last_error, text, sizeof(last_error) - 1);
-  last_error[sizeof(last_error) - 1] = '\0';
-}
-
-// Runs `body`; no exception gets past it, for unwinding into Rust is undefined.
-template <typename Body>
-int guarded(Body&& body) noexcept {
-  try {
-    body();
-    return SENSORIUM_OK;
-  } catch (const c10::Error& error) {
-    // what() would add a C++ stack trace of hundreds of lines.
-    remember(error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    remember(error.what());
-  } catch (...) {
-    remember("a C++ exception that is not a std::exception");
-  }
-  return SENSORIUM_FAILED;
-}
+using sensorium::guarded;
 
 // By SensoriumView::dtype.
 constexpr at::ScalarType dtypes[] = {
@@ -206,7 +182,7 @@ void settle(SensoriumTensor& made) {
 
 extern "C" {
 
-const char* sensorium_torch_last_error() { return last_error; }
+const char* sensorium_torch_last_error() { return sensorium::last_error; }
 
 int sensorium_torch_load(const char* path, SensoriumModule** out) {
   return guarded([&] {

@@ -8,10 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-enum {
-  SENSORIUM_OK = 0,
-  SENSORIUM_FAILED = 1,
-};
+#include "guarded.h"
 
 // What an argument of `forward` is; for lists of text, elements are encoded as in the inference protocol.
 enum {

@@ -343,7 +343,7 @@ impl Block {
             }
             Kind::Transformer { stream, heads, keeps } => {
                 let keep = stream.mask().map(|slot| &acts[&slot]);
-                let x = transformer(ops, p, &acts[&stream.tokens()], keep, *heads, *keeps)?;
+                let x = transformer(ops, &p, &acts[&stream.tokens()], keep, *heads, *keeps)?;
                 vec![(stream.tokens(), x)]
             }
             Kind::Project { stream } => {
@@ -392,7 +392,7 @@ impl Block {
 /// A pre-LN Transformer layer (Xiong et al. 2020): `x + attention(norm(x))`, then `x + mlp(norm(x))`.
 fn transformer<O: Ops>(
     ops: &mut O,
-    p: ParamView<'_, O::Value>,
+    p: &ParamView<'_, O::Value>,
     x: &O::Value,
     keep: Option<&O::Value>,
     heads: i64,

@@ -186,27 +186,31 @@ impl InferError {
     pub fn code(&self) -> Code {
         match self {
             Self::UnknownModel { .. } | Self::UnknownVersion { .. } => Code::NotFound,
-            Self::Invalid(_) | Self::Parts(_) => Code::InvalidArgument,
-            Self::Item { source, .. } | Self::Pipeline(source) => fault(source.is_callers_fault()),
-            Self::Prepare(PoolError::Overloaded { .. })
-            | Self::Schedule(ScheduleError::Overloaded { .. } | ScheduleError::TooLate { .. }) => {
-                Code::ResourceExhausted
-            }
-            Self::Sequence(SequenceError::Overloaded { .. }) => Code::ResourceExhausted,
-            Self::Sequence(
+            Self::Invalid(_)
+            | Self::Parts(_)
+            | Self::Sequence(
                 SequenceError::NoId { .. }
                 | SequenceError::NotStarted { .. }
                 | SequenceError::NamedId { .. }
                 | SequenceError::Rows { .. }
                 | SequenceError::TextId { .. },
             ) => Code::InvalidArgument,
+            Self::Item { source, .. } | Self::Pipeline(source) => fault(source.is_callers_fault()),
+            Self::Prepare(PoolError::Overloaded { .. })
+            | Self::Schedule(ScheduleError::Overloaded { .. } | ScheduleError::TooLate { .. })
+            | Self::Sequence(SequenceError::Overloaded { .. }) => Code::ResourceExhausted,
             Self::Shared(error) => error.code(),
             Self::Decoupled { .. } | Self::OneResponse { .. } => Code::Unimplemented,
             Self::Unread { .. } => Code::Cancelled,
             Self::DeadlineExceeded | Self::Schedule(ScheduleError::DeadlineExceeded { .. }) => Code::DeadlineExceeded,
-            // As Triton says it.
-            Self::Schedule(ScheduleError::QueueFull { .. } | ScheduleError::TimedOut { .. }) => Code::Unavailable,
-            Self::Draining | Self::NotReady { .. } | Self::Schedule(ScheduleError::Stopped { .. }) => Code::Unavailable,
+            Self::Draining
+            | Self::NotReady { .. }
+            | Self::Schedule(
+                ScheduleError::Stopped { .. }
+                // As Triton says it.
+                | ScheduleError::QueueFull { .. }
+                | ScheduleError::TimedOut { .. },
+            ) => Code::Unavailable,
             Self::OtherArtifact { .. } => Code::FailedPrecondition,
             Self::Schedule(error) if error.is_everybodys() => Code::Unavailable,
             Self::Schedule(ScheduleError::Engine { source, .. }) => fault(source.is_callers_fault()),

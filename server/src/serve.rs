@@ -192,9 +192,10 @@ pub async fn serve(
             () = cut_short => {}
         }
     };
-    match time::timeout_at(deadline, finished).await {
-        Ok(()) => tracing::info!("drained"),
-        Err(_) => tracing::warn!("the deadline passed before every request was answered"),
+    if time::timeout_at(deadline, finished).await.is_ok() {
+        tracing::info!("drained");
+    } else {
+        tracing::warn!("the deadline passed before every request was answered");
     }
     // Nothing waits for these engines any more, but one may be in a run that nobody can interrupt.
     if time::timeout_at(deadline.max(Instant::now() + Duration::from_secs(1)), repository.stop()).await.is_err() {

@@ -170,13 +170,11 @@ impl SharedMemory {
     /// # Errors
     /// [`SharedMemoryError::Unknown`].
     pub fn status(&self, name: Option<&str>) -> Result<Vec<Registration>, SharedMemoryError> {
-        match name {
-            Some(name) => Ok(vec![self.find(name)?.registration.clone()]),
-            None => {
-                let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
-                Ok(regions.values().map(|open| open.registration.clone()).collect())
-            }
+        if let Some(name) = name {
+            return Ok(vec![self.find(name)?.registration.clone()]);
         }
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        Ok(regions.values().map(|open| open.registration.clone()).collect())
     }
 
     fn find(&self, name: &str) -> Result<Arc<Open>, SharedMemoryError> {

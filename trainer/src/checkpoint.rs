@@ -82,7 +82,7 @@ impl Checkpoints {
             Err(ArtifactError::AlreadyExists { path }) => return Ok(path),
             Err(error) => return Err(error.into()),
         };
-        let bytes = encode(state).map_err(|reason| self.broken(&self.root.join(&name), reason))?;
+        let bytes = encode(state).map_err(|reason| broken(&self.root.join(&name), reason))?;
         let index = Index {
             schema_version: 1,
             step: state.step,
@@ -90,7 +90,7 @@ impl Checkpoints {
             seconds: state.seconds,
             files: vec![IndexedFile { path: STATE.to_owned(), bytes: bytes.len() as u64, digest: Digest::of(&bytes) }],
         };
-        let index = serde_json::to_vec_pretty(&index).map_err(|e| self.broken(dir.path(), e.to_string()))?;
+        let index = serde_json::to_vec_pretty(&index).map_err(|e| broken(dir.path(), e.to_string()))?;
         atomic::write(dir.file(STATE)?, &bytes)?;
         atomic::write(dir.file(INDEX)?, &index)?;
         let path = dir.commit()?;
@@ -117,12 +117,12 @@ impl Checkpoints {
 
     fn load(&self, folder: &Path) -> Result<TrainingState, TrainError> {
         let read = |name: &str| {
-            fs::read(folder.join(name)).map_err(|error| self.broken(folder, format!("could not read {name}: {error}")))
+            fs::read(folder.join(name)).map_err(|error| broken(folder, format!("could not read {name}: {error}")))
         };
-        let index: Index = serde_json::from_slice(&read(INDEX)?).map_err(|e| self.broken(folder, e.to_string()))?;
+        let index: Index = serde_json::from_slice(&read(INDEX)?).map_err(|e| broken(folder, e.to_string()))?;
         if index.schema_version != 1 || index.spec_hash != self.spec_hash {
             let reason = format!("it is of spec {} (schema {})", index.spec_hash, index.schema_version);
-            return Err(self.broken(folder, reason));
+            return Err(broken(folder, reason));
         }
         let mut state = None;
         for file in &index.files {
@@ -138,10 +138,10 @@ impl Checkpoints {
                 });
             }
             if file.path == STATE {
-                state = Some(decode(&bytes, &index).map_err(|reason| self.broken(folder, reason))?);
+                state = Some(decode(&bytes, &index).map_err(|reason| broken(folder, reason))?);
             }
         }
-        state.ok_or_else(|| self.broken(folder, format!("its index names no {STATE}")))
+        state.ok_or_else(|| broken(folder, format!("its index names no {STATE}")))
     }
 
     /// Committed checkpoints, oldest first.
@@ -166,10 +166,10 @@ impl Checkpoints {
             }
         }
     }
+}
 
-    fn broken(&self, folder: &Path, reason: impl Into<String>) -> TrainError {
-        TrainError::Checkpoint { folder: folder.to_owned(), reason: reason.into() }
-    }
+fn broken(folder: &Path, reason: impl Into<String>) -> TrainError {
+    TrainError::Checkpoint { folder: folder.to_owned(), reason: reason.into() }
 }
 
 /// Enough of a digest to tell a few apart, and short enough for a file name.

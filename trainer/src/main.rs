@@ -1,5 +1,6 @@
 //! `sensorium-trainer`: one worker of a training job, or a compression job.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
@@ -166,7 +167,7 @@ fn empty() -> RunResult {
         state: RunState::Succeeded,
         message: String::new(),
         artifact: None,
-        metrics: Default::default(),
+        metrics: BTreeMap::new(),
         gate: None,
         seconds: 0.0,
     }
@@ -199,7 +200,7 @@ fn train(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -
     let _span = span(&config.job.to_string()).entered();
     let Trained { weights, mut metrics, seconds } = Run::new(&config, &setup, &group, &reporter, &stop)?.train()?;
     let artifact = if is_first {
-        reporter.update(|progress| progress.state = "exporting".to_owned());
+        reporter.update(|progress| "exporting".clone_into(&mut progress.state));
         let publish = publish(&config, &setup, &weights, metrics.clone(), volumes);
         Some(runtime.block_on(publish.instrument(tracing::info_span!("publish")))?)
     } else {
@@ -208,7 +209,7 @@ fn train(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -
     let Some(artifact) = artifact else { return Ok(None) };
     // Not in the artifact: the same training gives the same digest, however long it took.
     metrics.insert("train_seconds".to_owned(), seconds);
-    reporter.update(|progress| progress.state = "done".to_owned());
+    reporter.update(|progress| "done".clone_into(&mut progress.state));
     let ArtifactResult { name, digest, .. } = &artifact;
     let message = format!("trained {} steps; artifact {name} is {digest}", config.spec.training.steps);
     Ok(Some(RunResult { message, artifact: Some(artifact), metrics, ..empty() }))

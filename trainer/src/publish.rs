@@ -80,5 +80,5 @@ fn describe(name: &str, file: String, model: &Model) -> Result<Graph, TrainError
     };
     let inputs = model.inputs().map(spec).collect::<Result<_, TrainError>>()?;
     let outputs = model.outputs().iter().map(spec).collect::<Result<_, TrainError>>()?;
-    Ok(Graph { name: name.to_owned(), file: file.clone(), inputs, outputs })
+    Ok(Graph { name: name.to_owned(), file, inputs, outputs })
 }

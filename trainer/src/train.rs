@@ -96,7 +96,7 @@ impl<'a> Run<'a> {
         let loader = Loader::start(train, preparation, plan, first..spec.steps)?;
         let mut history = History::open(&self.setup.folder, first, spec.steps, self.group.rank() == 0);
         self.reporter.update(|progress| {
-            progress.state = "training".to_owned();
+            "training".clone_into(&mut progress.state);
             progress.steps = spec.steps;
             progress.step = first;
         });
@@ -116,7 +116,7 @@ impl<'a> Run<'a> {
                 _ => None,
             };
             self.reporter.update(|progress| {
-                progress.state = "training".to_owned();
+                "training".clone_into(&mut progress.state);
                 progress.step = done;
                 progress.loss = Some(loss);
                 progress.accuracy = accuracy.or(progress.accuracy);
@@ -260,7 +260,7 @@ impl<'a> Run<'a> {
             return Ok(None);
         }
         let _span = tracing::info_span!("evaluate").entered();
-        self.reporter.update(|progress| progress.state = "evaluating".to_owned());
+        self.reporter.update(|progress| "evaluating".clone_into(&mut progress.state));
         let Setup { network, preparation, evaluation, answers, .. } = self.setup;
         let executor = Executor::new(network, &self.parameters, Memory::KeepGraphs);
         evaluate::vqa(&executor, network, preparation, evaluation, limit, self.group, answers).map(Some)

@@ -104,7 +104,7 @@ fn a_launcher_whose_worker_is_killed_ends_the_others_and_says_how() {
     let workers = launcher.launched();
     assert_eq!(workers.len(), 2);
     support::kill(workers[1], "-KILL");
-    let ended = launcher.wait_at_most(Duration::from_secs(60));
+    let ended = launcher.wait_at_most(Duration::from_mins(1));
     assert_eq!(ended.exit_codes(), [Some(128 + 9)]);
     support::wait_for_end(&workers);
 }
@@ -150,7 +150,7 @@ fn a_worker_whose_peer_dies_ends_with_an_error_that_names_the_operation() {
     let workers = Job::new(&state, "run").steps(2_000).start(2);
     workers.wait_for_step(5);
     workers.kill_rank(1);
-    let ended = workers.wait_at_most(Duration::from_secs(60));
+    let ended = workers.wait_at_most(Duration::from_mins(1));
     assert_eq!(ended.exit_codes()[0], Some(1));
     let message = ended.result().message;
     assert!(message.contains("all_reduce"), "{message}");

@@ -20,6 +20,7 @@ use crate::{CompressionJob, ModelArtifact, ServingJob, TrainingJob};
 
 /// A checked document.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "jobs of all kinds are about as large, and few are held as resources")]
 pub enum Resource {
     /// Trains a model.
     TrainingJob(TrainingJob),

@@ -1,5 +1,7 @@
 //! The cache against a real S3 server, and its mounts.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests, which clippy does not count as tests")]
+
 mod cache;
 mod mounts;
 

@@ -46,8 +46,9 @@ impl Asked {
             self.jobs.retain(|_, last| now.duration_since(*last) <= forgotten);
             self.swept = Some(now);
         }
-        match self.jobs.get(uid) {
-            Some(last) if now.duration_since(*last) < interval => (false, interval - now.duration_since(*last)),
+        let rest = self.jobs.get(uid).and_then(|last| interval.checked_sub(now.duration_since(*last)));
+        match rest {
+            Some(rest) if !rest.is_zero() => (false, rest),
             _ => {
                 self.jobs.insert(uid.to_owned(), now);
                 (true, interval)

@@ -1,6 +1,7 @@
 //! ServingJobs: servers that stay up while their model changes.
 
 mod encoders;
+mod parts;
 mod records;
 
 use std::fmt::Debug;
@@ -359,10 +360,10 @@ impl Servings {
         let context = &*self.context;
         let objects = render_serving(owner, &object.spec, role);
         let name = deployment_name(&owner.job, Track::Stable);
-        self.settle(visit, &self.services, key, &objects.service.name_any(), Some(&objects.service)).await?;
-        self.settle(visit, &self.budgets, key, &name, Some(&objects.budget)).await?;
-        self.settle(visit, &self.policies, key, &name, objects.network.as_ref()).await?;
-        self.settle(visit, &self.autoscalers, key, &name, objects.autoscaler.as_ref()).await?;
+        settle(visit, &self.services, key, &objects.service.name_any(), Some(&objects.service)).await?;
+        settle(visit, &self.budgets, key, &name, Some(&objects.budget)).await?;
+        settle(visit, &self.policies, key, &name, objects.network.as_ref()).await?;
+        settle(visit, &self.autoscalers, key, &name, objects.autoscaler.as_ref()).await?;
         // Applied once per generation: the kind is not ours to watch.
         let seen = object.status.as_ref().and_then(|status| status.observed_generation);
         if context.settings.pod_monitors && seen != object.meta().generation {
@@ -378,25 +379,6 @@ impl Servings {
             visit.wrote("apply", sent);
         }
         Ok(())
-    }
-
-    /// Makes the child of this name what is wanted: nothing, where that is `None`.
-    async fn settle<K>(
-        &self,
-        visit: &Visit<'_>,
-        children: &Children<K>,
-        key: &Key,
-        name: &str,
-        wanted: Option<&K>,
-    ) -> Result<(), Error>
-    where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
-    {
-        match (wanted, children.get(key, name)) {
-            (Some(wanted), live) => apply::apply(visit, wanted, live.as_deref()).await.map(drop),
-            (None, Some(live)) => apply::delete(visit, &*live).await,
-            (None, None) => Ok(()),
-        }
     }
 
     /// Removes files that no server reads any more.
@@ -444,6 +426,24 @@ impl Servings {
         let (stable, canary) =
             futures::future::join(asked.load(&stable, stable_port), asked.load(&canary, canary_port)).await;
         Measured { stable, canary }
+    }
+}
+
+/// Makes the child of this name what is wanted: nothing, where that is `None`.
+async fn settle<K>(
+    visit: &Visit<'_>,
+    children: &Children<K>,
+    key: &Key,
+    name: &str,
+    wanted: Option<&K>,
+) -> Result<(), Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
+{
+    match (wanted, children.get(key, name)) {
+        (Some(wanted), live) => apply::apply(visit, wanted, live.as_deref()).await.map(drop),
+        (None, Some(live)) => apply::delete(visit, &*live).await,
+        (None, None) => Ok(()),
     }
 }
 

@@ -18,7 +18,7 @@ fn assert_holes_can_be_filled(plan: &WorkloadPlan) {
             match part {
                 Part::Host { role, index } => assert!(*index < find(role).replicas),
                 Part::Port { role, name } | Part::Addresses { role, name } => {
-                    assert!(find(role).ports.contains_key(name))
+                    assert!(find(role).ports.contains_key(name));
                 }
                 Part::Listen { name } => assert!(role.ports.contains_key(name)),
                 Part::MountPath(name) => assert!(role.mounts.iter().any(|mount| mount.name == *name)),

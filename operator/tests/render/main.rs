@@ -1,8 +1,11 @@
 //! Whole objects, as a cluster gets them.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests, which clippy does not count as tests")]
+
 use insta::assert_yaml_snapshot;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
 use sensorium_api::manifest::{Resource, parse_documents};
 use sensorium_operator::plan::{Pins, plan_pinned};
 use sensorium_operator::render::{
@@ -51,7 +54,7 @@ fn run(text: &str, changes: &[(&str, Value)], attempt: u32) -> Value {
     let mut objects = render_run(&owner(&resource), &plan, &plan.roles[0], attempt, &images());
     // An example's learning rate is not what these tests watch.
     let annotations = objects.job.spec.as_mut().unwrap().template.metadata.as_mut().unwrap().annotations.as_mut();
-    annotations.unwrap().entry("sensorium.dev/job.json".to_owned()).and_modify(|text| *text = "...".to_owned());
+    annotations.unwrap().entry("sensorium.dev/job.json".to_owned()).and_modify(|text| "...".clone_into(text));
     json!([objects.config, objects.service, objects.network, objects.job])
 }
 
@@ -240,7 +243,7 @@ fn a_record_has_all_that_a_revision_needs_besides_its_servers() {
     let other = render_record(&owner, &servers, &encoders).unwrap();
     assert_ne!(record.metadata.name, other.metadata.name);
     assert_eq!(Some(annotations), other.metadata.annotations.as_ref());
-    let strange = k8s_openapi::api::apps::v1::ControllerRevision { data: Default::default(), ..record };
+    let strange = k8s_openapi::api::apps::v1::ControllerRevision { data: RawExtension::default(), ..record };
     assert_eq!(MadeOf::read(&strange), None);
 }
 

@@ -30,7 +30,7 @@ pub(crate) use self::{
     binding::{Binding, Bound, Reshape},
     ensemble::{Ensemble, Find},
     iteration::{Bounds, Iteration},
-    ragged::Ragged,
+    ragged::{Completed, Ragged},
 };
 pub use self::{
     cache::ResponseCache,
@@ -244,7 +244,7 @@ impl ModelVersion {
         match &self.runs {
             Runs::Graph(graph, binding) => {
                 let (inputs, outputs) = binding.bind(fitted).map_err(unfit)?;
-                let (inputs, scattered) = binding.ragged.complete(inputs).map_err(unfit)?;
+                let Completed { inputs, scattered } = binding.ragged.complete(inputs).map_err(unfit)?;
                 let work = Work { inputs, rows, outputs, scattered, priority, timeout, deadline, is_probe: false };
                 let done = graph.run(work).await?;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
@@ -260,7 +260,7 @@ impl ModelVersion {
                 let scattered = Vec::new();
                 let work = Work { inputs, rows, outputs, scattered, priority, timeout, deadline, is_probe: false };
                 let mut done = graph.run(work).await?;
-                step.finish(done.outputs.split_off(wanted.len()));
+                step.finish(&done.outputs.split_off(wanted.len()));
                 done.timings.queue += waited;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }

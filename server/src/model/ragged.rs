@@ -42,6 +42,14 @@ struct Scattered {
     source: usize,
 }
 
+/// A request with what its graph takes beside what it brought.
+#[derive(Debug)]
+pub(crate) struct Completed {
+    pub(crate) inputs: Vec<RawTensor>,
+    /// The shape that it gets of each output that is taken apart, with the output's index.
+    pub(crate) scattered: Vec<(usize, Vec<i64>)>,
+}
+
 impl Ragged {
     /// What a configuration says, whose inputs and outputs fit the graph.
     ///
@@ -99,14 +107,11 @@ impl Ragged {
         flat.chain(self.made.iter().map(|made| (made.input, join(made.kind)))).collect()
     }
 
-    /// The inputs of the graph for a request by itself, and the shape that it gets of each output that is taken apart.
+    /// A request by itself with all inputs of the graph.
     ///
     /// # Errors
     /// Elements that are not those of the shape, which requests that were checked do not have.
-    pub(crate) fn complete(
-        &self,
-        mut inputs: Vec<Option<RawTensor>>,
-    ) -> Result<(Vec<RawTensor>, Vec<(usize, Vec<i64>)>), RawTensorError> {
+    pub(crate) fn complete(&self, mut inputs: Vec<Option<RawTensor>>) -> Result<Completed, RawTensorError> {
         let shapes: BTreeMap<usize, Vec<i64>> = self
             .made
             .iter()
@@ -134,7 +139,7 @@ impl Ragged {
             (scattered.output, std::iter::once(*rows).chain(scattered.dims.iter().enumerate().map(own)).collect())
         });
         let scattered = scattered.collect();
-        Ok((inputs.into_iter().flatten().collect(), scattered))
+        Ok(Completed { inputs: inputs.into_iter().flatten().collect(), scattered })
     }
 
     /// A request of zeros, as far as that can be guessed; `None` where nothing is made of others, and zeros of any kind do.
@@ -146,7 +151,7 @@ impl Ragged {
             let seen = interface.inputs.iter().find(|seen| seen.name == spec.name)?;
             RawTensor::smallest(seen, 1).ok()
         };
-        self.complete(signature.inputs().iter().map(input).collect()).ok().map(|(inputs, _)| inputs)
+        self.complete(signature.inputs().iter().map(input).collect()).ok().map(|completed| completed.inputs)
     }
 }
 
@@ -279,7 +284,7 @@ mod tests {
         };
         let ragged = Ragged::new(&config, &signature).unwrap();
         let x = RawTensor::zeros(DType::Fp32, vec![2, 3, 2]).unwrap();
-        let (inputs, scattered) = ragged.complete(vec![Some(x), None, None]).unwrap();
+        let Completed { inputs, scattered } = ragged.complete(vec![Some(x), None, None]).unwrap();
         assert_eq!(inputs[0].shape(), [6, 2]);
         assert_eq!(inputs[1], RawTensor::from_vec(DType::Int64, vec![2, 2], vec![3_i64, 2, 3, 2]).unwrap());
         assert_eq!(inputs[2], RawTensor::from_vec(DType::Int32, vec![2], vec![0_i32, 12]).unwrap());

@@ -215,7 +215,7 @@ impl Side<'_> {
     fn flat_dims(&self, dims: &mut Vec<i64>, reshape: Option<&ModelTensorReshape>) -> Result<(), String> {
         let file = sizes(self.spec, 0);
         if dims.is_empty() {
-            *dims = file.clone();
+            dims.clone_from(&file);
         }
         if reshape.is_some() {
             return Err(format!("{} `{}` is ragged and has a reshape, which contradict", self.kind, self.spec.name));

@@ -202,9 +202,8 @@ fn inputs(
     let mut inputs = signature.inputs().iter().zip(&binding.inputs).map(input).collect::<Result<Vec<_>, _>>()?;
     // Sizes are written as clients see them, and go in as the graph has them.
     binding.shape(&mut inputs).map_err(|error| error.to_string())?;
-    let (inputs, _) =
-        binding.ragged.complete(inputs.into_iter().map(Some).collect()).map_err(|error| error.to_string())?;
-    Ok(inputs)
+    let completed = binding.ragged.complete(inputs.into_iter().map(Some).collect());
+    completed.map(|completed| completed.inputs).map_err(|error| error.to_string())
 }
 
 fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -> Result<RawTensor, String> {

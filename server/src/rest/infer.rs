@@ -56,15 +56,14 @@ fn raw(model: &ModelVersion, body: Bytes) -> Result<ModelInferRequest, Refusal> 
     {
         *rows = 1;
     }
-    let (elements, data) = match sensorium_engine::element_size(spec.dtype) {
-        Some(size) => (body.len() / size, body),
-        None => {
-            debug_assert_eq!(spec.dtype, DType::Bytes, "everything else has a size");
-            let mut string = BytesMut::with_capacity(body.len() + 4);
-            string.put_u32_le(body.len() as u32); // bodies of 4 GiB are not accepted
-            string.extend_from_slice(&body);
-            (1, string.freeze())
-        }
+    let (elements, data) = if let Some(size) = sensorium_engine::element_size(spec.dtype) {
+        (body.len() / size, body)
+    } else {
+        debug_assert_eq!(spec.dtype, DType::Bytes, "everything else has a size");
+        let mut string = BytesMut::with_capacity(body.len() + 4);
+        string.put_u32_le(body.len() as u32); // bodies of 4 GiB are not accepted
+        string.extend_from_slice(&body);
+        (1, string.freeze())
     };
     let known: i64 = shape.iter().filter(|size| **size > 0).product();
     let mut open = shape.iter_mut().filter(|size| **size < 0);

@@ -121,7 +121,9 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<ModelInf
                 request.outputs.push(output(reader)?);
                 Ok::<_, RequestError>(())
             })?,
-            _ => drop(reader.skip()?),
+            _ => {
+                reader.skip()?;
+            }
         }
         Ok::<_, RequestError>(())
     })?;
@@ -185,7 +187,9 @@ fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>), Re
                     None => Data::Json(reader.skip()?),
                 };
             }
-            _ => drop(reader.skip()?),
+            _ => {
+                reader.skip()?;
+            }
         }
         Ok::<_, RequestError>(())
     })?;
@@ -198,7 +202,9 @@ fn output(reader: &mut Reader<'_>) -> Result<InferRequestedOutputTensor, Request
         match key {
             "name" => output.name = text(reader)?,
             "parameters" => parameters(reader, &mut output.parameters)?,
-            _ => drop(reader.skip()?),
+            _ => {
+                reader.skip()?;
+            }
         }
         Ok::<_, RequestError>(())
     })?;

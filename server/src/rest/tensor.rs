@@ -34,9 +34,9 @@ pub(super) fn read_loose(reader: &mut Reader<'_>, dtype: DType) -> Result<(Bytes
         element(reader, &mut raw)
     };
     if reader.peek() == b'[' {
-        reader.flattened(counted)?
+        reader.flattened(counted)?;
     } else {
-        counted(reader)?
+        counted(reader)?;
     }
     Ok((raw.into(), count))
 }

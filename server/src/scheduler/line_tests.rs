@@ -259,7 +259,9 @@ proptest! {
         }
         let cost = |jobs: &[usize]| {
             let mut all = Extent::default();
-            jobs.iter().for_each(|job| all.add(&tickets[*job].extent));
+            for job in jobs {
+                all.add(&tickets[*job].extent);
+            }
             all.cost(jobs.iter().map(|job| tickets[*job].rows).sum())
         };
         let mut waiting: Vec<usize> = (0..tickets.len()).collect();

@@ -93,8 +93,9 @@ mod tests {
             pace.ran(rows, ms(5.0 + 2.0 * rows as f64));
         }
         let under_way = 5.0 + 2.0 * pace.rows / pace.runs;
-        assert!(is_about(pace.expect(15, 1, 8, 1), 2.0 * 5.0 + 16.0 * 2.0 + under_way));
-        assert!(is_about(pace.expect(15, 1, 8, 2), (2.0 * 5.0 + 16.0 * 2.0) / 2.0 + under_way));
+        let ahead = 2.0 * 5.0 + 16.0 * 2.0;
+        assert!(is_about(pace.expect(15, 1, 8, 1), ahead + under_way));
+        assert!(is_about(pace.expect(15, 1, 8, 2), ahead / 2.0 + under_way));
     }
 
     #[test]

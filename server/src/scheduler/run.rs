@@ -43,6 +43,23 @@ pub(super) struct Instance {
     pub(super) alive: Arc<()>,
 }
 
+/// What is written down of some jobs that run at once.
+#[derive(Clone, Copy)]
+struct Batch {
+    /// When they were taken from the queue.
+    taken: Instant,
+    rows: usize,
+    /// Whether the server itself asks: that counts nowhere.
+    is_probe: bool,
+}
+
+impl Batch {
+    fn of(jobs: &[Job], taken: Instant) -> Self {
+        let rows = jobs.iter().map(|job| job.work.rows).sum();
+        Self { taken, rows, is_probe: jobs.iter().any(|job| job.work.is_probe) }
+    }
+}
+
 /// Places among answers that a batch holds; they are given up if it dies.
 struct Owed<'a> {
     queue: &'a Queue,
@@ -111,14 +128,13 @@ impl Instance {
     /// Runs `jobs` and hands the answers out; how long that took.
     fn run_batch(&self, engine: &mut dyn Engine, mut jobs: Vec<Job>, rooms: &mut Rooms) -> Duration {
         let queue = &self.queue;
-        let taken = Instant::now();
-        let is_probe = jobs.iter().any(|job| job.work.is_probe);
-        for job in jobs.iter().filter(|_| !is_probe) {
-            queue.metrics.queued(taken.saturating_duration_since(job.admitted));
+        let batch = Batch::of(&jobs, Instant::now());
+        for job in jobs.iter().filter(|_| !batch.is_probe) {
+            queue.metrics.queued(batch.taken.saturating_duration_since(job.admitted));
         }
         let mut owed = Owed { queue, places: jobs.iter().filter_map(|job| job.place).collect() };
         let held = self.share.hold();
-        let outcomes: Vec<Outcome> = match self.run_together(engine, &mut jobs, taken, rooms) {
+        let outcomes: Vec<Outcome> = match self.run_together(engine, &mut jobs, batch, rooms) {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
             Err(error) if jobs.len() == 1 || error.is_of_the_whole_batch() => {
                 jobs.iter().map(|_| Err(error.clone())).collect()
@@ -126,15 +142,18 @@ impl Instance {
             // One member's values may have failed all of them, and only a run of its own shows whose.
             Err(error) => {
                 tracing::debug!(graph = queue.graph, requests = jobs.len(), %error, "batch failed, running each alone");
-                let mut alone = |job| self.run_together(engine, std::slice::from_mut(job), taken, rooms);
-                jobs.iter_mut().map(|job| alone(job).map(|mut answers| answers.remove(0))).collect()
+                let mut alone = |job: &mut [Job]| {
+                    let batch = Batch::of(job, batch.taken);
+                    self.run_together(engine, job, batch, rooms)
+                };
+                jobs.chunks_mut(1).map(|job| alone(job).map(|mut answers| answers.remove(0))).collect()
             }
         };
         drop(held);
         owed.places.clear();
-        let took = taken.elapsed();
-        if !is_probe {
-            queue.ran(jobs.iter().map(|job| job.work.rows).sum(), took);
+        let took = batch.taken.elapsed();
+        if !batch.is_probe {
+            queue.ran(batch.rows, took);
         }
         queue.answer(jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome)));
         took
@@ -145,11 +164,11 @@ impl Instance {
         &self,
         engine: &mut dyn Engine,
         jobs: &mut [Job],
-        taken: Instant,
+        batch: Batch,
         rooms: &mut Rooms,
     ) -> Result<Vec<Done>, ScheduleError> {
         let queue = &self.queue;
-        let rows = jobs.iter().map(|job| job.work.rows).sum();
+        let Batch { taken, rows, is_probe } = batch;
         let failed = |source| match source {
             EngineError::CutShort { .. } => ScheduleError::DeadlineExceeded { graph: queue.graph.clone() },
             source => ScheduleError::Engine { graph: queue.graph.clone(), source: Box::new(source) },
@@ -177,7 +196,7 @@ impl Instance {
             batch_size: rows,
             ..Timings::default()
         };
-        if !jobs.iter().any(|job| job.work.is_probe) {
+        if !is_probe {
             queue.metrics.ran(rows, timings.compute_infer);
             queue.statistics.executed(rows, &timings);
             if let Some((useful, padding)) = queue.shapes.padded(&works) {

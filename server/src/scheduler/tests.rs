@@ -347,20 +347,21 @@ async fn an_engine_is_told_how_long_the_last_of_a_batch_waits_and_when_nobody_do
     let setup = setup(engine, Policy::of_server(batching), None, &CancellationToken::new());
     let scheduler = Arc::new(Scheduler::start_with(setup, Shapes::tail(1)).unwrap());
     let now = Instant::now();
+    let at = |seconds| now + Duration::from_secs(seconds);
     let ask = |seconds: Option<u64>| {
-        let deadline = seconds.map(|seconds| now + Duration::from_secs(seconds));
+        let deadline = seconds.map(at);
         let (scheduler, work) = (scheduler.clone(), Work { deadline, ..rows(&[1.0]) });
         tokio::spawn(async move { scheduler.run(work).await })
     };
     let alone = ask(Some(60));
-    assert_eq!(runs.recv().await.unwrap(), Some(now + Duration::from_secs(60)));
+    assert_eq!(runs.recv().await.unwrap(), Some(at(60)));
     // The next three wait for the engine, and meet there: two in a batch, and one that says nothing with one that does.
     let [short, long] = [ask(Some(70)), ask(Some(80))];
     tokio::task::yield_now().await;
     let [open, other] = [ask(None), ask(Some(90))];
     tokio::task::yield_now().await;
     alone.abort();
-    assert_eq!(runs.recv().await.unwrap(), Some(now + Duration::from_secs(80)));
+    assert_eq!(runs.recv().await.unwrap(), Some(at(80)));
     long.abort();
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert!(runs.try_recv().is_err(), "one of the batch still waits");

@@ -221,14 +221,12 @@ pub(crate) async fn http(
 ) -> std::io::Result<HttpAnswer> {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let mut stream = tokio::net::TcpStream::connect(address).await?;
-    let mut head = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n");
-    for (name, value) in headers {
-        head.push_str(&format!("{name}: {value}\r\n"));
-    }
+    let mut head = vec![format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close")];
+    head.extend(headers.iter().map(|(name, value)| format!("{name}: {value}")));
     if method == "POST" && !headers.iter().any(|(name, _)| *name == "content-length") {
-        head.push_str(&format!("content-length: {}\r\n", body.len()));
+        head.push(format!("content-length: {}", body.len()));
     }
-    stream.write_all(&[head.as_bytes(), b"\r\n", body].concat()).await?;
+    stream.write_all(&[head.join("\r\n").as_bytes(), b"\r\n\r\n", body].concat()).await?;
     let mut response = Vec::new();
     stream.read_to_end(&mut response).await?;
     let end = response.windows(4).position(|window| window == b"\r\n\r\n").ok_or(std::io::ErrorKind::UnexpectedEof)?;

@@ -28,7 +28,7 @@ struct Received {
 }
 
 impl Received {
-    async fn is_taken_back(self) {
+    async fn until_taken_back(self) {
         timeout(Duration::from_secs(5), self.open).await.expect("the call is taken back").unwrap_err();
     }
 }
@@ -114,10 +114,10 @@ async fn the_rest_of_a_requests_time_goes_on_to_the_encoder_and_its_end_takes_th
     let traceparent = call.traceparent.as_deref().unwrap_or_default();
     assert_eq!((traceparent.len(), traceparent.matches('-').count()), (55, 3), "{traceparent}");
     asked.abort();
-    call.is_taken_back().await;
+    call.until_taken_back().await;
 
     let asked = tokio::spawn(ask(server.grpc, Some(Duration::from_secs(2))));
-    next(&mut received, 0, 2).await.is_taken_back().await;
+    next(&mut received, 0, 2).await.until_taken_back().await;
     let status = asked.await.unwrap().unwrap_err();
     // The client's own clock may be the first.
     assert!([Code::DeadlineExceeded, Code::Cancelled].contains(&status.code()), "{status:?}");

@@ -18,7 +18,7 @@ fn pixels(rows: usize, value: f32) -> Value {
 }
 
 /// The same with its pixels behind the JSON.
-fn binary(rows: usize, value: f32, outputs: Value) -> (String, Vec<u8>) {
+fn binary(rows: usize, value: f32, outputs: &Value) -> (String, Vec<u8>) {
     let mut request = json!({"id": "b", "outputs": outputs, "inputs": [{
         "name": "pixel_values", "shape": [rows, 3, 8, 8], "datatype": "FP32",
         "parameters": {"binary_data_size": rows * 192 * 4},
@@ -81,7 +81,7 @@ async fn tensors_travel_as_json_and_as_bytes() {
     assert_eq!(embedding.as_array().unwrap().len(), 6);
 
     let outputs = json!([{"name": "image_embedding", "parameters": {"binary_data": true}}, {"name": "image_features"}]);
-    let (length, body) = binary(2, 0.5, outputs);
+    let (length, body) = binary(2, 0.5, &outputs);
     let headers = [("inference-header-content-length", length.as_str())];
     let path = "/v2/models/tiny.image_encoder/versions/1/infer";
     let answer = server.post(path, &headers, &body).await;
@@ -266,6 +266,7 @@ async fn a_deadline_that_passes_is_a_gateway_timeout() {
 /// As over gRPC: the right status, words that help, and no memory.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_malformed_bodies_get_their_status_and_leave_no_trace() {
+    type Headers = Vec<(&'static str, &'static str)>;
     const LIMIT: usize = 1 << 20;
     let server = Server::start(&["--max-request-bytes", &LIMIT.to_string()]).await;
     let good = pixels(1, 0.5).to_string().into_bytes();
@@ -279,7 +280,6 @@ async fn a_thousand_malformed_bodies_get_their_status_and_leave_no_trace() {
         change(&mut request["inputs"][0]);
         request.to_string().into_bytes()
     };
-    type Headers = Vec<(&'static str, &'static str)>;
     let cases: Vec<(u16, &str, Headers, Vec<u8>)> = vec![
         (400, "an object", vec![], b"".to_vec()),
         (400, "an object", vec![], b"\xff\xfe\x00".to_vec()),

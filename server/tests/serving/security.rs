@@ -29,8 +29,8 @@ pub(crate) fn certificates() -> TempDir {
     std::fs::write(folder.path().join("ca.pem"), authority.pem()).unwrap();
     let (here, server, client) =
         (["localhost", "127.0.0.1"], ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth);
-    issue(folder.path(), "server", &here, &[server.clone()], &authority);
-    issue(folder.path(), "client", &here, &[client.clone()], &authority);
+    issue(folder.path(), "server", &here, std::slice::from_ref(&server), &authority);
+    issue(folder.path(), "client", &here, std::slice::from_ref(&client), &authority);
     issue(folder.path(), "named", &[NAME], &[server, client], &authority);
     folder
 }

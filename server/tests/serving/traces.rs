@@ -44,10 +44,6 @@ async fn collector() -> (String, mpsc::UnboundedReceiver<Span>) {
     (format!("http://{address}"), spans)
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 fn attribute(span: &Span, name: &str) -> Option<String> {
     let found = span.attributes.iter().find(|attribute| attribute.key == name)?;
     match found.value.as_ref()?.value.as_ref()? {
@@ -86,14 +82,17 @@ async fn a_request_is_a_span_of_its_clients_trace_and_batches_link_to_it() {
         }
         all.push(span);
     };
-    assert_eq!((hex(&infer.trace_id), hex(&infer.parent_span_id)), (TRACE.to_owned(), PARENT.to_owned()));
+    assert_eq!(
+        (hex::encode(&infer.trace_id), hex::encode(&infer.parent_span_id)),
+        (TRACE.to_owned(), PARENT.to_owned())
+    );
     assert_eq!(attribute(&infer, "model").as_deref(), Some("tiny"));
     assert_eq!(attribute(&infer, "id").as_deref(), Some("seven"));
     let batch = match all.into_iter().find(|span| span.name == "batch") {
         Some(batch) => batch,
         None => next(&mut spans, |span| span.name == "batch").await,
     };
-    assert!(batch.links.iter().any(|link| hex(&link.trace_id) == TRACE), "{batch:?}");
+    assert!(batch.links.iter().any(|link| hex::encode(&link.trace_id) == TRACE), "{batch:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

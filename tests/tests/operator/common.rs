@@ -6,13 +6,13 @@ use anyhow::{Context, Result};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::ResourceExt;
-use kube::api::{ListParams, Patch, PatchParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use sensorium_api::{CompressionJob, ModelArtifact, ServingJob, TrainingJob};
 use sensorium_tests::{ApiCluster, Kubelet, Namespace, Operator};
 use serde_json::{Value, json};
 
 /// Long enough for a busy machine; nothing here takes so long otherwise.
-pub(crate) const LIMIT: Duration = Duration::from_secs(180);
+pub(crate) const LIMIT: Duration = Duration::from_mins(3);
 
 /// A namespace with an operator that looks after it.
 pub(crate) struct Case {
@@ -192,7 +192,7 @@ impl Case {
             + std::fmt::Debug
             + serde::de::DeserializeOwned,
     {
-        self.namespace.api::<K>().delete(name, &Default::default()).await.map(drop).context("delete")
+        self.namespace.api::<K>().delete(name, &DeleteParams::default()).await.map(drop).context("delete")
     }
 }
 

@@ -16,9 +16,12 @@ use tonic::{Request, Response, Status};
 
 use crate::common::{LIMIT, training};
 
-/// Trace id and text attributes of every span that was sent here.
+/// Every span that was sent here.
 #[derive(Clone, Default)]
-struct Collector(Arc<Mutex<Vec<(String, BTreeSet<String>)>>>);
+struct Collector(Arc<Mutex<Vec<Told>>>);
+
+/// A span's trace id, and its attributes as text.
+type Told = (String, BTreeSet<String>);
 
 #[tonic::async_trait]
 impl TraceService for Collector {
@@ -28,7 +31,7 @@ impl TraceService for Collector {
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
         let spans = request.into_inner().resource_spans.into_iter().flat_map(|it| it.scope_spans);
         let told = spans.flat_map(|it| it.spans).map(|span| {
-            let id = span.trace_id.iter().map(|byte| format!("{byte:02x}")).collect();
+            let id = hex::encode(&span.trace_id);
             let words = span.attributes.iter().map(|attribute| format!("{:?}", attribute.value)).collect();
             (id, words)
         });

@@ -4,7 +4,7 @@ use anyhow::Result;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
-use kube::api::{Api, ListParams};
+use kube::api::{Api, ListParams, Patch, PatchParams};
 use sensorium_api::{ModelArtifact, TrainingJob};
 use sensorium_tests::refusal;
 use serde_json::json;
@@ -55,7 +55,7 @@ async fn a_namespace_under_the_restricted_standard_takes_the_pods() -> Result<()
     let case = Case::start("restricted").await?;
     let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(case.namespace.client().clone());
     let labels = json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}});
-    namespaces.patch(case.namespace.name(), &Default::default(), &kube::api::Patch::Merge(&labels)).await?;
+    namespaces.patch(case.namespace.name(), &PatchParams::default(), &Patch::Merge(&labels)).await?;
     case.apply(&training("vqa")).await?;
     case.workers("vqa", 1, 2).await?;
     Ok(())

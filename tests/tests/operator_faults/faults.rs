@@ -32,7 +32,7 @@ const HISTORIES: u64 = 200;
 /// One request in so many goes wrong.
 const ONE_IN: u64 = 5;
 /// By then all of them have ended.
-const LIMIT: Duration = Duration::from_secs(1200);
+const LIMIT: Duration = Duration::from_mins(20);
 
 /// What an attempt comes to.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Longer than any run here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_mins(5);
 
 /// easy-VQA as shards, imported once per test binary.
 fn datasets() -> &'static Path {
@@ -317,18 +317,19 @@ impl Workers {
 
     pub fn wait_at_most(mut self, patience: Duration) -> Ended {
         let deadline = Instant::now() + patience;
-        let mut codes = vec![None; self.children.len()];
-        for rank in 0..self.children.len() {
-            loop {
-                if let Some(status) = self.children[rank].try_wait().unwrap() {
-                    codes[rank] = status.code();
-                    break;
-                }
-                assert!(Instant::now() < deadline, "rank {rank} did not end: {}", self.log());
-                sleep(Duration::from_millis(20));
-            }
-        }
+        let codes = (0..self.children.len()).map(|rank| self.code_of(rank, deadline)).collect();
         Ended { codes, run: self.run.clone() }
+    }
+
+    /// The exit code of a rank; none where a signal ended it.
+    fn code_of(&mut self, rank: usize, deadline: Instant) -> Option<i32> {
+        loop {
+            if let Some(status) = self.children[rank].try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "rank {rank} did not end: {}", self.log());
+            sleep(Duration::from_millis(20));
+        }
     }
 }
 

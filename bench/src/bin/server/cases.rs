@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use sensorium_engine::{DType, RawTensor};
 
+/// What a request brings, by name.
+pub(crate) type Inputs = Vec<(&'static str, RawTensor)>;
+
 /// Tokens of a text where all are of one length.
 const TOKENS: usize = 32;
 /// Words that texts are made of: ids of ordinary words in the vocabulary of BERT begin at about 2000.
@@ -116,7 +119,7 @@ impl Case {
     }
 
     /// A request of `rows` rows.
-    pub(crate) fn request(&self, rows: usize) -> Result<Vec<(&'static str, RawTensor)>> {
+    pub(crate) fn request(&self, rows: usize) -> Result<Inputs> {
         let tensor = |input: &Input| {
             let shape: Vec<i64> =
                 self.batches.then_some(rows as i64).into_iter().chain(input.shape.iter().copied()).collect();
@@ -147,7 +150,7 @@ impl Case {
 
 /// Texts of unequal lengths for a model that takes token ids: most are short, a few long. `padded_to` makes all of them as
 /// long as that, as a client must whose server does not pad. Each comes with the number of its own tokens.
-pub(crate) fn texts(count: usize, padded_to: Option<usize>) -> Result<Vec<(usize, Vec<(&'static str, RawTensor)>)>> {
+pub(crate) fn texts(count: usize, padded_to: Option<usize>) -> Result<Vec<(usize, Inputs)>> {
     let text = |index: usize| {
         // The same lengths in every run: squares of a low-discrepancy sequence between 4 and 128.
         let share = (index as f64 * 0.618_033_988_75).fract();

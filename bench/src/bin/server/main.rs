@@ -248,13 +248,13 @@ impl Place<'_> {
         let p99 = |sample: &Sample| sample.latency(0.99) * 1e3;
         let ours = turns.median(Kind::Ours, throughput).unwrap_or(f64::NAN);
         let ours_p99 = turns.median(Kind::Ours, p99).unwrap_or(f64::NAN);
-        let mut line =
-            format!("  {} c{}: ours {ours:.0}/s p99 {ours_p99:.2} ms", self.protocol.name(), self.concurrency);
+        let heading = format!("  {} c{}", self.protocol.name(), self.concurrency);
+        let mut figures = vec![format!("ours {ours:.0}/s p99 {ours_p99:.2} ms")];
         for kind in [Kind::Triton, Kind::Kserve] {
             let (Some(peer), Some(peer_p99)) = (turns.median(kind, throughput), turns.median(kind, p99)) else {
                 continue;
             };
-            line.push_str(&format!(", {} {peer:.0}/s p99 {peer_p99:.2} ms", kind.name()));
+            figures.push(format!("{} {peer:.0}/s p99 {peer_p99:.2} ms", kind.name()));
             report.row(row("throughput"), "requests/s", Better::Higher, ours, (kind.name(), peer));
             report.row(row("p99"), "ms", Better::Lower, ours_p99, (kind.name(), peer_p99));
         }
@@ -263,25 +263,25 @@ impl Place<'_> {
             let model = median(turns.in_process.iter().map(|found| found.median));
             let p50 = turns.median(Kind::Ours, |sample| sample.latency(0.5)).unwrap_or(f64::NAN);
             let added = (p50 - model) * 1e6;
-            line.push_str(&format!(", {added:.0} us more than in process"));
+            figures.push(format!("{added:.0} us more than in process"));
             let limit = ("limit", limits::ADDED_LATENCY * 1e6);
             report.row(row("added-latency-p50"), "us", Better::Lower, added, limit);
             // What the messages alone take, without a model and all that belongs to it.
             let echo = turns.median(Kind::Echo, |sample| sample.latency(0.5)).unwrap_or(f64::NAN) * 1e6;
-            line.push_str(&format!(", echo {echo:.0} us"));
+            figures.push(format!("echo {echo:.0} us"));
             report.row(row("added-latency-p50"), "us", Better::Lower, added, ("echo", echo));
         }
         if self.concurrency >= SATURATED {
             let echo = turns.median(Kind::Echo, throughput).unwrap_or(f64::NAN);
             let (name, ceiling) = if self.is_tiny { ("echo", echo) } else { ("ceiling", in_process) };
-            line.push_str(&format!(", {name} {ceiling:.0}/s: {:.3} of it", ours / ceiling));
+            figures.push(format!("{name} {ceiling:.0}/s: {:.3} of it", ours / ceiling));
             report.row(row("throughput"), "requests/s", Better::Higher, ours, (name, ceiling));
             // One core does both: the model, and what there is to do about each message.
             let both = 1.0 / (1.0 / echo + 1.0 / in_process);
-            line.push_str(&format!(", echo and model {both:.0}/s: {:.3} of it", ours / both));
+            figures.push(format!("echo and model {both:.0}/s: {:.3} of it", ours / both));
             report.row(row("throughput"), "requests/s", Better::Higher, ours, ("echo-and-model", both));
         }
-        eprintln!("{line}");
+        eprintln!("{heading}: {}", figures.join(", "));
     }
 }
 

@@ -27,7 +27,7 @@ use tokio::{
 use tonic::transport::{Channel, Endpoint};
 
 /// Longest wait for anything that must happen.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Killed when it is dropped.
 pub(crate) struct Server {

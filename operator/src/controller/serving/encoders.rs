@@ -1,31 +1,25 @@
 //! Encoders come with the servers that call them, and go when the last of these is gone.
 
 use std::collections::BTreeSet;
-use std::fmt::Debug;
 use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
-use kube::core::NamespaceResourceScope;
-use kube::{Resource, ResourceExt};
+use kube::ResourceExt;
 use sensorium_api::run::JobKey;
-use serde::{Serialize, de::DeserializeOwned};
 
 use super::Servings;
-use crate::controller::children::{Children, Key};
+use crate::controller::Error;
+use crate::controller::children::Key;
 use crate::controller::visit::Visit;
-use crate::controller::{Error, apply};
 use crate::render::{ENCODERS_ANNOTATION, Encoder, Track, child_name, deployment_name};
 
 impl Servings {
     pub(super) async fn apply_encoders(&self, visit: &Visit<'_>, key: &Key, encoders: &[Encoder]) -> Result<(), Error> {
         for encoder in encoders {
-            let name = &encoder.name;
-            self.settle(visit, &self.services, key, name, Some(&encoder.service)).await?;
-            self.settle(visit, &self.policies, key, name, Some(&encoder.network)).await?;
-            self.settle(visit, &self.budgets, key, name, Some(&encoder.budget)).await?;
-            self.settle(visit, &self.deployments, key, name, Some(&encoder.deployment)).await?;
-            self.settle(visit, &self.autoscalers, key, name, encoder.autoscaler.as_ref()).await?;
+            for part in self.parts() {
+                part.settle(visit, key, encoder).await?;
+            }
         }
         Ok(())
     }
@@ -53,27 +47,8 @@ impl Servings {
         kept.extend([Track::Stable, Track::Canary].map(|track| deployment_name(job, track)));
         kept.insert(child_name(&job.name, ""));
 
-        self.sweep(visit, &self.autoscalers, key, &kept).await?;
-        self.sweep(visit, &self.deployments, key, &kept).await?;
-        self.sweep(visit, &self.services, key, &kept).await?;
-        self.sweep(visit, &self.budgets, key, &kept).await?;
-        self.sweep(visit, &self.policies, key, &kept).await
-    }
-
-    async fn sweep<K>(
-        &self,
-        visit: &Visit<'_>,
-        children: &Children<K>,
-        key: &Key,
-        kept: &BTreeSet<String>,
-    ) -> Result<(), Error>
-    where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
-    {
-        for child in children.of(key) {
-            if !kept.contains(&child.name_any()) {
-                apply::delete(visit, &*child).await?;
-            }
+        for part in self.parts().iter().rev() {
+            part.sweep(visit, key, &kept).await?;
         }
         Ok(())
     }

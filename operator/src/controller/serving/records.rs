@@ -1,17 +1,14 @@
 //! Records of revisions: written before the servers, read when something of an older revision was deleted.
 
 use std::collections::BTreeSet;
-use std::fmt::Debug;
 
 use k8s_openapi::api::apps::v1::ControllerRevision;
-use kube::core::NamespaceResourceScope;
-use kube::{Api, Resource, ResourceExt};
+use kube::{Api, ResourceExt};
 use sensorium_api::ServingJobSpec;
-use serde::{Serialize, de::DeserializeOwned};
 
 use super::Servings;
 use super::encoders::{has_ended, names};
-use crate::controller::children::{Children, Key};
+use crate::controller::children::Key;
 use crate::controller::visit::Visit;
 use crate::controller::{Error, apply};
 use crate::render::{
@@ -60,6 +57,7 @@ impl Servings {
             return Ok(notes);
         }
         let (stay, run) = (self.revisions_of_deployments(key), self.revisions_of_pods(key));
+        let parts = self.parts();
         for record in records {
             let annotations = record.annotations();
             let revision = annotations.get(REVISION_ANNOTATION).map_or("", String::as_str);
@@ -67,7 +65,8 @@ impl Servings {
                 continue;
             }
             let encoders = names(annotations.get(ENCODERS_ANNOTATION)).filter(|name| !name.is_empty());
-            let lost: BTreeSet<&str> = encoders.filter(|name| !self.is_whole(key, name)).collect();
+            let is_whole = |name: &str| parts.iter().all(|part| part.is_whole(key, name));
+            let lost: BTreeSet<&str> = encoders.filter(|name| !is_whole(name)).collect();
             let config = annotations.get(CONFIG_ANNOTATION).map_or("", String::as_str);
             // Pods that are the last of their revision have read the file already.
             let is_read = stay.contains(revision) || !lost.is_empty();
@@ -126,40 +125,13 @@ impl Servings {
         Ok(())
     }
 
-    /// Whether all is there that an encoder always has.
-    fn is_whole(&self, key: &Key, name: &str) -> bool {
-        self.deployments.has(key, name)
-            && self.services.has(key, name)
-            && self.policies.has(key, name)
-            && self.budgets.has(key, name)
-    }
-
     /// What is there stays as it is.
     async fn make_encoder_again(&self, visit: &Visit<'_>, key: &Key, encoder: &Encoder) -> Result<bool, Error> {
-        let name = &encoder.name;
-        let mut made = self.restore(visit, &self.services, key, name, Some(&encoder.service)).await?;
-        made |= self.restore(visit, &self.policies, key, name, Some(&encoder.network)).await?;
-        made |= self.restore(visit, &self.budgets, key, name, Some(&encoder.budget)).await?;
-        made |= self.restore(visit, &self.deployments, key, name, Some(&encoder.deployment)).await?;
-        made |= self.restore(visit, &self.autoscalers, key, name, encoder.autoscaler.as_ref()).await?;
-        Ok(made)
-    }
-
-    async fn restore<K>(
-        &self,
-        visit: &Visit<'_>,
-        children: &Children<K>,
-        key: &Key,
-        name: &str,
-        object: Option<&K>,
-    ) -> Result<bool, Error>
-    where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
-    {
-        match object {
-            Some(object) if !children.has(key, name) => apply::create(visit, object).await,
-            _ => Ok(false),
+        let mut made = false;
+        for part in self.parts() {
+            made |= part.restore(visit, key, encoder).await?;
         }
+        Ok(made)
     }
 
     /// Revisions whose servers stay.

@@ -10,12 +10,12 @@ fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_800_000_000 + second).unwrap()
 }
 
-fn spec(rollout: serde_json::Value) -> ServingJobSpec {
+fn spec(rollout: &serde_json::Value) -> ServingJobSpec {
     serde_json::from_value(json!({"model": {"artifact": "m"}, "rollout": rollout})).unwrap()
 }
 
 fn canary_spec() -> ServingJobSpec {
-    spec(json!({"canary": {"steps": [{"weight": 20, "pauseSeconds": 60}, {"weight": 50, "pauseSeconds": 60}]}}))
+    spec(&json!({"canary": {"steps": [{"weight": 20, "pauseSeconds": 60}, {"weight": 50, "pauseSeconds": 60}]}}))
 }
 
 /// A Deployment of which all servers answer.
@@ -51,13 +51,13 @@ fn decide(
 
 #[test]
 fn the_first_servers_are_simply_started() {
-    let plan = rollout(&canary_spec(), "new", &Default::default(), None, None, &Measured::default(), at(0));
+    let plan = rollout(&canary_spec(), "new", &ServingJobStatus::default(), None, None, &Measured::default(), at(0));
     assert_eq!((plan.apply, plan.canaries, plan.rollout), (true, None, None));
 }
 
 #[test]
 fn without_a_canary_the_stable_servers_roll() {
-    let plan = decide(&spec(json!({})), &Default::default(), None, Measured::default(), 0);
+    let plan = decide(&spec(&json!({})), &ServingJobStatus::default(), None, Measured::default(), 0);
     assert!(plan.apply && plan.canaries.is_none());
     assert_eq!(plan.rollout.unwrap().previous.as_deref(), Some("old"));
 }
@@ -114,7 +114,7 @@ fn slow_canaries_are_taken_back_and_few_requests_decide_nothing() {
 
 #[test]
 fn canaries_that_do_not_answer_in_time_are_taken_back() {
-    let spec = spec(json!({"progressDeadlineSeconds": 30, "canary": {"steps": [{"weight": 20, "pauseSeconds": 60}]}}));
+    let spec = spec(&json!({"progressDeadlineSeconds": 30, "canary": {"steps": [{"weight": 20, "pauseSeconds": 60}]}}));
     let mut status = ServingJobStatus::default();
     status.rollout = decide(&spec, &status, None, Measured::default(), 0).rollout;
     let mut canary = deployment("new", 1);

@@ -317,7 +317,7 @@ pub(super) struct Step {
 
 impl Step {
     /// Keeps the state that the graph gave.
-    pub(super) fn finish(mut self, state: Vec<RawTensor>) {
+    pub(super) fn finish(mut self, state: &[RawTensor]) {
         if let Some(carried) = &mut self.carried {
             // A row of a large batch must not keep the whole of it alive between requests.
             carried.state = state.iter().map(RawTensor::detached).collect();

@@ -204,17 +204,17 @@ mod tests {
             let mut waiting: VecDeque<(u64, u32)> = VecDeque::new();
             for (name, step) in (0_u32..).zip(moves) {
                 match step {
-                    Move::Come => match board.sit() {
-                        Some(position) => {
+                    Move::Come => {
+                        if let Some(position) = board.sit() {
                             prop_assert!(waiting.is_empty(), "nobody is overtaken");
                             prop_assert!(position.instance < instances && position.row < rows);
                             sitting.insert(name, position);
+                        } else {
+                            let ticket = board.wait(name);
+                            prop_assert_eq!(ticket.is_err(), waiting.len() == most_waiting);
+                            waiting.extend(ticket.ok().map(|ticket| (ticket, name)));
                         }
-                        None => match board.wait(name) {
-                            Ok(ticket) => waiting.push_back((ticket, name)),
-                            Err(Full) => prop_assert_eq!(waiting.len(), most_waiting),
-                        },
-                    },
+                    }
                     Move::Leave(which) => {
                         let Some(&who) = sitting.keys().nth(which % sitting.len().max(1)) else { continue };
                         let position = sitting.remove(&who).unwrap();
