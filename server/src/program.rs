@@ -62,6 +62,7 @@ fn run(
     if check {
         return runtime.block_on(report(&config));
     }
+    config.make_room().context("could not raise the limit of open files for --max-connections; lower it")?;
     tracing::info!(?config, "starting");
     let controls = Controls { logs: telemetry.logs.clone(), traces: telemetry.traces.clone() };
     runtime.block_on(async {

@@ -158,7 +158,9 @@ fn role(
         mounts: claims.mounts().into_iter().chain(secrets(&spec.security)).collect(),
         resources: resources.clone(),
         result: false,
-        readiness: Some(HttpProbe { port: "http".to_owned(), path: "/v2/health/ready".to_owned() }),
+        // There it is answered whatever clients do: on their ports a server that has all the connections that it may have
+        // takes no other.
+        readiness: Some(HttpProbe { port: "metrics".to_owned(), path: "/readyz".to_owned() }),
     }
 }
 

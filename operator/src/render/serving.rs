@@ -25,7 +25,7 @@ use super::encoders::{ENCODERS_ANNOTATION, Encoder};
 use super::names::{COMPONENT_LABEL, OWNER_ANNOTATION, child_name, labels, selector, short_digest};
 use super::pod::{Files, Place, PodContext, pod_spec};
 use super::{Images, Owner, network};
-use crate::plan::{Role, WorkloadPlan};
+use crate::plan::{HttpProbe, Role, WorkloadPlan};
 
 /// Component of the servers' pods.
 pub(super) const SERVER: &str = "server";
@@ -264,13 +264,11 @@ impl Revision<'_> {
                 }),
                 ..Lifecycle::default()
             });
-            let port = role.ports.get("http").copied().unwrap_or_default();
-            // The kubelet looks at no certificate, and health needs no token.
-            let scheme = self.spec.security.tls.as_ref().map(|_| "HTTPS");
-            let probe = |path: &str, period, failures| probe(scheme, path, port, period, failures);
-            container.startup_probe = Some(probe("/v2/health/live", 1, STARTUP_PROBES));
-            container.readiness_probe = role.readiness.as_ref().map(|readiness| probe(&readiness.path, 2, 2));
-            container.liveness_probe = Some(probe("/v2/health/live", 10, 6));
+            // Where the server says that it is ready it also says that it is alive.
+            container.readiness_probe = role.readiness.as_ref().map(|ready| probe(role, ready, 2, 2));
+            let alive = role.readiness.as_ref().map(|ready| HttpProbe { path: "/livez".to_owned(), ..ready.clone() });
+            container.startup_probe = alive.as_ref().map(|alive| probe(role, alive, 1, STARTUP_PROBES));
+            container.liveness_probe = alive.as_ref().map(|alive| probe(role, alive, 10, 6));
         }
         let revision = short_digest(&json!({"digest": self.digest, "pod": pod}).to_string());
         (pod, revision)
@@ -345,11 +343,11 @@ pub fn render_servers(
     Servers { config: revision.config(), deployment, revision: digest }
 }
 
-fn probe(scheme: Option<&str>, path: &str, port: u16, period: i32, failures: i32) -> Probe {
+fn probe(role: &Role, asked: &HttpProbe, period: i32, failures: i32) -> Probe {
+    let port = role.ports.get(&asked.port).copied().unwrap_or_default();
     Probe {
         http_get: Some(HTTPGetAction {
-            scheme: scheme.map(str::to_owned),
-            path: Some(path.to_owned()),
+            path: Some(asked.path.clone()),
             port: IntOrString::Int(i32::from(port)),
             ..HTTPGetAction::default()
         }),

@@ -94,8 +94,9 @@ pub struct ServerArgs {
     /// (429). Lower it where models need the memory [default: a quarter of the memory that this process may use]
     #[arg(long, env = "SENSORIUM_MAX_INFLIGHT_BYTES", value_name = "BYTES", help_heading = "Network")]
     pub max_inflight_bytes: Option<u64>,
-    /// Connections of clients at a time, over both ports; one more is closed at once. Probes are connections too, but those
-    /// to the metrics port are not counted [default: seven eighths of the files that this process may open]
+    /// Connections of clients at a time, over both ports; one more is closed at once. Each is an open file: the limit of those
+    /// is raised for it as far as it may be. Probes are connections too, but those to the metrics port are not counted
+    /// [default: seven eighths of the files that this process may open]
     #[arg(long, env = "SENSORIUM_MAX_CONNECTIONS", value_name = "N", help_heading = "Network")]
     pub max_connections: Option<NonZeroU32>,
     /// Whether clients on this machine may pass tensors through /dev/shm [default: true]

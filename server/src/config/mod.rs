@@ -70,6 +70,16 @@ pub struct ServerConfig {
     pub drain: Duration,
 }
 
+impl ServerConfig {
+    /// Gives this process the open files that its connections take, where it has been given fewer and may have more.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn make_room(&self) -> std::io::Result<()> {
+        descriptors::make_room_for(self.max_connections)
+    }
+}
+
 /// Where a server listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Addresses {
@@ -205,6 +215,14 @@ impl TryFrom<ServerArgs> for ServerConfig {
                 tokens: args.remote_tokens,
             },
         };
+        let max_connections = args.max_connections.unwrap_or_else(descriptors::connections);
+        let most = descriptors::most_connections();
+        check("--max-connections", max_connections.get().into(), max_connections <= most, || {
+            format!(
+                "at most {most}, so that the files that this process may open are enough for everything else as well; raise \
+                 that limit (ulimit -Hn, systemd's LimitNOFILE, default-ulimits of the container runtime), or let fewer connect"
+            )
+        })?;
         let poll = Duration::from_secs(args.repository_poll_secs.map_or(15, NonZeroU32::get).into());
         let mode = match args.model_control_mode.unwrap_or_default() {
             ControlModeName::None => ControlMode::None,
@@ -228,7 +246,7 @@ impl TryFrom<ServerArgs> for ServerConfig {
             },
             max_request_bytes: max_request_bytes as usize,
             max_inflight_bytes: usize::try_from(max_inflight_bytes).unwrap_or(usize::MAX),
-            max_connections: args.max_connections.unwrap_or_else(descriptors::connections),
+            max_connections,
             shared_memory: args.shared_memory.unwrap_or(true),
             tls,
             auth_tokens: args.auth_tokens,

@@ -226,6 +226,12 @@ fn check_step(
 ) -> Result<(), String> {
     let place = format!("step {} ({})", index + 1, step.model);
     let model = find(&step.model, &step.version).map_err(|error| format!("its {place} cannot be called: {error}"))?;
+    if model.iterates() {
+        return Err(format!(
+            "its {place} answers a request with several responses (iterative_sequence), and a step gives one; make it of \
+             models that do not iterate, and let clients call that one by itself"
+        ));
+    }
     let allowed = model.config().max_batch_size;
     if max_batch_size > allowed && allowed > 0 {
         return Err(format!("its max_batch_size is {max_batch_size}, its {place} takes {allowed} rows at most"));

@@ -5,7 +5,10 @@ use sensorium_server::{
     repository::{ControlMode, LoadParameters},
 };
 
-use crate::bench::{Bench, answer, f32s, index, infer, request, scale, scale_three};
+use crate::{
+    bench::{Bench, answer, f32s, index, infer, request, scale, scale_three},
+    counter::{config, counter},
+};
 
 /// `sum` is twice and thrice `x`, each by a model, then doubled again: a diamond of steps.
 const DIAMOND: &str = r#"
@@ -59,6 +62,30 @@ async fn loading_an_ensemble_loads_what_it_is_made_of_and_its_models_can_be_repl
     registry.load("diamond", LoadParameters::default()).await.unwrap();
     registry.unload("diamond", true).await.unwrap();
     assert!(registry.names().is_empty());
+}
+
+#[tokio::test]
+async fn an_ensemble_of_a_model_with_several_responses_is_refused_when_it_is_loaded() {
+    let bench = Bench::new();
+    bench.write("loop", "1/model.onnx", counter(1)).write("loop", "config.pbtxt", config("oldest { }", 3));
+    let inputs = r#"
+        input [
+            { name: "steps" data_type: TYPE_FP32 dims: 1 },
+            { name: "base" data_type: TYPE_FP32 dims: 1 },
+            { name: "slip" data_type: TYPE_INT64 dims: 1 }
+        ]"#;
+    let map = |name: &str| format!(r#"input_map {{ key: "{name}" value: "{name}" }}"#);
+    let maps = ["steps", "base", "slip"].map(map).concat();
+    let step = format!(r#"step {{ model_name: "loop" {maps} output_map {{ key: "y" value: "y" }} }}"#);
+    let output = r#"output { name: "y" data_type: TYPE_FP32 dims: 1 }"#;
+    let ensemble = format!("max_batch_size: 4 {inputs} {output} ensemble_scheduling {{ {step} }}");
+    bench.write("e", "config.pbtxt", ensemble);
+    let registry = bench.open_all().await;
+    assert!(registry.ready("loop", ""), "{:?}", index(&registry));
+    let entry = registry.index(false).into_iter().find(|entry| entry.name == "e").unwrap();
+    let wanted = "its step 1 (loop) answers a request with several responses (iterative_sequence), and a step gives one; \
+                  make it of models that do not iterate";
+    assert!(entry.reason.contains(wanted), "{}", entry.reason);
 }
 
 #[tokio::test]

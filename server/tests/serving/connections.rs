@@ -1,6 +1,9 @@
 //! The bound on the number of connections.
 
-use std::time::Duration;
+use std::{
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use tokio::{io::AsyncReadExt as _, net::TcpStream, time};
 
@@ -33,4 +36,41 @@ async fn one_connection_too_many_is_closed_at_once_and_counted_and_a_place_that_
     }
     drop((first, second));
     eventually("there is a place again", async || server.get(server.http, "/readyz").await.0 == 200).await;
+}
+
+/// The same command in a shell that has set a limit of open files, in `ulimit`'s words.
+fn with_files(limit: &str, command: &mut Command) {
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg(format!(r#"ulimit {limit} && exec "$0" "$@""#));
+    shell.arg(command.get_program()).args(command.get_args());
+    shell.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    shell.stdin(Stdio::null()).stderr(Stdio::piped());
+    *command = shell;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_limit_of_open_files_is_raised_for_the_connections_that_are_wanted() {
+    let server = Server::start_with(&["--max-connections", "200"], |command| with_files("-Sn 100", command)).await;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", server.process.id())).unwrap();
+    let files = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    assert_eq!(files.split_whitespace().next(), Some("264"), "200, and 64 for everything else");
+    let mut connections = Vec::new();
+    for _ in 0..200 {
+        connections.push(TcpStream::connect(server.http).await.unwrap());
+    }
+    eventually("all places are taken", async || server.sample(OPEN).await == Some(200.0)).await;
+    assert_eq!(server.sample(REFUSALS).await, Some(0.0));
+}
+
+#[test]
+fn more_connections_than_files_can_be_opened_for_are_refused_at_the_start() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sensorium-server"));
+    command.args(["--model-repository", "/nowhere", "--max-connections", "200", "--check"]);
+    with_files("-n 100", &mut command);
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for part in ["--max-connections is 200, it must be at most 36", "ulimit -Hn", "or let fewer connect"] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
 }

@@ -37,7 +37,7 @@ struct Input {
 }
 
 /// Everything that is measured.
-pub(crate) const CASES: [Case; 4] = [
+pub(crate) const CASES: [Case; 7] = [
     Case {
         name: "minilm-int8",
         file: "minilm-int8.onnx",
@@ -98,6 +98,38 @@ pub(crate) const CASES: [Case; 4] = [
             ]
         "#,
     },
+    Case {
+        name: "efficientnet-lite0-torch",
+        file: "efficientnet-lite0.pt",
+        inputs: &[Input { name: "x", dtype: DType::Fp32, shape: &[3, 224, 224], value: pixel }],
+        batches: true,
+        interface: r#"
+            input [ { name: "x" data_type: TYPE_FP32 dims: [3, 224, 224] } ]
+            output [ { name: "OUTPUT__0" data_type: TYPE_FP32 dims: [1000] } ]
+        "#,
+    },
+    Case {
+        name: "tiny-mlp-torch",
+        file: "tiny-mlp.pt",
+        inputs: &[Input { name: "x", dtype: DType::Fp32, shape: &[64], value: wave }],
+        batches: true,
+        interface: r#"
+            input [ { name: "x" data_type: TYPE_FP32 dims: [64] } ]
+            output [ { name: "OUTPUT__0" data_type: TYPE_FP32 dims: [64] } ]
+        "#,
+    },
+    // A second of sound in each request. The module keeps its state inside while it hears one, and begins anew with the next:
+    // the state of a voice that goes on from request to request is nothing that KServe's runtime could keep apart.
+    Case {
+        name: "silero-vad-torch",
+        file: "silero-vad.pt",
+        inputs: &[Input { name: "x", dtype: DType::Fp32, shape: &[16_000], value: wave }],
+        batches: true,
+        interface: r#"
+            input [ { name: "x" data_type: TYPE_FP32 dims: [16000] } ]
+            output [ { name: "OUTPUT__0" data_type: TYPE_FP32 dims: [32] } ]
+        "#,
+    },
 ];
 
 fn word(index: usize) -> f64 {
@@ -116,6 +148,16 @@ impl Case {
     /// Its file.
     pub(crate) fn path(&self, models: &Path) -> PathBuf {
         models.join(self.file)
+    }
+
+    /// Whether it is TorchScript; ONNX, otherwise.
+    pub(crate) fn is_torchscript(&self) -> bool {
+        self.file.ends_with(".pt")
+    }
+
+    /// The name of its file in a repository.
+    pub(crate) fn served_as(&self) -> &'static str {
+        if self.is_torchscript() { "model.pt" } else { "model.onnx" }
     }
 
     /// A request of `rows` rows.

@@ -2,8 +2,10 @@
 
 use std::convert::Infallible;
 use std::fs;
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -22,7 +24,8 @@ use tonic::{Response, Status};
 use tonic_prost::ProstCodec;
 
 use crate::cases::Case;
-use crate::servers::on_first_core;
+use crate::load::Message;
+use crate::servers::{Setting, on_first_core};
 
 /// Batches that are tried to find the best.
 const BATCHES: [usize; 6] = [1, 2, 4, 8, 16, 32];
@@ -64,23 +67,38 @@ pub(crate) fn run(case: &Case, models: &Path, batch: usize, time: Duration) -> R
     Ok(())
 }
 
-/// As [`run`], in a process of its own on the first core.
-pub(crate) fn in_process(case: &Case, models: &Path, batch: usize, time: Duration) -> Result<InProcess> {
-    let mut command = on_first_core(&std::env::current_exe()?);
-    command.arg("in-process").arg(case.name).arg(models).args([batch.to_string(), time.as_secs_f64().to_string()]);
-    let output = command.output().context("taskset")?;
+/// The model without a server, in a process of its own on the first core: [`run`], or for TorchScript what a line of Python
+/// calls, which needs no libtorch in this program.
+pub(crate) fn in_process(case: &Case, setting: &Setting, batch: usize, time: Duration) -> Result<InProcess> {
+    let seconds = time.as_secs_f64().to_string();
+    let (mut command, input);
+    if case.is_torchscript() {
+        input = Message::new(case.name, &case.request(batch)?).line_and_bytes();
+        command = on_first_core(&setting.python);
+        command.arg(setting.scripts.join("in_process.py")).arg(case.path(&setting.models)).arg(seconds);
+    } else {
+        input = Vec::new();
+        command = on_first_core(&std::env::current_exe()?);
+        command.arg("in-process").arg(case.name).arg(&setting.models).args([batch.to_string(), seconds]);
+    }
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    if let Some(mut pipe) = child.stdin.take() {
+        // One that ends before it has read everything says why.
+        let _ = pipe.write_all(&input);
+    }
+    let output = child.wait_with_output()?;
     ensure!(output.status.success(), "in process: {}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).context("in process")
 }
 
 /// The batch of the most rows per second.
-pub(crate) fn best_batch(case: &Case, models: &Path, time: Duration) -> Result<usize> {
+pub(crate) fn best_batch(case: &Case, setting: &Setting, time: Duration) -> Result<usize> {
     if !case.batches {
         return Ok(1);
     }
     let mut best: Option<InProcess> = None;
     for batch in BATCHES {
-        let found = in_process(case, models, batch, time)?;
+        let found = in_process(case, setting, batch, time)?;
         eprintln!("  in process, {batch} at a time: {:.0} rows/s", found.rows_per_second);
         if best.is_none_or(|best| found.rows_per_second > best.rows_per_second) {
             best = Some(found);

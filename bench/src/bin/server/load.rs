@@ -87,6 +87,12 @@ impl Message {
         let path = format!("/v2/models/{model}/infer");
         Self { grpc: grpc.encode_to_vec().into(), http: http.into(), http_header, path }
     }
+
+    /// A line that describes the tensors, as HTTP has it, and their bytes.
+    pub(crate) fn line_and_bytes(&self) -> Vec<u8> {
+        let (line, bytes) = self.http.split_at(self.http_header);
+        [line, b"\n", bytes].concat()
+    }
 }
 
 /// What a closed loop showed.

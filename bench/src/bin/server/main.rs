@@ -141,13 +141,17 @@ fn measure(options: &Options) -> Result<()> {
 fn measure_case(case: &Case, setting: &Setting, options: &Options, report: &mut Report) -> Result<()> {
     eprintln!("{}", case.name);
     let time = Duration::from_secs_f64(options.seconds);
-    let best = ceilings::best_batch(case, &setting.models, time)?;
-    let alone = ceilings::in_process(case, &setting.models, 1, time)?;
+    let best = ceilings::best_batch(case, setting, time)?;
+    let alone = ceilings::in_process(case, setting, 1, time)?;
     let message = Message::new(case.name, &case.request(1)?);
     let kinds: Vec<Kind> = std::iter::once(Kind::Ours).chain(options.peer.iter().copied()).collect();
     let mut servers = Vec::new();
     for &kind in &kinds {
-        let backend = if kind == Kind::Triton { "python" } else { "onnxruntime" };
+        let backend = match kind {
+            Kind::Triton => "python",
+            _ if case.is_torchscript() => "pytorch",
+            _ => "onnxruntime",
+        };
         let server = Server::start(kind, setting, case, &case.config(backend, best), &message)?;
         eprintln!("  {} answers after {:.2} s, {:.0} MiB", kind.name(), server.start_seconds, server.idle_mebibytes);
         servers.push(server);
@@ -223,7 +227,7 @@ fn take_turns(
         }
         let batch = if place.concurrency == 1 { 1 } else { place.best };
         let time = Duration::from_secs_f64(options.seconds);
-        turns.in_process.push(ceilings::in_process(place.case, &setting.models, batch, time)?);
+        turns.in_process.push(ceilings::in_process(place.case, setting, batch, time)?);
     }
     Ok(turns)
 }

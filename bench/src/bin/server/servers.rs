@@ -20,11 +20,11 @@ const START_LIMIT: Duration = Duration::from_mins(2);
 /// Which server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Kind {
-    /// `sensorium-server`.
+    /// `sensorium-server`, or `sensorium-server-torch` where that is needed.
     Ours,
-    /// Triton Inference Server, with its Python backend around onnxruntime.
+    /// Triton Inference Server, with its Python backend around onnxruntime or torch.
     Triton,
-    /// KServe's Python runtime around onnxruntime.
+    /// KServe's Python runtime around the same.
     Kserve,
     /// The messages and nothing else.
     Echo,
@@ -148,7 +148,8 @@ pub(crate) fn on_first_core(program: &Path) -> Command {
 fn ours(folder: &Path, setting: &Setting, case: &Case, config: &str, ports: [u16; 3]) -> Result<Command> {
     let repository = folder.join("repository");
     fill(&repository, case, &setting.models, config)?;
-    let program = std::env::current_exe()?.with_file_name("sensorium-server");
+    let program = if case.is_torchscript() { "sensorium-server-torch" } else { "sensorium-server" };
+    let program = std::env::current_exe()?.with_file_name(program);
     ensure!(program.is_file(), "{} is not there: run `make build`", program.display());
     let mut command = on_first_core(&program);
     command.arg("--model-repository").arg(repository);
@@ -199,7 +200,7 @@ fn fill(repository: &Path, case: &Case, models: &Path, config: &str) -> Result<P
     let version = model.join("1");
     fs::create_dir_all(&version)?;
     fs::write(model.join("config.pbtxt"), config)?;
-    symlink(case.path(models).canonicalize()?, version.join("model.onnx"))?;
+    symlink(case.path(models).canonicalize()?, version.join(case.served_as()))?;
     Ok(version)
 }
 
