@@ -217,12 +217,11 @@ where
         ended = cork.turns(connection.as_mut()) => ended,
         () = finish.cancelled() => {
             let linger = if is_http2.load(Ordering::Relaxed) { Duration::ZERO } else { LINGER };
-            match time::timeout(linger, cork.turns(connection.as_mut())).await {
-                Ok(ended) => ended,
-                Err(_) => {
-                    connection.as_mut().graceful_shutdown();
-                    cork.turns(connection).await
-                }
+            if let Ok(ended) = time::timeout(linger, cork.turns(connection.as_mut())).await {
+                ended
+            } else {
+                connection.as_mut().graceful_shutdown();
+                cork.turns(connection).await
             }
         }
     };

@@ -246,7 +246,7 @@ mod tests {
         let connection = async {
             stream.write_all(b"first").await.unwrap();
             stream.flush().await.unwrap();
-            tokio::time::sleep(Duration::from_secs(3600)).await;
+            tokio::time::sleep(Duration::from_hours(1)).await;
         };
         let mut said = [0; 5];
         tokio::select! {

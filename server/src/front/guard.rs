@@ -34,7 +34,7 @@ pub(super) async fn guard(State(admission): State<Admission>, request: Request, 
     if FOR_EVERYBODY.contains(&request.uri().path()) {
         return next.run(request).await;
     }
-    let peer = request.extensions().get::<Arc<Peer>>().map(|peer| &**peer);
+    let peer = request.extensions().get::<Arc<Peer>>().map(Arc::as_ref);
     match admit(&admission, request.headers(), peer) {
         // The pass is held until the answer is sent: a stream counts as long as it lasts.
         Ok(pass) => next.run(request).await.map(|body| Body::new(Held { body, _pass: pass })),
@@ -51,7 +51,7 @@ pub(super) async fn guard(State(admission): State<Admission>, request: Request, 
 
 /// A pass for a request with these headers.
 pub(super) fn admit(admission: &Admission, headers: &HeaderMap, peer: Option<&Peer>) -> Result<Pass, Status> {
-    let authorization = headers.get(header::AUTHORIZATION).map(|value| value.as_bytes());
+    let authorization = headers.get(header::AUTHORIZATION).map(header::HeaderValue::as_bytes);
     admission.admit(authorization, peer.map(|peer| peer.address)).map_err(|error| {
         let message = error.to_string();
         match error {

@@ -234,7 +234,6 @@ impl Messages {
     }
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "it is an argument of `map_err`")]
 fn refused(spent: Spent) -> Status {
     Status::resource_exhausted(spent.to_string())
 }

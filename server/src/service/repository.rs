@@ -92,6 +92,7 @@ fn unknown(name: &str, known: &str) -> Status {
     ))
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "it is an argument of `map_err`")]
 fn status(error: ControlError) -> Status {
     let code = match &error {
         ControlError::Forbidden { .. } => Code::Unavailable,
