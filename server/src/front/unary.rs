@@ -157,7 +157,7 @@ impl Arriving {
         let length = self.length();
         if length > max {
             return Err(Status::resource_exhausted(format!(
-                "the message has {length} bytes, and this server takes {max}"
+                "the message has {length} bytes, more than {max}, the limit of this server"
             )));
         }
         Ok(())
@@ -170,7 +170,7 @@ impl Arriving {
         let length = self.length();
         let message = self.message.map(Aligned::freeze).unwrap_or_default();
         if self.filled < HEAD || message.len() < length {
-            return Err(Status::internal("the call ends in the middle of its message"));
+            return Err(Status::internal("Unexpected EOF: the call ends in the middle of its message"));
         }
         Ok(message)
     }
@@ -349,7 +349,7 @@ mod tests {
             (&[&message[..], &message[..]].concat(), Code::Internal, "more than its one message"),
             (&[1, 0, 0, 0, 0], Code::Internal, "compressed"),
             (&[9, 0, 0, 0, 0], Code::Internal, "no flag"),
-            (&[0, 0, 0, 0x27, 0x11], Code::ResourceExhausted, "has 10001 bytes, and this server takes 10000"),
+            (&[0, 0, 0, 0x27, 0x11], Code::ResourceExhausted, "has 10001 bytes, more than 10000, the limit"),
         ] {
             let status = arrive(sent, &[]).unwrap_err();
             assert_eq!(status.code(), code, "{status:?}");
