@@ -29,7 +29,14 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
-use super::{App, corked::corked, impatient::Impatient, metered::Metered, places::Places, unary::Answer};
+use super::{
+    App,
+    corked::corked,
+    impatient::Impatient,
+    metered::Metered,
+    places::Places,
+    unary::{Answer, Unary},
+};
 use crate::{budget::Budget, security::Tls};
 
 /// Longest wait for a TLS handshake.
@@ -166,7 +173,7 @@ impl Inside {
         let is_empty = http_body::Body::is_end_stream(&body);
         let body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, STALL);
         if let Some(infer) = &self.app.infer
-            && infer.takes(&head)
+            && Unary::takes(&head)
         {
             return infer.answer(&head.headers, body, peer.as_deref()).await.map(Either::Left);
         }

@@ -55,7 +55,7 @@ impl Unary {
     }
 
     /// Whether this is for here.
-    pub(super) fn takes(&self, head: &request::Parts) -> bool {
+    pub(super) fn takes(head: &request::Parts) -> bool {
         let headers = &head.headers;
         let is_grpc = || {
             let kind = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);

@@ -152,7 +152,7 @@ impl Case {
 
     /// Whether it is TorchScript; ONNX, otherwise.
     pub(crate) fn is_torchscript(&self) -> bool {
-        self.file.ends_with(".pt")
+        Path::new(self.file).extension().is_some_and(|extension| extension == "pt")
     }
 
     /// The name of its file in a repository.
