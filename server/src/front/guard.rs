@@ -15,7 +15,7 @@ use axum::{
 };
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::{Peer, is_grpc, refuse};
 use crate::security::{Admission, AdmissionError, Pass};
@@ -39,13 +39,18 @@ pub(super) async fn guard(State(admission): State<Admission>, request: Request, 
         // The pass is held until the answer is sent: a stream counts as long as it lasts.
         Ok(pass) => next.run(request).await.map(|body| Body::new(Held { body, _pass: pass })),
         Err(status) => {
-            let unauthenticated = status.code() == tonic::Code::Unauthenticated;
+            let code = status.code();
             let mut response = refuse(is_grpc(&request), status);
-            if unauthenticated {
-                response.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
-            }
+            challenge(code, response.headers_mut());
             response
         }
+    }
+}
+
+/// An answer that refuses for want of a token says what kind of one it wants.
+pub(super) fn challenge(code: Code, headers: &mut HeaderMap) {
+    if code == Code::Unauthenticated {
+        headers.insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
     }
 }
 

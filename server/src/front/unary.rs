@@ -78,7 +78,7 @@ impl Unary {
             let pass = self.admission.as_ref().map(|admission| guard::admit(admission, headers, peer)).transpose()?;
             let request = codec::decode(message(&mut body, self.max).await?)?;
             let response = self.service.infer(request, &call).await?;
-            Ok(Answer { pieces: encode(response)?, trailers: Some(well()), _pass: pass })
+            Ok::<_, Status>(Answer { pieces: encode(response)?, trailers: Some(well()), _pass: pass })
         };
         match answer.await {
             Ok(answer) => {
@@ -86,7 +86,12 @@ impl Unary {
                 response.headers_mut().insert(header::CONTENT_TYPE, CONTENT_TYPE);
                 response
             }
-            Err(status) => Status::into_http(status),
+            Err(status) => {
+                let code = status.code();
+                let mut response = status.into_http();
+                guard::challenge(code, response.headers_mut());
+                response
+            }
         }
     }
 }
@@ -201,7 +206,8 @@ fn largest_tensor(start: &[u8]) -> usize {
 fn encode(mut response: ModelInferResponse) -> Result<VecDeque<Bytes>, Status> {
     let outputs = std::mem::take(&mut response.raw_output_contents);
     let around = |output: &Bytes| key_len(RAW_OUTPUT_CONTENTS) + encoded_len_varint(output.len() as u64);
-    let (mut length, mut own) = (response.encoded_len(), HEAD + response.encoded_len());
+    let mut length = response.encoded_len();
+    let mut own = HEAD + length;
     for output in &outputs {
         length += around(output) + output.len();
         own += around(output) + if output.len() < SMALL { output.len() } else { 0 };
