@@ -99,6 +99,11 @@ impl Engine for TorchScript {
         outputs.iter().map(output).collect()
     }
 
+    fn runs_on_any_thread(&self) -> bool {
+        // With more, each thread that calls has a pool of its own.
+        self.threads == 1
+    }
+
     fn reset(&mut self) -> Result<(), EngineError> {
         match &self.reset_method {
             Some(method) => self.module.call(method, self.threads).map_err(failed),

@@ -47,6 +47,12 @@ pub trait Engine: Send {
         self.run_raw(inputs, outputs)
     }
 
+    /// Whether a run is computation and nothing else, which any thread may do: whoever waits for it may run it. One that
+    /// asks another machine, or that keeps things for each thread that has ever called it, says no.
+    fn runs_on_any_thread(&self) -> bool {
+        false
+    }
+
     /// Makes the graph forget what it keeps from run to run, where it does and can be told to.
     ///
     /// # Errors

@@ -85,6 +85,7 @@ pub struct OnnxRuntime {
     session: Session,
     signature: Signature,
     shrink_arena: bool,
+    device: Device,
 }
 
 impl OnnxRuntime {
@@ -116,7 +117,7 @@ impl OnnxRuntime {
         let read =
             |outlets: &[Outlet]| outlets.iter().map(|outlet| declared(origin, outlet)).collect::<Result<Vec<_>, _>>();
         let signature = Signature::new(read(session.inputs())?, read(session.outputs())?);
-        Ok(Self { session, signature, shrink_arena: options.shrink_arena })
+        Ok(Self { session, signature, shrink_arena: options.shrink_arena, device: options.device })
     }
 }
 
@@ -172,6 +173,11 @@ impl Engine for OnnxRuntime {
             None => Err(EngineError::Run { reason: format!("output `{name}` was not computed") }),
         };
         names().map(take).collect()
+    }
+
+    fn runs_on_any_thread(&self) -> bool {
+        // On a GPU, onnxruntime has handles for each thread that calls it.
+        self.device == Device::Cpu
     }
 }
 

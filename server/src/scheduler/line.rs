@@ -78,9 +78,9 @@ pub(super) enum Refused {
 
 /// What an engine is to do.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Next<J> {
-    /// Run these together.
-    Run(Vec<J>),
+pub(super) enum Next<R> {
+    /// Run this.
+    Run(R),
     /// Nothing yet; ask again at that time, or when something comes.
     Wait(Option<Instant>),
 }
@@ -103,7 +103,6 @@ impl<J> Line<J> {
     }
 
     /// Rows that wait.
-    #[cfg(test)]
     pub(super) fn rows(&self) -> usize {
         self.rows
     }
@@ -165,14 +164,24 @@ impl<J> Line<J> {
     }
 
     /// What an engine that is free at `now` does. `was_busy` says that it has just run something; `closing` that nothing
-    /// more will come. Call [`Line::expire`] first.
-    pub(super) fn next(&mut self, policy: &Policy, now: Instant, was_busy: bool, closing: bool) -> Next<J> {
+    /// more will come. What `accepts` does not take stays. Call [`Line::expire`] first.
+    pub(super) fn next(
+        &mut self,
+        policy: &Policy,
+        now: Instant,
+        was_busy: bool,
+        closing: bool,
+        accepts: impl FnOnce(&mut dyn Iterator<Item = &J>) -> bool,
+    ) -> Next<Vec<J>> {
         let Some(batch) = self.batch(policy) else { return Next::Wait(None) };
         if !closing && let Some(until) = batch.waits(policy, was_busy).filter(|until| now < *until) {
             let expiry = self.expiries.first().map(|(at, _)| *at);
             return Next::Wait(Some(expiry.map_or(until, |expiry| expiry.min(until))));
         }
         let keys = batch.sent(policy);
+        if !accepts(&mut keys.iter().filter_map(|key| Some(&self.waiting.get(key)?.1))) {
+            return Next::Wait(Some(now));
+        }
         Next::Run(keys.into_iter().filter_map(|key| self.take(key)).collect())
     }
 

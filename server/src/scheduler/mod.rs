@@ -1,10 +1,11 @@
-//! One graph, its line of requests and the threads that own its engines.
+//! One graph, its line of requests, its engines and those who run them.
 //!
 //! ```text
-//! run() -> admit: a place in the line, or "full" at once -> line: who runs next, with whom -> run: an engine's thread -> split
+//! run() -> admit: a place in the line, or "full" at once -> line: who runs next, with whom -> serve: a thread, or the caller
+//!       -> run: join, engine, split
 //! ```
 //!
-//! [`line`] decides and knows neither threads nor clocks; [`admit`] shares it; [`run`] acts on it. A request that its
+//! [`line`] decides and knows neither threads nor clocks; [`admit`] shares it; [`serve`] and [`run`] act on it. A request that its
 //! caller gives up (cancelled, deadline passed) leaves the line in that moment and never reaches an engine.
 
 mod admit;
@@ -16,6 +17,7 @@ mod order;
 mod pace;
 mod policy;
 mod run;
+mod serve;
 mod shape;
 mod slots;
 #[cfg(test)]
@@ -31,7 +33,12 @@ use sensorium_engine::{Engine, EngineError, RawTensor, Signature};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::extent::write_counts;
-use self::{admit::Queue, run::Instance, shape::Shapes};
+use self::{
+    admit::{Admitted, Queue},
+    run::Runner,
+    serve::{Server, Turn},
+    shape::Shapes,
+};
 pub use self::{
     policy::{Delay, Join, Padding, Policy, QueuePolicy},
     slots::Slots,
@@ -60,6 +67,13 @@ pub struct Work {
     pub deadline: Option<Instant>,
     /// Whether the server itself asks, to see that the engine runs: such work runs alone and counts nowhere.
     pub is_probe: bool,
+}
+
+impl Work {
+    /// Bytes of its inputs.
+    fn bytes(&self) -> usize {
+        self.inputs.iter().map(|input| input.data().len()).sum()
+    }
 }
 
 /// What came of it.
@@ -190,12 +204,12 @@ pub struct Setup {
 /// Handle of one graph's queue. Dropping it lets the engines' threads finish what waits, and end.
 #[derive(Debug)]
 pub struct Scheduler {
-    queue: Arc<Queue>,
+    runner: Arc<Runner>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Scheduler {
-    /// Starts the threads that own the engines, all of one signature.
+    /// Starts a thread for each of the engines, which are all of one signature.
     ///
     /// # Errors
     /// Padding that the graph cannot have; the system's, when it gives no thread.
@@ -206,21 +220,17 @@ impl Scheduler {
 
     fn start_with(setup: Setup, shapes: Shapes) -> std::io::Result<Self> {
         let Setup { graph, engines, reopen, policy, slots, threads, metrics, statistics, lost, batches: _ } = setup;
-        let queue = Arc::new(Queue::new(graph, policy, shapes, metrics, statistics, engines.len()));
-        let share = slots.share(threads);
+        let threads_wanted = engines.len();
+        let queue = Arc::new(Queue::new(graph, policy, shapes, metrics, statistics, engines));
+        let runner = Arc::new(Runner { queue, share: slots.share(threads) });
         let alive = Arc::new(());
         // If one thread cannot be started, dropping this ends those that were.
-        let scheduler = Self { queue: queue.clone(), threads: Mutex::default() };
-        for engine in engines {
-            let instance = Instance {
-                queue: queue.clone(),
-                share: share.clone(),
-                reopen: reopen.clone(),
-                lost: lost.clone(),
-                alive: alive.clone(),
-            };
+        let scheduler = Self { runner: runner.clone(), threads: Mutex::default() };
+        for _ in 0..threads_wanted {
+            let server =
+                Server { runner: runner.clone(), reopen: reopen.clone(), lost: lost.clone(), alive: alive.clone() };
             // Linux cuts thread names at 15 bytes.
-            let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || instance.serve(engine))?;
+            let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || server.serve())?;
             scheduler.lock().push(thread);
         }
         Ok(scheduler)
@@ -233,8 +243,11 @@ impl Scheduler {
     /// [`ScheduleError`].
     pub async fn run(&self, work: Work) -> Result<Done, ScheduleError> {
         let deadline = work.deadline;
-        let (mut answer, mut place) = self.queue.admit(work)?;
-        let graph = || self.queue.graph.clone();
+        let Admitted { mut answer, mut place, is_promised } = self.runner.queue.admit(work)?;
+        if is_promised {
+            Turn::new(self.runner.clone()).serve().await;
+        }
+        let graph = || self.runner.queue.graph.clone();
         let mut outcome = None;
         if let Some(timeout) = place.timeout.filter(|timeout| deadline.is_none_or(|deadline| *timeout < deadline)) {
             outcome = tokio::time::timeout_at(timeout.into(), &mut answer).await.ok();
@@ -255,17 +268,17 @@ impl Scheduler {
 
     /// Time since an engine last ran something without failing; `None` before one did.
     pub fn last_success(&self) -> Option<Duration> {
-        self.queue.last_success().map(|at| Instant::now().saturating_duration_since(at))
+        self.runner.queue.last_success().map(|at| Instant::now().saturating_duration_since(at))
     }
 
     /// Takes it for granted that the engine runs, for whoever knows by other means.
     pub fn note_success(&self) {
-        self.queue.note_success();
+        self.runner.queue.note_success();
     }
 
     /// Admits nothing from now on, runs what waits, and returns when the engines are closed.
     pub async fn stop(&self) {
-        self.queue.close();
+        self.runner.queue.close();
         let threads = std::mem::take(&mut *self.lock());
         for thread in threads {
             // A panic of the engine's thread has been reported; there is nothing to add.
@@ -280,6 +293,6 @@ impl Scheduler {
 
 impl Drop for Scheduler {
     fn drop(&mut self) {
-        self.queue.close();
+        self.runner.queue.close();
     }
 }

@@ -69,9 +69,57 @@ impl Pace {
     }
 }
 
+/// A batch that takes no longer than it takes to receive a few requests.
+pub(super) const QUICK: Duration = Duration::from_micros(200);
+
+/// Which batches are quick, as far as the size of their inputs tells. Pure.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Quick {
+    /// Bytes of the largest batch that was, of late.
+    bytes: Option<usize>,
+}
+
+impl Quick {
+    /// A batch with so many bytes of inputs took so long.
+    pub(super) fn ran(&mut self, bytes: usize, took: Duration) {
+        self.bytes = if took < QUICK {
+            Some(self.bytes.map_or(bytes, |known| known.max(bytes)))
+        } else {
+            self.bytes.and_then(|known| Some(known.min(bytes.checked_sub(1)?)))
+        };
+    }
+
+    /// Whether any batch is.
+    pub(super) fn has_any(self) -> bool {
+        self.bytes.is_some()
+    }
+
+    /// Whether one with so many bytes of inputs will be.
+    pub(super) fn expects(self, bytes: usize) -> bool {
+        self.bytes.is_some_and(|known| bytes <= known)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_larger_than_a_quick_batch_is_expected_to_be_quick_until_it_is_not() {
+        let mut quick = Quick::default();
+        assert!(!quick.has_any() && !quick.expects(0), "nothing is known");
+        quick.ran(100, ms(50.0));
+        assert!(!quick.expects(100));
+        quick.ran(100, ms(0.1));
+        quick.ran(40, ms(0.1));
+        assert!(quick.expects(100) && !quick.expects(101));
+        quick.ran(200, ms(50.0));
+        assert!(quick.expects(100), "a larger one says nothing of it");
+        quick.ran(60, ms(50.0));
+        assert!(quick.expects(59) && !quick.expects(60));
+        quick.ran(0, ms(50.0));
+        assert!(!quick.has_any());
+    }
 
     fn ms(milliseconds: f64) -> Duration {
         Duration::from_secs_f64(milliseconds / 1000.0)

@@ -1,7 +1,7 @@
-//! The threads that own engines.
+//! Running a batch: its inputs put together, the engine called, its outputs split.
 
 use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
+    fmt,
     sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -9,38 +9,54 @@ use std::{
 
 use bytes::BytesMut;
 use sensorium_engine::{Engine, EngineError, RawTensor, Waiters};
-use tokio_util::sync::CancellationToken;
 
 use super::{
-    Done, Reopen, ScheduleError, Work,
-    admit::{Job, Last, Outcome, Queue},
+    Done, ScheduleError, Work,
+    admit::{Job, Outcome, Queue},
     shape::Shapes,
-    slots::Share,
+    slots::{Held, Share},
 };
 use crate::model::Timings;
-
-/// First pause before a dead engine is replaced, and the longest; it doubles from one to the other.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-
-/// A batch that takes no longer than it takes to receive a few requests.
-const QUICK: Duration = Duration::from_micros(200);
-/// How long a thread looks out for more before it sleeps, as a part of the time of its last batch, and at most. A core
-/// that sleeps between two runs of 7 ms makes the second one 0.2 to 0.4 ms longer: its caches are cold when it is woken.
-const LOOKOUT_PART: u32 = 16;
-const LONGEST_LOOKOUT: Duration = Duration::from_micros(500);
 
 /// Memory in which the inputs of batches are put together, one for each input: that of the last batch, used again.
 type Rooms = Vec<BytesMut>;
 
-/// One engine's thread.
-pub(super) struct Instance {
+/// What runs the batches of a queue, on whatever thread.
+#[derive(Debug)]
+pub(super) struct Runner {
     pub(super) queue: Arc<Queue>,
     pub(super) share: Share,
-    pub(super) reopen: Option<Reopen>,
-    pub(super) lost: CancellationToken,
-    /// Held by every instance that may still run something.
-    pub(super) alive: Arc<()>,
+}
+
+/// An engine that may run, and what goes with it.
+pub(super) struct Ready {
+    pub(super) engine: Box<dyn Engine>,
+    rooms: Rooms,
+    /// Whether it has run a batch while more came.
+    pub(super) was_busy: bool,
+    /// How long its last batch took; zero before there was one.
+    pub(super) took: Duration,
+}
+
+impl Ready {
+    pub(super) fn new(engine: Box<dyn Engine>) -> Self {
+        Self { engine, rooms: Rooms::new(), was_busy: false, took: Duration::ZERO }
+    }
+}
+
+impl fmt::Debug for Ready {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { was_busy, took, .. } = self;
+        formatter.debug_struct("Ready").field("was_busy", was_busy).field("took", took).finish_non_exhaustive()
+    }
+}
+
+/// Who runs a batch.
+pub(super) enum By<'a> {
+    /// One of the scheduler's threads, which waits for slots.
+    Thread,
+    /// One of those who wait for its answers, on the runtime's thread, with slots that were free.
+    Caller(Held<'a>),
 }
 
 /// What is written down of some jobs that run at once.
@@ -74,67 +90,21 @@ impl Drop for Owed<'_> {
     }
 }
 
-impl Instance {
-    /// Runs batches until the queue is closed and empty. An engine that dies is replaced after a pause; the requests that
-    /// died with it are told.
-    pub(super) fn serve(self, engine: Box<dyn Engine>) {
-        let mut engine = Some(engine);
-        let mut pause = FIRST_PAUSE;
-        while let Some(own) = engine.take() {
-            let started = Instant::now();
-            // What a panic leaves behind is dropped: the engine, and the batch with its callers' replies.
-            if catch_unwind(AssertUnwindSafe(|| self.run(own))).is_ok() {
-                return;
-            }
-            if started.elapsed() > LONGEST_PAUSE {
-                pause = FIRST_PAUSE;
-            }
-            engine = self.replace(&mut pause);
-        }
-        // One thread fewer; the last one tells everybody.
-        if Arc::strong_count(&self.alive) == 1 && self.queue.abandon() {
-            tracing::error!(graph = self.queue.graph, "the last engine died");
-            self.lost.cancel();
-        }
-    }
-
-    fn replace(&self, pause: &mut Duration) -> Option<Box<dyn Engine>> {
-        let graph = &self.queue.graph;
-        let reopen = self.reopen.as_ref()?;
-        loop {
-            tracing::error!(graph, pause_seconds = pause.as_secs_f64(), "an engine died and is replaced after a pause");
-            let is_open = self.queue.pause(Instant::now() + *pause);
-            *pause = (*pause * 2).min(LONGEST_PAUSE);
-            if !is_open {
-                return None;
-            }
-            match reopen() {
-                Ok(engine) => return Some(engine),
-                Err(error) => tracing::error!(graph, error, "the engine could not be opened again"),
-            }
-        }
-    }
-
-    fn run(&self, mut engine: Box<dyn Engine>) {
-        let (mut last, mut rooms) = (Last::default(), Rooms::new());
-        while let Some(jobs) = self.queue.next_batch(last) {
-            let took = self.run_batch(engine.as_mut(), jobs, &mut rooms);
-            let is_quick = took < QUICK;
-            let lookout = if is_quick { Duration::ZERO } else { (took / LOOKOUT_PART).min(LONGEST_LOOKOUT) };
-            last = Last { was_busy: true, is_quick, lookout };
-        }
-    }
-
-    /// Runs `jobs` and hands the answers out; how long that took.
-    fn run_batch(&self, engine: &mut dyn Engine, mut jobs: Vec<Job>, rooms: &mut Rooms) -> Duration {
+impl Runner {
+    /// Runs `jobs` on `ready` and hands the answers out.
+    pub(super) fn run_batch(&self, ready: &mut Ready, mut jobs: Vec<Job>, by: By<'_>) {
         let queue = &self.queue;
         let batch = Batch::of(&jobs, Instant::now());
         for job in jobs.iter().filter(|_| !batch.is_probe) {
             queue.metrics.queued(batch.taken.saturating_duration_since(job.admitted));
         }
         let mut owed = Owed { queue, places: jobs.iter().filter_map(|job| job.place).collect() };
-        let held = self.share.hold();
-        let outcomes: Vec<Outcome> = match self.run_together(engine, &mut jobs, batch, rooms) {
+        let (held, is_caller) = match by {
+            By::Thread => (self.share.hold(), false),
+            By::Caller(held) => (held, true),
+        };
+        let Ready { engine, rooms, .. } = ready;
+        let outcomes: Vec<Outcome> = match self.run_together(engine.as_mut(), &mut jobs, batch, rooms) {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
             Err(error) if jobs.len() == 1 || error.is_of_the_whole_batch() => {
                 jobs.iter().map(|_| Err(error.clone())).collect()
@@ -144,7 +114,7 @@ impl Instance {
                 tracing::debug!(graph = queue.graph, requests = jobs.len(), %error, "batch failed, running each alone");
                 let mut alone = |job: &mut [Job]| {
                     let batch = Batch::of(job, batch.taken);
-                    self.run_together(engine, job, batch, rooms)
+                    self.run_together(engine.as_mut(), job, batch, rooms)
                 };
                 jobs.chunks_mut(1).map(|job| alone(job).map(|mut answers| answers.remove(0))).collect()
             }
@@ -152,11 +122,13 @@ impl Instance {
         drop(held);
         owed.places.clear();
         let took = batch.taken.elapsed();
+        (ready.was_busy, ready.took) = (true, took);
         if !batch.is_probe {
-            queue.ran(batch.rows, took);
+            let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
+            queue.ran(batch.rows, bytes, took);
         }
-        queue.answer(jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome)));
-        took
+        let answers = jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome));
+        queue.answer(answers, is_caller);
     }
 
     /// Runs the rows of all jobs at once: an answer for each.

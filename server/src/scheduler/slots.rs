@@ -83,9 +83,7 @@ impl Share {
     /// Waits for slots. Short when the machine is not full; no more than the others' runs otherwise.
     pub(super) fn hold(&self) -> Held<'_> {
         let mut state = self.slots.lock();
-        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        let (place, charged) = (state.place(&mut used), used.run);
-        drop(used);
+        let (place, charged) = self.claim(&mut state);
         if !state.try_enter(place, self.width) {
             state.waiting.insert(place);
             while !state.try_enter(place, self.width) {
@@ -95,6 +93,22 @@ impl Share {
             self.slots.0.freed.notify_all();
         }
         Held { share: self, charged, since: Instant::now() }
+    }
+
+    /// Slots, if they are free and nobody waits for any.
+    pub(super) fn try_hold(&self) -> Option<Held<'_>> {
+        let mut state = self.slots.lock();
+        if state.free < self.width || !state.waiting.is_empty() {
+            return None;
+        }
+        let (place, charged) = self.claim(&mut state);
+        state.try_enter(place, self.width).then(|| Held { share: self, charged, since: Instant::now() })
+    }
+
+    /// Where a claim stands, and what it is charged with.
+    fn claim(&self, state: &mut Fair) -> ((Duration, u64), Duration) {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        (state.place(&mut used), used.run)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     future::poll_fn,
+    pin::pin,
     sync::{Arc, Mutex, mpsc},
     time::{Duration, Instant},
 };
@@ -18,6 +19,8 @@ struct Doubler {
     runs: Arc<Mutex<Vec<Vec<f32>>>>,
     /// A run waits for one message; a closed channel lets all pass.
     gate: mpsc::Receiver<()>,
+    /// Names of the threads that ran it, where any may.
+    threads: Option<Arc<Mutex<Vec<Option<String>>>>>,
 }
 
 impl Engine for Doubler {
@@ -28,6 +31,9 @@ impl Engine for Doubler {
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
         let x = &inputs[0];
         let values = x.numbers::<f32>();
+        if let Some(threads) = &self.threads {
+            threads.lock().unwrap().push(std::thread::current().name().map(str::to_owned));
+        }
         self.runs.lock().unwrap().push(values.to_vec());
         let _ = self.gate.recv();
         assert!(values.iter().all(|value| !value.is_nan()), "on purpose");
@@ -40,6 +46,10 @@ impl Engine for Doubler {
             RawTensor::from_vec(DType::Fp32, x.shape().to_vec(), values).unwrap()
         };
         Ok(outputs.iter().map(result).collect())
+    }
+
+    fn runs_on_any_thread(&self) -> bool {
+        self.threads.is_some()
     }
 }
 
@@ -101,7 +111,7 @@ impl Bench {
     fn with(policy: Policy, reopen: Option<Reopen>) -> Self {
         let (gate, receiver) = mpsc::channel();
         let runs = Arc::<Mutex<Vec<_>>>::default();
-        let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver });
+        let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver, threads: None });
         let lost = CancellationToken::new();
         let scheduler = Scheduler::start_with(setup(engine, policy, reopen, &lost), Shapes::tail(1)).unwrap();
         Self { scheduler: Arc::new(scheduler), runs, gate, lost }
@@ -299,7 +309,8 @@ async fn stopping_answers_what_waits_and_refuses_what_comes() {
 
 #[tokio::test]
 async fn an_engine_that_dies_is_replaced_and_the_order_of_answers_survives_it() {
-    let reopen: Reopen = Arc::new(|| Ok(Box::new(Doubler { runs: Arc::default(), gate: mpsc::channel().1 })));
+    let reopen: Reopen =
+        Arc::new(|| Ok(Box::new(Doubler { runs: Arc::default(), gate: mpsc::channel().1, threads: None })));
     let batching = Batching { max_rows: 1, max_waiting_rows: 100, max_delay: Duration::ZERO };
     let policy = Policy { preserve_ordering: true, ..Policy::of_server(batching) };
     let mut bench = Bench::with(policy, Some(reopen));
@@ -370,4 +381,119 @@ async fn an_engine_is_told_how_long_the_last_of_a_batch_waits_and_when_nobody_do
     open.abort();
     other.abort();
     scheduler.stop().await;
+}
+
+/// A scheduler whose engine any thread may run, and which threads did.
+struct Quick {
+    bench: Bench,
+    threads: Arc<Mutex<Vec<Option<String>>>>,
+}
+
+impl Quick {
+    fn new(reopen: Option<Reopen>) -> Self {
+        let (runs, threads) = (Arc::<Mutex<Vec<_>>>::default(), Arc::<Mutex<Vec<_>>>::default());
+        let (gate, receiver) = mpsc::channel();
+        let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver, threads: Some(threads.clone()) });
+        let lost = CancellationToken::new();
+        let batching = Batching { max_rows: 8, max_waiting_rows: 100, max_delay: Duration::ZERO };
+        let setup = setup(engine, Policy::of_server(batching), reopen, &lost);
+        let scheduler = Arc::new(Scheduler::start_with(setup, Shapes::tail(1)).unwrap());
+        let mut bench = Bench { scheduler, runs, gate, lost };
+        bench.open_gate();
+        Self { bench, threads }
+    }
+
+    /// Runs this until a caller has; what is slow on a busy machine may take a few tries. Whether one did.
+    async fn warm_up(&self, values: &[f32]) -> bool {
+        for _ in 0..1000 {
+            self.bench.scheduler.run(rows(values)).await.unwrap();
+            if !self.was_an_engines_thread() {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn was_an_engines_thread(&self) -> bool {
+        self.threads.lock().unwrap().last().unwrap().as_deref() == Some("engine")
+    }
+}
+
+#[tokio::test]
+async fn once_batches_are_known_to_be_quick_callers_run_them_together() {
+    let quick = Quick::new(None);
+    quick.bench.scheduler.run(rows(&[1.0, 2.0, 3.0])).await.unwrap();
+    assert!(quick.was_an_engines_thread(), "nothing was known of it");
+    assert!(quick.warm_up(&[1.0, 2.0, 3.0]).await);
+    let before = quick.bench.runs().len();
+    let scheduler = &quick.bench.scheduler;
+    let (mut one, mut two) = (pin!(scheduler.run(rows(&[1.0]))), pin!(scheduler.run(rows(&[2.0, 3.0]))));
+    assert!(futures::poll!(one.as_mut()).is_pending() && futures::poll!(two.as_mut()).is_pending());
+    assert_eq!(values(&one.await.unwrap()), [vec![2.0]]);
+    assert_eq!(values(&two.await.unwrap()), [vec![4.0, 6.0]]);
+    assert_eq!(quick.bench.runs()[before..], [vec![1.0, 2.0, 3.0]]);
+    assert!(!quick.was_an_engines_thread());
+}
+
+#[tokio::test]
+async fn a_batch_that_is_larger_than_those_known_to_be_quick_is_for_a_thread() {
+    let quick = Quick::new(None);
+    assert!(quick.warm_up(&[1.0]).await);
+    quick.bench.scheduler.run(rows(&[1.0, 2.0])).await.unwrap();
+    assert!(quick.was_an_engines_thread());
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_before_its_turn_leaves_the_batch_to_a_thread() {
+    let quick = Quick::new(None);
+    assert!(quick.warm_up(&[1.0, 2.0]).await);
+    let scheduler = quick.bench.scheduler.clone();
+    let mut leaver = Box::pin(async { scheduler.run(rows(&[66.0])).await });
+    assert!(futures::poll!(leaver.as_mut()).is_pending());
+    let mut other = Box::pin(async { scheduler.run(rows(&[2.0])).await });
+    assert!(futures::poll!(other.as_mut()).is_pending());
+    drop(leaver);
+    let answer = tokio::time::timeout(Duration::from_secs(20), other).await.expect("somebody runs it");
+    assert_eq!(values(&answer.unwrap()), [vec![4.0]]);
+    assert!(quick.was_an_engines_thread());
+    assert!(!quick.bench.runs().concat().contains(&66.0));
+}
+
+#[tokio::test]
+async fn an_engine_that_dies_of_a_callers_batch_is_replaced() {
+    let reopen: Reopen =
+        Arc::new(|| Ok(Box::new(Doubler { runs: Arc::default(), gate: mpsc::channel().1, threads: None })));
+    let quick = Quick::new(Some(reopen));
+    assert!(quick.warm_up(&[1.0]).await);
+    let error = quick.bench.scheduler.run(rows(&[f32::NAN])).await.unwrap_err();
+    assert!(matches!(error, ScheduleError::Stopped { .. }), "{error:?}");
+    let answer = tokio::time::timeout(Duration::from_secs(20), quick.bench.scheduler.run(rows(&[2.0]))).await;
+    assert_eq!(values(&answer.expect("another engine takes its place").unwrap()), [vec![4.0]]);
+    assert!(!quick.bench.lost.is_cancelled());
+    tokio::time::timeout(Duration::from_secs(20), quick.bench.scheduler.stop()).await.expect("all threads end");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn every_caller_is_answered_whoever_runs_its_batch() {
+    let quick = Quick::new(None);
+    let ask = |caller: u16| {
+        let scheduler = quick.bench.scheduler.clone();
+        tokio::spawn(async move {
+            for turn in 0..500_u16 {
+                let value = f32::from(caller) * 1000.0 + f32::from(turn);
+                let mut asked = Box::pin(scheduler.run(rows(&[value])));
+                // Some leave in the middle.
+                if turn % 7 == caller % 7 && futures::poll!(asked.as_mut()).is_pending() {
+                    tokio::task::yield_now().await;
+                    continue;
+                }
+                assert_eq!(values(&asked.await.unwrap()), [vec![2.0 * value]]);
+            }
+        })
+    };
+    let callers: Vec<_> = (0..12).map(ask).collect();
+    for caller in callers {
+        tokio::time::timeout(Duration::from_mins(1), caller).await.expect("nobody waits for ever").unwrap();
+    }
+    tokio::time::timeout(Duration::from_secs(20), quick.bench.scheduler.stop()).await.expect("all threads end");
 }

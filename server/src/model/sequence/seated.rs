@@ -160,6 +160,10 @@ impl Engine for Seated {
         self.run_seats(inputs, outputs, &rows, &rows)
     }
 
+    fn runs_on_any_thread(&self) -> bool {
+        self.engine.runs_on_any_thread()
+    }
+
     fn reset(&mut self) -> Result<(), EngineError> {
         self.engine.reset()
     }

@@ -1,0 +1,140 @@
+//! Who runs batches: the scheduler's threads, and callers where that is quicker than to wake one.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use sensorium_engine::Engine;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Reopen,
+    admit::{Job, Task},
+    run::{By, Ready, Runner},
+};
+
+/// First pause before a dead engine is replaced, and the longest; it doubles from one to the other.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// A thread that runs batches, and replaces engines that die.
+pub(super) struct Server {
+    pub(super) runner: Arc<Runner>,
+    pub(super) reopen: Option<Reopen>,
+    pub(super) lost: CancellationToken,
+    /// Held by every thread that may still run something.
+    pub(super) alive: Arc<()>,
+}
+
+impl Server {
+    /// Runs batches until the queue is closed and empty. An engine that dies is replaced after a pause; the requests that
+    /// died with it are told.
+    pub(super) fn serve(self) {
+        let queue = &self.runner.queue;
+        let (mut back, mut pause, mut replaced) = (None, FIRST_PAUSE, Instant::now());
+        while let Some(task) = queue.take(back.take()) {
+            if let Task::Run(jobs, ready) = task {
+                back = self.runner.survive(ready, jobs, By::Thread);
+                if back.is_some() {
+                    continue;
+                }
+            }
+            if replaced.elapsed() > LONGEST_PAUSE {
+                pause = FIRST_PAUSE;
+            }
+            let Some(engine) = self.replace(&mut pause) else {
+                // One thread fewer; the last one tells everybody.
+                if Arc::strong_count(&self.alive) == 1 && queue.abandon() {
+                    tracing::error!(graph = queue.graph, "the last engine died");
+                    self.lost.cancel();
+                }
+                return;
+            };
+            (back, replaced) = (Some(Ready::new(engine)), Instant::now());
+        }
+    }
+
+    fn replace(&self, pause: &mut Duration) -> Option<Box<dyn Engine>> {
+        let queue = &self.runner.queue;
+        let reopen = self.reopen.as_ref()?;
+        loop {
+            tracing::error!(
+                graph = queue.graph,
+                pause_seconds = pause.as_secs_f64(),
+                "an engine died and is replaced after a pause"
+            );
+            let is_open = queue.pause(Instant::now() + *pause);
+            *pause = (*pause * 2).min(LONGEST_PAUSE);
+            if !is_open {
+                return None;
+            }
+            match reopen() {
+                Ok(engine) => return Some(engine),
+                Err(error) => tracing::error!(graph = queue.graph, error, "the engine could not be opened again"),
+            }
+        }
+    }
+}
+
+/// A caller's promise to run the next batch. Dropping it breaks it: a thread is told.
+#[derive(Debug)]
+pub(super) struct Turn {
+    runner: Arc<Runner>,
+    is_kept: bool,
+}
+
+impl Turn {
+    pub(super) fn new(runner: Arc<Runner>) -> Self {
+        Self { runner, is_kept: false }
+    }
+
+    /// Runs the next batch, if it will be quick. While more comes, what brings it goes first.
+    pub(super) async fn serve(mut self) {
+        let Runner { queue, share } = &*self.runner;
+        let mut rows = queue.rows();
+        loop {
+            tokio::task::yield_now().await;
+            let before = std::mem::replace(&mut rows, queue.rows());
+            if rows <= before || rows >= queue.policy.max_rows {
+                break;
+            }
+        }
+        self.is_kept = true;
+        let Some((jobs, ready, held)) = queue.take_now(share) else { return };
+        let Some(ready) = self.runner.survive(ready, jobs, By::Caller(held)) else { return queue.lose() };
+        if queue.give_back(ready)
+            && let Some(runtime) = &queue.runtime
+        {
+            // Not by this caller, whose answer is most likely there.
+            runtime.spawn(Self::new(self.runner.clone()).next());
+        }
+    }
+
+    /// As [`Turn::serve`], for one that follows another: boxed, since a future cannot hold one of its own kind.
+    fn next(self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(self.serve())
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            self.runner.queue.break_promise();
+        }
+    }
+}
+
+impl Runner {
+    /// Runs `jobs`: the engine again, unless it died. What a panic leaves behind is dropped: the engine, and the batch with
+    /// its callers' replies.
+    fn survive(&self, mut ready: Ready, jobs: Vec<Job>, by: By<'_>) -> Option<Ready> {
+        catch_unwind(AssertUnwindSafe(|| {
+            self.run_batch(&mut ready, jobs, by);
+            ready
+        }))
+        .ok()
+    }
+}
