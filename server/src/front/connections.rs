@@ -32,12 +32,13 @@ use tower::ServiceExt as _;
 use super::{
     App,
     corked::corked,
+    guard,
     impatient::Impatient,
     metered::Metered,
     places::Places,
     unary::{Answer, Unary},
 };
-use crate::{budget::Budget, security::Tls};
+use crate::{budget::Budget, rest, security::Tls};
 
 /// Longest wait for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -172,10 +173,22 @@ impl Inside {
         let tally = self.budget.tally();
         let is_empty = http_body::Body::is_end_stream(&body);
         let body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, STALL);
-        if let Some(infer) = &self.app.infer
-            && Unary::takes(&head)
-        {
-            return infer.answer(&head.headers, body, peer.as_deref()).await.map(Either::Left);
+        if let Some(infer) = &self.app.infer {
+            if Unary::takes(&head) {
+                return infer.grpc.answer(&head.headers, body, peer.as_deref()).await.map(Either::Left);
+            }
+            if let Some(target) = rest::Infer::target(&head) {
+                let admit = |admission| guard::admit(admission, &head.headers, peer.as_deref());
+                let answer = match infer.admission.as_ref().map(admit).transpose() {
+                    Err(status) => guard::refuse_entry(false, status),
+                    Ok(pass) => {
+                        // Boxed, so that a call of gRPC does not carry room for it.
+                        let answer = Box::pin(infer.rest.answer(target, &head.headers, Body::new(body), tally)).await;
+                        pass.into_iter().fold(answer, |answer, pass| guard::hold(pass, answer))
+                    }
+                };
+                return answer.map(Either::Right);
+            }
         }
         let body = if is_empty { Body::empty() } else { Body::new(body) };
         head.extensions.insert(tally.clone());
@@ -221,14 +234,14 @@ where
     let connection = builder.serve_connection(TokioIo::new(Impatient::new(stream, FIRST_WORDS)), service);
     tokio::pin!(connection);
     let ended = tokio::select! {
-        ended = cork.turns(connection.as_mut()) => ended,
+        ended = cork.turns(connection.as_mut(), &is_http2) => ended,
         () = finish.cancelled() => {
             let linger = if is_http2.load(Ordering::Relaxed) { Duration::ZERO } else { LINGER };
-            if let Ok(ended) = time::timeout(linger, cork.turns(connection.as_mut())).await {
+            if let Ok(ended) = time::timeout(linger, cork.turns(connection.as_mut(), &is_http2)).await {
                 ended
             } else {
                 connection.as_mut().graceful_shutdown();
-                cork.turns(connection).await
+                cork.turns(connection, &is_http2).await
             }
         }
     };

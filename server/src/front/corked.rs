@@ -3,16 +3,28 @@
 //! HTTP/2 writes and flushes an answer frame by frame, of 16 KiB where the client does not ask for more, as few do. Each is a
 //! system call, and wakes the client: 49 KiB of hidden states came in four pieces. What is written here is kept until the
 //! connection has done all it can, or until it is enough.
+//!
+//! The answers of a batch are many at once, and the runtime runs a connection as soon as one of them is there. So a
+//! connection of HTTP/2 lets others come first who are ready: what was a system call for each answer is one for every few.
 
 use std::{
+    future::poll_fn,
     io,
-    pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll, ready},
+    pin::{Pin, pin},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Wake, Waker, ready},
 };
 
 use bytes::{Buf as _, BytesMut};
+use futures::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// Turns of a connection whose answers go together at most: a client that gets some of them can work while others are
+/// written. One that gets all at once makes the server wait for it, and then all its requests come at once again.
+const GATHERED: usize = 4;
 
 /// What is kept at most, and the smallest piece that is not worth to be copied.
 const ENOUGH: usize = 64 << 10;
@@ -21,7 +33,7 @@ const KEPT: usize = 8 << 10;
 
 /// A stream whose writes wait for the end of the turn, and what ends it.
 pub(super) fn corked<S: AsyncWrite + Unpin>(stream: S) -> (Corked<S>, Cork<S>) {
-    let held = Arc::new(Mutex::new(Held { stream, written: BytesMut::new() }));
+    let held = Arc::new(Mutex::new(Held { stream, written: BytesMut::new(), broken: None }));
     (Corked(held.clone()), Cork(held))
 }
 
@@ -37,56 +49,129 @@ pub(super) struct Cork<S>(Arc<Mutex<Held<S>>>);
 struct Held<S> {
     stream: S,
     written: BytesMut,
+    /// What sending failed with, and every write fails with from then on.
+    broken: Option<io::ErrorKind>,
 }
 
 impl<S: AsyncWrite + Unpin> Cork<S> {
-    /// Runs `connection`, which writes to this cork's stream, and sends what it has written after each of its turns.
-    pub(super) fn turns<C>(&self, connection: C) -> Turns<'_, C, S>
+    /// Runs `connection`, which writes to this cork's stream, and sends what it has written after each of its turns; where
+    /// `gathers` says so, after those of all tasks that are ready now and may have more to write.
+    pub(super) async fn turns<C>(&self, connection: C, gathers: &AtomicBool) -> C::Output
     where
         C: Future + Unpin,
     {
-        Turns { connection, ended: None, cork: self }
+        let mut connection = Connection::Open(connection);
+        let others = Arc::new(Others::default());
+        loop {
+            let mut written = 0;
+            poll_fn(|context| {
+                let has_ended = connection.turn(context);
+                written = self.written();
+                if has_ended || written > 0 { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+            if gathers.load(Ordering::Relaxed) && !connection.has_ended() {
+                others.let_pass();
+                let mut turns = 1;
+                poll_fn(|context| {
+                    let passed = others.poll_passed(context);
+                    let (has_ended, before) = (connection.turn(context), written);
+                    written = self.written();
+                    turns += usize::from(written != before);
+                    if has_ended || turns >= GATHERED { Poll::Ready(()) } else { passed }
+                })
+                .await;
+            }
+            // A stream that is broken says so to the connection as well, when it is written to.
+            let _ = poll_fn(|context| {
+                connection.turn(context);
+                lock(&self.0).send(context)
+            })
+            .await;
+            if let Connection::Ended(outcome) = connection {
+                return outcome;
+            }
+        }
     }
 }
 
-/// See [`Cork::turns`].
-#[derive(Debug)]
-pub(super) struct Turns<'a, C: Future, S> {
-    connection: C,
-    /// What the connection ended with, while its last words are sent.
-    ended: Option<C::Output>,
-    cork: &'a Cork<S>,
+impl<S> Cork<S> {
+    /// Bytes that wait to be sent.
+    fn written(&self) -> usize {
+        lock(&self.0).written.len()
+    }
 }
 
-// The output of a connection is moved, never pinned.
-impl<C: Future, S> Unpin for Turns<'_, C, S> where C: Unpin {}
+/// A connection, and what it ended with while its last words are sent.
+enum Connection<C: Future> {
+    Open(C),
+    Ended(C::Output),
+}
 
-impl<C: Future + Unpin, S: AsyncWrite + Unpin> Future for Turns<'_, C, S> {
-    type Output = C::Output;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<C::Output> {
-        let this = &mut *self;
-        if this.ended.is_none()
-            && let Poll::Ready(ended) = Pin::new(&mut this.connection).poll(context)
+impl<C: Future + Unpin> Connection<C> {
+    /// Lets it do all it can; whether it has ended.
+    fn turn(&mut self, context: &mut Context<'_>) -> bool {
+        if let Self::Open(connection) = self
+            && let Poll::Ready(outcome) = Pin::new(connection).poll(context)
         {
-            this.ended = Some(ended);
+            *self = Self::Ended(outcome);
         }
-        let sent = lock(&this.cork.0).send(context);
-        match this.ended.take() {
-            // A stream that is broken says so to the connection as well, when it is read or written to.
-            None => Poll::Pending,
-            Some(ended) if sent.is_ready() => Poll::Ready(ended),
-            ended => {
-                this.ended = ended;
-                Poll::Pending
-            }
+        self.has_ended()
+    }
+
+    fn has_ended(&self) -> bool {
+        matches!(self, Self::Ended(_))
+    }
+}
+
+/// The other tasks that were ready at some time. That a task is woken does not mean that they have run: any of them may
+/// have woken it.
+#[derive(Debug, Default)]
+struct Others {
+    have_passed: AtomicBool,
+    task: AtomicWaker,
+}
+
+impl Others {
+    /// From now on.
+    fn let_pass(self: &Arc<Self>) {
+        self.have_passed.store(false, Ordering::Relaxed);
+        let waker = Waker::from(self.clone());
+        // The runtime keeps the waker until it has run what is ready: there is no more to be had of the future.
+        if pin!(tokio::task::yield_now()).poll(&mut Context::from_waker(&waker)).is_ready() {
+            self.have_passed.store(true, Ordering::Relaxed);
         }
+    }
+
+    fn poll_passed(&self, context: &mut Context<'_>) -> Poll<()> {
+        self.task.register(context.waker());
+        if self.have_passed.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
+    }
+}
+
+impl Wake for Others {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.have_passed.store(true, Ordering::Release);
+        self.task.wake();
     }
 }
 
 impl<S: AsyncWrite + Unpin> Held<S> {
     /// Sends all that is kept.
     fn send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let sent = ready!(self.try_send(context));
+        if let Err(error) = &sent {
+            self.written.clear();
+            self.broken = Some(error.kind());
+        }
+        Poll::Ready(sent)
+    }
+
+    fn try_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.written.is_empty() {
             return Poll::Ready(Ok(()));
         }
@@ -105,6 +190,9 @@ impl<S: AsyncWrite + Unpin> Held<S> {
 
     /// Whether so many bytes are to be kept: else what is kept already has been sent, and they can follow.
     fn keeps(&mut self, bytes: usize, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        if let Some(broken) = self.broken {
+            return Poll::Ready(Err(broken.into()));
+        }
         if self.written.len() + bytes <= ENOUGH {
             return Poll::Ready(Ok(true));
         }
@@ -217,7 +305,7 @@ mod tests {
                 rest = after;
             }
         };
-        cork.turns(Box::pin(connection)).await;
+        cork.turns(Box::pin(connection), &AtomicBool::new(false)).await;
         let held = lock(&cork.0);
         assert!(held.taken() == all, "{sizes:?} by {room}");
         held.stream.writes
@@ -248,11 +336,58 @@ mod tests {
             stream.flush().await.unwrap();
             tokio::time::sleep(Duration::from_hours(1)).await;
         };
-        let mut said = [0; 5];
+        let (gathers, mut said) = (AtomicBool::new(true), [0; 5]);
         tokio::select! {
-            () = cork.turns(Box::pin(connection)) => panic!("it pauses"),
+            () = cork.turns(Box::pin(connection), &gathers) => panic!("it pauses"),
             read = far.read_exact(&mut said) => assert_eq!(read.unwrap(), 5),
         }
         assert_eq!(&said, b"first");
+    }
+    #[tokio::test]
+    async fn answers_that_are_ready_at_the_same_time_are_one_write() {
+        for (gathers, writes) in [(false, 9), (true, 2)] {
+            let (mut stream, cork) = corked(Narrow { room: usize::MAX, ..Narrow::default() });
+            let (sender, mut answers) = tokio::sync::mpsc::unbounded_channel::<u8>();
+            let connection = async {
+                while let Some(answer) = answers.recv().await {
+                    stream.write_all(&[answer]).await.unwrap();
+                }
+            };
+            // A task for each answer, of which each wakes the connection.
+            let answer = |answer| {
+                let sender = sender.clone();
+                tokio::spawn(async move { sender.send(answer).unwrap() })
+            };
+            let gathers = AtomicBool::new(gathers);
+            let mut turns = pin!(cork.turns(Box::pin(connection), &gathers));
+            answer(0).await.unwrap();
+            let wait = tokio::time::timeout(Duration::from_millis(50), turns.as_mut());
+            assert!(wait.await.is_err());
+            (1..9).for_each(|number| drop(answer(number)));
+            drop(sender);
+            turns.await;
+            let held = lock(&cork.0);
+            assert_eq!(held.taken(), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
+            assert!(held.stream.writes <= writes, "{} writes", held.stream.writes);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_breaks_breaks_the_connection() {
+        let (near, far) = tokio::io::duplex(1 << 10);
+        let (mut stream, cork) = corked(near);
+        drop(far);
+        let connection = async {
+            loop {
+                if let Err(error) = stream.write_all(b"on and on").await {
+                    return error.kind();
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        let gathers = AtomicBool::new(true);
+        let ended = cork.turns(Box::pin(connection), &gathers);
+        let ended = tokio::time::timeout(Duration::from_secs(20), ended).await.expect("it is told");
+        assert_eq!(ended, io::ErrorKind::BrokenPipe);
     }
 }

@@ -34,17 +34,24 @@ pub(super) async fn guard(State(admission): State<Admission>, request: Request, 
     if FOR_EVERYBODY.contains(&request.uri().path()) {
         return next.run(request).await;
     }
-    let peer = request.extensions().get::<Arc<Peer>>().map(Arc::as_ref);
-    match admit(&admission, request.headers(), peer) {
-        // The pass is held until the answer is sent: a stream counts as long as it lasts.
-        Ok(pass) => next.run(request).await.map(|body| Body::new(Held { body, _pass: pass })),
-        Err(status) => {
-            let code = status.code();
-            let mut response = refuse(is_grpc(&request), status);
-            challenge(code, response.headers_mut());
-            response
-        }
+    let (peer, is_grpc) = (request.extensions().get::<Arc<Peer>>().cloned(), is_grpc(&request));
+    match admit(&admission, request.headers(), peer.as_deref()) {
+        Ok(pass) => hold(pass, next.run(request).await),
+        Err(status) => refuse_entry(is_grpc, status),
     }
+}
+
+/// Keeps a pass until the answer is sent: a stream counts as long as it lasts.
+pub(super) fn hold(pass: Pass, answer: Response) -> Response {
+    answer.map(|body| Body::new(Held { body, _pass: pass }))
+}
+
+/// Says why there is no pass.
+pub(super) fn refuse_entry(is_grpc: bool, status: Status) -> Response {
+    let code = status.code();
+    let mut response = refuse(is_grpc, status);
+    challenge(code, response.headers_mut());
+    response
 }
 
 /// An answer that refuses for want of a token says what kind of one it wants.

@@ -37,11 +37,19 @@ use crate::{
     service::Service,
 };
 
-/// What answers requests: every route, and beside them the one method that is called all the time.
+/// What answers requests: every route, and beside them the one call that is made all the time.
 #[derive(Clone, Debug)]
 pub struct App {
     routes: Router,
-    infer: Option<Arc<Unary>>,
+    infer: Option<Arc<Infer>>,
+}
+
+/// Inference over gRPC and REST, without what calls in general need.
+#[derive(Debug)]
+struct Infer {
+    grpc: Unary,
+    rest: rest::Infer,
+    admission: Option<Admission>,
 }
 
 impl From<Router> for App {
@@ -75,7 +83,11 @@ pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admissi
         (Err(error), _) | (_, Err(error)) => tracing::error!(%error, "gRPC reflection is not there"),
     }
     let grpc = grpc.into_axum_router().layer(MapResponseLayer::new(as_other_servers_say));
-    let infer = Unary::new(service.clone(), max_request_bytes, admission.clone());
+    let infer = Infer {
+        grpc: Unary::new(service.clone(), max_request_bytes, admission.clone()),
+        rest: rest::Infer::new(service.clone(), max_request_bytes),
+        admission: admission.clone(),
+    };
     let routes = grpc
         .merge(rest::router(service, max_request_bytes))
         .fallback(no_such_path)

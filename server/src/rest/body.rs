@@ -56,6 +56,10 @@ impl<S: Sync> FromRequest<S> for Arriving {
 }
 
 impl Arriving {
+    pub(super) fn new(body: Body, tally: Tally) -> Self {
+        Self { body, tally: Some(tally) }
+    }
+
     /// What holds the bytes of the request; for whoever needs them after its answer has begun.
     pub(super) fn tally(&self) -> Option<Tally> {
         self.tally.clone()

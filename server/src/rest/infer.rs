@@ -1,9 +1,12 @@
 //! `POST /v2/models/MODEL[/versions/VERSION]/infer`.
 
+use std::sync::Arc;
+
 use axum::{
+    body::Body,
     extract::{Path, State},
-    http::HeaderMap,
-    response::Response,
+    http::{HeaderMap, Method, request::Parts},
+    response::{IntoResponse as _, Response},
 };
 use bytes::{BufMut as _, Bytes, BytesMut};
 use sensorium_artifact::DType;
@@ -15,7 +18,39 @@ use super::{
     request,
     response::{self, Wanted},
 };
-use crate::{model::ModelVersion, service::Call, wire};
+use crate::{
+    budget::Tally,
+    model::ModelVersion,
+    service::{Call, Service},
+    wire,
+};
+
+/// The handler by itself, for whoever spares the request its way through the router: of a dozen routes this is the one that
+/// is called all the time.
+#[derive(Debug)]
+pub(crate) struct Infer(Rest);
+
+impl Infer {
+    pub(crate) fn new(service: Service, max_bytes: usize) -> Self {
+        Self(Rest { service: Arc::new(service), max_bytes })
+    }
+
+    /// Which model a request of this kind is for; `None` is for the router.
+    pub(crate) fn target(head: &Parts) -> Option<Target> {
+        let path = head.uri.path().strip_prefix("/v2/models/")?.strip_suffix("/infer")?;
+        let (model, version) = path.split_once("/versions/").unwrap_or((path, ""));
+        let is_plain = |name: &str| !name.contains(['/', '%']);
+        let is_whole = !model.is_empty() && version.is_empty() == (model.len() == path.len());
+        (head.method == Method::POST && is_plain(model) && is_plain(version) && is_whole)
+            .then(|| Target { model: model.to_owned(), version: version.to_owned() })
+    }
+
+    /// Answers a request for `target`.
+    pub(crate) async fn answer(&self, target: Target, headers: &HeaderMap, body: Body, tally: Tally) -> Response {
+        let answer = answer(&self.0, target, headers, Arriving::new(body, tally));
+        answer.await.unwrap_or_else(Refusal::into_response)
+    }
+}
 
 pub(super) async fn infer(
     State(rest): State<Rest>,
@@ -23,8 +58,12 @@ pub(super) async fn infer(
     headers: HeaderMap,
     body: Arriving,
 ) -> Result<Response, Refusal> {
-    let call = Call::new(&headers);
-    let body = body::read(&headers, body, rest.max_bytes).await?;
+    answer(&rest, target, &headers, body).await
+}
+
+async fn answer(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<Response, Refusal> {
+    let call = Call::new(headers);
+    let body = body::read(headers, body, rest.max_bytes).await?;
     let length = headers.get(HEADER_LENGTH).map(|value| value.to_str().unwrap_or("?").to_owned());
     let mut request = if length.as_deref() == Some("0") {
         raw(&*rest.service.model(&target.model, &target.version)?, body)?
@@ -40,7 +79,7 @@ pub(super) async fn infer(
     let answer = rest.service.infer(request, &call).await?;
     let size = answer.raw_output_contents.iter().map(Bytes::len).sum();
     let written = body::aside(size, move || response::write(answer, &wanted)).await.map_err(Refusal::invalid)?;
-    Ok(body::respond(&headers, written).await)
+    Ok(body::respond(headers, written).await)
 }
 
 /// A body that is nothing but the one input of a model, whose shape the model's configuration gives up to one size. A
@@ -81,4 +120,38 @@ fn raw(model: &ModelVersion, body: Bytes) -> Result<ModelInferRequest, Refusal> 
         ..InferInputTensor::default()
     };
     Ok(ModelInferRequest { inputs: vec![input], raw_input_contents: vec![data], ..ModelInferRequest::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::Request;
+
+    use super::*;
+
+    #[test]
+    fn only_what_is_certainly_an_inference_is_spared_the_router() {
+        let target = |method: Method, path: &str| {
+            let (head, ()) = Request::builder().method(method).uri(path).body(()).unwrap().into_parts();
+            Infer::target(&head).map(|target| (target.model, target.version))
+        };
+        let found = |model: &str, version: &str| Some((model.to_owned(), version.to_owned()));
+        assert_eq!(target(Method::POST, "/v2/models/m/infer"), found("m", ""));
+        assert_eq!(target(Method::POST, "/v2/models/m/infer?x=1"), found("m", ""));
+        assert_eq!(target(Method::POST, "/v2/models/m/versions/3/infer"), found("m", "3"));
+        for path in [
+            "/v2/models//infer",
+            "/v2/models/m/versions//infer",
+            "/v2/models//versions/3/infer",
+            "/v2/models/m/versions/3/4/infer",
+            "/v2/models/m/x/infer",
+            "/v2/models/m%20n/infer",
+            "/v2/models/m/infer/",
+            "/v2/models/m/generate",
+            "/v2/models/infer",
+            "/infer",
+        ] {
+            assert_eq!(target(Method::POST, path), None, "{path}");
+        }
+        assert_eq!(target(Method::GET, "/v2/models/m/infer"), None);
+    }
 }

@@ -20,6 +20,7 @@ use axum::{
 use serde::Deserialize;
 
 pub(crate) use error::Refusal;
+pub(crate) use infer::Infer;
 
 use crate::service::Service;
 
@@ -33,7 +34,7 @@ struct Rest {
 
 /// A model in a path; the empty version is the newest.
 #[derive(Debug, Default, Deserialize)]
-struct Target {
+pub(crate) struct Target {
     #[serde(default)]
     model: String,
     #[serde(default)]

@@ -4,6 +4,7 @@ use bytes::Bytes;
 use sensorium_proto::inference::{
     InferParameter, ModelInferRequest, ModelInferResponse, infer_parameter::ParameterChoice,
 };
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::tensor;
@@ -51,10 +52,10 @@ pub(super) fn write(response: ModelInferResponse, wanted: &Wanted) -> Result<Wri
     let mut tensors = Vec::new();
     json.push(b'{');
     if !response.id.is_empty() {
-        field(&mut json, "id", &response.id.into());
+        field(&mut json, "id", &response.id);
     }
-    field(&mut json, "model_name", &response.model_name.into());
-    field(&mut json, "model_version", &response.model_version.into());
+    field(&mut json, "model_name", &response.model_name);
+    field(&mut json, "model_version", &response.model_version);
     if !response.parameters.is_empty() {
         field(&mut json, "parameters", &parameters(response.parameters));
     }
@@ -62,10 +63,10 @@ pub(super) fn write(response: ModelInferResponse, wanted: &Wanted) -> Result<Wri
     let mut raw = response.raw_output_contents.into_iter();
     for (index, output) in response.outputs.into_iter().enumerate() {
         json.extend_from_slice(if index > 0 { b",{" } else { b"{" });
-        let name = output.name.clone();
-        field(&mut json, "name", &output.name.into());
-        field(&mut json, "datatype", &output.datatype.as_str().into());
-        field(&mut json, "shape", &output.shape.into());
+        let name = output.name;
+        field(&mut json, "name", &name);
+        field(&mut json, "datatype", &output.datatype);
+        field(&mut json, "shape", &output.shape);
         let mut set = output.parameters;
         let shared = set.remove("shared_memory_region").is_some();
         if shared {
@@ -99,9 +100,12 @@ pub(super) fn write(response: ModelInferResponse, wanted: &Wanted) -> Result<Wri
     Ok(Written { json, tensors })
 }
 
-fn field(json: &mut Vec<u8>, key: &str, value: &Value) {
-    // Into memory, so it cannot fail; keys are plain words.
-    json.extend_from_slice(format!("\"{key}\":").as_bytes());
+fn field(json: &mut Vec<u8>, key: &str, value: &impl Serialize) {
+    // Keys are plain words.
+    for part in ["\"", key, "\":"] {
+        json.extend_from_slice(part.as_bytes());
+    }
+    // Into memory, so it cannot fail.
     let _ = serde_json::to_writer(&mut *json, value);
     json.push(b',');
 }

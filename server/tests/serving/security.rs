@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
-use sensorium_proto::inference::ServerLiveRequest;
+use sensorium_proto::inference::{ModelInferRequest, ServerLiveRequest};
 use serde_json::json;
 use tempfile::TempDir;
 use tonic::Code;
@@ -79,10 +79,21 @@ async fn without_a_token_nothing_but_health_is_answered() {
     for path in ["/livez", "/readyz", "/v2/health/live", "/v2/health/ready"] {
         assert_eq!(server.get(server.http, path).await.0, 200, "{path}");
     }
-    let refused = http(server.http, "GET", "/v2", &[], b"").await.unwrap();
-    assert_eq!((refused.status, refused.header("www-authenticate")), (401, Some("Bearer")));
-    let status = server.inference().await.server_live(ServerLiveRequest {}).await.unwrap_err();
-    assert_eq!(status.code(), Code::Unauthenticated, "{status:?}");
+    // Inference has ways of its own through the server, and so is asked for beside something else.
+    let path = "/v2/models/identity_fp32/infer";
+    for (method, path, body) in [("GET", "/v2", ""), ("POST", path, REQUEST)] {
+        let refused = http(server.http, method, path, &[], body.as_bytes()).await.unwrap();
+        assert_eq!((refused.status, refused.header("www-authenticate")), (401, Some("Bearer")), "{path}");
+    }
+    let mut client = server.inference().await;
+    let statuses = [
+        client.server_live(ServerLiveRequest {}).await.unwrap_err(),
+        client.model_infer(ModelInferRequest::default()).await.unwrap_err(),
+    ];
+    for status in statuses {
+        let challenge = status.metadata().get("www-authenticate").map(|value| value.to_str().unwrap());
+        assert_eq!((status.code(), challenge), (Code::Unauthenticated, Some("Bearer")), "{status:?}");
+    }
 
     // A token that is replaced is used without a restart.
     std::fs::write(&tokens, "alice fedcba9876543210fedcba9876543210\n").unwrap();
@@ -116,7 +127,6 @@ async fn a_client_that_asks_too_often_is_told_to_wait() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_is_one_request_of_its_client() {
-    use sensorium_proto::inference::ModelInferRequest;
     use tokio_stream::wrappers::ReceiverStream;
     let models = identities();
     let server = serve(&models, &["--client-concurrency", "1"]).await;
