@@ -16,6 +16,7 @@ use super::{
     Done, Policy, ScheduleError, Work,
     line::{Line, Next, Number, Refused, Ticket},
     order::Order,
+    outbox::Outbox,
     pace::{Pace, QUICK, Quick},
     run::Ready,
     shape::Shapes,
@@ -188,10 +189,18 @@ impl Queue {
     }
 
     /// What one of the scheduler's threads does next, as soon as there is something, having run `back`; `None` when the
-    /// queue is closed and empty, and the thread's engine with it. Where the model is quick and a batch has room, those who
+    /// queue is closed and empty, and the thread's engine with it. The answers in `outbox` go before it rests. Where the model is quick and a batch has room, those who
     /// share this thread's core first do what they have to: they may bring more requests, and to change between threads for
     /// each of them costs more than to run it.
-    pub(super) fn take(&self, back: Option<Ready>) -> Option<Task> {
+    pub(super) fn take(&self, back: Option<Ready>, outbox: &mut Outbox) -> Option<Task> {
+        let task = self.wait(back, outbox);
+        if !matches!(task, Some(Task::Run(..))) || outbox.is_due(Instant::now()) {
+            self.deliver(outbox);
+        }
+        task
+    }
+
+    fn wait(&self, back: Option<Ready>, outbox: &mut Outbox) -> Option<Task> {
         let took = back.as_ref().map(|back| back.took);
         let is_quick = took.is_some_and(|took| took < QUICK);
         let mut gives_way = is_quick;
@@ -203,6 +212,7 @@ impl Queue {
             let waiting = state.line.len();
             if std::mem::take(&mut gives_way) && (1..self.policy.max_rows).contains(&waiting) {
                 drop(state);
+                self.deliver(outbox);
                 std::thread::yield_now();
                 state = self.lock();
             }
@@ -219,6 +229,11 @@ impl Queue {
                     drop(state);
                     drop(engine);
                     return None;
+                }
+                Next::Wait(_) if !outbox.is_empty() => {
+                    drop(state);
+                    self.deliver(outbox);
+                    state = self.lock();
                 }
                 Next::Wait(None) if lookout.is_some_and(|until| now < until) => {
                     gives_way = false;
@@ -344,26 +359,26 @@ impl Queue {
         Next::Run((jobs, ready))
     }
 
-    /// Hands the answers of a batch out, and keeps those back that have to wait for others before them. `is_caller` says
-    /// that this is called from the runtime.
-    pub(super) fn answer(&self, answers: impl Iterator<Item = (Option<u64>, Reply, Outcome)>, is_caller: bool) {
-        let mut free = Vec::new();
+    /// Puts the answers of a batch into `outbox`, and those that have to wait for others before them where these find them.
+    pub(super) fn answer(&self, answers: impl Iterator<Item = (Option<u64>, Reply, Outcome)>, outbox: &mut Outbox) {
         for (place, reply, outcome) in answers {
             match place {
-                None => free.push((reply, outcome)),
+                None => outbox.push(reply, outcome),
                 Some(place) => self.leave(place, Some((reply, outcome))),
             }
         }
-        let deliver = move || {
-            for (reply, outcome) in free {
-                // A caller that left does not want its answer.
-                drop(reply.send(outcome));
-            }
-        };
+    }
+
+    /// Hands the answers out, from a thread that is not the runtime's.
+    pub(super) fn deliver(&self, outbox: &mut Outbox) {
+        if outbox.is_empty() {
+            return;
+        }
         // From the runtime, which is woken once: waking it for each answer from here would mean a change of threads for each.
+        let mut answers = std::mem::take(outbox);
         match &self.runtime {
-            Some(runtime) if !is_caller => drop(runtime.spawn(async { deliver() })),
-            _ => deliver(),
+            Some(runtime) => drop(runtime.spawn(async move { answers.deliver() })),
+            None => answers.deliver(),
         }
     }
 
@@ -412,11 +427,12 @@ impl Queue {
         self.lock().last_success = Some(Instant::now());
     }
 
-    /// A batch of requests took so long, with whatever it waited for.
-    pub(super) fn ran(&self, rows: usize, bytes: usize, took: Duration) {
+    /// A batch of requests took so long, with whatever it waited for. Whether there is more to run.
+    pub(super) fn ran(&self, rows: usize, bytes: usize, took: Duration) -> bool {
         let mut state = self.lock();
         state.pace.ran(rows, took);
         state.quick.ran(bytes, took);
+        state.line.len() > 0
     }
 
     pub(super) fn last_success(&self) -> Option<Instant> {

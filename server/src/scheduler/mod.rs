@@ -14,6 +14,7 @@ mod line;
 #[cfg(test)]
 mod line_tests;
 mod order;
+mod outbox;
 mod pace;
 mod policy;
 mod run;

@@ -13,6 +13,7 @@ use sensorium_engine::{Engine, EngineError, RawTensor, Waiters};
 use super::{
     Done, ScheduleError, Work,
     admit::{Job, Outcome, Queue},
+    outbox::Outbox,
     shape::Shapes,
     slots::{Held, Share},
 };
@@ -53,8 +54,8 @@ impl fmt::Debug for Ready {
 
 /// Who runs a batch.
 pub(super) enum By<'a> {
-    /// One of the scheduler's threads, which waits for slots.
-    Thread,
+    /// One of the scheduler's threads, which waits for slots, and hands the answers out with those of other batches.
+    Thread(&'a mut Outbox),
     /// One of those who wait for its answers, on the runtime's thread, with slots that were free.
     Caller(Held<'a>),
 }
@@ -99,9 +100,9 @@ impl Runner {
             queue.metrics.queued(batch.taken.saturating_duration_since(job.admitted));
         }
         let mut owed = Owed { queue, places: jobs.iter().filter_map(|job| job.place).collect() };
-        let (held, is_caller) = match by {
-            By::Thread => (self.share.hold(), false),
-            By::Caller(held) => (held, true),
+        let (held, outbox) = match by {
+            By::Thread(outbox) => (self.share.hold(), Some(outbox)),
+            By::Caller(held) => (held, None),
         };
         let Ready { engine, rooms, .. } = ready;
         let outcomes: Vec<Outcome> = match self.run_together(engine.as_mut(), &mut jobs, batch, rooms) {
@@ -123,12 +124,23 @@ impl Runner {
         owed.places.clear();
         let took = batch.taken.elapsed();
         (ready.was_busy, ready.took) = (true, took);
-        if !batch.is_probe {
-            let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
-            queue.ran(batch.rows, bytes, took);
-        }
+        let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
+        let more_waits = !batch.is_probe && queue.ran(batch.rows, bytes, took);
         let answers = jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome));
-        queue.answer(answers, is_caller);
+        match outbox {
+            Some(outbox) => {
+                queue.answer(answers, outbox);
+                outbox.ran(took);
+                if !more_waits {
+                    queue.deliver(outbox);
+                }
+            }
+            None => {
+                let mut outbox = Outbox::default();
+                queue.answer(answers, &mut outbox);
+                outbox.deliver();
+            }
+        }
     }
 
     /// Runs the rows of all jobs at once: an answer for each.

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Reopen,
     admit::{Job, Task},
+    outbox::Outbox,
     run::{By, Ready, Runner},
 };
 
@@ -34,14 +35,16 @@ impl Server {
     /// died with it are told.
     pub(super) fn serve(self) {
         let queue = &self.runner.queue;
-        let (mut back, mut pause, mut replaced) = (None, FIRST_PAUSE, Instant::now());
-        while let Some(task) = queue.take(back.take()) {
+        let (mut back, mut outbox) = (None, Outbox::default());
+        let (mut pause, mut replaced) = (FIRST_PAUSE, Instant::now());
+        while let Some(task) = queue.take(back.take(), &mut outbox) {
             if let Task::Run(jobs, ready) = task {
-                back = self.runner.survive(ready, jobs, By::Thread);
+                back = self.runner.survive(ready, jobs, By::Thread(&mut outbox));
                 if back.is_some() {
                     continue;
                 }
             }
+            queue.deliver(&mut outbox);
             if replaced.elapsed() > LONGEST_PAUSE {
                 pause = FIRST_PAUSE;
             }

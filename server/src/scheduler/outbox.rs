@@ -1,0 +1,94 @@
+//! Answers on their way to those who asked.
+//!
+//! To hand one out means to wake the runtime, which then sends it and reads the next request: for a model of 100 microseconds that
+//! cannot batch, as much work again, most of it the changes between the two. So answers of short runs wait for each other for a
+//! moment, while there is more to run.
+
+use std::time::{Duration, Instant};
+
+use super::admit::{Outcome, Reply};
+
+/// Answers that wait for each other at most: more would leave those who asked with nothing to do.
+const TOGETHER: usize = 4;
+/// How long the first of them waits at most, runs between them included.
+const PATIENCE: Duration = Duration::from_millis(1);
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Outbox {
+    answers: Vec<(Reply, Outcome)>,
+    /// When the first of them was there.
+    since: Option<Instant>,
+    /// How long the last run took.
+    took: Duration,
+}
+
+impl Outbox {
+    pub(super) fn push(&mut self, reply: Reply, outcome: Outcome) {
+        self.since.get_or_insert_with(Instant::now);
+        self.answers.push((reply, outcome));
+    }
+
+    /// A run took so long.
+    pub(super) fn ran(&mut self, took: Duration) {
+        self.took = took;
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.answers.is_empty()
+    }
+
+    /// Whether the answers are not to wait for another run at `now`, which will take as long as the last.
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        let is_late = |since| now.saturating_duration_since(since) + self.took > PATIENCE;
+        self.answers.len() >= TOGETHER || self.since.is_some_and(is_late)
+    }
+
+    /// Hands all out.
+    pub(super) fn deliver(&mut self) {
+        self.since = None;
+        for (reply, outcome) in self.answers.drain(..) {
+            // A caller that left does not want its answer.
+            drop(reply.send(outcome));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::{super::ScheduleError, *};
+
+    /// A box with so many answers, and where they arrive.
+    fn filled(count: usize, took: Duration) -> (Outbox, Vec<oneshot::Receiver<Outcome>>) {
+        let mut outbox = Outbox::default();
+        let answers = (0..count).map(|_| {
+            let (reply, answer) = oneshot::channel();
+            outbox.push(reply, Err(ScheduleError::Stopped { graph: "m".to_owned() }));
+            answer
+        });
+        let answers = answers.collect();
+        outbox.ran(took);
+        (outbox, answers)
+    }
+
+    #[test]
+    fn answers_wait_for_each_other_while_there_are_few_and_runs_are_short() {
+        let now = Instant::now();
+        assert!(!filled(0, Duration::ZERO).0.is_due(now + 2 * PATIENCE));
+        assert!(!filled(TOGETHER - 1, Duration::ZERO).0.is_due(now));
+        assert!(filled(TOGETHER, Duration::ZERO).0.is_due(now));
+        assert!(filled(1, 2 * PATIENCE).0.is_due(now), "another run would take too long");
+        let (outbox, _answers) = filled(1, Duration::ZERO);
+        assert!(outbox.is_due(Instant::now() + 2 * PATIENCE), "they have waited long enough");
+    }
+
+    #[test]
+    fn what_is_delivered_arrives_and_is_no_longer_due() {
+        let (mut outbox, answers) = filled(TOGETHER, Duration::ZERO);
+        outbox.deliver();
+        assert!(outbox.is_empty() && !outbox.is_due(Instant::now()));
+        assert!(answers.into_iter().all(|mut answer| answer.try_recv().is_ok()));
+    }
+}
