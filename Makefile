@@ -1,7 +1,7 @@
 # The one front door. `make` alone lists the targets.
 #
-# Everything is built with one cargo profile (release: tests train networks), so nothing is compiled twice. What is shipped
-# and measured has one of its own (dist), which takes longer to build.
+# Everything is built with one cargo profile (release: tests train networks), so nothing is compiled twice. The model
+# server is shipped and measured in one of its own (dist), which takes longer to build.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -21,8 +21,8 @@ setup: ## Fetch libtorch, onnxruntime and the example data into the cache (idemp
 build: setup ## Build the programs
 	@cargo build $(CARGO_FLAGS) --workspace
 
-dist: setup ## Build the programs as they are shipped, in target/dist: slower to build, faster to run
-	@cargo build $(DIST_FLAGS) --workspace --bins
+dist: setup ## Build the model servers as they are shipped, in target/dist: slower to build, faster to run
+	@cargo build $(DIST_FLAGS) --workspace --bin sensorium-server --bin sensorium-server-torch
 
 quickstart: build ## Train, compress and serve a multimodal model on this machine, and ask it four questions
 	@$(BIN) data import easy-vqa
@@ -46,7 +46,7 @@ bench-operator: build cluster-binaries ## Measure the operator on a real API ser
 	@$(dir $(BIN))bench-operator $(BENCH_FLAGS)
 
 bench-server: setup ## Measure the model server beside Triton, KServe and its limits (BENCH_FLAGS="--model silero-vad" for less)
-	@cargo build $(DIST_FLAGS) --workspace --bin bench-server --bin sensorium-server --bin sensorium-server-torch
+	@cargo build $(DIST_FLAGS) --workspace --bin sensorium-server --bin sensorium-server-torch --bin bench-server
 	@python=$$(scripts/test-env bench) && "$$python" bench/peers/models.py target/bench-models && \
 		BENCH_PYTHON="$$python" BENCH_MODELS=target/bench-models target/dist/bench-server $(BENCH_FLAGS)
 

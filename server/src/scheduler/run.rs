@@ -127,19 +127,16 @@ impl Runner {
         let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
         let more_waits = !batch.is_probe && queue.ran(batch.rows, bytes, took);
         let answers = jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome));
-        match outbox {
-            Some(outbox) => {
-                queue.answer(answers, outbox);
-                outbox.ran(took);
-                if !more_waits {
-                    queue.deliver(outbox);
-                }
+        if let Some(outbox) = outbox {
+            queue.answer(answers, outbox);
+            outbox.ran(took);
+            if !more_waits {
+                queue.deliver(outbox);
             }
-            None => {
-                let mut outbox = Outbox::default();
-                queue.answer(answers, &mut outbox);
-                outbox.deliver();
-            }
+        } else {
+            let mut outbox = Outbox::default();
+            queue.answer(answers, &mut outbox);
+            outbox.deliver();
         }
     }
 
