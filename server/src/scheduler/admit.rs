@@ -51,6 +51,8 @@ pub(super) struct Queue {
     pub(super) runtime: Option<Handle>,
     /// Threads that run what waits, one for each engine.
     threads: usize,
+    /// Whether callers may run the engines, which are all alike.
+    callers_may_run: bool,
     state: Mutex<State>,
     /// Signalled when work or an engine is there, and when the queue is closed.
     changed: Condvar,
@@ -118,10 +120,11 @@ impl Queue {
     ) -> Self {
         let runtime = Handle::try_current().ok();
         let threads = engines.len();
+        let callers_may_run = runtime.is_some() && engines.iter().all(|engine| engine.runs_on_any_thread());
         let resting = engines.into_iter().map(Ready::new).collect();
         let state = Mutex::new(State { resting, ..State::default() });
         let (changed, ended) = (Condvar::new(), Condvar::new());
-        Self { graph, policy, shapes, metrics, statistics, runtime, threads, state, changed, ended }
+        Self { graph, policy, shapes, metrics, statistics, runtime, threads, callers_may_run, state, changed, ended }
     }
 
     /// Puts work in the line.
@@ -169,7 +172,7 @@ impl Queue {
         let job = Job { work, reply, span: Span::current(), admitted: now, place: None };
         let number = state.line.push(&self.policy, ticket, job).map_err(|refused| self.refusal(refused))?;
         self.metrics.waiting(state.line.len());
-        let is_promised = state.promise(self.runtime.is_some());
+        let is_promised = self.promise(&mut state);
         // Who makes an engine free looks at the line himself.
         let is_told = !state.is_promised && !state.resting.is_empty();
         drop(state);
@@ -189,18 +192,10 @@ impl Queue {
     }
 
     /// What one of the scheduler's threads does next, as soon as there is something, having run `back`; `None` when the
-    /// queue is closed and empty, and the thread's engine with it. The answers in `outbox` go before it rests. Where the model is quick and a batch has room, those who
-    /// share this thread's core first do what they have to: they may bring more requests, and to change between threads for
-    /// each of them costs more than to run it.
+    /// queue is closed and empty, and the thread's engine with it. The answers in `outbox` go before it rests. Where the
+    /// model is quick and a batch has room, those who share this thread's core first do what they have to: they may bring
+    /// more requests, and to change between threads for each of them costs more than to run it.
     pub(super) fn take(&self, back: Option<Ready>, outbox: &mut Outbox) -> Option<Task> {
-        let task = self.wait(back, outbox);
-        if !matches!(task, Some(Task::Run(..))) || outbox.is_due(Instant::now()) {
-            self.deliver(outbox);
-        }
-        task
-    }
-
-    fn wait(&self, back: Option<Ready>, outbox: &mut Outbox) -> Option<Task> {
         let took = back.as_ref().map(|back| back.took);
         let is_quick = took.is_some_and(|took| took < QUICK);
         let mut gives_way = is_quick;
@@ -224,16 +219,16 @@ impl Queue {
             let closing = state.closed;
             match self.next(&mut state, now, |_| true) {
                 Next::Run((jobs, ready)) => return Some(Task::Run(jobs, ready)),
+                Next::Wait(_) if !outbox.is_empty() => {
+                    drop(state);
+                    self.deliver(outbox);
+                    state = self.lock();
+                }
                 Next::Wait(_) if closing && state.line.len() == 0 && !state.resting.is_empty() => {
                     let engine = state.resting.pop();
                     drop(state);
                     drop(engine);
                     return None;
-                }
-                Next::Wait(_) if !outbox.is_empty() => {
-                    drop(state);
-                    self.deliver(outbox);
-                    state = self.lock();
                 }
                 Next::Wait(None) if lookout.is_some_and(|until| now < until) => {
                     gives_way = false;
@@ -284,7 +279,7 @@ impl Queue {
         let mut state = self.lock();
         ready.was_busy = state.line.len() > 0;
         state.resting.push(ready);
-        if !state.closed && state.line.len() > 0 && state.promise(self.runtime.is_some()) {
+        if !state.closed && state.line.len() > 0 && self.promise(&mut state) {
             return true;
         }
         self.tell(&state);
@@ -302,6 +297,15 @@ impl Queue {
         let mut state = self.lock();
         state.is_promised = false;
         self.tell(&state);
+    }
+
+    /// Whether a caller is to run the next batch: it may, an engine rests, and batches are quick. To wake a thread for one,
+    /// and to be woken by it, costs more than to run it. The caller lets others of this turn of the runtime come first, which
+    /// join the batch.
+    fn promise(&self, state: &mut State) -> bool {
+        let is_able = self.callers_may_run && !state.is_promised && state.quick.has_any() && !state.resting.is_empty();
+        state.is_promised |= is_able;
+        is_able
     }
 
     /// Wakes who has something to do.
@@ -439,24 +443,16 @@ impl Queue {
         self.lock().last_success
     }
 
+    /// Whether a batch with so many bytes of inputs would be run by a caller.
+    #[cfg(test)]
+    pub(super) fn is_quick(&self, bytes: usize) -> bool {
+        self.lock().quick.expects(bytes)
+    }
+
     /// Only this module's few lines run under the lock, and none of them leaves the state half-changed, so a panic
     /// elsewhere is no reason to refuse it.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl State {
-    /// Whether a caller is to run the next batch: an engine rests that any thread may run, and batches are quick. To wake
-    /// a thread for one, and to be woken by it, costs more than to run it. The caller lets others of this turn of the
-    /// runtime come first, which join the batch.
-    fn promise(&mut self, is_on_runtime: bool) -> bool {
-        let is_able = is_on_runtime
-            && !self.is_promised
-            && self.quick.has_any()
-            && self.resting.iter().any(|ready| ready.engine.runs_on_any_thread());
-        self.is_promised |= is_able;
-        is_able
     }
 }
 

@@ -21,6 +21,8 @@ pub(super) struct Outbox {
     since: Option<Instant>,
     /// How long the last run took.
     took: Duration,
+    /// Whether another one follows at once.
+    more_waits: bool,
 }
 
 impl Outbox {
@@ -29,19 +31,22 @@ impl Outbox {
         self.answers.push((reply, outcome));
     }
 
-    /// A run took so long.
-    pub(super) fn ran(&mut self, took: Duration) {
-        self.took = took;
+    /// A run took so long, and `more_waits` for another one.
+    pub(super) fn ran(&mut self, took: Duration, more_waits: bool) {
+        (self.took, self.more_waits) = (took, more_waits);
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.answers.is_empty()
     }
 
-    /// Whether the answers are not to wait for another run at `now`, which will take as long as the last.
+    /// Whether there are answers that are not to wait for another run at `now`, which will take as long as the last.
     pub(super) fn is_due(&self, now: Instant) -> bool {
-        let is_late = |since| now.saturating_duration_since(since) + self.took > PATIENCE;
-        self.answers.len() >= TOGETHER || self.since.is_some_and(is_late)
+        let is_due = |since| {
+            let is_late = now.saturating_duration_since(since) + self.took > PATIENCE;
+            !self.more_waits || self.answers.len() >= TOGETHER || is_late
+        };
+        self.since.is_some_and(is_due)
     }
 
     /// Hands all out.
@@ -61,7 +66,7 @@ mod tests {
     use super::{super::ScheduleError, *};
 
     /// A box with so many answers, and where they arrive.
-    fn filled(count: usize, took: Duration) -> (Outbox, Vec<oneshot::Receiver<Outcome>>) {
+    fn filled(count: usize, took: Duration, more_waits: bool) -> (Outbox, Vec<oneshot::Receiver<Outcome>>) {
         let mut outbox = Outbox::default();
         let answers = (0..count).map(|_| {
             let (reply, answer) = oneshot::channel();
@@ -69,24 +74,25 @@ mod tests {
             answer
         });
         let answers = answers.collect();
-        outbox.ran(took);
+        outbox.ran(took, more_waits);
         (outbox, answers)
     }
 
     #[test]
     fn answers_wait_for_each_other_while_there_are_few_and_runs_are_short() {
         let now = Instant::now();
-        assert!(!filled(0, Duration::ZERO).0.is_due(now + 2 * PATIENCE));
-        assert!(!filled(TOGETHER - 1, Duration::ZERO).0.is_due(now));
-        assert!(filled(TOGETHER, Duration::ZERO).0.is_due(now));
-        assert!(filled(1, 2 * PATIENCE).0.is_due(now), "another run would take too long");
-        let (outbox, _answers) = filled(1, Duration::ZERO);
+        assert!(!filled(0, Duration::ZERO, false).0.is_due(now + 2 * PATIENCE));
+        assert!(!filled(TOGETHER - 1, Duration::ZERO, true).0.is_due(now));
+        assert!(filled(TOGETHER, Duration::ZERO, true).0.is_due(now));
+        assert!(filled(1, Duration::ZERO, false).0.is_due(now), "there is nobody to wait for");
+        assert!(filled(1, 2 * PATIENCE, true).0.is_due(now), "another run would take too long");
+        let (outbox, _answers) = filled(1, Duration::ZERO, true);
         assert!(outbox.is_due(Instant::now() + 2 * PATIENCE), "they have waited long enough");
     }
 
     #[test]
     fn what_is_delivered_arrives_and_is_no_longer_due() {
-        let (mut outbox, answers) = filled(TOGETHER, Duration::ZERO);
+        let (mut outbox, answers) = filled(TOGETHER, Duration::ZERO, true);
         outbox.deliver();
         assert!(outbox.is_empty() && !outbox.is_due(Instant::now()));
         assert!(answers.into_iter().all(|mut answer| answer.try_recv().is_ok()));

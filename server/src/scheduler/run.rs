@@ -52,14 +52,6 @@ impl fmt::Debug for Ready {
     }
 }
 
-/// Who runs a batch.
-pub(super) enum By<'a> {
-    /// One of the scheduler's threads, which waits for slots, and hands the answers out with those of other batches.
-    Thread(&'a mut Outbox),
-    /// One of those who wait for its answers, on the runtime's thread, with slots that were free.
-    Caller(Held<'a>),
-}
-
 /// What is written down of some jobs that run at once.
 #[derive(Clone, Copy)]
 struct Batch {
@@ -92,18 +84,15 @@ impl Drop for Owed<'_> {
 }
 
 impl Runner {
-    /// Runs `jobs` on `ready` and hands the answers out.
-    pub(super) fn run_batch(&self, ready: &mut Ready, mut jobs: Vec<Job>, by: By<'_>) {
+    /// Runs `jobs` on `ready` and puts the answers into `outbox`. Slots that are not `held` are waited for.
+    pub(super) fn run_batch(&self, ready: &mut Ready, mut jobs: Vec<Job>, held: Option<Held<'_>>, outbox: &mut Outbox) {
         let queue = &self.queue;
         let batch = Batch::of(&jobs, Instant::now());
         for job in jobs.iter().filter(|_| !batch.is_probe) {
             queue.metrics.queued(batch.taken.saturating_duration_since(job.admitted));
         }
         let mut owed = Owed { queue, places: jobs.iter().filter_map(|job| job.place).collect() };
-        let (held, outbox) = match by {
-            By::Thread(outbox) => (self.share.hold(), Some(outbox)),
-            By::Caller(held) => (held, None),
-        };
+        let held = held.unwrap_or_else(|| self.share.hold());
         let Ready { engine, rooms, .. } = ready;
         let outcomes: Vec<Outcome> = match self.run_together(engine.as_mut(), &mut jobs, batch, rooms) {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
@@ -126,18 +115,8 @@ impl Runner {
         (ready.was_busy, ready.took) = (true, took);
         let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
         let more_waits = !batch.is_probe && queue.ran(batch.rows, bytes, took);
-        let answers = jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome));
-        if let Some(outbox) = outbox {
-            queue.answer(answers, outbox);
-            outbox.ran(took);
-            if !more_waits {
-                queue.deliver(outbox);
-            }
-        } else {
-            let mut outbox = Outbox::default();
-            queue.answer(answers, &mut outbox);
-            outbox.deliver();
-        }
+        queue.answer(jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome)), outbox);
+        outbox.ran(took, more_waits);
     }
 
     /// Runs the rows of all jobs at once: an answer for each.

@@ -14,7 +14,8 @@ use super::{
     Reopen,
     admit::{Job, Task},
     outbox::Outbox,
-    run::{By, Ready, Runner},
+    run::{Ready, Runner},
+    slots::Held,
 };
 
 /// First pause before a dead engine is replaced, and the longest; it doubles from one to the other.
@@ -39,7 +40,10 @@ impl Server {
         let (mut pause, mut replaced) = (FIRST_PAUSE, Instant::now());
         while let Some(task) = queue.take(back.take(), &mut outbox) {
             if let Task::Run(jobs, ready) = task {
-                back = self.runner.survive(ready, jobs, By::Thread(&mut outbox));
+                back = self.runner.survive(ready, jobs, None, &mut outbox);
+                if outbox.is_due(Instant::now()) {
+                    queue.deliver(&mut outbox);
+                }
                 if back.is_some() {
                     continue;
                 }
@@ -107,7 +111,10 @@ impl Turn {
         }
         self.is_kept = true;
         let Some((jobs, ready, held)) = queue.take_now(share) else { return };
-        let Some(ready) = self.runner.survive(ready, jobs, By::Caller(held)) else { return queue.lose() };
+        let mut outbox = Outbox::default();
+        let back = self.runner.survive(ready, jobs, Some(held), &mut outbox);
+        outbox.deliver();
+        let Some(ready) = back else { return queue.lose() };
         if queue.give_back(ready)
             && let Some(runtime) = &queue.runtime
         {
@@ -133,9 +140,9 @@ impl Drop for Turn {
 impl Runner {
     /// Runs `jobs`: the engine again, unless it died. What a panic leaves behind is dropped: the engine, and the batch with
     /// its callers' replies.
-    fn survive(&self, mut ready: Ready, jobs: Vec<Job>, by: By<'_>) -> Option<Ready> {
+    fn survive(&self, mut ready: Ready, jobs: Vec<Job>, held: Option<Held<'_>>, outbox: &mut Outbox) -> Option<Ready> {
         catch_unwind(AssertUnwindSafe(|| {
-            self.run_batch(&mut ready, jobs, by);
+            self.run_batch(&mut ready, jobs, held, outbox);
             ready
         }))
         .ok()

@@ -21,7 +21,7 @@ struct Doubler {
     /// A run waits for one message; a closed channel lets all pass.
     gate: mpsc::Receiver<()>,
     /// Names of the threads that ran it, where any may.
-    threads: Option<Arc<Mutex<Vec<Option<String>>>>>,
+    threads: Option<Threads>,
 }
 
 impl Engine for Doubler {
@@ -53,6 +53,9 @@ impl Engine for Doubler {
         self.threads.is_some()
     }
 }
+
+/// Names of threads.
+type Threads = Arc<Mutex<Vec<Option<String>>>>;
 
 /// The engine's outputs.
 const TWICE: usize = 0;
@@ -110,9 +113,14 @@ impl Bench {
     }
 
     fn with(policy: Policy, reopen: Option<Reopen>) -> Self {
+        Self::run_by(policy, reopen, None)
+    }
+
+    /// With an engine that any thread may run, where those that do are to be written down.
+    fn run_by(policy: Policy, reopen: Option<Reopen>, threads: Option<Threads>) -> Self {
         let (gate, receiver) = mpsc::channel();
         let runs = Arc::<Mutex<Vec<_>>>::default();
-        let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver, threads: None });
+        let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver, threads });
         let lost = CancellationToken::new();
         let scheduler = Scheduler::start_with(setup(engine, policy, reopen, &lost), Shapes::tail(1)).unwrap();
         Self { scheduler: Arc::new(scheduler), runs, gate, lost }
@@ -387,32 +395,29 @@ async fn an_engine_is_told_how_long_the_last_of_a_batch_waits_and_when_nobody_do
 /// A scheduler whose engine any thread may run, and which threads did.
 struct Quick {
     bench: Bench,
-    threads: Arc<Mutex<Vec<Option<String>>>>,
+    threads: Threads,
 }
 
 impl Quick {
     fn new(reopen: Option<Reopen>) -> Self {
-        let (runs, threads) = (Arc::<Mutex<Vec<_>>>::default(), Arc::<Mutex<Vec<_>>>::default());
-        let (gate, receiver) = mpsc::channel();
-        let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver, threads: Some(threads.clone()) });
-        let lost = CancellationToken::new();
         let batching = Batching { max_rows: 8, max_waiting_rows: 100, max_delay: Duration::ZERO };
-        let setup = setup(engine, Policy::of_server(batching), reopen, &lost);
-        let scheduler = Arc::new(Scheduler::start_with(setup, Shapes::tail(1)).unwrap());
-        let mut bench = Bench { scheduler, runs, gate, lost };
+        let threads = Threads::default();
+        let mut bench = Bench::run_by(Policy::of_server(batching), reopen, Some(threads.clone()));
         bench.open_gate();
         Self { bench, threads }
     }
 
-    /// Runs this until a caller has; what is slow on a busy machine may take a few tries. Whether one did.
-    async fn warm_up(&self, values: &[f32]) -> bool {
+    /// Runs this until its batches are known to be quick, which on a busy machine may take a few tries, and until the
+    /// engine's thread sleeps.
+    async fn warm_up(&self, values: &[f32]) {
+        let work = rows(values);
         for _ in 0..1000 {
-            self.bench.scheduler.run(rows(values)).await.unwrap();
-            if !self.was_an_engines_thread() {
-                return true;
+            self.bench.scheduler.run(work.clone()).await.unwrap();
+            if self.bench.scheduler.runner.queue.is_quick(work.bytes()) {
+                return tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
-        false
+        panic!("none of a thousand batches was quick");
     }
 
     fn was_an_engines_thread(&self) -> bool {
@@ -425,7 +430,7 @@ async fn once_batches_are_known_to_be_quick_callers_run_them_together() {
     let quick = Quick::new(None);
     quick.bench.scheduler.run(rows(&[1.0, 2.0, 3.0])).await.unwrap();
     assert!(quick.was_an_engines_thread(), "nothing was known of it");
-    assert!(quick.warm_up(&[1.0, 2.0, 3.0]).await);
+    quick.warm_up(&[1.0, 2.0, 3.0]).await;
     let before = quick.bench.runs().len();
     let scheduler = &quick.bench.scheduler;
     let (mut one, mut two) = (pin!(scheduler.run(rows(&[1.0]))), pin!(scheduler.run(rows(&[2.0, 3.0]))));
@@ -439,7 +444,7 @@ async fn once_batches_are_known_to_be_quick_callers_run_them_together() {
 #[tokio::test]
 async fn a_batch_that_is_larger_than_those_known_to_be_quick_is_for_a_thread() {
     let quick = Quick::new(None);
-    assert!(quick.warm_up(&[1.0]).await);
+    quick.warm_up(&[1.0]).await;
     quick.bench.scheduler.run(rows(&[1.0, 2.0])).await.unwrap();
     assert!(quick.was_an_engines_thread());
 }
@@ -447,7 +452,7 @@ async fn a_batch_that_is_larger_than_those_known_to_be_quick_is_for_a_thread() {
 #[tokio::test]
 async fn a_caller_that_leaves_before_its_turn_leaves_the_batch_to_a_thread() {
     let quick = Quick::new(None);
-    assert!(quick.warm_up(&[1.0, 2.0]).await);
+    quick.warm_up(&[1.0, 2.0]).await;
     let scheduler = quick.bench.scheduler.clone();
     let mut leaver = Box::pin(async { scheduler.run(rows(&[66.0])).await });
     assert!(futures::poll!(leaver.as_mut()).is_pending());
@@ -465,7 +470,7 @@ async fn an_engine_that_dies_of_a_callers_batch_is_replaced() {
     let reopen: Reopen =
         Arc::new(|| Ok(Box::new(Doubler { runs: Arc::default(), gate: mpsc::channel().1, threads: None })));
     let quick = Quick::new(Some(reopen));
-    assert!(quick.warm_up(&[1.0]).await);
+    quick.warm_up(&[1.0]).await;
     let error = quick.bench.scheduler.run(rows(&[f32::NAN])).await.unwrap_err();
     assert!(matches!(error, ScheduleError::Stopped { .. }), "{error:?}");
     let answer = tokio::time::timeout(Duration::from_secs(20), quick.bench.scheduler.run(rows(&[2.0]))).await;
