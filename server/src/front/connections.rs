@@ -174,20 +174,14 @@ impl Inside {
         let is_empty = http_body::Body::is_end_stream(&body);
         let body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, STALL);
         if let Some(infer) = &self.app.infer {
+            let admit = || guard::admit(infer.admission.as_ref(), &head.headers, peer.as_deref());
             if Unary::takes(&head) {
-                return infer.grpc.answer(&head.headers, body, peer.as_deref()).await.map(Either::Left);
+                return infer.grpc.answer(&head.headers, body, admit()).await.map(Either::Left);
             }
             if let Some(target) = rest::Infer::target(&head) {
-                let admit = |admission| guard::admit(admission, &head.headers, peer.as_deref());
-                let answer = match infer.admission.as_ref().map(admit).transpose() {
-                    Err(status) => guard::refuse_entry(false, status),
-                    Ok(pass) => {
-                        // Boxed, so that a call of gRPC does not carry room for it.
-                        let answer = Box::pin(infer.rest.answer(target, &head.headers, Body::new(body), tally)).await;
-                        pass.into_iter().fold(answer, |answer, pass| guard::hold(pass, answer))
-                    }
-                };
-                return answer.map(Either::Right);
+                // Boxed, so that a call of gRPC does not carry room for it.
+                let answer = Box::pin(infer.rest.answer(target, &head.headers, Body::new(body), tally));
+                return guard::behind(admit(), false, answer).await.map(Either::Right);
             }
         }
         let body = if is_empty { Body::empty() } else { Body::new(body) };

@@ -35,23 +35,26 @@ pub(super) async fn guard(State(admission): State<Admission>, request: Request, 
         return next.run(request).await;
     }
     let (peer, is_grpc) = (request.extensions().get::<Arc<Peer>>().cloned(), is_grpc(&request));
-    match admit(&admission, request.headers(), peer.as_deref()) {
-        Ok(pass) => hold(pass, next.run(request).await),
-        Err(status) => refuse_entry(is_grpc, status),
+    let pass = admit(Some(&admission), request.headers(), peer.as_deref());
+    behind(pass, is_grpc, next.run(request)).await
+}
+
+/// Says why there is no pass; else gives `answer`, and keeps the pass until it is sent: a stream counts as long as it lasts.
+pub(super) async fn behind(
+    pass: Result<Option<Pass>, Status>,
+    is_grpc: bool,
+    answer: impl Future<Output = Response>,
+) -> Response {
+    match pass {
+        Ok(None) => answer.await,
+        Ok(Some(pass)) => answer.await.map(|body| Body::new(Held { body, _pass: pass })),
+        Err(status) => {
+            let code = status.code();
+            let mut response = refuse(is_grpc, status);
+            challenge(code, response.headers_mut());
+            response
+        }
     }
-}
-
-/// Keeps a pass until the answer is sent: a stream counts as long as it lasts.
-pub(super) fn hold(pass: Pass, answer: Response) -> Response {
-    answer.map(|body| Body::new(Held { body, _pass: pass }))
-}
-
-/// Says why there is no pass.
-pub(super) fn refuse_entry(is_grpc: bool, status: Status) -> Response {
-    let code = status.code();
-    let mut response = refuse(is_grpc, status);
-    challenge(code, response.headers_mut());
-    response
 }
 
 /// An answer that refuses for want of a token says what kind of one it wants.
@@ -61,10 +64,15 @@ pub(super) fn challenge(code: Code, headers: &mut HeaderMap) {
     }
 }
 
-/// A pass for a request with these headers.
-pub(super) fn admit(admission: &Admission, headers: &HeaderMap, peer: Option<&Peer>) -> Result<Pass, Status> {
+/// A pass for a request with these headers, where one is needed.
+pub(super) fn admit(
+    admission: Option<&Admission>,
+    headers: &HeaderMap,
+    peer: Option<&Peer>,
+) -> Result<Option<Pass>, Status> {
+    let Some(admission) = admission else { return Ok(None) };
     let authorization = headers.get(header::AUTHORIZATION).map(header::HeaderValue::as_bytes);
-    admission.admit(authorization, peer.map(|peer| peer.address)).map_err(|error| {
+    admission.admit(authorization, peer.map(|peer| peer.address)).map(Some).map_err(|error| {
         let message = error.to_string();
         match error {
             AdmissionError::NoToken | AdmissionError::WrongToken => Status::unauthenticated(message),

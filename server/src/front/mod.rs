@@ -84,7 +84,7 @@ pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admissi
     }
     let grpc = grpc.into_axum_router().layer(MapResponseLayer::new(as_other_servers_say));
     let infer = Infer {
-        grpc: Unary::new(service.clone(), max_request_bytes, admission.clone()),
+        grpc: Unary::new(service.clone(), max_request_bytes),
         rest: rest::Infer::new(service.clone(), max_request_bytes),
         admission: admission.clone(),
     };

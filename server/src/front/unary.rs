@@ -22,10 +22,10 @@ use prost::{
 use sensorium_proto::{codec, inference::ModelInferResponse};
 use tonic::Status;
 
-use super::{Peer, guard, metered::HEAD};
+use super::{guard, metered::HEAD};
 use crate::{
     aligned::Aligned,
-    security::{Admission, Pass},
+    security::Pass,
     service::{Call, Service},
 };
 
@@ -46,12 +46,11 @@ pub(super) struct Unary {
     service: Service,
     /// Bytes of a message at most.
     max: usize,
-    admission: Option<Admission>,
 }
 
 impl Unary {
-    pub(super) fn new(service: Service, max: usize, admission: Option<Admission>) -> Self {
-        Self { service, max, admission }
+    pub(super) fn new(service: Service, max: usize) -> Self {
+        Self { service, max }
     }
 
     /// Whether this is for here.
@@ -68,14 +67,19 @@ impl Unary {
             && !headers.contains_key("grpc-encoding")
     }
 
-    /// Answers a call with these headers and this body.
-    pub(super) async fn answer<B>(&self, headers: &HeaderMap, mut body: B, peer: Option<&Peer>) -> Response<Answer>
+    /// Answers a call with these headers and this body, or says why there is no pass for it.
+    pub(super) async fn answer<B>(
+        &self,
+        headers: &HeaderMap,
+        mut body: B,
+        pass: Result<Option<Pass>, Status>,
+    ) -> Response<Answer>
     where
         B: Body<Data = Bytes, Error = Box<dyn std::error::Error + Send + Sync>> + Unpin,
     {
         let call = Call::new(headers);
         let answer = async {
-            let pass = self.admission.as_ref().map(|admission| guard::admit(admission, headers, peer)).transpose()?;
+            let pass = pass?;
             let request = codec::decode(message(&mut body, self.max).await?)?;
             let response = self.service.infer(request, &call).await?;
             Ok::<_, Status>(Answer { pieces: encode(response)?, trailers: Some(well()), _pass: pass })
