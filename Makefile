@@ -45,8 +45,8 @@ test-node: build test-env ## Run the tests on a real node alone (root; installs 
 bench-operator: build cluster-binaries ## Measure the operator on a real API server (BENCH_FLAGS="--jobs 10000" for more)
 	@$(dir $(BIN))bench-operator $(BENCH_FLAGS)
 
-bench-server: setup ## Measure the model server beside Triton, KServe and its limits (BENCH_FLAGS="--model silero-vad" for less)
-	@cargo build $(DIST_FLAGS) --workspace --bin sensorium-server --bin sensorium-server-torch --bin bench-server
+bench-server: dist ## Measure the model server beside Triton, KServe and its limits (BENCH_FLAGS="--model silero-vad" for less)
+	@cargo build $(DIST_FLAGS) --workspace --bin bench-server
 	@python=$$(scripts/test-env bench) && "$$python" bench/peers/models.py target/bench-models && \
 		BENCH_PYTHON="$$python" BENCH_MODELS=target/bench-models target/dist/bench-server $(BENCH_FLAGS)
 
