@@ -39,3 +39,5 @@ pub mod serve;
 pub mod service;
 pub mod shared_memory;
 pub mod wire;
+
+pub use allocator::Allocator;

@@ -44,14 +44,16 @@ use crate::status::Refusal;
 pub type Stop = Shared<BoxFuture<'static, ()>>;
 
 /// Runs the controllers of all kinds until `stop` ends; visits that have begun are finished. Everything is watched from the
-/// start, and visited while `lead` says so: whoever takes over knows all objects already.
-pub async fn run(
+/// start, and visited while `lead` says so: whoever takes over knows all objects already. To be called in a runtime of tokio.
+///
+/// Boxed, so that the controllers are compiled with this library and not again with each program that runs them.
+pub fn run(
     client: Client,
     settings: Settings,
     health: Arc<Health>,
     lead: tokio::sync::watch::Receiver<bool>,
     stop: Stop,
-) {
+) -> BoxFuture<'static, ()> {
     let context = Arc::new(Context::new(client, settings, health, lead, stop.clone()));
     let (known, touched) = context.watch_main::<ModelArtifact>();
     let artifacts = Artifacts::new(known);
@@ -62,7 +64,7 @@ pub async fn run(
         serving::control(Arc::clone(&context), artifacts.clone(), served, stop.clone()).boxed(),
         artifact::control(context, artifacts, senders.tell(touched), stop).boxed(),
     ];
-    futures::future::join_all(kinds).await;
+    futures::future::join_all(kinds).map(drop).boxed()
 }
 
 /// Why a visit could not be finished; it is repeated later.
