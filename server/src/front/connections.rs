@@ -2,7 +2,8 @@
 
 use std::{
     convert::Infallible,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -15,6 +16,7 @@ use axum::{
     extract::Request,
     http::{HeaderValue, Response, Version, header},
 };
+use futures::FutureExt as _;
 use http_body_util::Either;
 use hyper::body::Incoming;
 use hyper_util::{
@@ -31,7 +33,7 @@ use tower::ServiceExt as _;
 
 use super::{
     App,
-    corked::corked,
+    corked::{Connection, corked},
     guard,
     impatient::Impatient,
     metered::Metered,
@@ -47,6 +49,8 @@ const FIRST_WORDS: Duration = Duration::from_secs(30);
 /// How long a kept connection of HTTP/1 stays open when the server ends, for a request that is on its way already: unlike
 /// HTTP/2, it cannot say which request was its last.
 const LINGER: Duration = Duration::from_millis(500);
+/// Connections that wait to be taken at most, as tokio asks of the system.
+const BACKLOG: usize = 1024;
 /// How long a request may rest while it arrives: what has arrived of it takes its part of the budget.
 const STALL: Duration = Duration::from_mins(1);
 /// How long an HTTP/1 connection may be silent. Longer than clients keep idle ones in their pools.
@@ -102,27 +106,14 @@ impl Door {
         // Whoever drops this future wants the port and its connections gone.
         let abort = CancellationToken::new();
         let _abort_on_drop = abort.clone().drop_guard();
-        loop {
-            let (stream, address) = tokio::select! {
-                () = close.cancelled() => break,
-                accepted = listener.accept() => match accepted {
-                    Ok(accepted) => accepted,
-                    Err(error) => {
-                        // Out of file descriptors, most likely: connections that end give some back.
-                        tracing::warn!(%error, "a connection could not be accepted");
-                        time::sleep(Duration::from_millis(50)).await;
-                        continue;
-                    }
-                },
-            };
+        let take = |(stream, address): (TcpStream, SocketAddr), finish: &CancellationToken| {
             let place = places.as_ref().map(Places::take);
             if matches!(place, Some(None)) {
                 // Counted, and not logged: it happens as often as clients like.
-                continue;
+                return;
             }
-            let finish = if drain.is_cancelled() { close.clone() } else { drain.clone() };
             let peer = tells_peers.then(|| Arc::new(Peer { address: address.ip() }));
-            let served = connection(stream, tls.clone(), inside.clone(), peer, finish);
+            let served = connection(stream, tls.clone(), inside.clone(), peer, finish.clone());
             let abort = abort.clone();
             connections.spawn(async move {
                 let _place = place;
@@ -131,8 +122,38 @@ impl Door {
                     () = abort.cancelled() => {}
                 }
             });
+        };
+        // What tells connections that were made before the drain to end, and those since. A client that hears of it connects
+        // anew at once: where that is over, it has to be refused by then, and not to wait in a queue that nobody comes to.
+        let (early, late) = (CancellationToken::new(), CancellationToken::new());
+        loop {
+            let finish = if early.is_cancelled() { &late } else { &early };
+            tokio::select! {
+                () = close.cancelled() => break,
+                () = drain.cancelled(), if !early.is_cancelled() => {
+                    if close.is_cancelled() {
+                        break;
+                    }
+                    early.cancel();
+                }
+                accepted = listener.accept() => match accepted {
+                    Ok(accepted) => take(accepted, finish),
+                    Err(error) => {
+                        // Out of file descriptors, most likely: connections that end give some back.
+                        tracing::warn!(%error, "a connection could not be accepted");
+                        time::sleep(Duration::from_millis(50)).await;
+                    }
+                },
+            }
+        }
+        // Those who were in time; no more than the system lets wait, since others may come as fast as they are taken.
+        for _ in 0..BACKLOG {
+            let Some(Ok(accepted)) = listener.accept().now_or_never() else { break };
+            take(accepted, &late);
         }
         drop(listener);
+        early.cancel();
+        late.cancel();
         connections.close();
         connections.wait().await;
     }
@@ -226,16 +247,18 @@ where
         .max_frame_size(FRAME);
     let (stream, cork) = corked(stream);
     let connection = builder.serve_connection(TokioIo::new(Impatient::new(stream, FIRST_WORDS)), service);
-    tokio::pin!(connection);
+    let mut connection = Connection::Open(pin!(connection));
     let ended = tokio::select! {
-        ended = cork.turns(connection.as_mut(), &is_http2) => ended,
+        ended = cork.turns(&mut connection, &is_http2) => ended,
         () = finish.cancelled() => {
             let linger = if is_http2.load(Ordering::Relaxed) { Duration::ZERO } else { LINGER };
-            if let Ok(ended) = time::timeout(linger, cork.turns(connection.as_mut(), &is_http2)).await {
+            if let Ok(ended) = time::timeout(linger, cork.turns(&mut connection, &is_http2)).await {
                 ended
             } else {
-                connection.as_mut().graceful_shutdown();
-                cork.turns(connection, &is_http2).await
+                if let Some(connection) = connection.open() {
+                    connection.as_mut().graceful_shutdown();
+                }
+                cork.turns(&mut connection, &is_http2).await
             }
         }
     };

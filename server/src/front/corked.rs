@@ -55,12 +55,12 @@ struct Held<S> {
 
 impl<S: AsyncWrite + Unpin> Cork<S> {
     /// Runs `connection`, which writes to this cork's stream, and sends what it has written after each of its turns; where
-    /// `gathers` says so, after those of all tasks that are ready now and may have more to write.
-    pub(super) async fn turns<C>(&self, connection: C, gathers: &AtomicBool) -> C::Output
+    /// `gathers` says so, after those of all tasks that are ready now and may have more to write. May be dropped, and called
+    /// again, as long as it has not ended.
+    pub(super) async fn turns<C>(&self, connection: &mut Connection<C>, gathers: &AtomicBool) -> C::Output
     where
         C: Future + Unpin,
     {
-        let mut connection = Connection::Open(connection);
         let others = Arc::new(Others::default());
         loop {
             let mut written = 0;
@@ -89,7 +89,10 @@ impl<S: AsyncWrite + Unpin> Cork<S> {
             })
             .await;
             if let Connection::Ended(outcome) = connection {
-                return outcome;
+                return match outcome.take() {
+                    Some(outcome) => outcome,
+                    None => std::future::pending().await,
+                };
             }
         }
     }
@@ -103,18 +106,23 @@ impl<S> Cork<S> {
 }
 
 /// A connection, and what it ended with while its last words are sent.
-enum Connection<C: Future> {
+pub(super) enum Connection<C: Future> {
     Open(C),
-    Ended(C::Output),
+    Ended(Option<C::Output>),
 }
 
 impl<C: Future + Unpin> Connection<C> {
+    /// The connection, if it has not ended.
+    pub(super) fn open(&mut self) -> Option<&mut C> {
+        if let Self::Open(connection) = self { Some(connection) } else { None }
+    }
+
     /// Lets it do all it can; whether it has ended.
     fn turn(&mut self, context: &mut Context<'_>) -> bool {
         if let Self::Open(connection) = self
             && let Poll::Ready(outcome) = Pin::new(connection).poll(context)
         {
-            *self = Self::Ended(outcome);
+            *self = Self::Ended(Some(outcome));
         }
         self.has_ended()
     }
@@ -257,6 +265,7 @@ fn lock<S>(held: &Mutex<Held<S>>) -> MutexGuard<'_, Held<S>> {
 mod tests {
     use std::time::Duration;
 
+    use futures::FutureExt as _;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
@@ -305,7 +314,7 @@ mod tests {
                 rest = after;
             }
         };
-        cork.turns(Box::pin(connection), &AtomicBool::new(false)).await;
+        cork.turns(&mut Connection::Open(Box::pin(connection)), &AtomicBool::new(false)).await;
         let held = lock(&cork.0);
         assert!(held.taken() == all, "{sizes:?} by {room}");
         held.stream.writes
@@ -337,12 +346,28 @@ mod tests {
             tokio::time::sleep(Duration::from_hours(1)).await;
         };
         let (gathers, mut said) = (AtomicBool::new(true), [0; 5]);
+        let mut connection = Connection::Open(Box::pin(connection));
         tokio::select! {
-            () = cork.turns(Box::pin(connection), &gathers) => panic!("it pauses"),
+            () = cork.turns(&mut connection, &gathers) => panic!("it pauses"),
             read = far.read_exact(&mut said) => assert_eq!(read.unwrap(), 5),
         }
         assert_eq!(&said, b"first");
     }
+
+    #[tokio::test]
+    async fn the_last_words_of_a_connection_are_sent_although_nobody_waits_for_them_for_a_moment() {
+        let (mut stream, cork) = corked(Narrow { room: usize::MAX, ..Narrow::default() });
+        let connection = async {
+            stream.write_all(b"goodbye").await.unwrap();
+            "ended"
+        };
+        let (mut connection, gathers) = (Connection::Open(Box::pin(connection)), AtomicBool::new(false));
+        assert_eq!(cork.turns(&mut connection, &gathers).now_or_never(), None, "the stream is not ready");
+        assert!(connection.open().is_none());
+        assert_eq!(cork.turns(&mut connection, &gathers).await, "ended");
+        assert_eq!(lock(&cork.0).taken(), b"goodbye");
+    }
+
     #[tokio::test]
     async fn answers_that_are_ready_at_the_same_time_are_one_write() {
         for (gathers, writes) in [(false, 9), (true, 2)] {
@@ -359,7 +384,8 @@ mod tests {
                 tokio::spawn(async move { sender.send(answer).unwrap() })
             };
             let gathers = AtomicBool::new(gathers);
-            let mut turns = pin!(cork.turns(Box::pin(connection), &gathers));
+            let mut connection = Connection::Open(Box::pin(connection));
+            let mut turns = pin!(cork.turns(&mut connection, &gathers));
             answer(0).await.unwrap();
             let wait = tokio::time::timeout(Duration::from_millis(50), turns.as_mut());
             assert!(wait.await.is_err());
@@ -386,7 +412,8 @@ mod tests {
             }
         };
         let gathers = AtomicBool::new(true);
-        let ended = cork.turns(Box::pin(connection), &gathers);
+        let mut connection = Connection::Open(Box::pin(connection));
+        let ended = cork.turns(&mut connection, &gathers);
         let ended = tokio::time::timeout(Duration::from_secs(20), ended).await.expect("it is told");
         assert_eq!(ended, io::ErrorKind::BrokenPipe);
     }
