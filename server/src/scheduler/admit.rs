@@ -14,6 +14,7 @@ use tracing::Span;
 
 use super::{
     Done, Policy, ScheduleError, Work,
+    company::Company,
     line::{Line, Next, Number, Refused, Ticket},
     order::Order,
     outbox::Outbox,
@@ -192,24 +193,28 @@ impl Queue {
     }
 
     /// What one of the scheduler's threads does next, as soon as there is something, having run `back`; `None` when the
-    /// queue is closed and empty, and the thread's engine with it. The answers in `outbox` go before it rests. Where the
-    /// model is quick and a batch has room, those who share this thread's core first do what they have to: they may bring
-    /// more requests, and to change between threads for each of them costs more than to run it.
+    /// queue is closed and empty, and the thread's engine with it. The answers in `outbox` go before it rests, and before it looks
+    /// out for [`Company`]. Meanwhile those who share this thread's core do what they have to.
     pub(super) fn take(&self, back: Option<Ready>, outbox: &mut Outbox) -> Option<Task> {
         let took = back.as_ref().map(|back| back.took);
         let is_quick = took.is_some_and(|took| took < QUICK);
-        let mut gives_way = is_quick;
+        let answered = back.as_ref().map(|back| back.answered);
         let lookout = took.filter(|took| *took >= QUICK).map(|took| (took / LOOKOUT_PART).min(LONGEST_LOOKOUT));
         let lookout = lookout.map(|lookout| Instant::now() + lookout);
         let mut state = self.lock();
         state.resting.extend(back);
+        let overhead = state.pace.overhead();
+        let company = |answered| Company::after(answered, took.unwrap_or_default(), overhead, Instant::now());
+        let mut expected = answered.map(company);
         loop {
             let waiting = state.line.len();
-            if std::mem::take(&mut gives_way) && (1..self.policy.max_rows).contains(&waiting) {
+            let has_room = !state.closed && (1..self.policy.max_rows).contains(&waiting);
+            if has_room && expected.as_mut().is_some_and(|company| company.may_come(waiting, Instant::now())) {
                 drop(state);
                 self.deliver(outbox);
                 std::thread::yield_now();
                 state = self.lock();
+                continue;
             }
             if state.vacancies > 0 {
                 state.vacancies -= 1;
@@ -231,13 +236,13 @@ impl Queue {
                     return None;
                 }
                 Next::Wait(None) if lookout.is_some_and(|until| now < until) => {
-                    gives_way = false;
                     drop(state);
                     std::thread::yield_now();
                     state = self.lock();
                 }
                 Next::Wait(None) => {
-                    gives_way = is_quick;
+                    // A quick model wakes for each request, and that costs more than to run it.
+                    expected = is_quick.then(|| company(0));
                     state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 Next::Wait(Some(until)) => {

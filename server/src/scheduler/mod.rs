@@ -9,6 +9,7 @@
 //! caller gives up (cancelled, deadline passed) leaves the line in that moment and never reaches an engine.
 
 mod admit;
+mod company;
 mod extent;
 mod line;
 #[cfg(test)]

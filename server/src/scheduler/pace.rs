@@ -57,6 +57,11 @@ impl Pace {
         Some((seconds - row * rows, row))
     }
 
+    /// What a batch costs whatever its size.
+    pub(super) fn overhead(&self) -> Duration {
+        self.costs().and_then(|(batch, _)| Duration::try_from_secs_f64(batch).ok()).unwrap_or_default()
+    }
+
     /// How long it takes until `rows` rows are run that come behind `ahead` others and one batch that is under way, on
     /// `engines` engines whose batches have `max_rows` rows at most. Zero before anything has run.
     pub(super) fn expect(&self, ahead: usize, rows: usize, max_rows: usize, engines: usize) -> Duration {

@@ -37,11 +37,13 @@ pub(super) struct Ready {
     pub(super) was_busy: bool,
     /// How long its last batch took; zero before there was one.
     pub(super) took: Duration,
+    /// Requests that it answered.
+    pub(super) answered: usize,
 }
 
 impl Ready {
     pub(super) fn new(engine: Box<dyn Engine>) -> Self {
-        Self { engine, rooms: Rooms::new(), was_busy: false, took: Duration::ZERO }
+        Self { engine, rooms: Rooms::new(), was_busy: false, took: Duration::ZERO, answered: 0 }
     }
 }
 
@@ -112,7 +114,7 @@ impl Runner {
         drop(held);
         owed.places.clear();
         let took = batch.taken.elapsed();
-        (ready.was_busy, ready.took) = (true, took);
+        (ready.was_busy, ready.took, ready.answered) = (true, took, jobs.len());
         let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
         let more_waits = !batch.is_probe && queue.ran(batch.rows, bytes, took);
         queue.answer(jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome)), outbox);

@@ -1,0 +1,99 @@
+//! How long a thread that has run a batch looks out for company for what waits already. Pure.
+//!
+//! Those who were answered together ask again together, a moment later. If what came meanwhile began at once, alone, they would
+//! wait for all of it, and find themselves behind it again the next time: clients that wait for their answers stay in two
+//! batches that take turns, although one run would do for both. So a moment, and only where a batch costs something for itself:
+//! no longer than that, and than a part of what the last one took.
+
+use std::time::{Duration, Instant};
+
+/// Nobody looks out for longer than this part of the last batch's time,
+const LONGEST_PART: u32 = 4;
+/// nor for longer than this one without anybody coming. Requests of one HTTP/2 connection arrive a piece of each in turn, and are
+/// complete nearly all at once, after a while without any.
+const GAP_PART: u32 = 16;
+
+/// See the module.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Company {
+    /// Requests that the last batch answered.
+    answered: usize,
+    gap: Duration,
+    /// When it ends in any case.
+    end: Instant,
+    /// How many were there at first, how many have been seen since, and when it became so many.
+    seen: Option<(usize, usize, Instant)>,
+}
+
+impl Company {
+    /// Of a thread that has answered so many requests at once at `now`, by a run that `took` so long, `overhead` of it whatever
+    /// its size.
+    pub(super) fn after(answered: usize, took: Duration, overhead: Duration, now: Instant) -> Self {
+        let gap = (took / GAP_PART).min(overhead);
+        Self { answered, gap, end: now + (took / LONGEST_PART).min(overhead), seen: None }
+    }
+
+    /// Whether more may come to the `waiting` who are there at `now`. The first time they always may: nobody has had the time
+    /// to read what arrived during the run.
+    pub(super) fn may_come(&mut self, waiting: usize, now: Instant) -> bool {
+        let Some((first, seen, since)) = &mut self.seen else {
+            self.seen = Some((waiting, waiting, now));
+            return true;
+        };
+        let has_grown = waiting > *seen;
+        if has_grown {
+            (*seen, *since) = (waiting, now);
+        }
+        let is_hopeful = waiting < *first + self.answered && now.saturating_duration_since(*since) < self.gap;
+        (has_grown || is_hopeful) && now < self.end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn the_few_wait_for_the_many_who_were_answered_and_no_longer_than_for_one_who_does_not_come() {
+        let start = Instant::now();
+        let mut company = Company::after(8, 80 * MS, 20 * MS, start);
+        assert!(company.may_come(1, start));
+        assert!(company.may_come(1, start + 4 * MS));
+        assert!(company.may_come(5, start + 5 * MS), "some came");
+        assert!(company.may_come(5, start + 9 * MS));
+        assert!(!company.may_come(5, start + 10 * MS));
+    }
+
+    #[test]
+    fn when_all_have_come_back_they_run() {
+        let start = Instant::now();
+        let mut company = Company::after(4, 80 * MS, 20 * MS, start);
+        assert!(company.may_come(4, start), "the other half of those who take turns");
+        assert!(company.may_come(7, start));
+        assert!(company.may_come(7, start), "one is missing");
+        assert!(company.may_come(8, start), "who comes may bring others");
+        assert!(!company.may_come(8, start));
+    }
+
+    #[test]
+    fn where_batches_win_nothing_nobody_waits() {
+        let start = Instant::now();
+        let mut company = Company::after(8, 80 * MS, Duration::ZERO, start);
+        assert!(company.may_come(1, start));
+        assert!(!company.may_come(1, start));
+    }
+
+    #[test]
+    fn those_who_come_one_by_one_are_not_waited_for_without_end() {
+        let start = Instant::now();
+        let mut company = Company::after(100, 4 * MS, 4 * MS, start);
+        let step = Duration::from_micros(200);
+        let steps = (0..100).take_while(|step_number| {
+            let now = start + step * *step_number;
+            company.may_come(*step_number as usize / 2, now)
+        });
+        assert!((4..=6).contains(&steps.count()), "a quarter of the last run");
+    }
+}
