@@ -11,7 +11,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let descriptors = protox::compile(FILES, ["."])?;
     let mut names = tonic_prost_build::Config::new();
-    names.enable_type_names();
+    names
+        .enable_type_names()
+        // Most tensors have none: without room for them, a list of tensors is small.
+        .boxed(".inference.ModelInferRequest.InferInputTensor.contents")
+        .boxed(".inference.ModelInferResponse.InferOutputTensor.contents");
     tonic_prost_build::configure()
         // Tensor and media bytes are slices of the received message, not copies of it.
         .bytes(".inference.ModelInferRequest.raw_input_contents")

@@ -143,7 +143,7 @@ mod tests {
         let input = InferInputTensor {
             name: "x".to_owned(),
             shape: vec![2, 3],
-            contents: Some(contents),
+            contents: Some(contents.into()),
             ..Default::default()
         };
         ModelInferRequest { model_name: "m".to_owned(), inputs: vec![input], ..Default::default() }.encode_to_vec()

@@ -10,6 +10,7 @@ const ALIGNMENT: usize = 64;
 pub(crate) struct Aligned {
     bytes: BytesMut,
     skipped: usize,
+    start: usize,
 }
 
 impl Aligned {
@@ -19,11 +20,17 @@ impl Aligned {
         let mut bytes = BytesMut::with_capacity(length + ALIGNMENT);
         let skipped = bytes.as_ptr().addr().wrapping_add(start).wrapping_neg() % ALIGNMENT;
         bytes.put_bytes(0, skipped);
-        Self { bytes, skipped }
+        Self { bytes, skipped, start }
     }
 
-    /// Adds a piece.
+    /// Adds a piece; where there is no room for it, all of them move.
     pub(crate) fn put(&mut self, piece: impl Buf) {
+        let length = self.len() + piece.remaining();
+        if length > self.bytes.capacity() - self.skipped {
+            let mut roomier = Self::new(length.saturating_mul(2), self.start);
+            roomier.bytes.put_slice(&self.bytes[self.skipped..]);
+            *self = roomier;
+        }
         self.bytes.put(piece);
     }
 
@@ -43,10 +50,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_byte_at_the_start_is_aligned_wherever_that_is() {
-        for start in [0, 1, 63, 64, 97] {
+    fn the_byte_at_the_start_is_aligned_wherever_that_is_also_of_more_than_was_foreseen() {
+        for (start, foreseen) in [(0, 550), (1, 550), (63, 550), (64, 550), (97, 550), (97, 10), (3, 100)] {
             let (first, rest) = (vec![1; 50], vec![2; 500]);
-            let mut whole = Aligned::new(550, start);
+            let mut whole = Aligned::new(foreseen, start);
             whole.put(first.as_slice());
             assert_eq!(whole.len(), 50);
             whole.put(rest.as_slice());

@@ -131,7 +131,11 @@ where
                 return Poll::Ready(Some(Ok(Frame::data(data))));
             };
             this.tally.take(data.len()).map_err(refused)?;
-            messages.pass(data, &this.tally, &mut this.ready)?;
+            messages.pass(&data, &this.tally, &mut this.ready)?;
+            if messages.coding.is_none() {
+                // Nothing of it can be compressed: it passes in one piece.
+                return Poll::Ready(Some(Ok(Frame::data(data))));
+            }
         }
     }
 
@@ -146,8 +150,8 @@ where
 }
 
 impl Messages {
-    /// Follows the messages through `chunk`, and puts into `out` what is to be read of it.
-    fn pass(&mut self, chunk: Bytes, tally: &Tally, out: &mut VecDeque<Bytes>) -> Result<(), Status> {
+    /// Follows the messages through `chunk`; where they may be compressed, puts into `out` what is to be read of it.
+    fn pass(&mut self, chunk: &Bytes, tally: &Tally, out: &mut VecDeque<Bytes>) -> Result<(), Status> {
         let mut rest = chunk.clone();
         while !rest.is_empty() {
             match &mut self.place {
@@ -180,10 +184,6 @@ impl Messages {
                     }
                 }
             }
-        }
-        // Nothing of it can be compressed: it passes in one piece.
-        if self.coding.is_none() {
-            out.push_back(chunk);
         }
         Ok(())
     }

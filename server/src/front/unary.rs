@@ -188,7 +188,9 @@ impl Arriving {
 /// Where in `start`, the beginning of a request, the largest tensor begins of those that do.
 fn largest_tensor(start: &[u8]) -> usize {
     let (mut rest, mut found) = (start, (0, 0));
-    while let Ok((field, wire_type)) = decode_key(&mut rest) {
+    while !rest.is_empty()
+        && let Ok((field, wire_type)) = decode_key(&mut rest)
+    {
         let length = match wire_type {
             WireType::Varint if decode_varint(&mut rest).is_ok() => 0,
             WireType::SixtyFourBit => 8,

@@ -2,7 +2,7 @@
 
 use sensorium_engine::{RawTensor, RawTensorError};
 
-use super::{Fitted, Ragged};
+use super::Ragged;
 
 /// Which tensor of a request goes where, and in which shape.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -56,12 +56,17 @@ impl Binding {
         }
     }
 
-    /// A request as the graph takes it; inputs that the server fills are `None`.
+    /// The inputs of a request as the graph takes them, and the graph's indices of the outputs that it wants; inputs that
+    /// the server fills are `None`.
     ///
     /// # Errors
     /// A shape that cannot be changed, which configurations that were checked do not ask for.
-    pub(super) fn bind(&self, request: Fitted) -> Result<(Vec<Option<RawTensor>>, Vec<usize>), RawTensorError> {
-        let mut given: Vec<Option<RawTensor>> = request.inputs.into_iter().map(Some).collect();
+    pub(super) fn bind(
+        &self,
+        inputs: Vec<RawTensor>,
+        wanted: &[usize],
+    ) -> Result<(Vec<Option<RawTensor>>, Vec<usize>), RawTensorError> {
+        let mut given: Vec<Option<RawTensor>> = inputs.into_iter().map(Some).collect();
         let input = |bound: &Option<Bound>| {
             let Some(bound) = bound else { return Ok(None) };
             let tensor = given.get_mut(bound.index).and_then(Option::take);
@@ -71,7 +76,7 @@ impl Binding {
             }
         };
         let inputs = self.inputs.iter().map(input).collect::<Result<_, _>>()?;
-        Ok((inputs, request.outputs.iter().map(|&output| self.outputs[output].index).collect()))
+        Ok((inputs, wanted.iter().map(|&output| self.outputs[output].index).collect()))
     }
 
     /// Gives tensors that are in the order of the graph, and in the shapes of clients, the shapes of the graph.

@@ -33,7 +33,7 @@ impl Interface {
     ///
     /// # Errors
     /// [`InvalidRequest`] for the first thing that does not fit.
-    pub fn fit(&self, inputs: Vec<NamedTensor>, outputs: &[String]) -> Result<Fitted, InvalidRequest> {
+    pub fn fit<'a>(&'a self, inputs: Vec<NamedTensor>, outputs: &[String]) -> Result<Fitted, InvalidRequest> {
         let outputs = self.outputs_wanted(outputs)?;
         // Bounded by the model: an input that is not its own, or comes twice, ends the loop.
         let mut slots: Vec<Option<RawTensor>> = vec![None; self.inputs.len()];
@@ -48,9 +48,8 @@ impl Interface {
             check(&self.inputs[index], &tensor)?;
             slots[index] = Some(tensor);
         }
-        let mut first: Option<(&str, usize)> = None;
-        let mut found = Vec::with_capacity(slots.len());
-        for (spec, slot) in self.inputs.iter().zip(slots) {
+        let mut first: Option<(&'a str, usize)> = None;
+        let take = |(slot, spec): (Option<RawTensor>, &'a TensorSpec)| {
             let tensor = slot.ok_or_else(|| InvalidRequest::MissingInput {
                 input: spec.name.clone(),
                 datatype: dtype_name(spec.dtype),
@@ -64,12 +63,13 @@ impl Interface {
                     return Err(InvalidRequest::UnequalRows { input, rows, other, other_rows });
                 }
             }
-            found.push(tensor);
-        }
+            Ok(tensor)
+        };
+        let inputs = slots.into_iter().zip(&self.inputs).map(take).collect::<Result<_, _>>()?;
         let rows = first.map_or(1, |(_, rows)| rows);
         match self.max_rows {
             Some(max) if rows > max => Err(InvalidRequest::TooManyRows { rows, max }),
-            _ => Ok(Fitted { inputs: found, rows, outputs }),
+            _ => Ok(Fitted { inputs, rows, outputs }),
         }
     }
 

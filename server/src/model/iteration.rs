@@ -15,7 +15,7 @@ use std::{
 
 use sensorium_engine::{DType, RawTensor};
 
-use super::{Binding, Graph, ModelVersion, NamedTensor, Request, Response, Runs, Statistics, Timings};
+use super::{Binding, Fitted, Graph, ModelVersion, NamedTensor, Request, Response, Runs, Statistics, Timings};
 use super::{
     sequence::{Own, SequenceError, Sequences},
     statistics::Responded,
@@ -91,9 +91,9 @@ impl ModelVersion {
         if request.sequence.is_some() {
             return Err(SequenceError::NamedId { model: self.name.clone() }.into());
         }
-        let wanted = fitted.outputs.clone();
-        let (inputs, mut outputs) =
-            iteration.binding.bind(fitted).map_err(|source| InferError::reshape(&self.name, source))?;
+        let Fitted { inputs, outputs: wanted, .. } = fitted;
+        let bound = iteration.binding.bind(inputs, &wanted);
+        let (inputs, mut outputs) = bound.map_err(|source| InferError::reshape(&self.name, source))?;
         let end = iteration.bounds.end.map(|end| {
             outputs.iter().position(|output| *output == end).unwrap_or_else(|| {
                 outputs.push(end);

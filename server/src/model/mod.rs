@@ -238,20 +238,21 @@ impl ModelVersion {
     /// What is rare or slow is boxed, so that the common request does not carry room for it.
     async fn run(&self, fitted: Fitted, request: &Request) -> Result<Answer, InferError> {
         let Request { priority, timeout, deadline, .. } = *request;
-        let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
         let unfit = |source| InferError::reshape(&self.name, source);
         let started = Instant::now();
         match &self.runs {
             Runs::Graph(graph, binding) => {
-                let (inputs, outputs) = binding.bind(fitted).map_err(unfit)?;
+                let Fitted { inputs, rows, outputs: wanted } = fitted;
+                let (inputs, outputs) = binding.bind(inputs, &wanted).map_err(unfit)?;
                 let Completed { inputs, scattered } = binding.ragged.complete(inputs).map_err(unfit)?;
                 let work = Work { inputs, rows, outputs, scattered, priority, timeout, deadline, is_probe: false };
                 let done = graph.run(work).await?;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }
             Runs::Sequence(graphs, binding, sequences) => {
+                let Fitted { inputs, rows, outputs: wanted } = fitted;
                 let turn = sequences.enter(request.sequence.as_ref(), rows)?;
-                let (inputs, mut outputs) = binding.bind(fitted).map_err(unfit)?;
+                let (inputs, mut outputs) = binding.bind(inputs, &wanted).map_err(unfit)?;
                 let (step, inputs) = turn.begin(inputs).await?;
                 let waited = started.elapsed();
                 let stopped = || ScheduleError::Stopped { graph: self.name.clone() };

@@ -139,7 +139,12 @@ impl Ragged {
             (scattered.output, std::iter::once(*rows).chain(scattered.dims.iter().enumerate().map(own)).collect())
         });
         let scattered = scattered.collect();
-        Ok(Completed { inputs: inputs.into_iter().flatten().collect(), scattered })
+        #[expect(
+            clippy::filter_map_identity,
+            reason = "unlike `flatten`, it stays in the memory of what it is made of"
+        )]
+        let inputs = inputs.into_iter().filter_map(|input| input).collect();
+        Ok(Completed { inputs, scattered })
     }
 
     /// A request of zeros, as far as that can be guessed; `None` where nothing is made of others, and zeros of any kind do.

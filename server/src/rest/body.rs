@@ -15,13 +15,13 @@ use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,
 };
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use flate2::{
     Compression,
     write::{GzEncoder, ZlibEncoder},
 };
-use http_body::{Frame, SizeHint};
-use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use http_body::{Body as _, Frame, SizeHint};
+use http_body_util::BodyExt as _;
 use serde::de::DeserializeOwned;
 
 use super::{Refusal, response::Written};
@@ -86,24 +86,21 @@ pub(super) async fn read(headers: &HeaderMap, arriving: Arriving, max: usize) ->
         })?),
     };
     // Said in advance, so there is no need to read any of it.
-    let announced = http_body::Body::size_hint(&body).lower();
+    let announced = body.size_hint().lower();
     if announced > max as u64 {
         return Err(too_large());
     }
     if let Some(tally) = &tally {
         tally.foresee(announced as usize).map_err(spent)?;
     }
-    let body = Limited::new(body, max).collect().await.map_err(|error| {
-        if error.downcast_ref::<LengthLimitError>().is_some() {
-            too_large()
-        } else if let Some(found) = cause::<Spent>(&*error) {
-            spent(*found)
-        } else {
-            Refusal::invalid(format!("the body did not arrive: {error}"))
-        }
-    })?;
     let header_length = headers.get(HEADER_LENGTH).and_then(|value| value.to_str().ok()?.trim().parse().ok());
-    let body = gathered(body.aggregate(), header_length.unwrap_or(0));
+    let body = gathered(body, max, header_length.unwrap_or(0)).await.map_err(|error| match error {
+        None => too_large(),
+        Some(error) => match cause::<Spent>(&error) {
+            Some(found) => spent(*found),
+            None => Refusal::invalid(format!("the body did not arrive: {error}")),
+        },
+    })?;
     let Some(coding) = coding else { return Ok(body) };
     let inflated = aside(usize::MAX, move || {
         let inflated = coding.inflate(&body, max, tally.as_ref());
@@ -119,16 +116,28 @@ pub(super) async fn read(headers: &HeaderMap, arriving: Arriving, max: usize) ->
     })
 }
 
-/// The pieces of a body as one. Where they have to be copied for that, what begins at `start` comes to lie as engines want
-/// it.
-fn gathered(mut pieces: impl Buf, start: usize) -> Bytes {
-    let length = pieces.remaining();
-    if pieces.chunk().len() == length {
-        return pieces.copy_to_bytes(length);
+/// The pieces of a body as one. Where there are several, each is copied when it comes: the connection can use its memory for
+/// the next one, and what begins at `start` comes to lie as engines want it.
+///
+/// # Errors
+/// Why it did not arrive, `None` for more than `max` bytes.
+async fn gathered(mut body: Body, max: usize, start: usize) -> Result<Bytes, Option<axum::Error>> {
+    let announced = body.size_hint().exact();
+    let mut whole: Option<Aligned> = None;
+    while let Some(frame) = body.frame().await {
+        // Trailers mean nothing.
+        let Ok(piece) = frame?.into_data() else { continue };
+        if piece.len() > max - whole.as_ref().map_or(0, Aligned::len) {
+            return Err(None);
+        }
+        if whole.is_none() && body.is_end_stream() {
+            return Ok(piece);
+        }
+        // No more than is allowed, as whoever calls has seen.
+        let length = announced.map_or(piece.len(), |announced| announced as usize);
+        whole.get_or_insert_with(|| Aligned::new(length, start)).put(piece);
     }
-    let mut whole = Aligned::new(length, start);
-    whole.put(pieces);
-    whole.freeze()
+    Ok(whole.map(Aligned::freeze).unwrap_or_default())
 }
 
 fn spent(found: Spent) -> Refusal {
@@ -269,16 +278,24 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_follows_the_header_is_aligned_in_a_body_of_many_pieces() {
+    #[tokio::test]
+    async fn what_follows_the_header_is_aligned_in_a_body_of_many_pieces() {
+        let (first, second, third) = (vec![1; 50], vec![2; 500], vec![3; 70]);
+        let all = [&first[..], &second, &third].concat();
+        let pieces = || VecDeque::from([&first, &second, &third].map(|piece| Bytes::from(piece.clone())));
         for header in [0, 1, 63, 64, 97] {
-            let (first, rest) = (vec![1; 50], vec![2; 500]);
-            let whole = gathered(first.as_slice().chain(rest.as_slice()), header);
-            assert_eq!(whole, [first, rest].concat());
-            assert_eq!(whole[header..].as_ptr().addr() % 64, 0);
+            let announced = Body::new(Pieces(pieces()));
+            let chunked = pieces().into_iter().map(Ok::<_, Infallible>);
+            for body in [announced, Body::from_stream(futures::stream::iter(chunked))] {
+                let whole = gathered(body, all.len(), header).await.unwrap();
+                assert_eq!(whole, all);
+                assert_eq!(whole[header..].as_ptr().addr() % 64, 0);
+            }
         }
         let one = Bytes::from_static(b"one piece");
-        assert_eq!(gathered(one.clone(), 5).as_ptr(), one.as_ptr());
+        assert_eq!(gathered(one.clone().into(), one.len(), 5).await.unwrap().as_ptr(), one.as_ptr());
+        assert_eq!(gathered(Body::empty(), 0, 5).await.unwrap(), Bytes::new());
+        assert!(gathered(Body::new(Pieces(pieces())), all.len() - 1, 0).await.unwrap_err().is_none());
     }
 
     #[tokio::test]

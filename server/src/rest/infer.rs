@@ -65,15 +65,14 @@ async fn answer(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving
     let call = Call::new(headers);
     let body = body::read(headers, body, rest.max_bytes).await?;
     let length = headers.get(HEADER_LENGTH).map(|value| value.to_str().unwrap_or("?").to_owned());
-    let mut request = if length.as_deref() == Some("0") {
-        raw(&*rest.service.model(&target.model, &target.version)?, body)?
+    let (mut request, wanted) = if length.as_deref() == Some("0") {
+        (raw(&*rest.service.model(&target.model, &target.version)?, body)?, Wanted::default())
     } else {
         // Bytes behind the JSON are only pointed at.
         let text = length.as_ref().and_then(|length| length.parse().ok()).unwrap_or(body.len());
         let read = body::aside(text, move || request::read(&body, length.as_deref())).await;
         read.map_err(|error| Refusal::invalid(error.to_string()))?
     };
-    let wanted = Wanted::take(&mut request);
     request.model_name = target.model;
     request.model_version = target.version;
     let answer = rest.service.infer(request, &call).await?;

@@ -13,6 +13,7 @@ use sensorium_proto::inference::{
 
 use super::{
     json::{JsonError, Reader, Scalar},
+    response::Wanted,
     tensor,
 };
 use crate::wire::excerpt;
@@ -84,7 +85,7 @@ enum Data<'a> {
 ///
 /// # Errors
 /// [`RequestError`].
-pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<ModelInferRequest, RequestError> {
+pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<(ModelInferRequest, Wanted), RequestError> {
     let length = match header_length {
         None => body.len(),
         Some(length) => length
@@ -95,22 +96,26 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<ModelInf
             .ok_or_else(|| RequestError::HeaderLength { length: excerpt(length), body: body.len() })?,
     };
     let mut request = ModelInferRequest::default();
+    let mut wanted = Wanted::default();
     let mut data = Vec::new();
     let mut has_inputs = false;
     let mut reader = Reader::new(&body[..length]);
     reader.object(|reader, key| {
         match key {
             "id" => request.id = text(reader)?,
-            "parameters" => parameters(reader, &mut request.parameters)?,
+            "parameters" => reader.object(|reader, key| match key {
+                "binary_data_output" => value(reader).map(|value| wanted.all = is_true(value)),
+                key => parameter(reader, key, &mut request.parameters),
+            })?,
             "inputs" => {
                 has_inputs = true;
                 reader.array(|reader| {
                     if data.len() == MAX_TENSORS {
                         return Err(RequestError::TooManyTensors);
                     }
-                    let (input, elements) = input(reader)?;
+                    let (input, elements, size) = input(reader)?;
                     request.inputs.push(input);
-                    data.push(elements);
+                    data.push((elements, size));
                     Ok(())
                 })?;
             }
@@ -118,7 +123,9 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<ModelInf
                 if request.outputs.len() == MAX_TENSORS {
                     return Err(RequestError::TooManyTensors);
                 }
-                request.outputs.push(output(reader)?);
+                let (output, is_binary) = output(reader)?;
+                wanted.outputs.extend(is_binary.map(|is_binary| (output.name.clone(), is_binary)));
+                request.outputs.push(output);
                 Ok::<_, RequestError>(())
             })?,
             _ => {
@@ -134,8 +141,7 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<ModelInf
 
     let mut tail = body.slice(length..);
     let found = tail.len();
-    for (input, data) in request.inputs.iter_mut().zip(data) {
-        let size = input.parameters.remove("binary_data_size").and_then(|size| as_size(&size));
+    for (input, (data, size)) in request.inputs.iter().zip(data) {
         let shared = input.parameters.contains_key("shared_memory_region");
         let raw = match (data, size, shared) {
             (Data::None, None, true) => continue,
@@ -154,7 +160,7 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<ModelInf
         request.raw_input_contents.push(raw);
     }
     if tail.is_empty() {
-        Ok(request)
+        Ok((request, wanted))
     } else {
         let input = request.inputs.last().map_or(String::new(), |input| excerpt(&input.name));
         Err(RequestError::BinaryLength { input, found, needed: found - tail.len() })
@@ -166,9 +172,10 @@ fn dtype(input: &InferInputTensor) -> Result<DType, RequestError> {
         .ok_or_else(|| RequestError::Datatype { input: excerpt(&input.name), datatype: excerpt(&input.datatype) })
 }
 
-fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>), RequestError> {
+/// An input, its elements where they are in the JSON, and how many bytes of them are behind it.
+fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>, Option<usize>), RequestError> {
     let mut input = InferInputTensor::default();
-    let mut data = Data::None;
+    let (mut data, mut size) = (Data::None, None);
     reader.object(|reader, key| {
         match key {
             "name" => input.name = text(reader)?,
@@ -179,7 +186,10 @@ fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>), Re
                 input.shape.push(size);
                 Ok::<_, JsonError>(())
             })?,
-            "parameters" => parameters(reader, &mut input.parameters)?,
+            "parameters" => reader.object(|reader, key| match key {
+                "binary_data_size" => value(reader).map(|value| size = as_size(value)),
+                key => parameter(reader, key, &mut input.parameters),
+            })?,
             "data" => {
                 data = match tensor::dtype(&input.datatype) {
                     // Read in passing, as all clients write it.
@@ -193,22 +203,30 @@ fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>), Re
         }
         Ok::<_, RequestError>(())
     })?;
-    Ok((input, data))
+    Ok((input, data, size))
 }
 
-fn output(reader: &mut Reader<'_>) -> Result<InferRequestedOutputTensor, RequestError> {
+/// An output, and whether it is wanted as bytes, where that is said of it.
+fn output(reader: &mut Reader<'_>) -> Result<(InferRequestedOutputTensor, Option<bool>), RequestError> {
     let mut output = InferRequestedOutputTensor::default();
+    let mut is_binary = None;
     reader.object(|reader, key| {
         match key {
             "name" => output.name = text(reader)?,
-            "parameters" => parameters(reader, &mut output.parameters)?,
+            "parameters" => reader.object(|reader, key| match key {
+                "binary_data" => {
+                    is_binary = value(reader)?.map(|value| is_true(Some(value)));
+                    Ok(())
+                }
+                key => parameter(reader, key, &mut output.parameters),
+            })?,
             _ => {
                 reader.skip()?;
             }
         }
         Ok::<_, RequestError>(())
     })?;
-    Ok(output)
+    Ok((output, is_binary))
 }
 
 fn text(reader: &mut Reader<'_>) -> Result<String, JsonError> {
@@ -229,17 +247,27 @@ pub(super) fn parameter(
     key: &str,
     parameters: &mut HashMap<String, InferParameter>,
 ) -> Result<(), JsonError> {
-    if matches!(reader.peek(), b'[' | b'{') {
-        return reader.skip().map(drop);
+    if let Some(value) = value(reader)? {
+        parameters.insert(key.to_owned(), InferParameter { parameter_choice: Some(value) });
     }
-    let value = match reader.scalar()? {
-        Scalar::Null => return Ok(()),
+    Ok(())
+}
+
+/// The value of a parameter; `None` for one that gRPC has no form for.
+fn value(reader: &mut Reader<'_>) -> Result<Option<ParameterChoice>, JsonError> {
+    if matches!(reader.peek(), b'[' | b'{') {
+        return reader.skip().map(|_| None);
+    }
+    Ok(Some(match reader.scalar()? {
+        Scalar::Null => return Ok(None),
         Scalar::Bool(value) => ParameterChoice::BoolParam(value),
         Scalar::Text(value) => ParameterChoice::StringParam(value.into_owned()),
         Scalar::Number(value) => number(reader, value)?,
-    };
-    parameters.insert(key.to_owned(), InferParameter { parameter_choice: Some(value) });
-    Ok(())
+    }))
+}
+
+fn is_true(value: Option<ParameterChoice>) -> bool {
+    value == Some(ParameterChoice::BoolParam(true))
 }
 
 fn number(reader: &Reader<'_>, value: &str) -> Result<ParameterChoice, JsonError> {
@@ -253,10 +281,10 @@ fn number(reader: &Reader<'_>, value: &str) -> Result<ParameterChoice, JsonError
 }
 
 /// A parameter that counts bytes.
-fn as_size(parameter: &InferParameter) -> Option<usize> {
-    match parameter.parameter_choice {
-        Some(ParameterChoice::Int64Param(value)) => usize::try_from(value).ok(),
-        Some(ParameterChoice::Uint64Param(value)) => usize::try_from(value).ok(),
+fn as_size(value: Option<ParameterChoice>) -> Option<usize> {
+    match value? {
+        ParameterChoice::Int64Param(value) => usize::try_from(value).ok(),
+        ParameterChoice::Uint64Param(value) => usize::try_from(value).ok(),
         _ => None,
     }
 }
@@ -266,7 +294,7 @@ mod tests {
     use super::*;
 
     fn parsed(text: &str) -> Result<ModelInferRequest, RequestError> {
-        read(&Bytes::copy_from_slice(text.as_bytes()), None)
+        read(&Bytes::copy_from_slice(text.as_bytes()), None).map(|(request, _)| request)
     }
 
     #[test]
@@ -295,7 +323,7 @@ mod tests {
             {"name": "j", "shape": [1], "datatype": "INT8", "data": [9]},
             {"name": "b", "shape": [1], "datatype": "FP16", "parameters": {"binary_data_size": 2}}]}"#;
         let body = Bytes::from([&json[..], &[1, 2, 3, 4]].concat());
-        let request = read(&body, Some(&json.len().to_string())).unwrap();
+        let (request, _) = read(&body, Some(&json.len().to_string())).unwrap();
         assert_eq!(request.raw_input_contents, [&[1, 2][..], &[9], &[3, 4]], "those in shared memory have none");
         assert_eq!(request.raw_input_contents[0].as_ptr(), body[json.len()..].as_ptr());
 
@@ -305,6 +333,17 @@ mod tests {
         let long = Bytes::from([&body[..], &[5]].concat());
         let error = read(&long, Some(&json.len().to_string())).unwrap_err();
         assert_eq!(error, RequestError::BinaryLength { input: "b".to_owned(), found: 5, needed: 4 });
+    }
+
+    #[test]
+    fn what_is_said_of_the_way_back_is_no_part_of_the_request() {
+        let text = br#"{"inputs": [], "parameters": {"binary_data_output": true, "priority": 1},
+            "outputs": [{"parameters": {"binary_data": false}, "name": "a"}, {"name": "b"},
+                        {"name": "c", "parameters": {"binary_data": null}}]}"#;
+        let (request, wanted) = read(&Bytes::from_static(text), None).unwrap();
+        assert_eq!(wanted, Wanted { all: true, outputs: vec![("a".to_owned(), false)] });
+        assert_eq!(request.parameters.keys().collect::<Vec<_>>(), ["priority"]);
+        assert!(request.outputs.iter().all(|output| output.parameters.is_empty()));
     }
 
     #[test]

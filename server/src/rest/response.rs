@@ -1,9 +1,7 @@
 //! An inference response as REST sends it: JSON, and behind it the tensors that were asked for as bytes.
 
 use bytes::Bytes;
-use sensorium_proto::inference::{
-    InferParameter, ModelInferRequest, ModelInferResponse, infer_parameter::ParameterChoice,
-};
+use sensorium_proto::inference::{InferParameter, ModelInferResponse, infer_parameter::ParameterChoice};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -13,24 +11,11 @@ use super::tensor;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Wanted {
     /// Unless it says otherwise for one.
-    all: bool,
-    outputs: Vec<(String, bool)>,
+    pub(super) all: bool,
+    pub(super) outputs: Vec<(String, bool)>,
 }
 
 impl Wanted {
-    /// Takes the wishes out of a request: they are about the way it came.
-    pub(super) fn take(request: &mut ModelInferRequest) -> Self {
-        let is_true = |parameter: Option<InferParameter>| {
-            parameter.map(|parameter| parameter.parameter_choice == Some(ParameterChoice::BoolParam(true)))
-        };
-        let all = is_true(request.parameters.remove("binary_data_output")).unwrap_or(false);
-        let outputs = request.outputs.iter_mut().filter_map(|output| {
-            let wanted = is_true(output.parameters.remove("binary_data"))?;
-            Some((output.name.clone(), wanted))
-        });
-        Self { all, outputs: outputs.collect() }
-    }
-
     fn binary(&self, output: &str) -> bool {
         self.outputs.iter().find(|(name, _)| name == output).map_or(self.all, |(_, wanted)| *wanted)
     }
@@ -77,12 +62,18 @@ pub(super) fn write(response: ModelInferResponse, wanted: &Wanted) -> Result<Wri
         // Each output has an entry; that of one in shared memory is empty.
         let elements = raw.next().unwrap_or_default();
         let binary = !shared && wanted.binary(&name);
-        if binary {
-            let size = ParameterChoice::Int64Param(elements.len() as i64); // in memory, so below 2^63
-            set.insert("binary_data_size".to_owned(), InferParameter { parameter_choice: Some(size) });
-        }
-        if !set.is_empty() {
-            field(&mut json, "parameters", &parameters(set));
+        if binary && set.is_empty() {
+            // What nearly all are, without the detour.
+            let size = elements.len();
+            json.extend_from_slice(format!("\"parameters\":{{\"binary_data_size\":{size}}},").as_bytes());
+        } else {
+            if binary {
+                let size = ParameterChoice::Int64Param(elements.len() as i64); // in memory, so below 2^63
+                set.insert("binary_data_size".to_owned(), InferParameter { parameter_choice: Some(size) });
+            }
+            if !set.is_empty() {
+                field(&mut json, "parameters", &parameters(set));
+            }
         }
         if binary {
             tensors.push(elements);
@@ -135,9 +126,7 @@ pub(super) fn parameters(parameters: impl IntoIterator<Item = (String, InferPara
 
 #[cfg(test)]
 mod tests {
-    use sensorium_proto::inference::{
-        model_infer_request::InferRequestedOutputTensor, model_infer_response::InferOutputTensor,
-    };
+    use sensorium_proto::inference::model_infer_response::InferOutputTensor;
 
     use super::*;
 
@@ -156,22 +145,9 @@ mod tests {
         }
     }
 
-    fn flag(name: &str, value: bool) -> (String, InferParameter) {
-        (name.to_owned(), InferParameter { parameter_choice: Some(ParameterChoice::BoolParam(value)) })
-    }
-
     #[test]
     fn outputs_go_where_the_request_wants_them() {
-        let mut request = ModelInferRequest {
-            parameters: [flag("binary_data_output", true)].into(),
-            outputs: vec![InferRequestedOutputTensor {
-                name: "a".to_owned(),
-                parameters: [flag("binary_data", false)].into(),
-            }],
-            ..Default::default()
-        };
-        let wanted = Wanted::take(&mut request);
-        assert!(request.parameters.is_empty() && request.outputs[0].parameters.is_empty());
+        let wanted = Wanted { all: true, outputs: vec![("a".to_owned(), false)] };
         let written = write(response(), &wanted).unwrap();
         let json: Value = serde_json::from_slice(&written.json).unwrap();
         assert_eq!(

@@ -68,7 +68,7 @@ pub fn decode(message: ModelInferRequest, memory: &SharedMemory) -> Result<Decod
             return Err(InvalidRequest::RawCount { found: sent, expected });
         }
     }
-    request.inputs.reserve(message.inputs.len());
+    request.inputs.reserve_exact(message.inputs.len());
     for mut input in message.inputs {
         if input.shape.len() > MAX_RANK {
             let (input, found) = (excerpt(&input.name), input.shape.len());
@@ -76,8 +76,8 @@ pub fn decode(message: ModelInferRequest, memory: &SharedMemory) -> Result<Decod
         }
         let region = region(|| format!("input {:?}", excerpt(&input.name)), &input.parameters)?;
         let tensor = match region {
-            Some(region) => tensor(&input, memory.read(&region)?)?,
-            None if is_raw => tensor(&input, raw.next().unwrap_or_default())?,
+            Some(region) => tensor(&mut input, memory.read(&region)?)?,
+            None if is_raw => tensor(&mut input, raw.next().unwrap_or_default())?,
             None => typed(&mut input)?,
         };
         request.inputs.push(NamedTensor { name: input.name, tensor });
@@ -206,8 +206,9 @@ fn region(
     Ok(Some(Region { name: name.clone(), offset, byte_size }))
 }
 
-fn tensor(input: &InferInputTensor, data: Bytes) -> Result<RawTensor, InvalidRequest> {
-    RawTensor::new(dtype(input)?, input.shape.clone(), data).map_err(|source| unfit(input, source))
+fn tensor(input: &mut InferInputTensor, data: Bytes) -> Result<RawTensor, InvalidRequest> {
+    let shape = std::mem::take(&mut input.shape);
+    RawTensor::new(dtype(input)?, shape, data).map_err(|source| unfit(input, source))
 }
 
 fn unfit(input: &InferInputTensor, source: RawTensorError) -> InvalidRequest {
@@ -252,7 +253,7 @@ fn typed(input: &mut InferInputTensor) -> Result<RawTensor, InvalidRequest> {
             return Err(InvalidRequest::ElementCount { input, field, found: count, expected, shape });
         }
     }
-    let shape = input.shape.clone();
+    let shape = std::mem::take(&mut input.shape);
     let numbers = match dtype {
         DType::Bool => {
             let bytes: Vec<u8> = contents.bool_contents.iter().map(|&value| u8::from(value)).collect();

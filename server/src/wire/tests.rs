@@ -32,7 +32,7 @@ fn raw(inputs: Vec<InferInputTensor>, contents: &[&[u8]]) -> ModelInferRequest {
 }
 
 fn typed(mut tensor: InferInputTensor, contents: InferTensorContents) -> ModelInferRequest {
-    tensor.contents = Some(contents);
+    tensor.contents = Some(contents.into());
     ModelInferRequest { inputs: vec![tensor], ..Default::default() }
 }
 
@@ -143,7 +143,7 @@ fn typed_contents_that_do_not_fit_are_refused() {
 #[test]
 fn contents_beside_raw_contents_are_refused_even_when_they_are_empty() {
     let mut x = input("x", "FP32", &[1]);
-    x.contents = Some(InferTensorContents::default());
+    x.contents = Some(Box::default());
     assert_eq!(tensor(raw(vec![x], &[&[0; 4]])).unwrap_err(), InvalidRequest::BothForms { input: "x".to_owned() });
 }
 

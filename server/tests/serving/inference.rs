@@ -84,7 +84,7 @@ async fn a_graph_takes_raw_and_typed_tensors_and_returns_the_outputs_asked_for()
     let tensor = || input("pixel_values", "FP32", &[1, 3, 8, 8]);
     let raw = raw_request("tiny.image_encoder", vec![(tensor(), floats(&pixels))]);
     let mut typed = ModelInferRequest { raw_input_contents: vec![], ..raw.clone() };
-    typed.inputs[0].contents = Some(InferTensorContents { fp32_contents: pixels, ..Default::default() });
+    typed.inputs[0].contents = Some(InferTensorContents { fp32_contents: pixels, ..Default::default() }.into());
     typed.outputs = vec![InferRequestedOutputTensor { name: "image_embedding".to_owned(), ..Default::default() }];
     let raw = client.model_infer(raw).await.unwrap().into_inner();
     let typed = client.model_infer(typed).await.unwrap().into_inner();

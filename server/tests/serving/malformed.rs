@@ -128,7 +128,7 @@ fn wrong_tensors() -> Vec<Case> {
         invalid("both forms of contents", "use one of the two", |n| {
             spoiled(pixels(), |request| {
                 let fp32_contents = vec![0.5; n % 2 * 192];
-                request.inputs[0].contents = Some(InferTensorContents { fp32_contents, ..Default::default() });
+                request.inputs[0].contents = Some(InferTensorContents { fp32_contents, ..Default::default() }.into());
             })
         }),
         invalid("raw contents without an input", "one per input", |n| {
@@ -178,7 +178,7 @@ fn wrong_tensors() -> Vec<Case> {
 fn typed(contents: InferTensorContents) -> ModelInferRequest {
     spoiled(pixels(), |request| {
         request.raw_input_contents.clear();
-        request.inputs[0].contents = Some(contents);
+        request.inputs[0].contents = Some(contents.into());
     })
 }
 
