@@ -11,11 +11,9 @@ pub use mimalloc::MiMalloc as Allocator;
 const LARGE: (&str, &str) = ("MALLOC_MMAP_THRESHOLD_", "1048576");
 /// What the heap keeps at its end.
 const KEPT: (&str, &str) = ("MALLOC_TRIM_THRESHOLD_", "2097152");
-/// Milliseconds after which memory of requests that nobody uses any more is the system's again: long enough for the next request
-/// of a busy client. Of itself mimalloc waits for a second.
-const UNUSED: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "10");
 
-/// Starts this program over in its place, once, with allocators that give memory back to the system when it is free.
+/// Starts this program over in its place, once, with a glibc that gives large pieces of memory back to the system when they are
+/// free.
 ///
 /// glibc does so from a size that it raises with every such piece, up to 32 MiB: from then on weights lie in its heaps, among
 /// small things that stay, and a model that is let go leaves most of its memory with the process (of 100 MiB of weights
@@ -29,7 +27,7 @@ pub(crate) fn give_memory_back(program_name: &str) {
     let (name, Ok(program)) = (arguments.next(), std::env::current_exe()) else { return };
     let mut again = Command::new(program);
     let unset = |setting: &(&str, &str)| std::env::var_os(setting.0).is_none();
-    again.args(arguments).envs([LARGE, KEPT, UNUSED].into_iter().filter(unset));
+    again.args(arguments).envs([LARGE, KEPT].into_iter().filter(unset));
     if let Some(name) = name {
         again.arg0(name);
     }
