@@ -104,7 +104,9 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<(ModelIn
         match key {
             "id" => request.id = text(reader)?,
             "parameters" => reader.object(|reader, key| match key {
-                "binary_data_output" => value(reader).map(|value| wanted.all = is_true(value)),
+                "binary_data_output" => {
+                    value(reader).map(|value| wanted.all = value.is_some_and(|value| is_true(&value)))
+                }
                 key => parameter(reader, key, &mut request.parameters),
             })?,
             "inputs" => {
@@ -215,7 +217,7 @@ fn output(reader: &mut Reader<'_>) -> Result<(InferRequestedOutputTensor, Option
             "name" => output.name = text(reader)?,
             "parameters" => reader.object(|reader, key| match key {
                 "binary_data" => {
-                    is_binary = value(reader)?.map(|value| is_true(Some(value)));
+                    is_binary = value(reader)?.map(|value| is_true(&value));
                     Ok(())
                 }
                 key => parameter(reader, key, &mut output.parameters),
@@ -266,8 +268,8 @@ fn value(reader: &mut Reader<'_>) -> Result<Option<ParameterChoice>, JsonError> 
     }))
 }
 
-fn is_true(value: Option<ParameterChoice>) -> bool {
-    value == Some(ParameterChoice::BoolParam(true))
+fn is_true(value: &ParameterChoice) -> bool {
+    *value == ParameterChoice::BoolParam(true)
 }
 
 fn number(reader: &Reader<'_>, value: &str) -> Result<ParameterChoice, JsonError> {
