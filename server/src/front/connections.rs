@@ -146,9 +146,10 @@ impl Door {
                 },
             }
         }
-        // Those who were in time; no more than the system lets wait, since others may come as fast as they are taken.
+        // Those who were in time; no more than the system lets wait, since others may come as fast as they are taken. All at
+        // once, also where tokio would let other tasks go first, and say that nobody is there.
         for _ in 0..BACKLOG {
-            let Some(Ok(accepted)) = listener.accept().now_or_never() else { break };
+            let Some(Ok(accepted)) = tokio::task::unconstrained(listener.accept()).now_or_never() else { break };
             take(accepted, &late);
         }
         drop(listener);
