@@ -113,6 +113,7 @@ void encode(SensoriumTensor& tensor, const c10::IValue& value) {
 
 // A copy: a module may keep its inputs or write to them, and the bytes are shared with other readers.
 at::Tensor copied(const SensoriumView& view) {
+  TORCH_CHECK(view.dtype >= 0 && view.dtype < texts_dtype, "texts came for a tensor");
   const at::IntArrayRef sizes(view.sizes, view.dims);
   at::Tensor tensor = at::empty(sizes, at::TensorOptions().dtype(dtypes[view.dtype]));
   TORCH_CHECK(tensor.nbytes() == view.bytes, view.bytes, " bytes came for a tensor of ", tensor.nbytes());

@@ -132,6 +132,7 @@ fn input_spec(input: &DeclaredTensor, argument: &Argument) -> Result<TensorSpec,
     };
     // A number is a tensor of one element, of its widest type unless the configuration has another.
     let (widest, others): (DType, &[DType]) = match argument.kind {
+        ArgumentKind::Tensor if input.dtype == Some(DType::Bytes) => return Err(wrong("has no texts")),
         ArgumentKind::Tensor => return spec("input", input),
         ArgumentKind::Int => (DType::Int64, &[DType::Int32, DType::Uint32, DType::Int16, DType::Uint8, DType::Int8]),
         ArgumentKind::Float => (DType::Fp64, &[DType::Fp32]),

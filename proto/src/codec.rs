@@ -4,7 +4,7 @@
 //! hundreds in memory, so that 64 MiB of them would be gigabytes. Before anything is decoded, this codec walks over the
 //! message and counts its fields, which takes no memory.
 
-use std::marker::PhantomData;
+use std::{any::TypeId, marker::PhantomData};
 
 use prost::{
     Message,
@@ -16,6 +16,8 @@ use tonic::{
     codec::{BufferSettings, Codec, DecodeBuf, Decoder},
 };
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
+
+use crate::inference::ModelInferRequest;
 
 /// Fields of a message at most: far more than a request has, whose tensors are one field each, and about 25 MB at the
 /// most that a field can become.
@@ -29,8 +31,9 @@ const YIELD_THRESHOLD: usize = 32 << 10;
 
 /// In this protocol what nests in bulk is field 5: the tensors of a request or response, and in a tensor its contents.
 /// There, too, fields are counted. In other messages field 5 is nothing that this could misread: what does not parse is
-/// left to the decoder.
-const NESTS: u32 = 5;
+/// left to the decoder. A request has field 6 as well, the outputs that it asks for; in a response that is the bytes of a tensor.
+const NESTS: &[u32] = &[5];
+const NESTS_OF_REQUEST: &[u32] = &[5, 6];
 const DEPTH: u32 = 2;
 
 /// Encodes `T` and decodes `U`, as generated code wants it.
@@ -66,13 +69,13 @@ where
 #[derive(Debug)]
 pub struct BoundedDecoder<U>(ProstDecoder<U>);
 
-impl<U: Message + Default> Decoder for BoundedDecoder<U> {
+impl<U: Message + Default + 'static> Decoder for BoundedDecoder<U> {
     type Item = U;
     type Error = Status;
 
     fn decode(&mut self, message: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
         // A message arrives in one piece: the transport collects it before it asks for decoding.
-        check(message.chunk())?;
+        check::<U>(message.chunk())?;
         self.0.decode(message)
     }
 
@@ -85,13 +88,14 @@ impl<U: Message + Default> Decoder for BoundedDecoder<U> {
 ///
 /// # Errors
 /// RESOURCE_EXHAUSTED for more fields, INTERNAL for what is no such message.
-pub fn decode<M: Message + Default>(message: Bytes) -> Result<M, Status> {
-    check(&message)?;
+pub fn decode<M: Message + Default + 'static>(message: Bytes) -> Result<M, Status> {
+    check::<M>(&message)?;
     M::decode(message).map_err(|error| Status::internal(error.to_string()))
 }
 
-fn check(message: &[u8]) -> Result<(), Status> {
-    if spend(message, DEPTH, &mut { MAX_FIELDS }) {
+fn check<M: 'static>(message: &[u8]) -> Result<(), Status> {
+    let is_request = TypeId::of::<M>() == TypeId::of::<ModelInferRequest>();
+    if spend(message, if is_request { NESTS_OF_REQUEST } else { NESTS }, DEPTH, &mut { MAX_FIELDS }) {
         return Ok(());
     }
     Err(Status::resource_exhausted(format!(
@@ -99,9 +103,9 @@ fn check(message: &[u8]) -> Result<(), Status> {
     )))
 }
 
-/// Takes one off `budget` for each field; `false` when it does not suffice. Stops without complaint at what is no
+/// Takes one off `budget` for each field, also of the fields `nests`; `false` when it does not suffice. Stops without complaint at what is no
 /// protobuf.
-fn spend(mut message: &[u8], depth: u32, budget: &mut u32) -> bool {
+fn spend(mut message: &[u8], nests: &[u32], depth: u32, budget: &mut u32) -> bool {
     while !message.is_empty() {
         let Some(rest) = budget.checked_sub(1) else { return false };
         *budget = rest;
@@ -121,7 +125,8 @@ fn spend(mut message: &[u8], depth: u32, budget: &mut u32) -> bool {
         else {
             return true;
         };
-        if wire_type == WireType::LengthDelimited && field == NESTS && depth > 0 && !spend(content, depth - 1, budget) {
+        let goes_in = wire_type == WireType::LengthDelimited && nests.contains(&field) && depth > 0;
+        if goes_in && !spend(content, nests, depth - 1, budget) {
             return false;
         }
         message = after;
@@ -132,11 +137,14 @@ fn spend(mut message: &[u8], depth: u32, budget: &mut u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inference::{InferTensorContents, ModelInferRequest, model_infer_request::InferInputTensor};
+    use crate::inference::{
+        InferParameter, InferTensorContents, ModelInferResponse,
+        model_infer_request::{InferInputTensor, InferRequestedOutputTensor},
+    };
 
     fn fields(message: &[u8]) -> Option<u32> {
         let mut budget = MAX_FIELDS;
-        spend(message, DEPTH, &mut budget).then_some(MAX_FIELDS - budget)
+        spend(message, NESTS_OF_REQUEST, DEPTH, &mut budget).then_some(MAX_FIELDS - budget)
     }
 
     fn request(contents: InferTensorContents) -> Vec<u8> {
@@ -167,6 +175,19 @@ mod tests {
     fn a_flood_of_empty_tensors_is_too_much() {
         assert_eq!(fields(&[0x2a, 0].repeat(MAX_FIELDS as usize)), Some(MAX_FIELDS));
         assert_eq!(fields(&[0x2a, 0].repeat(MAX_FIELDS as usize + 1)), None);
+    }
+
+    #[test]
+    fn parameters_of_outputs_are_fields_and_the_bytes_of_an_answer_are_none() {
+        let parameter = |index: u32| (index.to_string(), InferParameter::default());
+        let parameters = (0..MAX_FIELDS).map(parameter).collect();
+        let outputs = vec![InferRequestedOutputTensor { name: "y".to_owned(), parameters }];
+        let flood = ModelInferRequest { outputs, ..Default::default() };
+        assert!(decode::<ModelInferRequest>(flood.encode_to_vec().into()).is_err());
+        // Sixteen-bit tens, which look like empty fields.
+        let tens = vec![vec![10, 0].repeat(MAX_FIELDS as usize + 1).into()];
+        let answer = ModelInferResponse { raw_output_contents: tens, ..Default::default() };
+        assert_eq!(decode::<ModelInferResponse>(answer.encode_to_vec().into()).unwrap(), answer);
     }
 
     #[test]

@@ -45,7 +45,7 @@ struct Held {
     messages: VecDeque<usize>,
 }
 
-/// The bytes of one message, until this is dropped.
+/// Bytes that are taken until this is dropped, such as those of one message.
 #[derive(Debug)]
 pub struct Taken {
     budget: Budget,
@@ -62,6 +62,15 @@ impl Budget {
     /// Of one call, which holds nothing yet.
     pub fn tally(&self) -> Tally {
         Tally(Arc::new(Call { budget: self.clone(), held: Mutex::default() }))
+    }
+
+    /// Bytes for as long as they are held, whoever holds them.
+    ///
+    /// # Errors
+    /// [`Spent`].
+    pub fn claim(&self, bytes: usize) -> Result<Taken, Spent> {
+        self.take(bytes)?;
+        Ok(Taken { budget: self.clone(), bytes })
     }
 
     fn take(&self, bytes: usize) -> Result<(), Spent> {
@@ -105,6 +114,11 @@ impl Tally {
     pub fn foresee(&self, bytes: usize) -> Result<(), Spent> {
         let held = self.0.budget.metrics.held();
         if held.saturating_add(bytes) <= self.0.budget.limit { Ok(()) } else { Err(self.0.budget.spent(held)) }
+    }
+
+    /// Whether nothing of it is held, but what its messages hold for themselves.
+    pub fn holds_nothing(&self) -> bool {
+        self.lock().bytes == 0
     }
 
     /// A message of so many bytes, which are taken, has arrived whole.

@@ -5,7 +5,9 @@ use std::{sync::Arc, time::Duration};
 use sensorium_engine::{EngineError, PipelineError, RawTensorError};
 use tonic::{Code, Status};
 
-use crate::{model::SequenceError, pool::PoolError, scheduler::ScheduleError, wire::InvalidRequest};
+use crate::{
+    model::SequenceError, pool::PoolError, scheduler::ScheduleError, shared_memory::SharedMemoryError, wire::InvalidRequest,
+};
 
 /// Why a request has no answer. [`InferError::code`] says whose fault it is and whether to try again.
 #[derive(Debug, thiserror::Error)]
@@ -186,6 +188,7 @@ impl InferError {
     pub fn code(&self) -> Code {
         match self {
             Self::UnknownModel { .. } | Self::UnknownVersion { .. } => Code::NotFound,
+            Self::Invalid(InvalidRequest::SharedMemory(SharedMemoryError::Spent(_))) => Code::ResourceExhausted,
             Self::Invalid(_)
             | Self::Parts(_)
             | Self::Sequence(

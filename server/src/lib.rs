@@ -18,6 +18,7 @@
 
 mod aligned;
 mod allocator;
+mod blocking;
 pub mod budget;
 mod coding;
 pub mod config;
@@ -26,6 +27,7 @@ pub mod error;
 pub mod fixture;
 pub mod front;
 pub mod health;
+mod inside;
 pub mod metrics;
 pub mod model;
 pub mod pool;

@@ -120,14 +120,14 @@ pub async fn serve(
     let metrics = Metrics::new();
     let lost = CancellationToken::new();
     let (ready, is_ready) = watch::channel(false);
-    let memory = SharedMemory::new(config.shared_memory);
+    let budget = Budget::new(config.max_inflight_bytes, metrics.budget());
+    let memory = SharedMemory::new(config.shared_memory, budget.clone());
     let service = Service::new(metrics.clone(), is_ready.clone(), memory, controls.logs, controls.traces);
     let admission = admission(&config)?;
     // Only limits ask who it is.
     let tells_peers = admission.is_some();
     let (app, reporter) = front::app(service.clone(), config.max_request_bytes, admission);
     let tls = config.tls.clone().map(Tls::watch).transpose()?;
-    let budget = Budget::new(config.max_inflight_bytes, metrics.budget());
     let places = Places::new(config.max_connections, metrics.connections());
 
     // Everything is answered from now on, with "not ready" while models load, so that the start can be watched.
@@ -174,6 +174,7 @@ pub async fn serve(
     metrics.set_ready(false);
     front::end_report(reporter).await;
     drain.cancel();
+    service.end_streams();
     let deadline = Instant::now() + config.drain;
     let finished = async {
         // What came over connections made before is answered; only then is anything refused.

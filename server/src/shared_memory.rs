@@ -15,6 +15,11 @@ use std::{
 
 use bytes::Bytes;
 
+use crate::{
+    blocking::in_place,
+    budget::{Budget, Spent, Taken},
+};
+
 /// Regions at most, each an open file.
 const MAX_REGIONS: usize = 1024;
 
@@ -63,6 +68,9 @@ pub enum SharedMemoryError {
     /// No more regions.
     #[error("{MAX_REGIONS} shared memory regions are registered, which is the limit; unregister one")]
     Full,
+    /// Requests hold as many bytes as they may.
+    #[error(transparent)]
+    Spent(#[from] Spent),
     /// A key that names no shared memory.
     #[error("{key:?} is no name of shared memory; it is one file name, with or without a `/` before it")]
     Key {
@@ -95,8 +103,22 @@ pub enum SharedMemoryError {
 #[derive(Clone, Debug)]
 pub struct SharedMemory {
     allowed: bool,
+    /// What tensors are taken from while they are in this process.
+    budget: Budget,
     folder: PathBuf,
     regions: Arc<RwLock<BTreeMap<String, Arc<Open>>>>,
+}
+
+/// What was read of a region.
+struct Read {
+    bytes: Vec<u8>,
+    _taken: Taken,
+}
+
+impl AsRef<[u8]> for Read {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 #[derive(Debug)]
@@ -106,9 +128,9 @@ struct Open {
 }
 
 impl SharedMemory {
-    /// Without any region yet. Unless it is `allowed`, there will be none.
-    pub fn new(allowed: bool) -> Self {
-        Self { allowed, folder: PathBuf::from("/dev/shm"), regions: Arc::default() }
+    /// Without any region yet. Unless it is `allowed`, there will be none. What is read of them takes its part of `budget`.
+    pub fn new(allowed: bool, budget: Budget) -> Self {
+        Self { allowed, budget, folder: PathBuf::from("/dev/shm"), regions: Arc::default() }
     }
 
     /// Whether clients may use it.
@@ -186,16 +208,21 @@ impl SharedMemory {
         regions.get(name).cloned().ok_or_else(unknown)
     }
 
-    /// The bytes of `region` as they are now.
+    /// The bytes of `region` as they are now. They are held against the budget as long as anybody has them.
     ///
     /// # Errors
     /// [`SharedMemoryError`].
     pub fn read(&self, region: &Region) -> Result<Bytes, SharedMemoryError> {
         let (open, at) = self.locate(region, region.byte_size)?;
         // Not larger than the object was when it was registered.
-        let mut bytes = vec![0; region.byte_size as usize];
-        open.file.read_exact_at(&mut bytes, at).map_err(|error| access(&open.registration.key, &error))?;
-        Ok(bytes.into())
+        let size = region.byte_size as usize;
+        let taken = self.budget.claim(size)?;
+        let bytes = in_place(size, || {
+            let mut bytes = vec![0; size];
+            open.file.read_exact_at(&mut bytes, at).map(|()| bytes)
+        });
+        let bytes = bytes.map_err(|error| access(&open.registration.key, &error))?;
+        Ok(Bytes::from_owner(Read { bytes, _taken: taken }))
     }
 
     /// Puts `bytes` at the start of `region`.
@@ -207,7 +234,7 @@ impl SharedMemory {
         // Writing past a file's end would make it larger, and take memory from the machine.
         let size = open.file.metadata().map_err(|error| access(&open.registration.key, &error))?.len();
         check(at, bytes.len() as u64, size, || format!("shared memory {:?}", open.registration.key))?;
-        open.file.write_all_at(bytes, at).map_err(|error| access(&open.registration.key, &error))
+        in_place(bytes.len(), || open.file.write_all_at(bytes, at)).map_err(|error| access(&open.registration.key, &error))
     }
 
     /// The open object, and where in it the first `byte_size` bytes of `region` are.
@@ -234,11 +261,16 @@ fn access(key: &str, error: &io::Error) -> SharedMemoryError {
 mod tests {
     use super::*;
 
+    /// For twenty bytes.
+    fn budget() -> Budget {
+        Budget::new(20, crate::metrics::Metrics::new().budget())
+    }
+
     /// Shared memory in a folder of its own, with one object of 16 bytes.
     fn memory() -> (tempfile::TempDir, SharedMemory) {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("object"), [7; 16]).unwrap();
-        let memory = SharedMemory { folder: folder.path().to_owned(), ..SharedMemory::new(true) };
+        let memory = SharedMemory { folder: folder.path().to_owned(), ..SharedMemory::new(true, budget()) };
         (folder, memory)
     }
 
@@ -261,6 +293,18 @@ mod tests {
         memory.unregister(Some("r"));
         memory.unregister(Some("r"));
         assert_eq!(memory.read(&part(0, 1)), Err(SharedMemoryError::Unknown { name: "r".to_owned() }));
+    }
+
+    #[test]
+    fn what_is_read_takes_its_part_of_the_budget_as_long_as_anybody_has_it() {
+        let (_folder, memory) = memory();
+        memory.register(registration("object", 0, 16)).unwrap();
+        let first = memory.read(&part(0, 16)).unwrap();
+        let tensor = first.slice(4..8);
+        drop(first);
+        assert_eq!(memory.read(&part(0, 5)), Err(SharedMemoryError::Spent(Spent { held: 16, limit: 20 })));
+        drop(tensor);
+        memory.read(&part(0, 5)).unwrap();
     }
 
     #[test]
@@ -309,7 +353,7 @@ mod tests {
         memory.register(registration("object", 0, 1)).unwrap();
         let again = memory.register(registration("object", 0, 1));
         assert_eq!(again, Err(SharedMemoryError::Exists { name: "r".to_owned() }));
-        let off = SharedMemory::new(false);
+        let off = SharedMemory::new(false, budget());
         assert_eq!(off.register(registration("object", 0, 1)), Err(SharedMemoryError::Off));
     }
 }

@@ -17,6 +17,7 @@ use tokio::time::{self, Sleep};
 use tonic::Status;
 
 use crate::{
+    blocking::in_place,
     budget::{Spent, Tally},
     coding::{Coding, InflateError},
 };
@@ -32,15 +33,20 @@ pub(super) struct Metered<B> {
     messages: Option<Messages>,
     /// What was read and not yielded yet.
     ready: VecDeque<Bytes>,
-    /// How long it may rest before the end of a message, which holds what has arrived of it.
+    /// How long it may rest while it holds what has arrived, or take for the next [`PROGRESS`] bytes.
     patience: Duration,
     /// When that is over.
     until: Option<Pin<Box<Sleep>>>,
+    /// Bytes since that began.
+    since: usize,
 }
+
+/// Who sends less than this in a client's patience is as good as silent.
+const PROGRESS: usize = 16 << 10;
 
 /// A client that began to send, and stopped.
 #[derive(Debug, thiserror::Error)]
-#[error("nothing more of it came for {patience:?}")]
+#[error("it comes too slowly: less than {PROGRESS} bytes of it in {patience:?}")]
 struct Stalled {
     patience: Duration,
 }
@@ -78,13 +84,16 @@ impl<B> Metered<B> {
             headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
         let coding = || headers.get("grpc-encoding").and_then(|name| name.to_str().ok()).and_then(Coding::parse);
         let messages = is_grpc.then(|| Messages { coding: coding(), max, head: [0; HEAD], place: Place::Head(0) });
-        Self { body, tally, messages, ready: VecDeque::new(), patience, until: None }
+        Self { body, tally, messages, ready: VecDeque::new(), patience, until: None, since: 0 }
     }
 
     /// Nothing is there: whether that has been so for too long.
     fn rest(&mut self, context: &mut Context<'_>) -> Result<(), Error> {
-        // A stream may rest between two messages as long as it likes.
-        if self.messages.as_ref().is_some_and(|messages| matches!(messages.place, Place::Head(0))) {
+        // A stream may rest between two messages as long as it likes, once somebody has claimed the last one. The one message of
+        // a call that does not end is nobody's, and holds its bytes.
+        let is_between = self.messages.as_ref().is_some_and(|messages| matches!(messages.place, Place::Head(0)));
+        if is_between && self.tally.holds_nothing() {
+            (self.until, self.since) = (None, 0);
             return Ok(());
         }
         let patience = self.patience;
@@ -120,12 +129,15 @@ where
                     Err(error) => Poll::Ready(Some(Err(error))),
                 };
             };
-            this.until = None;
             let Some(frame) = frame else { return Poll::Ready(None) };
             let data = match frame.map_err(Into::into)?.into_data() {
                 Ok(data) => data,
                 Err(frame) => return Poll::Ready(Some(Ok(frame))),
             };
+            this.since += data.len();
+            if this.since >= PROGRESS {
+                (this.until, this.since) = (None, 0);
+            }
             let Some(messages) = &mut this.messages else {
                 this.tally.take(data.len())?;
                 return Poll::Ready(Some(Ok(Frame::data(data))));
@@ -214,7 +226,9 @@ impl Messages {
     fn inflate(&mut self, packed: &[u8], tally: &Tally, out: &mut VecDeque<Bytes>) -> Result<(), Status> {
         self.place = Place::Head(0);
         let Some(coding) = self.coding else { return Ok(()) };
-        let message = coding.inflate(packed, self.max, Some(tally)).map_err(|error| match error {
+        // A byte may become a thousand.
+        let inflated = in_place(packed.len().saturating_mul(64), || coding.inflate(packed, self.max, Some(tally)));
+        let message = inflated.map_err(|error| match error {
             InflateError::Spent(spent) => refused(spent),
             InflateError::TooLarge => Status::resource_exhausted(format!(
                 "the message has more than {} bytes when it is decompressed, the limit of this server",
@@ -242,6 +256,7 @@ fn refused(spent: Spent) -> Status {
 mod tests {
     use std::io::Write as _;
 
+    use futures::StreamExt as _;
     use flate2::{Compression, write::GzEncoder, write::ZlibEncoder};
     use http_body_util::{BodyExt as _, StreamBody};
     use tonic::Code;
@@ -327,21 +342,38 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_body_that_comes_a_byte_at_a_time_is_given_up() {
+        const PATIENCE: Duration = Duration::from_millis(50);
+        let bytes = futures::stream::repeat_with(|| Ok::<_, Error>(Frame::data(Bytes::from_static(b"7"))));
+        let slow = StreamBody::new(bytes.then(async |byte| {
+            time::sleep(PATIENCE / 10).await;
+            byte
+        }));
+        let budget = Budget::new(10_000, Metrics::new().budget());
+        let mut body = Metered::new(Box::pin(slow), &HeaderMap::new(), budget.tally(), 1000, PATIENCE);
+        let ended = async { while body.frame().await.unwrap().is_ok() {} };
+        time::timeout(Duration::from_mins(1), ended).await.expect("the first bytes do not count for the next ones");
+    }
+
+    #[tokio::test]
     async fn a_body_that_stops_in_the_middle_is_given_up_and_a_stream_between_messages_is_not() {
         const PATIENCE: Duration = Duration::from_millis(20);
         let budget = Budget::new(10_000, Metrics::new().budget());
         let whole = frame(0, &[7; 300]);
-        for (kind, sent, is_given_up) in [
-            ("application/grpc", whole.len(), false),
-            ("application/grpc", whole.len() - 1, true),
-            ("application/grpc", 3, true),
-            ("application/json", whole.len(), true),
+        for (kind, sent, is_claimed, is_given_up) in [
+            ("application/grpc", whole.len(), true, false),
+            ("application/grpc", whole.len(), false, true),
+            ("application/grpc", whole.len() - 1, false, true),
+            ("application/grpc", 3, false, true),
+            ("application/json", whole.len(), false, true),
         ] {
             let piece = Ok::<_, Error>(Frame::data(Bytes::copy_from_slice(&whole[..sent])));
-            let pieces = futures::StreamExt::chain(tokio_stream::once(piece), futures::stream::pending());
+            let pieces = tokio_stream::once(piece).chain(futures::stream::pending());
             let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, kind.parse().unwrap())]);
-            let mut body = Metered::new(StreamBody::new(pieces), &headers, budget.tally(), 1000, PATIENCE);
+            let tally = budget.tally();
+            let mut body = Metered::new(StreamBody::new(pieces), &headers, tally.clone(), 1000, PATIENCE);
             assert!(body.frame().await.unwrap().is_ok());
+            assert_eq!(is_claimed.then(|| tally.claim_message().is_some()), is_claimed.then_some(true));
             // Ten times as long says that it is never; who is given up ends the wait.
             let wait = if is_given_up { Duration::from_mins(1) } else { PATIENCE * 10 };
             match time::timeout(wait, body.frame()).await {

@@ -20,6 +20,7 @@ use prost::{
     encoding::{WireType, decode_key, decode_varint, encode_key, encode_varint, encoded_len_varint, key_len},
 };
 use sensorium_proto::{codec, inference::ModelInferResponse};
+use tokio::time;
 use tonic::Status;
 
 use super::{guard, metered::HEAD};
@@ -80,7 +81,12 @@ impl Unary {
         let call = Call::new(headers);
         let answer = async {
             let pass = pass?;
-            let request = codec::decode(message(&mut body, self.max).await?)?;
+            let message = message(&mut body, self.max);
+            let message = match call.deadline {
+                None => message.await,
+                Some(deadline) => time::timeout_at(deadline.into(), message).await.map_err(|_| too_late())?,
+            };
+            let request = codec::decode(message?)?;
             let response = self.service.infer(request, &call).await?;
             Ok::<_, Status>(Answer { pieces: encode(response)?, trailers: Some(well()), _pass: pass })
         };
@@ -98,6 +104,10 @@ impl Unary {
             }
         }
     }
+}
+
+fn too_late() -> Status {
+    Status::deadline_exceeded("the deadline passed before the whole request was there")
 }
 
 fn well() -> HeaderMap {

@@ -1,6 +1,6 @@
 //! Answers that are known already.
 //!
-//! The key is a hash of everything that an answer depends on: which load of which model, every input with its name, type,
+//! The key is a hash of everything that an answer depends on: which load of which model or models, every input with its name, type,
 //! shape and bytes, the outputs asked for, and the parameters. 256 bits of BLAKE3: two questions do not share one. Equal
 //! questions that come at the same time are run once.
 
@@ -64,14 +64,14 @@ impl ResponseCache {
 }
 
 /// What an answer depends on.
-pub(super) fn key(load: u64, request: &Fitted, parameters: &BTreeMap<String, Parameter>) -> Key {
+pub(super) fn key(loads: &[u64], request: &Fitted, parameters: &BTreeMap<String, Parameter>) -> Key {
     let mut hasher = blake3::Hasher::new();
     // Every part is preceded by its length, so that no two lists of parts look alike.
     let mut part = |bytes: &[u8]| {
         hasher.update(&(bytes.len() as u64).to_le_bytes());
         hasher.update(bytes);
     };
-    part(&load.to_le_bytes());
+    part(bytemuck::cast_slice(loads));
     for tensor in &request.inputs {
         part(dtype_name(tensor.dtype()).as_bytes());
         part(bytemuck::cast_slice(tensor.shape()));
@@ -120,21 +120,22 @@ mod tests {
         let one = |name: &str, value| BTreeMap::from([(name.to_owned(), value)]);
         let base = || request(vec![f32s(&[2, 3]), f32s(&[1])], &[0]);
         let keys = [
-            key(1, &base(), &none),
-            key(2, &base(), &none),
-            key(1, &request(vec![f32s(&[3, 2]), f32s(&[1])], &[0]), &none),
-            key(1, &request(vec![tensor(DType::Int32, &[2, 3]), f32s(&[1])], &[0]), &none),
-            key(1, &request(vec![f32s(&[1]), f32s(&[2, 3])], &[0]), &none),
-            key(1, &request(vec![f32s(&[2, 3]), f32s(&[1])], &[0, 1]), &none),
-            key(1, &request(vec![f32s(&[2, 3]), f32s(&[1])], &[]), &none),
-            key(1, &base(), &one("p", Parameter::Int(1))),
-            key(1, &base(), &one("p", Parameter::Uint(1))),
-            key(1, &base(), &one("q", Parameter::Int(1))),
-            key(1, &base(), &one("p", Parameter::Bool(true))),
+            key(&[1], &base(), &none),
+            key(&[2], &base(), &none),
+            key(&[1, 2], &base(), &none),
+            key(&[1], &request(vec![f32s(&[3, 2]), f32s(&[1])], &[0]), &none),
+            key(&[1], &request(vec![tensor(DType::Int32, &[2, 3]), f32s(&[1])], &[0]), &none),
+            key(&[1], &request(vec![f32s(&[1]), f32s(&[2, 3])], &[0]), &none),
+            key(&[1], &request(vec![f32s(&[2, 3]), f32s(&[1])], &[0, 1]), &none),
+            key(&[1], &request(vec![f32s(&[2, 3]), f32s(&[1])], &[]), &none),
+            key(&[1], &base(), &one("p", Parameter::Int(1))),
+            key(&[1], &base(), &one("p", Parameter::Uint(1))),
+            key(&[1], &base(), &one("q", Parameter::Int(1))),
+            key(&[1], &base(), &one("p", Parameter::Bool(true))),
         ];
         let distinct: std::collections::BTreeSet<_> = keys.iter().collect();
         assert_eq!(distinct.len(), keys.len());
-        assert_eq!(key(1, &base(), &none), keys[0]);
+        assert_eq!(key(&[1], &base(), &none), keys[0]);
     }
 
     #[tokio::test]

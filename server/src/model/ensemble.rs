@@ -78,6 +78,11 @@ impl Ensemble {
         })
     }
 
+    /// The models of its steps, as a call would find them now.
+    pub(super) fn called(&self) -> impl Iterator<Item = Result<Arc<ModelVersion>, InferError>> {
+        self.steps.iter().map(|step| (self.find)(&step.model, &step.version))
+    }
+
     /// Runs every step that a wanted output needs, as soon as its tensors are there. `request` has what the client said
     /// beside its tensors.
     pub(super) async fn infer(

@@ -13,7 +13,7 @@ mod sequence;
 mod statistics;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -23,7 +23,7 @@ use std::{
 
 use sensorium_artifact::TensorSpec;
 use sensorium_engine::RawTensor;
-use sensorium_proto::inference::{ModelConfig, ModelStatistics};
+use sensorium_proto::inference::{ModelConfig, ModelStatistics, model_config::SchedulingChoice};
 
 pub(crate) use self::sequence::Seated;
 pub(crate) use self::{
@@ -110,11 +110,26 @@ impl ModelVersion {
         Self { artifact: Some(digest), ..self }
     }
 
-    /// With answers kept in `cache`, where the configuration wants them to be and they depend on the request alone.
+    /// With answers kept in `cache`, where the configuration wants them to be, and while they depend on the request alone.
     pub(crate) fn with_cache(self, cache: &ResponseCache, metrics: GraphMetrics) -> Self {
         let wanted = self.config.response_cache.is_some_and(|cache| cache.enable);
-        let is_stateless = !matches!(self.runs, Runs::Sequence(..) | Runs::Iteration(_));
-        Self { cache: (wanted && is_stateless).then(|| (cache.clone(), metrics)), ..self }
+        Self { cache: wanted.then(|| (cache.clone(), metrics)), ..self }
+    }
+
+    /// Which load of which model answers depend on, beside the request: of this one, and of those that it calls, as they are
+    /// now. `None` where they depend on more, such as the requests before.
+    fn loads(&self) -> Option<Vec<u64>> {
+        let mut loads = vec![self.load];
+        match &self.runs {
+            Runs::Graph(..) | Runs::Multimodal(_) => {}
+            Runs::Ensemble(ensemble) => {
+                for model in ensemble.called() {
+                    loads.extend(model.ok()?.loads()?);
+                }
+            }
+            Runs::Sequence(..) | Runs::Iteration(_) => return None,
+        }
+        Some(loads)
     }
 
     /// The model's name.
@@ -167,6 +182,14 @@ impl ModelVersion {
         self.config.model_transaction_policy.is_some_and(|policy| policy.decoupled)
     }
 
+    /// Names of the models that it is made of, where it is an ensemble.
+    pub(crate) fn steps(&self) -> BTreeSet<&str> {
+        match &self.config.scheduling_choice {
+            Some(SchedulingChoice::EnsembleScheduling(ensembling)) => Ensemble::models(ensembling),
+            _ => BTreeSet::new(),
+        }
+    }
+
     /// The graphs that it is: one, or one for each instance.
     pub(crate) fn graphs(&self) -> &[Arc<Graph>] {
         match &self.runs {
@@ -187,9 +210,10 @@ impl ModelVersion {
         let inputs = std::mem::take(&mut request.inputs);
         let fitted = self.interface.fit(inputs, &request.outputs)?;
         let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
-        let (outputs, timings) = match &self.cache {
-            Some((cache, metrics)) => {
-                let (outputs, timings) = Box::pin(self.run_once(cache, fitted, &request)).await?;
+        let cache = self.cache.as_ref().and_then(|(cache, metrics)| Some((cache, metrics, self.loads()?)));
+        let (outputs, timings) = match cache {
+            Some((cache, metrics, loads)) => {
+                let (outputs, timings) = Box::pin(self.run_once(cache, &loads, fitted, &request)).await?;
                 metrics.cache(timings.cache_hit);
                 (outputs, timings)
             }
@@ -215,10 +239,16 @@ impl ModelVersion {
     }
 
     /// Runs a request whose answer nobody knows.
-    async fn run_once(&self, cache: &ResponseCache, fitted: Fitted, request: &Request) -> Result<Answer, InferError> {
+    async fn run_once(
+        &self,
+        cache: &ResponseCache,
+        loads: &[u64],
+        fitted: Fitted,
+        request: &Request,
+    ) -> Result<Answer, InferError> {
         let started = Instant::now();
         let ran: Mutex<Option<(Timings, Duration)>> = Mutex::default();
-        let key = cache::key(self.load, &fitted, &request.parameters);
+        let key = cache::key(loads, &fitted, &request.parameters);
         let run = async || {
             let began = Instant::now();
             let (outputs, timings) = self.run(fitted.clone(), request).await?;

@@ -7,7 +7,6 @@ use std::{
     time::Duration,
 };
 
-use sensorium_proto::inference::model_config::SchedulingChoice;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -18,6 +17,9 @@ use crate::{
     error::{InferError, chain},
     model::{Ensemble, Find, Graph, ModelVersion},
 };
+
+/// Ensembles in each other at most: a call of one goes as deep.
+const MAX_NESTING: usize = 16;
 
 /// Where a unit of models comes from.
 #[derive(Clone, Debug)]
@@ -108,12 +110,23 @@ impl Registry {
         Ok(())
     }
 
-    /// Loads a model, or loads it again: what is in flight finishes on the old one.
+    /// Loads a model, or loads it again: what is in flight finishes on the old one. A load that has begun ends, whether or not
+    /// anybody waits for that.
     ///
     /// # Errors
     /// [`ControlError`]; a model that was loaded before stays as it was.
     pub async fn load(&self, name: &str, parameters: LoadParameters) -> Result<(), ControlError> {
-        self.allowed()?;
+        self.may_change()?;
+        let (registry, own) = (self.clone(), name.to_owned());
+        let load = tokio::spawn(async move { registry.load_now(&own, parameters).await });
+        load.await.unwrap_or_else(|_| {
+            let reason = "loading it was cut short".to_owned();
+            self.note_failure(name, 0, &reason);
+            Err(ControlError::Failed { name: name.to_owned(), reason })
+        })
+    }
+
+    async fn load_now(&self, name: &str, parameters: LoadParameters) -> Result<(), ControlError> {
         let _changing = self.0.changing.lock().await;
         let failed = |error: LoadError| ControlError::Failed { name: name.to_owned(), reason: chain(&error) };
         self.refresh().await.map_err(failed)?;
@@ -169,6 +182,7 @@ impl Registry {
             if above.contains(&step) {
                 return Err(format!("it is made of itself: {}, {step}", above.join(", ")));
             }
+            self.check_below(step, &above)?;
             if !self.ready(step, "") {
                 let brought = Box::pin(self.bring_below(step, LoadParameters::default(), &above)).await;
                 brought.map_err(|error| format!("it needs model {step:?}: {}", chain(&error)))?;
@@ -182,6 +196,23 @@ impl Registry {
         let (own, opening) = (name.to_owned(), self.0.opening.clone());
         // Opening a graph reads and optimises it: seconds of CPU for a large one.
         tokio::task::spawn_blocking(move || found.open(&own, &opening, &find)).await.map_err(cut_short)?
+    }
+
+    /// Looks through what is loaded below `step`: none of the ensembles `above` may be there, and nesting has an end.
+    fn check_below(&self, step: &str, above: &[&str]) -> Result<(), String> {
+        let mut level = BTreeSet::from([step.to_owned()]);
+        for _ in above.len()..=MAX_NESTING {
+            let models = self.loaded();
+            let steps = models.iter().filter(|model| level.contains(model.name())).flat_map(|model| model.steps());
+            level = steps.map(str::to_owned).collect();
+            if let Some(again) = above.iter().find(|name| level.contains(**name)) {
+                return Err(format!("it is made of itself: {}, {step}, ..., {again}", above.join(", ")));
+            }
+            if level.is_empty() {
+                return Ok(());
+            }
+        }
+        Err(format!("more than {MAX_NESTING} ensembles are in each other below it"))
     }
 
     fn origin(&self, name: &str, parameters: &LoadParameters) -> Option<Origin> {
@@ -205,16 +236,14 @@ impl Registry {
     /// # Errors
     /// [`ControlError`].
     pub async fn unload(&self, name: &str, dependents: bool) -> Result<(), ControlError> {
-        self.allowed()?;
+        self.may_change()?;
         let _changing = self.0.changing.lock().await;
         let unit = self.read().by_name.get(name).map(|entry| entry.unit.clone());
         let unit = unit.ok_or_else(|| ControlError::NotFound { name: name.to_owned() })?;
         let mut below = BTreeSet::new();
         if dependents {
             for model in self.loaded().iter().filter(|model| model.name() == name) {
-                if let Some(SchedulingChoice::EnsembleScheduling(steps)) = &model.config().scheduling_choice {
-                    below.extend(Ensemble::models(steps).into_iter().map(str::to_owned));
-                }
+                below.extend(model.steps().into_iter().map(str::to_owned));
             }
         }
         self.remove(&unit);
@@ -266,7 +295,11 @@ impl Registry {
         }
     }
 
-    fn allowed(&self) -> Result<(), ControlError> {
+    /// That clients may load and unload models.
+    ///
+    /// # Errors
+    /// [`ControlError::Forbidden`].
+    pub fn may_change(&self) -> Result<(), ControlError> {
         match self.0.config.mode {
             ControlMode::Explicit => Ok(()),
             mode @ (ControlMode::None | ControlMode::Poll(_)) => Err(ControlError::Forbidden { mode: mode.as_str() }),

@@ -13,6 +13,7 @@ use sensorium_proto::inference::{
 use super::complete;
 use crate::{
     error::chain,
+    inside::inside,
     model::Binding,
     scheduler::{Padding, Reopen},
 };
@@ -216,7 +217,7 @@ fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -
         None | Some(InputDataType::ZeroData(_) | InputDataType::RandomData(_)) => return Ok(zeros),
         Some(InputDataType::InputDataFile(file)) => {
             // Triton keeps these in a folder of this name.
-            let path = folder.join("warmup").join(file);
+            let path = inside(&folder.join("warmup"), file)?;
             std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?
         }
     };

@@ -103,8 +103,16 @@ pub(super) fn fingerprint(path: &Path) -> io::Result<u64> {
         let mut entries = fs::read_dir(path)?.collect::<Result<Vec<_>, _>>()?;
         entries.sort_by_key(fs::DirEntry::file_name);
         for entry in entries {
-            let metadata = fs::metadata(entry.path())?;
             entry.file_name().hash(hasher);
+            let metadata = match fs::metadata(entry.path()) {
+                Ok(metadata) => metadata,
+                // A link that leads nowhere, such as the lock of an editor, or a file that went since the folder was listed.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    "nothing".hash(hasher);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             if metadata.is_dir() {
                 visit(&entry.path(), hasher)?;
             } else {
@@ -177,6 +185,8 @@ mod tests {
         let two = fingerprint(folder.path()).unwrap();
         assert_eq!(two, fingerprint(folder.path()).unwrap());
         assert!(empty != one && one != two);
+        std::os::unix::fs::symlink("nowhere", folder.path().join(".#config.pbtxt")).unwrap();
+        assert_ne!(fingerprint(folder.path()).unwrap(), two, "a link to nothing is no error");
     }
 
     #[test]

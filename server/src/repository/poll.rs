@@ -12,19 +12,21 @@ use tokio::time;
 use super::{Inner, LoadParameters, Registry, folder};
 use crate::error::chain;
 
-/// Fingerprints of models by name.
-type Seen = BTreeMap<String, u64>;
+/// Fingerprints of models that are loaded, or could not be, by name.
+type Loaded = BTreeMap<String, u64>;
+/// What a look at the repositories found: fingerprints by name, `None` for a folder that could not be read.
+type Look = BTreeMap<String, Option<u64>>;
 
 /// Watches the repositories of `registry` until it goes. `found` are the models that were loaded already.
 pub(super) fn spawn(registry: &Registry, interval: Duration, found: BTreeMap<String, PathBuf>) {
     let (weak, end) = (Arc::downgrade(&registry.0), registry.0.background.clone());
-    let loaded = fingerprints(found);
+    let loaded = fingerprints(found).into_iter().filter_map(|(name, found)| Some((name, found?))).collect();
     // Ends with the registry, which cancels it.
     tokio::spawn(async move { end.run_until_cancelled(watch(weak, interval, loaded)).await });
 }
 
-async fn watch(registry: Weak<Inner>, interval: Duration, mut loaded: Seen) {
-    let mut unstable = Seen::new();
+async fn watch(registry: Weak<Inner>, interval: Duration, mut loaded: Loaded) {
+    let mut before: Look = loaded.iter().map(|(name, fingerprint)| (name.clone(), Some(*fingerprint))).collect();
     let mut next = interval;
     loop {
         time::sleep(next).await;
@@ -46,7 +48,7 @@ async fn watch(registry: Weak<Inner>, interval: Duration, mut loaded: Seen) {
             }
             Err(_) => return,
         };
-        let Changes { stable, unstable: still, gone } = compare(&loaded, &unstable, &now);
+        let Changes { stable, gone, is_settled } = compare(&loaded, &before, &now);
         for name in gone {
             tracing::info!(model = name, "gone from its repository");
             registry.remove(&name);
@@ -61,53 +63,78 @@ async fn watch(registry: Weak<Inner>, interval: Duration, mut loaded: Seen) {
             loaded.insert(name, fingerprint);
         }
         // A change is taken as soon as it stands still, which need not last a whole interval.
-        next = if still.is_empty() { interval } else { interval.min(Duration::from_millis(500)) };
-        unstable = still;
+        next = if is_settled { interval } else { interval.min(Duration::from_millis(500)) };
+        before = now;
     }
 }
 
-/// What a look at the repositories found.
+/// What two looks at the repositories say. What differs in them is being written, or replaced, and is looked at again.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Changes {
-    /// Changed, and the same in two looks: nobody is writing there.
-    stable: Seen,
-    /// Changed since the last look.
-    unstable: Seen,
-    /// Not there any more.
+    /// Other than what is loaded, in both.
+    stable: Loaded,
+    /// In neither.
     gone: Vec<String>,
+    /// Whether the last look was as the one before.
+    is_settled: bool,
 }
 
-fn compare(loaded: &Seen, before: &Seen, now: &Seen) -> Changes {
-    let mut changes = Changes::default();
-    for (name, fingerprint) in now.iter().filter(|(name, fingerprint)| loaded.get(*name) != Some(fingerprint)) {
-        let known = before.get(name) == Some(fingerprint);
-        let list = if known { &mut changes.stable } else { &mut changes.unstable };
-        list.insert(name.clone(), *fingerprint);
+fn compare(loaded: &Loaded, before: &Look, now: &Look) -> Changes {
+    let is_stable = |(name, found): &(&String, &Option<u64>)| {
+        found.is_some() && before.get(*name) == Some(*found) && loaded.get(*name) != found.as_ref()
+    };
+    let stable = now.iter().filter(is_stable).filter_map(|(name, found)| Some((name.clone(), (*found)?)));
+    let is_gone = |name: &&String| !now.contains_key(*name) && !before.contains_key(*name);
+    Changes {
+        stable: stable.collect(),
+        gone: loaded.keys().filter(is_gone).cloned().collect(),
+        is_settled: before == now,
     }
-    changes.gone = loaded.keys().filter(|name| !now.contains_key(*name)).cloned().collect();
-    changes
 }
 
-/// A folder that cannot be read has none, as if it were gone.
-fn fingerprints(found: BTreeMap<String, PathBuf>) -> Seen {
-    found.into_iter().filter_map(|(name, path)| Some((name, folder::fingerprint(&path).ok()?))).collect()
+fn fingerprints(found: BTreeMap<String, PathBuf>) -> Look {
+    let fingerprint = |(name, path): (String, PathBuf)| {
+        let found = folder::fingerprint(&path);
+        if let Err(error) = &found {
+            tracing::warn!(model = name, %error, "its folder cannot be read, and it stays as it is");
+        }
+        (name, found.ok())
+    };
+    found.into_iter().map(fingerprint).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn seen(models: &[(&str, u64)]) -> Seen {
+    fn loaded(models: &[(&str, u64)]) -> Loaded {
         models.iter().map(|(name, fingerprint)| ((*name).to_owned(), *fingerprint)).collect()
+    }
+
+    fn look(models: &[(&str, u64)]) -> Look {
+        models.iter().map(|(name, fingerprint)| ((*name).to_owned(), Some(*fingerprint))).collect()
     }
 
     #[test]
     fn a_change_is_taken_once_it_stands_still() {
-        let loaded = seen(&[("a", 1), ("b", 1), ("c", 1)]);
-        let first = compare(&loaded, &seen(&[]), &seen(&[("a", 1), ("b", 2), ("d", 7)]));
-        assert_eq!((first.stable, first.gone), (seen(&[]), vec!["c".to_owned()]));
-        assert_eq!(first.unstable, seen(&[("b", 2), ("d", 7)]));
-        let second = compare(&loaded, &first.unstable, &seen(&[("a", 1), ("b", 3), ("d", 7), ("c", 1)]));
-        assert_eq!(second, Changes { stable: seen(&[("d", 7)]), unstable: seen(&[("b", 3)]), gone: vec![] });
+        let known = loaded(&[("a", 1), ("b", 1), ("c", 1)]);
+        let looks = [
+            look(&[("a", 1), ("b", 1), ("c", 1)]),
+            look(&[("a", 1), ("b", 2), ("d", 7)]),
+            look(&[("a", 1), ("b", 3), ("d", 7)]),
+            look(&[("a", 1), ("b", 3), ("d", 7)]),
+        ];
+        let changes = |index: usize| compare(&known, &looks[index - 1], &looks[index]);
+        assert_eq!(changes(1), Changes::default(), "all of it may be about to change again");
+        let gone = vec!["c".to_owned()];
+        assert_eq!(changes(2), Changes { stable: loaded(&[("d", 7)]), gone: gone.clone(), is_settled: false });
+        assert_eq!(changes(3), Changes { stable: loaded(&[("b", 3), ("d", 7)]), gone, is_settled: true });
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_read_is_not_gone_and_has_not_changed() {
+        let (known, unreadable) = (loaded(&[("a", 1)]), Look::from([("a".to_owned(), None), ("b".to_owned(), None)]));
+        let settled = Changes { is_settled: true, ..Changes::default() };
+        assert_eq!(compare(&known, &unreadable, &unreadable), settled);
     }
 }

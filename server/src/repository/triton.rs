@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     error::chain,
+    inside::inside,
     model::{Ensemble, Find, Graph, Iteration, ModelVersion, Runs, Seated, Sequences, Statistics},
     scheduler::{Policy, Reopen, Scheduler, Setup},
 };
@@ -129,7 +130,7 @@ fn open_ensemble(
 /// Names of classes by output: one a line in the file that the configuration names.
 fn labels(folder: &Path, config: &ModelConfig) -> Result<BTreeMap<String, Vec<String>>, String> {
     let read = |output: &ModelOutput| {
-        let path = folder.join(&output.label_filename);
+        let path = inside(folder, &output.label_filename).map_err(|reason| format!("its labels: {reason}"))?;
         let text = fs::read_to_string(&path).map_err(|error| format!("its labels {}: {error}", path.display()))?;
         Ok((output.name.clone(), text.lines().map(|line| line.trim().to_owned()).collect()))
     };
@@ -140,11 +141,7 @@ fn labels(folder: &Path, config: &ModelConfig) -> Result<BTreeMap<String, Vec<St
 fn materialise(files: &BTreeMap<String, Bytes>) -> Result<tempfile::TempDir, String> {
     let folder = tempfile::tempdir().map_err(|error| format!("no temporary folder: {error}"))?;
     for (path, content) in files {
-        let inside = !path.is_empty() && path.split('/').all(|part| !matches!(part, "" | "." | ".."));
-        if !inside {
-            return Err(format!("the file {path:?} has no place in a model's folder; call it such as 1/model.onnx"));
-        }
-        let target = folder.path().join(path);
+        let target = inside(folder.path(), path).map_err(|reason| format!("a file that came with the request: {reason}"))?;
         let written = target.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(&target, content));
         written.map_err(|error| format!("the file {path:?} cannot be kept: {error}"))?;
     }
@@ -163,7 +160,7 @@ fn open_version(
         "" => opener.file,
         chosen => chosen,
     };
-    let mut file = path.join(file);
+    let mut file = inside(path, file).map_err(|reason| format!("its default_model_filename: {reason}"))?;
     // A model with files of its own beside it may be a folder.
     if file.is_dir() {
         file = file.join(opener.file);

@@ -27,13 +27,10 @@ use serde::de::DeserializeOwned;
 use super::{Refusal, response::Written};
 use crate::{
     aligned::Aligned,
+    blocking::aside,
     budget::{Spent, Tally},
     coding::{Coding, InflateError},
 };
-
-/// JSON text that is read or written where it is; more than this would keep other requests waiting, and gets a thread of
-/// its own for the time.
-const INLINE: usize = 256 << 10;
 
 /// Tells where the JSON of a body with binary tensors ends.
 pub(super) const HEADER_LENGTH: &str = "inference-header-content-length";
@@ -151,18 +148,6 @@ fn cause<'a, E: Error + 'static>(mut error: &'a (dyn Error + 'static)) -> Option
             return Some(found);
         }
         error = error.source()?;
-    }
-}
-
-/// Runs `work` here when it is about `bytes` of at most [`INLINE`], else where blocking does no harm.
-pub(super) async fn aside<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> T {
-    if bytes <= INLINE {
-        return work();
-    }
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        // It panicked, as it would have here; it is never cancelled.
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
 

@@ -7,6 +7,8 @@ use axum::{
 };
 use tonic::{Code, Status};
 
+use super::json::JsonError;
+
 /// A refusal of any kind.
 #[derive(Clone, Debug)]
 pub(crate) struct Refusal {
@@ -31,6 +33,12 @@ impl Refusal {
 
     pub(super) fn message(&self) -> &str {
         &self.message
+    }
+}
+
+impl From<JsonError> for Refusal {
+    fn from(error: JsonError) -> Self {
+        Self::invalid(error.to_string())
     }
 }
 

@@ -23,6 +23,7 @@ use super::{
     request, response, tensor,
 };
 use crate::{
+    blocking::aside,
     model::ModelVersion,
     service::{Call, mark},
 };
@@ -87,7 +88,9 @@ async fn read(
 ) -> Result<(Arc<ModelVersion>, ModelInferRequest), Refusal> {
     let body = body::read(headers, body, rest.max_bytes).await?;
     let model = rest.service.model(&target.model, &target.version)?;
-    let mut request = fields(&model, &body).map_err(|error| Refusal::invalid(error.to_string()))?;
+    let (own, length) = (model.clone(), body.len());
+    let read = aside(length, move || fields(&own, &body)).await;
+    let mut request = read.map_err(|error| Refusal::invalid(error.to_string()))?;
     request.model_name = target.model;
     request.model_version = target.version;
     Ok((model, request))

@@ -19,6 +19,7 @@ use super::{
     response::{self, Wanted},
 };
 use crate::{
+    blocking::aside,
     budget::Tally,
     model::ModelVersion,
     service::{Call, Service},
@@ -70,14 +71,14 @@ async fn answer(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving
     } else {
         // Bytes behind the JSON are only pointed at.
         let text = length.as_ref().and_then(|length| length.parse().ok()).unwrap_or(body.len());
-        let read = body::aside(text, move || request::read(&body, length.as_deref())).await;
+        let read = aside(text, move || request::read(&body, length.as_deref())).await;
         read.map_err(|error| Refusal::invalid(error.to_string()))?
     };
     request.model_name = target.model;
     request.model_version = target.version;
     let answer = rest.service.infer(request, &call).await?;
     let size = answer.raw_output_contents.iter().map(Bytes::len).sum();
-    let written = body::aside(size, move || response::write(answer, &wanted)).await.map_err(Refusal::invalid)?;
+    let written = aside(size, move || response::write(answer, &wanted)).await.map_err(Refusal::invalid)?;
     Ok(body::respond(headers, written).await)
 }
 

@@ -237,6 +237,12 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// The value that is next, as it is written.
+    pub(super) fn raw(&mut self) -> Result<&'a [u8], JsonError> {
+        let value = self.skip()?;
+        Ok(&value.text[value.at..])
+    }
+
     /// Reads any value and returns a reader of it alone, for later.
     pub(super) fn skip(&mut self) -> Result<Self, JsonError> {
         self.peek();

@@ -25,7 +25,10 @@ use serde_json::{Map, Value, json};
 use super::{
     Refusal, Rest, Target,
     body::{self, Arriving},
+    json::{Reader, Scalar},
+    request::MAX_PARAMETERS,
 };
+use crate::blocking::aside;
 
 /// Bytes of a body of settings at most.
 const SMALL: usize = 1 << 20;
@@ -96,37 +99,46 @@ pub(super) async fn repository_index(State(rest): State<Rest>, headers: HeaderMa
     Ok(Json(response["models"].take()))
 }
 
-#[derive(Default, Deserialize)]
-struct Change {
-    #[serde(default)]
-    parameters: HashMap<String, Value>,
-}
-
-impl Change {
-    /// As gRPC sends them: text, truth, and files as bytes, which JSON carries in base64.
-    fn parameters(self) -> Result<HashMap<String, ModelRepositoryParameter>, Refusal> {
-        use model_repository_parameter::ParameterChoice;
-        let parameter = |(name, value): (String, Value)| {
-            let choice = match value {
-                Value::Bool(value) => ParameterChoice::BoolParam(value),
-                Value::Number(value) if value.is_i64() => {
-                    ParameterChoice::Int64Param(value.as_i64().unwrap_or_default())
-                }
-                Value::String(text) if name.starts_with("file:") => {
-                    let bytes = BASE64.decode(text).map_err(|error| {
+/// The parameters of a load or unload as gRPC sends them: text, truth, and files as bytes, which JSON carries in base64. Models
+/// come in them, so no tree is made of the text.
+fn change(body: &[u8]) -> Result<HashMap<String, ModelRepositoryParameter>, Refusal> {
+    use model_repository_parameter::ParameterChoice;
+    let mut parameters = HashMap::new();
+    if body.trim_ascii().is_empty() {
+        return Ok(parameters);
+    }
+    let mut parameter = |reader: &mut Reader<'_>, name: &str| {
+        if parameters.len() == MAX_PARAMETERS {
+            return Err(Refusal::invalid(format!("there are more than {MAX_PARAMETERS} parameters")));
+        }
+        let neither = || Refusal::invalid(format!("parameter {name:?} is neither text nor bool nor integer"));
+        let choice = match reader.peek() {
+            // A configuration may come as what it is.
+            b'{' => ParameterChoice::StringParam(String::from_utf8_lossy(reader.raw()?).into_owned()),
+            b'[' => return Err(neither()),
+            _ => match reader.scalar()? {
+                Scalar::Bool(value) => ParameterChoice::BoolParam(value),
+                Scalar::Number(value) => ParameterChoice::Int64Param(value.parse().map_err(|_| neither())?),
+                Scalar::Text(text) if name.starts_with("file:") => {
+                    let bytes = BASE64.decode(text.as_bytes()).map_err(|error| {
                         Refusal::invalid(format!("parameter {name:?} is no base64, as files must be: {error}"))
                     })?;
                     ParameterChoice::BytesParam(bytes.into())
                 }
-                Value::String(text) => ParameterChoice::StringParam(text),
-                // A configuration may come as what it is.
-                Value::Object(_) => ParameterChoice::StringParam(value.to_string()),
-                _ => return Err(Refusal::invalid(format!("parameter {name:?} is neither text nor bool nor integer"))),
-            };
-            Ok((name, ModelRepositoryParameter { parameter_choice: Some(choice) }))
+                Scalar::Text(text) => ParameterChoice::StringParam(text.into_owned()),
+                Scalar::Null => return Err(neither()),
+            },
         };
-        self.parameters.into_iter().map(parameter).collect()
-    }
+        parameters.insert(name.to_owned(), ModelRepositoryParameter { parameter_choice: Some(choice) });
+        Ok(())
+    };
+    let mut reader = Reader::new(body);
+    reader.object(|reader, key| match key {
+        "parameters" => reader.object(&mut parameter),
+        _ => Ok(reader.skip().map(drop)?),
+    })?;
+    reader.end()?;
+    Ok(parameters)
 }
 
 pub(super) async fn load(
@@ -135,10 +147,13 @@ pub(super) async fn load(
     headers: HeaderMap,
     body: Arriving,
 ) -> Answer {
-    let change: Change = body::read_json(&headers, body, rest.max_bytes).await?;
+    // Before anybody reads what may be a model.
+    rest.service.models_may_change()?;
+    let body = body::read(&headers, body, rest.max_bytes).await?;
+    let parameters = aside(body.len(), move || change(&body)).await?;
     let request = RepositoryModelLoadRequest {
         model_name: target.model,
-        parameters: change.parameters()?,
+        parameters,
         ..RepositoryModelLoadRequest::default()
     };
     Ok(Json(to_json(&rest.service.repository_model_load(request).await?)))
@@ -150,10 +165,10 @@ pub(super) async fn unload(
     headers: HeaderMap,
     body: Arriving,
 ) -> Answer {
-    let change: Change = body::read_json(&headers, body, SMALL).await?;
+    let parameters = change(&body::read(&headers, body, SMALL).await?)?;
     let request = RepositoryModelUnloadRequest {
         model_name: target.model,
-        parameters: change.parameters()?,
+        parameters,
         ..RepositoryModelUnloadRequest::default()
     };
     Ok(Json(to_json(&rest.service.repository_model_unload(request).await?)))

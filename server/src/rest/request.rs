@@ -20,6 +20,8 @@ use crate::wire::excerpt;
 
 /// Tensors of a request at most, as many as a gRPC message of the same kind may have.
 const MAX_TENSORS: usize = 1 << 12;
+/// Parameters of a request, or of one of its tensors, at most.
+pub(super) const MAX_PARAMETERS: usize = 256;
 
 /// Why a body is no inference request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -250,6 +252,9 @@ pub(super) fn parameter(
     parameters: &mut HashMap<String, InferParameter>,
 ) -> Result<(), JsonError> {
     if let Some(value) = value(reader)? {
+        if parameters.len() == MAX_PARAMETERS {
+            return Err(reader.error(format!("there are more than {MAX_PARAMETERS} parameters before this")));
+        }
         parameters.insert(key.to_owned(), InferParameter { parameter_choice: Some(value) });
     }
     Ok(())

@@ -52,30 +52,14 @@ pub(super) fn write(response: ModelInferResponse, wanted: &Wanted) -> Result<Wri
         field(&mut json, "name", &name);
         field(&mut json, "datatype", &output.datatype);
         field(&mut json, "shape", &output.shape);
-        let mut set = output.parameters;
-        let shared = set.remove("shared_memory_region").is_some();
-        if shared {
-            // The C++ client takes an output with any parameters for a binary one. It knows where it wanted this one.
-            set.remove("shared_memory_offset");
-            set.remove("shared_memory_byte_size");
-        }
+        // The only parameters of an output are those of its place in shared memory. They stay here: the C++ client takes an output
+        // with any for a binary one, and knows where it wanted this one.
+        let shared = output.parameters.contains_key("shared_memory_region");
         // Each output has an entry; that of one in shared memory is empty.
         let elements = raw.next().unwrap_or_default();
-        let binary = !shared && wanted.binary(&name);
-        if binary && set.is_empty() {
-            // What nearly all are, without the detour.
+        if !shared && wanted.binary(&name) {
             let size = elements.len();
             json.extend_from_slice(format!("\"parameters\":{{\"binary_data_size\":{size}}},").as_bytes());
-        } else {
-            if binary {
-                let size = ParameterChoice::Int64Param(elements.len() as i64); // in memory, so below 2^63
-                set.insert("binary_data_size".to_owned(), InferParameter { parameter_choice: Some(size) });
-            }
-            if !set.is_empty() {
-                field(&mut json, "parameters", &parameters(set));
-            }
-        }
-        if binary {
             tensors.push(elements);
         } else if !shared {
             json.extend_from_slice(b"\"data\":");

@@ -3,6 +3,7 @@
 use std::{
     pin::{Pin, pin},
     sync::Arc,
+    time::Duration,
 };
 
 use sensorium_proto::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
@@ -12,12 +13,15 @@ use tracing::Instrument as _;
 
 use super::{
     Call, Service, mark,
-    replies::{Begun, Replies},
+    replies::{Begun, End, Replies},
 };
 use crate::{budget::Tally, error::InferError, model::ModelVersion, wire};
 
 /// Requests of one stream that are worked on at a time. A client that sends more waits, by the flow control of HTTP/2.
 const IN_FLIGHT: usize = 64;
+/// A stream on which nothing has happened for so long does not hold a drain: its client may be about to send for longer than a
+/// message takes to come, and not for longer than anybody wants to wait.
+const QUIET: Duration = Duration::from_secs(1);
 
 impl Service {
     /// One request, one response.
@@ -54,6 +58,7 @@ impl Service {
         call: Call,
         tally: Option<Tally>,
     ) -> impl Stream<Item = Result<ModelStreamInferResponse, Status>> {
+        let end = End::new(self.draining.clone(), QUIET);
         let shared = Arc::new((self, call));
         let answer = move |request: Result<ModelInferRequest, Status>| {
             let shared = shared.clone();
@@ -82,7 +87,9 @@ impl Service {
                 }),
             }
         };
-        Replies::new(requests, answer, IN_FLIGHT)
+        // Whoever is about to send more learns that it has to go elsewhere.
+        let over = || Err(Status::unavailable("this server ends; send what comes next to another one"));
+        Replies::new(requests, answer, IN_FLIGHT, end, over)
     }
 
     /// Runs a request to `model`, if there is one and `accept` has nothing against it, counted and traced.

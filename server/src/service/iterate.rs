@@ -80,11 +80,15 @@ impl Service {
         let span = self.traces.request_span(&request.model_name, &request.id, call.parent.as_ref());
         let answered = async move {
             let name = request.model_name.clone();
-            let steps = pin!(async {
-                let steps = pin!(service.iterate(&model, request, &call, &out));
-                within(&call, steps).await.map_err(|error| error.into_status(&name))
-            });
-            let ended = service.observed(Some((model.name(), model.version())), steps).await;
+            let ended = {
+                let steps = pin!(async {
+                    let steps = pin!(service.iterate(&model, request, &call, &out));
+                    within(&call, steps).await.map_err(|error| error.into_status(&name))
+                });
+                service.observed(Some((model.name(), model.version())), steps).await
+            };
+            // Whoever unloads the model waits for this.
+            drop(model);
             if let Err(status) = ended {
                 // The place is free already: this may wait for a slow reader as long as that wants.
                 let _ = out.send(Err(status)).await;

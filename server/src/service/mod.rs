@@ -37,6 +37,8 @@ pub struct Service {
     traces: TraceControl,
     /// Inferences that have begun: the drain waits for them.
     running: TaskTracker,
+    /// Cancelled when streams of requests are to end.
+    draining: CancellationToken,
     /// Cancelled when those that iterate must not go on.
     cut_short: CancellationToken,
 }
@@ -50,14 +52,20 @@ impl Service {
         logs: LogControl,
         traces: TraceControl,
     ) -> Self {
-        let (repository, running, cut_short) = (Arc::default(), TaskTracker::new(), CancellationToken::new());
-        Self { repository, metrics, ready, memory, logs, traces, running, cut_short }
+        let (repository, running) = (Arc::default(), TaskTracker::new());
+        let (draining, cut_short) = (CancellationToken::new(), CancellationToken::new());
+        Self { repository, metrics, ready, memory, logs, traces, running, draining, cut_short }
     }
 
     /// Answers from `repository` from now on. The first one stays.
     pub fn open(&self, repository: Registry) {
         // A second repository would be a mistake of the program, and the first goes on answering.
         let _ = self.repository.set(repository);
+    }
+
+    /// Ends streams of requests as soon as nothing happens on them.
+    pub fn end_streams(&self) {
+        self.draining.cancel();
     }
 
     /// Refuses inferences from now on, and returns when those that had begun are answered.

@@ -4,10 +4,13 @@
 use std::{
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use futures::stream::{FuturesOrdered, SelectAll};
+use tokio::time::{self, Sleep};
 use tokio_stream::Stream;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// What a request turned out to be.
 pub(super) enum Begun<F, S> {
@@ -17,10 +20,40 @@ pub(super) enum Begun<F, S> {
     Many(S),
 }
 
+/// When a stream ends that its client keeps open: once it is asked for, and nothing has happened for a while.
+#[derive(Debug)]
+pub(super) struct End {
+    asked: Pin<Box<WaitForCancellationFutureOwned>>,
+    is_asked: bool,
+    quiet: Duration,
+    until: Option<Pin<Box<Sleep>>>,
+}
+
+impl End {
+    pub(super) fn new(asked: CancellationToken, quiet: Duration) -> Self {
+        Self { asked: Box::pin(asked.cancelled_owned()), is_asked: false, quiet, until: None }
+    }
+
+    /// Something happens.
+    fn put_off(&mut self) {
+        self.until = None;
+    }
+
+    /// Nothing happens.
+    fn has_come(&mut self, context: &mut Context<'_>) -> bool {
+        self.is_asked = self.is_asked || self.asked.as_mut().poll(context).is_ready();
+        let quiet = self.quiet;
+        self.is_asked && self.until.get_or_insert_with(|| Box::pin(time::sleep(quiet))).as_mut().poll(context).is_ready()
+    }
+}
+
 /// The answers to a stream of requests. No more than a number of them are worked on at a time, and none of that goes on
 /// while nobody takes what is there: whoever sends without reading waits.
 pub(super) struct Replies<R, B, F: Future, S> {
     requests: R,
+    end: End,
+    /// What the client is told then.
+    over: fn() -> F::Output,
     /// Whether more of them may come.
     is_open: bool,
     begin: B,
@@ -41,10 +74,10 @@ where
     F: Future,
     S: Stream<Item = F::Output> + Unpin,
 {
-    /// Answers `requests`, at most `limit` at a time.
-    pub(super) fn new(requests: R, begin: B, limit: usize) -> Self {
+    /// Answers `requests`, at most `limit` at a time; after the `end`, with `over`.
+    pub(super) fn new(requests: R, begin: B, limit: usize, end: End, over: fn() -> F::Output) -> Self {
         let (ones, many) = (FuturesOrdered::new(), SelectAll::new());
-        Self { requests, is_open: true, begin, ones, many, limit, is_turn_of_many: false }
+        Self { requests, end, over, is_open: true, begin, ones, many, limit, is_turn_of_many: false }
     }
 
     /// Takes requests while there is room for more; whether there is some left because none came.
@@ -97,6 +130,12 @@ where
             if !self.is_open && under_way == 0 {
                 return Poll::Ready(None);
             }
+            if under_way > 0 {
+                self.end.put_off();
+            } else if has_asked && self.end.has_come(context) {
+                self.is_open = false;
+                return Poll::Ready(Some((self.over)()));
+            }
             // What had several answers may end without another word, and makes room that nobody would be told of.
             if has_asked || !self.is_open || under_way >= self.limit {
                 return Poll::Pending;
@@ -117,6 +156,14 @@ mod tests {
 
     type Reply = Begun<LocalBoxFuture<'static, &'static str>, LocalBoxStream<'static, &'static str>>;
 
+    fn never() -> End {
+        End::new(CancellationToken::new(), Duration::ZERO)
+    }
+
+    fn over() -> &'static str {
+        "over"
+    }
+
     fn one(answer: oneshot::Receiver<&'static str>) -> Reply {
         Begun::One(async move { answer.await.unwrap() }.boxed_local())
     }
@@ -131,7 +178,7 @@ mod tests {
         let (second, b) = oneshot::channel();
         let (several, c) = mpsc::channel(4);
         let requests = futures::stream::iter([one(a), many(c), one(b)]);
-        let mut replies = Replies::new(requests, |reply| reply, 64);
+        let mut replies = Replies::new(requests, |reply| reply, 64, never(), over);
         second.send("second").unwrap();
         several.send("several 1").await.unwrap();
         assert_eq!(replies.next().await, Some("several 1"), "although the first request is not answered");
@@ -146,11 +193,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_stream_ends_when_it_is_asked_to_and_nothing_happens_on_it() {
+        const QUIET: Duration = Duration::from_millis(20);
+        let (asked, (ask, requests)) = (CancellationToken::new(), mpsc::channel(1));
+        let end = End::new(asked.clone(), QUIET);
+        let mut replies = Replies::new(ReceiverStream::new(requests), |reply| reply, 64, end, over);
+        assert!(time::timeout(QUIET * 10, replies.next()).await.is_err(), "nobody asked it to");
+        asked.cancel();
+        let (answer, a) = oneshot::channel();
+        ask.send(one(a)).await.unwrap();
+        assert!(time::timeout(QUIET * 10, replies.next()).await.is_err(), "a request is under way");
+        answer.send("answered").unwrap();
+        assert_eq!(replies.next().await, Some("answered"));
+        assert_eq!(replies.next().await, Some("over"));
+        assert_eq!(replies.next().await, None);
+    }
+
+    #[tokio::test]
     async fn those_that_always_have_an_answer_take_turns() {
         let (chatty, _chatty) = (futures::stream::repeat("many").boxed_local(), ());
         let answered: Vec<Reply> = (0..4).map(|_| Begun::One(futures::future::ready("one").boxed_local())).collect();
         let requests = futures::stream::iter(std::iter::once(Begun::Many(chatty)).chain(answered));
-        let found: Vec<_> = Replies::new(requests, |reply: Reply| reply, 64).take(8).collect().await;
+        let found: Vec<_> = Replies::new(requests, |reply: Reply| reply, 64, never(), over).take(8).collect().await;
         assert_eq!(found.iter().filter(|answer| **answer == "one").count(), 4, "{found:?}");
     }
 
@@ -166,7 +230,7 @@ mod tests {
             reply
         };
         let requests = futures::stream::iter([many(a), many(b), many(c)]).chain(futures::stream::pending());
-        let mut replies = Replies::new(requests, begin, 2);
+        let mut replies = Replies::new(requests, begin, 2, never(), over);
         assert_eq!(replies.next().now_or_never(), None);
         assert_eq!(*begun.borrow(), 2);
         after.send("the third").await.unwrap();

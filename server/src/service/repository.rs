@@ -33,6 +33,14 @@ impl Service {
         Ok(RepositoryIndexResponse { models: models.collect() })
     }
 
+    /// That clients may load and unload models at all.
+    ///
+    /// # Errors
+    /// UNAVAILABLE, with the mode in which they do not.
+    pub(crate) fn models_may_change(&self) -> Result<(), Status> {
+        self.repository()?.may_change().map_err(status)
+    }
+
     pub(crate) async fn repository_model_load(
         &self,
         request: RepositoryModelLoadRequest,

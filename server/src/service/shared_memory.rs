@@ -50,7 +50,7 @@ fn code(error: &SharedMemoryError) -> Code {
         SharedMemoryError::Off => Code::Unimplemented,
         SharedMemoryError::Unknown { .. } => Code::NotFound,
         SharedMemoryError::Exists { .. } => Code::AlreadyExists,
-        SharedMemoryError::Full => Code::ResourceExhausted,
+        SharedMemoryError::Full | SharedMemoryError::Spent(_) => Code::ResourceExhausted,
         SharedMemoryError::Key { .. } | SharedMemoryError::Access { .. } | SharedMemoryError::Outside { .. } => {
             Code::InvalidArgument
         }

@@ -13,6 +13,8 @@ use sensorium_proto::inference::{
 
 use super::{Decoded, Form, InvalidRequest};
 use crate::{
+    budget::Budget,
+    metrics::Metrics,
     model::{Parameter, Sequence, SequenceId},
     shared_memory::{Region, SharedMemory},
 };
@@ -37,7 +39,7 @@ fn typed(mut tensor: InferInputTensor, contents: InferTensorContents) -> ModelIn
 }
 
 fn decode(request: ModelInferRequest) -> Result<Decoded, InvalidRequest> {
-    super::decode(request, &SharedMemory::new(true))
+    super::decode(request, &SharedMemory::new(true, Budget::new(1 << 20, Metrics::new().budget())))
 }
 
 /// The one input of a request.

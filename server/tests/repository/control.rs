@@ -51,7 +51,7 @@ async fn a_request_can_bring_the_configuration_and_the_files() {
     assert_eq!(registry.versions("new"), ["7"]);
     let files = BTreeMap::from([("../model.onnx".to_owned(), scale(4.0, None).into())]);
     let error = registry.load("bad", LoadParameters { files, ..LoadParameters::default() }).await.unwrap_err();
-    assert!(error.to_string().contains("has no place in a model's folder"), "{error}");
+    assert!(error.to_string().contains("leads out of the model's folder"), "{error}");
 }
 
 #[tokio::test]

@@ -95,14 +95,15 @@ impl Message {
     }
 }
 
-/// What a closed loop showed.
+/// What a closed loop showed. A request at an end of the measured time counts by its part within: where answers come in batches
+/// of a tenth of that time, whole ones would be a tenth more or less by chance.
 #[derive(Clone, Debug)]
 pub(crate) struct Sample {
-    /// Answers per second.
+    /// Requests per second.
     pub(crate) per_second: f64,
     /// Seconds from sending to the last byte of the answer, ascending.
     latencies: Vec<f64>,
-    /// What the answered requests weigh, by what the caller gave each message.
+    /// What these requests weigh, by what the caller gave each message.
     pub(crate) weight_per_second: f64,
 }
 
@@ -145,28 +146,38 @@ pub(crate) fn closed_loop(
             .enumerate()
             .map(|(index, client)| tokio::task::spawn_local(work(client, index, messages.clone(), begin, end)))
             .collect();
-        let (mut latencies, mut weight) = (Vec::new(), 0.0);
+        let (mut latencies, mut requests, mut weight) = (Vec::new(), 0.0, 0.0);
         for worker in workers {
-            let (own, own_weight) = worker.await??;
-            latencies.extend(own);
-            weight += own_weight;
+            let own = worker.await??;
+            latencies.extend(own.latencies);
+            requests += own.requests;
+            weight += own.weight;
         }
         ensure!(!latencies.is_empty(), "nothing was answered in {time:?}");
         latencies.sort_by(f64::total_cmp);
         let seconds = time.as_secs_f64();
-        Ok(Sample { per_second: latencies.len() as f64 / seconds, latencies, weight_per_second: weight / seconds })
+        Ok(Sample { per_second: requests / seconds, latencies, weight_per_second: weight / seconds })
     })
 }
 
-/// One request after the other; the latencies of those that are answered in time, and their weight.
+/// What one client of a [`closed_loop`] counted.
+#[derive(Default)]
+struct Counted {
+    /// Of those that were answered in time.
+    latencies: Vec<f64>,
+    requests: f64,
+    weight: f64,
+}
+
+/// One request after the other, until `end`.
 async fn work(
     mut client: Client,
     first: usize,
     messages: Rc<[(f64, Message)]>,
     begin: Instant,
     end: Instant,
-) -> Result<(Vec<f64>, f64)> {
-    let (mut latencies, mut weight) = (Vec::new(), 0.0);
+) -> Result<Counted> {
+    let mut counted = Counted::default();
     for index in first.. {
         // A prime step: neighbours do not send the same at the same time.
         let (own, message) = &messages[index * 61 % messages.len()];
@@ -176,12 +187,15 @@ async fn work(
         }
         client.ask(message).await?;
         let answered = Instant::now();
+        let within = answered.min(end).saturating_duration_since(sent.max(begin));
+        let share = within.as_secs_f64() / (answered - sent).as_secs_f64();
+        counted.requests += share;
+        counted.weight += own * share;
         if answered >= begin && answered < end {
-            latencies.push((answered - sent).as_secs_f64());
-            weight += own;
+            counted.latencies.push((answered - sent).as_secs_f64());
         }
     }
-    Ok((latencies, weight))
+    Ok(counted)
 }
 
 /// Asks once: the bytes of the answer, as the protocol has them.

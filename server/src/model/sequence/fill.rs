@@ -10,7 +10,10 @@ use sensorium_proto::inference::{
 };
 
 use super::SequenceError;
-use crate::model::{Sequence, SequenceId};
+use crate::{
+    inside::inside,
+    model::{Sequence, SequenceId},
+};
 
 /// What each input of the graph that is not a client's gets.
 #[derive(Debug)]
@@ -206,7 +209,7 @@ fn initial(state: &State, spec: &TensorSpec, batches: bool, folder: &Path) -> Re
         }
         Some(StateData::DataFile(file)) => {
             // Triton keeps these in a folder of this name.
-            let path = folder.join("initial_state").join(file);
+            let path = inside(&folder.join("initial_state"), file).map_err(unfit)?;
             let bytes =
                 std::fs::read(&path).map_err(|error| unfit(format!("begins with {}: {error}", path.display())))?;
             RawTensor::new(spec.dtype, shape, bytes.into()).map_err(|error| unfit(error.to_string()))

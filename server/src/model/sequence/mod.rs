@@ -188,17 +188,19 @@ impl Sequences {
         let (next, last) = oneshot::channel();
         let mut table = self.lock();
         self.sweep(&mut table);
+        // Before anything is let go of: who is told to try again later finds the sequence as it was.
+        let admission = sequence.start.then(|| self.ask()).transpose()?;
         let before = table.under_way.remove(&sequence.id);
-        let (before, admission) = if sequence.start {
+        let before = if sequence.start {
             // One that begins again lets go of what it was.
-            (before.map(|entry| (entry.last, entry.users)), Some(self.ask()?))
+            before.map(|entry| (entry.last, entry.users))
         } else {
             let entry = before.ok_or_else(|| SequenceError::NotStarted {
                 model: self.name.clone(),
                 sequence: sequence.id.to_string(),
                 idle: self.idle,
             })?;
-            (Some((entry.last, entry.users)), None)
+            Some((entry.last, entry.users))
         };
         let (before, users) = before.map_or((None, Arc::default()), |(last, users)| (Some(last), users));
         if !sequence.end {
