@@ -80,7 +80,7 @@ pub trait Engine: Send {
             [] => (0..names.len()).collect(),
             outputs => outputs.iter().map(index).collect::<Result<_, _>>()?,
         };
-        let found = self.run_raw(&inputs, &indices)?;
+        let found = self.run_raw(&inputs, &indices).map_err(|error| self.signature().explain(&inputs, error))?;
         let typed = |(index, raw): (usize, RawTensor)| {
             let name = names[index].clone();
             match Tensor::try_from(raw) {

@@ -92,8 +92,8 @@ pub enum EngineError {
         /// Its size.
         second_size: i64,
     },
-    /// A text input holds bytes that are not UTF-8.
-    #[error("input `{input}` has bytes that are not UTF-8 in element {index}")]
+    /// A text input holds bytes that are not UTF-8, or a zero, at which the engine would end it.
+    #[error("input `{input}` has bytes that are not UTF-8, or a zero, in element {index}")]
     NotUtf8 {
         /// The input.
         input: String,

@@ -156,10 +156,13 @@ impl Engine for OnnxRuntime {
     }
 
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
-        let specs = self.signature.inputs();
+        let named = || self.signature.inputs().iter().map(|spec| spec.name.as_str()).zip(inputs);
+        // Copies live until the outputs are taken, which may be inputs that the graph passes through.
+        let copies = named().map(|(name, tensor)| copied(name, tensor)).collect::<Result<Vec<_>, _>>()?;
         let mut values = Vec::with_capacity(inputs.len());
-        for (spec, tensor) in specs.iter().zip(inputs) {
-            values.push((Cow::Borrowed(spec.name.as_str()), to_value(&spec.name, tensor)?));
+        for ((name, tensor), copy) in named().zip(&copies) {
+            let value = copy.as_ref().map_or_else(|| lent(name, tensor), |copy| Ok(copy.into()))?;
+            values.push((Cow::Borrowed(name), value));
         }
         let names = || outputs.iter().filter_map(|&index| Some(self.signature.outputs().get(index)?.name.as_str()));
         let selected = names().fold(OutputSelector::no_default(), OutputSelector::with);
@@ -168,8 +171,12 @@ impl Engine for OnnxRuntime {
             options.set("memory.enable_memory_arena_shrinkage", "cpu:0").map_err(failed)?;
         }
         let mut found = self.session.run_with_options(values, &options).map_err(failed)?;
+        let has_copies = copies.iter().any(Option::is_some);
+        let is_lent = |start: *const u8| {
+            has_copies || inputs.iter().any(|tensor| tensor.data().as_ptr_range().contains(&start))
+        };
         let take = |name: &str| match found.remove(name) {
-            Some(value) => from_value(value),
+            Some(value) => from_value(value, &is_lent),
             None => Err(EngineError::Run { reason: format!("output `{name}` was not computed") }),
         };
         names().map(take).collect()
@@ -181,8 +188,43 @@ impl Engine for OnnxRuntime {
     }
 }
 
-/// A view of the tensor's own memory; only strings and what lies at an odd address are copied.
-fn to_value<'a>(name: &str, tensor: &'a RawTensor) -> Result<SessionInputValue<'a>, EngineError> {
+/// What the engine cannot read where it is: strings, and what lies at an odd address.
+fn copied(name: &str, tensor: &RawTensor) -> Result<Option<DynValue>, EngineError> {
+    Ok(match tensor.dtype() {
+        DType::Fp32 => realigned::<f32>(tensor)?,
+        DType::Fp64 => realigned::<f64>(tensor)?,
+        DType::Fp16 => realigned::<f16>(tensor)?,
+        DType::Bf16 => realigned::<bf16>(tensor)?,
+        DType::Int64 => realigned::<i64>(tensor)?,
+        DType::Int32 => realigned::<i32>(tensor)?,
+        DType::Int16 => realigned::<i16>(tensor)?,
+        DType::Uint64 => realigned::<u64>(tensor)?,
+        DType::Uint32 => realigned::<u32>(tensor)?,
+        DType::Uint16 => realigned::<u16>(tensor)?,
+        DType::Int8 | DType::Uint8 | DType::Bool => None,
+        DType::Bytes => {
+            let text = |(index, bytes): (usize, &[u8])| {
+                let unfit = || EngineError::NotUtf8 { input: name.to_owned(), index };
+                // The engine takes strings as C has them, which end at the first zero.
+                String::from_utf8(bytes.to_vec()).ok().filter(|text| !text.contains('\0')).ok_or_else(unfit)
+            };
+            let texts = tensor.strings().enumerate().map(text).collect::<Result<Vec<String>, _>>()?;
+            Some(ort::value::Tensor::from_string_array((tensor.shape(), texts.as_slice())).map_err(failed)?.into_dyn())
+        }
+    })
+}
+
+fn realigned<T>(tensor: &RawTensor) -> Result<Option<DynValue>, EngineError>
+where
+    T: PrimitiveTensorElementType + AnyBitPattern + NoUninit + std::fmt::Debug,
+{
+    let Cow::Owned(elements) = tensor.numbers::<T>() else { return Ok(None) };
+    let copy = ort::value::Tensor::from_array((tensor.shape(), elements.into_boxed_slice())).map_err(failed)?;
+    Ok(Some(copy.into_dyn()))
+}
+
+/// A view of the tensor's own memory, of which nothing is [`copied`].
+fn lent<'a>(name: &str, tensor: &'a RawTensor) -> Result<SessionInputValue<'a>, EngineError> {
     Ok(match tensor.dtype() {
         DType::Fp32 => view::<f32>(tensor)?,
         DType::Fp64 => view::<f64>(tensor)?,
@@ -195,19 +237,11 @@ fn to_value<'a>(name: &str, tensor: &'a RawTensor) -> Result<SessionInputValue<'
         DType::Uint64 => view::<u64>(tensor)?,
         DType::Uint32 => view::<u32>(tensor)?,
         DType::Uint16 => view::<u16>(tensor)?,
-        DType::Uint8 => view::<u8>(tensor)?,
+        DType::Uint8 | DType::Bytes => view::<u8>(tensor)?,
         DType::Bool => {
             let elements: &[bool] = bytemuck::checked::try_cast_slice(tensor.data())
                 .map_err(|_| EngineError::Run { reason: format!("input `{name}` has a boolean that is not 0 or 1") })?;
             TensorRef::from_array_view((tensor.shape(), elements)).map_err(failed)?.into()
-        }
-        DType::Bytes => {
-            let text = |(index, bytes): (usize, &[u8])| {
-                let text = String::from_utf8(bytes.to_vec());
-                text.map_err(|_| EngineError::NotUtf8 { input: name.to_owned(), index })
-            };
-            let texts = tensor.strings().enumerate().map(text).collect::<Result<Vec<String>, _>>()?;
-            ort::value::Tensor::from_string_array((tensor.shape(), texts.as_slice())).map_err(failed)?.into()
         }
     })
 }
@@ -216,16 +250,14 @@ fn view<T>(tensor: &RawTensor) -> Result<SessionInputValue<'_>, EngineError>
 where
     T: PrimitiveTensorElementType + AnyBitPattern + NoUninit + std::fmt::Debug,
 {
-    Ok(match tensor.numbers::<T>() {
-        Cow::Borrowed(elements) => TensorRef::from_array_view((tensor.shape(), elements)).map_err(failed)?.into(),
-        Cow::Owned(elements) => {
-            ort::value::Tensor::from_array((tensor.shape(), elements.into_boxed_slice())).map_err(failed)?.into()
-        }
-    })
+    let misplaced = |error| EngineError::Run { reason: format!("its elements are not where they should be: {error}") };
+    let elements: &[T] = bytemuck::try_cast_slice(tensor.data()).map_err(misplaced)?;
+    Ok(TensorRef::from_array_view((tensor.shape(), elements)).map_err(failed)?.into())
 }
 
-/// Takes the engine's own memory; only strings are copied.
-fn from_value(value: DynValue) -> Result<RawTensor, EngineError> {
+/// Takes the engine's own memory. Strings are copied, and what is an input that the graph passes through: that memory
+/// `is_lent`, and may have another request's tensor in it when this one's answer is sent.
+fn from_value(value: DynValue, is_lent: &impl Fn(*const u8) -> bool) -> Result<RawTensor, EngineError> {
     let unfit = |error: RawTensorError| EngineError::Run { reason: error.to_string() };
     let found = match value.dtype() {
         ValueType::Tensor { ty, shape, .. } => element_type(*ty).map(|dtype| (dtype, shape.to_vec())),
@@ -235,19 +267,19 @@ fn from_value(value: DynValue) -> Result<RawTensor, EngineError> {
         return Err(EngineError::Run { reason: format!("an output is {:?}", value.dtype()) });
     };
     let data = match dtype {
-        DType::Fp32 => Output::<f32>::share(value)?,
-        DType::Fp64 => Output::<f64>::share(value)?,
-        DType::Fp16 => Output::<f16>::share(value)?,
-        DType::Bf16 => Output::<bf16>::share(value)?,
-        DType::Int64 => Output::<i64>::share(value)?,
-        DType::Int32 => Output::<i32>::share(value)?,
-        DType::Int16 => Output::<i16>::share(value)?,
-        DType::Int8 => Output::<i8>::share(value)?,
-        DType::Uint64 => Output::<u64>::share(value)?,
-        DType::Uint32 => Output::<u32>::share(value)?,
-        DType::Uint16 => Output::<u16>::share(value)?,
-        DType::Uint8 => Output::<u8>::share(value)?,
-        DType::Bool => Output::<bool>::share(value)?,
+        DType::Fp32 => Output::<f32>::share(value, is_lent)?,
+        DType::Fp64 => Output::<f64>::share(value, is_lent)?,
+        DType::Fp16 => Output::<f16>::share(value, is_lent)?,
+        DType::Bf16 => Output::<bf16>::share(value, is_lent)?,
+        DType::Int64 => Output::<i64>::share(value, is_lent)?,
+        DType::Int32 => Output::<i32>::share(value, is_lent)?,
+        DType::Int16 => Output::<i16>::share(value, is_lent)?,
+        DType::Int8 => Output::<i8>::share(value, is_lent)?,
+        DType::Uint64 => Output::<u64>::share(value, is_lent)?,
+        DType::Uint32 => Output::<u32>::share(value, is_lent)?,
+        DType::Uint16 => Output::<u16>::share(value, is_lent)?,
+        DType::Uint8 => Output::<u8>::share(value, is_lent)?,
+        DType::Bool => Output::<bool>::share(value, is_lent)?,
         DType::Bytes => {
             let (_, texts) = value.try_extract_strings().map_err(failed)?;
             return RawTensor::from_strings(shape, &texts).map_err(unfit);
@@ -263,8 +295,12 @@ struct Output<T> {
 }
 
 impl<T: PrimitiveTensorElementType + NoUninit + Send> Output<T> {
-    fn share(value: DynValue) -> Result<Bytes, EngineError> {
-        value.try_extract_tensor::<T>().map_err(failed)?; // what `as_ref` does, where an error can be told
+    fn share(value: DynValue, is_lent: &impl Fn(*const u8) -> bool) -> Result<Bytes, EngineError> {
+        // What `as_ref` does, where an error can be told.
+        let (_, elements) = value.try_extract_tensor::<T>().map_err(failed)?;
+        if is_lent(elements.as_ptr().cast()) {
+            return Ok(Bytes::copy_from_slice(bytemuck::cast_slice(elements)));
+        }
         Ok(Bytes::from_owner(Self { value, element: PhantomData }))
     }
 }

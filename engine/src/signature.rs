@@ -33,7 +33,7 @@ pub struct Shape(Vec<Dim>);
 pub(crate) enum Dim {
     /// Always this size.
     Fixed(u64),
-    /// The request decides; the same wherever this name stands.
+    /// The request decides; most likely the same wherever this name stands.
     Symbol(String),
     /// The request decides.
     Any,
@@ -54,12 +54,12 @@ impl Shape {
             .collect()
     }
 
-    /// A size the request decides may be anything but zero: no kernel has work to do for nothing.
+    /// A size the request decides may be anything.
     fn accepts(&self, shape: &[i64]) -> bool {
         self.0.len() == shape.len()
             && self.0.iter().zip(shape).all(|(dim, &size)| match dim {
                 Dim::Fixed(fixed) => u64::try_from(size) == Ok(*fixed),
-                Dim::Symbol(_) | Dim::Any => size > 0,
+                Dim::Symbol(_) | Dim::Any => size >= 0,
             })
     }
 }
@@ -142,13 +142,12 @@ impl Signature {
         self.outputs.get(output)?.shape.symbol(axis)
     }
 
-    /// Whether `inputs`, in the graph's order, are what it takes: types, shapes, and the same size wherever two of them
-    /// share one by name.
+    /// Whether `inputs`, in the graph's order, are what it takes: types and shapes. That names of sizes stand for the same size
+    /// everywhere is not asked: they are hints, which exporters also write for sizes that have nothing to do with each other.
     ///
     /// # Errors
-    /// The first that is wrong, with what it is and what it must be.
+    /// [`EngineError::MissingInput`], [`EngineError::WrongInput`].
     pub fn validate(&self, inputs: &[RawTensor]) -> Result<(), EngineError> {
-        let mut sizes = Vec::new();
         for (index, wanted) in self.inputs.iter().enumerate() {
             let got = inputs.get(index).ok_or_else(|| wanted.missing())?;
             if got.dtype() != wanted.dtype || !wanted.shape.accepts(got.shape()) {
@@ -160,9 +159,18 @@ impl Signature {
                     wanted_shape: wanted.shape.clone(),
                 });
             }
-            wanted.agree(got.shape(), &mut sizes)?;
         }
         Ok(())
+    }
+
+    /// What a run on `inputs` that failed with `error` should be told: where two of them disagree about a size that they share by
+    /// name, most likely that.
+    #[must_use]
+    pub fn explain(&self, inputs: &[RawTensor], error: EngineError) -> EngineError {
+        let EngineError::Run { .. } = error else { return error };
+        let mut sizes = Vec::new();
+        let ports = self.inputs.iter().zip(inputs);
+        ports.map(|(port, got)| port.agree(got.shape(), &mut sizes)).find_map(Result::err).unwrap_or(error)
     }
 
     /// Named tensors in the order of the graph's inputs, each of which must come once.

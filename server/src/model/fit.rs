@@ -45,7 +45,7 @@ impl Interface {
             if slots[index].is_some() {
                 return Err(InvalidRequest::DuplicateInput { input: name });
             }
-            check(&self.inputs[index], &tensor)?;
+            check(&self.inputs[index], &tensor, self.max_rows.is_some())?;
             slots[index] = Some(tensor);
         }
         let mut first: Option<(&'a str, usize)> = None;
@@ -93,17 +93,18 @@ impl Interface {
     }
 }
 
-/// A size the request decides may be anything but zero: no kernel has work to do for nothing.
-fn check(spec: &TensorSpec, tensor: &RawTensor) -> Result<(), InvalidRequest> {
+/// A size the request decides may be anything, but that of the batch is not zero: nothing would answer.
+fn check(spec: &TensorSpec, tensor: &RawTensor, is_batched: bool) -> Result<(), InvalidRequest> {
     if tensor.dtype() != spec.dtype {
         let (found, expected) = (dtype_name(tensor.dtype()).to_owned(), dtype_name(spec.dtype));
         return Err(InvalidRequest::Datatype { input: spec.name.clone(), found, expected });
     }
     let fits = |(&size, expected): (&i64, &Option<u64>)| {
-        size >= 1 && expected.is_none_or(|expected| u64::try_from(size) == Ok(expected))
+        size >= 0 && expected.is_none_or(|expected| u64::try_from(size) == Ok(expected))
     };
+    let has_rows = !is_batched || tensor.shape().first().is_none_or(|rows| *rows > 0);
     let found = tensor.shape();
-    if found.len() != spec.shape.len() || !found.iter().zip(&spec.shape).all(fits) {
+    if !has_rows || found.len() != spec.shape.len() || !found.iter().zip(&spec.shape).all(fits) {
         let input = spec.name.clone();
         // More dimensions than any model has would only make the message long.
         let found = found.iter().copied().take(16).collect();

@@ -147,7 +147,8 @@ impl Runner {
         let joined = Instant::now();
         let deadline = last_deadline(jobs);
         let poll_gone = &mut |context: &mut Context<'_>| poll_gone(jobs, context);
-        let found = engine.run_for(&inputs, &wanted, Waiters { deadline, poll_gone }).map_err(failed)?;
+        let found = engine.run_for(&inputs, &wanted, Waiters { deadline, poll_gone });
+        let found = found.map_err(|error| failed(engine.signature().explain(&inputs, error)))?;
         let ran = Instant::now();
         let works = works_of(jobs);
         let outputs = self.split(&works, &wanted, &found).ok_or_else(unfit)?;
