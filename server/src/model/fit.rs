@@ -45,6 +45,7 @@ impl Interface {
             if slots[index].is_some() {
                 return Err(InvalidRequest::DuplicateInput { input: name });
             }
+            let tensor = number(&self.inputs[index], tensor);
             check(&self.inputs[index], &tensor, self.max_rows.is_some())?;
             slots[index] = Some(tensor);
         }
@@ -91,6 +92,17 @@ impl Interface {
         }
         Ok(wanted)
     }
+}
+
+/// A number for each row, or one alone, may come with or without the size of 1 that says so.
+fn number(spec: &TensorSpec, tensor: RawTensor) -> RawTensor {
+    let (wanted, found) = (spec.shape.len(), tensor.shape().len());
+    if found + 1 != wanted || wanted > 2 || spec.shape.last() != Some(&Some(1)) {
+        return tensor;
+    }
+    let shape = tensor.shape().iter().copied().chain([1]).collect();
+    // The same elements.
+    tensor.clone().reshaped(shape).unwrap_or(tensor)
 }
 
 /// A size the request decides may be anything, but that of the batch is not zero: nothing would answer.

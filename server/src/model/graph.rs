@@ -133,7 +133,7 @@ const LARGEST_GUESS: i64 = 1 << 24;
 /// Requests of zeros that a graph may take, the smallest first: sizes that a request chooses are all 1, then all 2, and so
 /// on, in one row and then in as many. Zero is an index that every lookup table has. An input that cannot be made is left
 /// out, and the signature names it.
-fn guesses(signature: &Signature) -> impl Iterator<Item = Vec<RawTensor>> {
+pub(crate) fn guesses(signature: &Signature) -> impl Iterator<Item = Vec<RawTensor>> {
     /// Small ones, and those that filters, patches and heads are usually made for.
     const SIZES: [i64; 17] = [1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 96, 128, 224, 256, 384, 512];
     let mut shapes: Vec<Vec<Vec<i64>>> = Vec::new();

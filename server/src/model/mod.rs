@@ -29,6 +29,7 @@ pub(crate) use self::sequence::Seated;
 pub(crate) use self::{
     binding::{Binding, Bound, Reshape},
     ensemble::{Ensemble, Find},
+    graph::guesses,
     iteration::{Bounds, Iteration},
     ragged::{Completed, Ragged},
 };

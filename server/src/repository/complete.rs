@@ -16,6 +16,8 @@ pub(super) struct Complete {
     pub(super) config: ModelConfig,
     pub(super) interface: Interface,
     pub(super) binding: Binding,
+    /// Whether nobody wrote that requests are put together, and the server does it because nobody wrote how they run at all.
+    pub(super) is_batching_guessed: bool,
 }
 
 /// The configuration that an interface stands for; name, platform and backend are left open.
@@ -48,6 +50,8 @@ pub(super) fn config(interface: &Interface) -> ModelConfig {
 /// The first thing in which they contradict each other, as a sentence about the model.
 pub(super) fn complete(written: Written, signature: &Signature, default_rows: usize) -> Result<Complete, String> {
     let mut config = written.config;
+    // Triton puts requests together unasked where it completes what a model takes and gives, and not where all is written.
+    let is_open = !written.has_batch_size || config.input.is_empty() || config.output.is_empty();
     config.max_batch_size = batch_size(&config, written.has_batch_size, signature, default_rows)?;
     let kept = usize::from(config.max_batch_size > 0);
     let filled = filled_by_server(&config);
@@ -101,10 +105,14 @@ pub(super) fn complete(written: Written, signature: &Signature, default_rows: us
         }
     }
     binding.ragged = Ragged::new(&config, signature)?;
-    if config.max_batch_size > 1 && config.scheduling_choice.is_none() {
+    // What says how requests are put together says that they are.
+    let is_meant = !binding.ragged.joins().is_empty()
+        || ["padding", "max_batch_elements"].iter().any(|name| config.parameters.contains_key(*name));
+    let is_silent = config.max_batch_size > 1 && config.scheduling_choice.is_none();
+    if is_silent && (is_open || is_meant) {
         config.scheduling_choice = Some(SchedulingChoice::DynamicBatching(ModelDynamicBatching::default()));
     }
-    Ok(Complete { config, interface, binding })
+    Ok(Complete { config, interface, binding, is_batching_guessed: is_silent && is_open && !is_meant })
 }
 
 /// What clients see of a model that has no file: its configuration says all.
@@ -240,6 +248,12 @@ impl Side<'_> {
         is_output: bool,
     ) -> Result<Option<Reshape>, String> {
         let file = sizes(self.spec, self.kept);
+        if file.is_empty() && reshape.is_none() && matches!(dims.as_slice(), [] | [1]) {
+            // The protocol's way to say a number.
+            *dims = vec![1];
+            let (from, to) = if is_output { (file, dims.clone()) } else { (dims.clone(), file) };
+            return Ok(Some(Reshape { kept: self.kept, from, to }));
+        }
         if dims.is_empty() && reshape.is_none() {
             *dims = file;
             return Ok(None);

@@ -1,5 +1,6 @@
 //! The models of a server: which there are, in which state, and how they come and go.
 
+mod apart;
 mod artifact;
 mod complete;
 mod config;

@@ -7,7 +7,7 @@ use sensorium_engine::{Engine, RESET_METHOD, RawTensor};
 use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, model_config::SchedulingChoice};
 
 use super::{
-    LoadParameters, Loaded, Opening, artifact,
+    LoadParameters, Loaded, Opening, apart, artifact,
     complete::{self, Complete},
     config::{self, Written},
     engines,
@@ -172,8 +172,12 @@ fn open_version(
     };
     let mut engines = engines::open(count, &reopen)?;
     let signature = engines[0].signature().clone();
-    let Complete { mut config, interface, binding } =
+    let Complete { mut config, interface, binding, is_batching_guessed } =
         complete::complete(written, &signature, opening.batching.max_rows)?;
+    if is_batching_guessed && let Some(reason) = apart::entangled(engines[0].as_mut()) {
+        tracing::warn!(model = name, reason, "its requests run one by one; write dynamic_batching {{ }} if they need not");
+        config.scheduling_choice = None;
+    }
     name.clone_into(&mut config.name);
     opener.platform.clone_into(&mut config.platform);
     opener.backend.clone_into(&mut config.backend);

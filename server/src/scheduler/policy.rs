@@ -128,7 +128,8 @@ impl Policy {
                 }
                 None => Ok(base),
             },
-            Some(SchedulingChoice::EnsembleScheduling(_)) | None => Ok(base),
+            // Requests may have several rows, and each runs by itself.
+            Some(SchedulingChoice::EnsembleScheduling(_)) | None => Ok(Self { max_rows: 1, ..base }),
         }
     }
 
