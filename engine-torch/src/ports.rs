@@ -28,10 +28,15 @@ impl Ports {
     /// What is missing or contradicts the file, as a sentence about it.
     pub(crate) fn new(declared: &Declared, arguments: &[Argument], returned: &Returned) -> Result<Self, String> {
         let declared_inputs = if declared.inputs.is_empty() { inputs_of(arguments) } else { declared.inputs.clone() };
+        // As in Triton: names none of which means anything to the file stand in its order.
+        let means_nothing = |input: &DeclaredTensor| {
+            numbered(&input.name).is_none() && !arguments.iter().any(|argument| argument.name == input.name)
+        };
+        let by_order = declared_inputs.len() <= arguments.len() && declared_inputs.iter().all(means_nothing);
         let mut taken = vec![None; arguments.len()];
         let mut inputs = Vec::with_capacity(declared_inputs.len());
         for (position, input) in declared_inputs.iter().enumerate() {
-            let index = argument_index(&input.name, arguments)?;
+            let index = if by_order { position } else { argument_index(&input.name, arguments)? };
             if let Some(other) = taken[index].replace(position) {
                 let (other, argument) = (&declared_inputs[other].name, &arguments[index].name);
                 return Err(format!("its inputs `{other}` and `{}` are both argument `{argument}`", input.name));
@@ -59,8 +64,19 @@ impl Ports {
                 if matches!(returned, Returned::Dict) { "KEY" } else { "OUTPUT__0" },
             ));
         }
-        let places: Vec<Place> =
-            declared_outputs.iter().map(|output| place(&output.name, returned)).collect::<Result<_, _>>()?;
+        let by_order = match returned {
+            Returned::Fixed(fields) => {
+                let is_field = |name: &String| fields.iter().any(|field| field.as_ref() == Some(name));
+                declared_outputs.len() <= fields.len()
+                    && declared_outputs.iter().all(|output| numbered(&output.name).is_none() && !is_field(&output.name))
+            }
+            Returned::List => declared_outputs.iter().all(|output| numbered(&output.name).is_none()),
+            Returned::Dict | Returned::Other(_) => false,
+        };
+        let place = |(index, output): (usize, &DeclaredTensor)| {
+            if by_order { Ok(Place::Index(index)) } else { place(&output.name, returned) }
+        };
+        let places: Vec<Place> = declared_outputs.iter().enumerate().map(place).collect::<Result<_, _>>()?;
         for (index, found) in places.iter().enumerate() {
             if let Some(other) = places[..index].iter().position(|other| other == found) {
                 let [first, second] = [other, index].map(|index| &declared_outputs[index].name);

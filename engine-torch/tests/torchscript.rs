@@ -150,7 +150,8 @@ fn what_the_file_says_is_read_and_what_it_does_not_is_asked_for() {
         (of(&["INPUT__2"], &["OUTPUT__0"]), "has input `INPUT__2`, but `forward` takes x, y"),
         (of(&["x"], &["OUTPUT__0"]), "takes `y`, a Tensor, which its configuration leaves out"),
         (of(&["x", "INPUT__0"], &["OUTPUT__0"]), "`x` and `INPUT__0` are both argument `x`"),
-        (of(&["x", "y"], &["out"]), "output `out` has no number"),
+        (of(&["x", "y"], &["OUTPUT__0", "out"]), "output `out` has no number"),
+        (of(&["a", "b", "c"], &["OUTPUT__0"]), "has input `a`, but `forward` takes x, y"),
         (of(&["x", "y"], &["OUTPUT__1"]), "has output `OUTPUT__1`, but `forward` returns 1"),
         (of(&["x", "y"], &["OUTPUT__0", "a__0"]), "are the same one of `forward`"),
     ];
@@ -163,6 +164,22 @@ fn what_the_file_says_is_read_and_what_it_does_not_is_asked_for() {
     let number = file("def forward(self, x):\n    return x.size(0)\n", &[]);
     let error = open(&number, &one()).unwrap_err().to_string();
     assert!(error.contains("returns int, which is no tensor"), "{error}");
+}
+
+#[test]
+fn names_that_mean_nothing_to_the_file_stand_in_its_order() {
+    let file = file("def forward(self, x, y):\n    return x + y, x - y\n", &[]);
+    let tensors = |names: [&str; 2]| names.map(|name| tensor(name, DType::Fp32, &[-1]));
+    let mut engine = open(&file, &declared(&tensors(["left", "right"]), &tensors(["SUM", "DIFFERENCE"]))).unwrap();
+    let found = engine.run_raw(&[f32s(&[1], &[5.0]), f32s(&[1], &[3.0])], &[0, 1]).unwrap();
+    assert_eq!((numbers(&found[..1]), numbers(&found[1..])), (vec![8.0], vec![2.0]));
+}
+
+#[test]
+fn a_tensor_takes_no_texts() {
+    let file = file("def forward(self, x):\n    return x\n", &[]);
+    let error = open(&file, &declared(&[tensor("x", DType::Bytes, &[-1])], &[])).unwrap_err().to_string();
+    assert!(error.contains("its input `x` is argument `x`, a Tensor, which has no texts"), "{error}");
 }
 
 #[test]

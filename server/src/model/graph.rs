@@ -79,19 +79,37 @@ impl Graph {
         specs.iter().zip(done.outputs).map(typed).collect()
     }
 
-    /// Runs something small, unless the engine has proven itself in the last `age`: the inputs that its configuration warms
-    /// it up with, else one row of zeros.
-    ///
-    /// Zeros are a guess, and so is their shape: an image may be too small for a model's filters. The first guess that
-    /// the engine takes is what it is probed with from then on. An engine that has answered a request and takes no guess
-    /// has at least read it, and that is proof enough; one that never ran anything has proven nothing.
+    /// That the engine answers, unless it has done so in the last `age`. One that takes no guess of [`Graph::prove`] has at least
+    /// read it.
     ///
     /// # Errors
-    /// What the engine says to the first guess, or that nobody answers.
+    /// That nobody answers, or what is wrong with the engine.
     pub async fn probe(&self, age: Duration) -> Result<(), InferError> {
         if self.scheduler.last_success().is_some_and(|ago| ago < age) {
             return Ok(());
         }
+        match self.prove().await {
+            Err(error) if error.is_of_the_input() => {
+                self.scheduler.note_success();
+                Ok(())
+            }
+            proven => proven,
+        }
+    }
+
+    /// Whether something is known that it runs.
+    pub fn is_proven(&self) -> bool {
+        self.proven.get().is_some()
+    }
+
+    /// Runs something small: the inputs that its configuration warms it up with, else one row of zeros.
+    ///
+    /// Zeros are a guess, and so is their shape: an image may be too small for a model's filters. The first guess that
+    /// the engine takes is what it is probed with from then on.
+    ///
+    /// # Errors
+    /// What the engine says to the first guess, or that nobody answers.
+    pub async fn prove(&self) -> Result<(), InferError> {
         if let Some(inputs) = self.proven.get() {
             return self.run(self.probing(inputs.clone())).await.map(drop);
         }
@@ -107,13 +125,7 @@ impl Graph {
                 Err(error) => return Err(error),
             }
         }
-        match refusal {
-            Some(error) if self.scheduler.last_success().is_none() => Err(error),
-            _ => {
-                self.scheduler.note_success();
-                Ok(())
-            }
-        }
+        refusal.map_or(Ok(()), Err)
     }
 
     fn probing(&self, inputs: Vec<RawTensor>) -> Work {

@@ -159,7 +159,9 @@ fn states(config: &ModelConfig) -> impl Iterator<Item = &sensorium_proto::infere
 
 /// Rows of a batch at most; 0 for a model without a batch axis.
 fn batch_size(config: &ModelConfig, written: bool, signature: &Signature, default_rows: usize) -> Result<i32, String> {
-    let specs = || signature.inputs().iter().chain(signature.outputs());
+    // Outputs that the configuration leaves out are nobody's.
+    let is_shown = |spec: &&TensorSpec| config.output.is_empty() || config.output.iter().any(|it| it.name == spec.name);
+    let specs = || signature.inputs().iter().chain(signature.outputs().iter().filter(is_shown));
     let fixed = specs().find(|spec| !matches!(spec.shape.first(), Some(None)));
     if config.max_batch_size < 0 {
         return Err(format!("its max_batch_size is {}, it must be at least 0", config.max_batch_size));

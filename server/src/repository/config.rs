@@ -29,8 +29,7 @@ pub(super) fn from_text(text: &str) -> Result<Written, String> {
             None => error.to_string(),
         }
     })?;
-    let has_batch_size = text.lines().any(|line| is_batch_size(line.trim_start()));
-    typed(&message, has_batch_size)
+    typed(&message, names_batch_size(text))
 }
 
 /// Reads JSON as protobuf spells it.
@@ -49,30 +48,39 @@ pub(super) fn from_json(json: &str) -> Result<Written, String> {
 /// everybody writes it. Lines stay where they are.
 fn with_colons(text: &str) -> String {
     let mut result = String::with_capacity(text.len() + 16);
-    let (mut quote, mut is_comment) = (None, false);
-    let mut characters = text.chars();
     // The last character that is neither space nor comment.
     let mut last = ' ';
-    while let Some(character) = characters.next() {
-        match (quote, character) {
-            _ if is_comment => is_comment = character != '\n',
-            (Some(_), '\\') => {
-                result.push(character);
-                result.extend(characters.next());
-                continue;
-            }
-            (Some(open), _) if character == open => quote = None,
-            (None, '"' | '\'') => quote = Some(character),
-            (None, '#') => is_comment = true,
-            (None, '[') if last.is_ascii_alphanumeric() || last == '_' => result.push(':'),
-            (Some(_) | None, _) => {}
+    for (character, is_code) in marked(text) {
+        if is_code && character == '[' && (last.is_ascii_alphanumeric() || last == '_') {
+            result.push(':');
         }
-        if !is_comment && !character.is_whitespace() {
+        if is_code && !character.is_whitespace() {
             last = character;
         }
         result.push(character);
     }
     result
+}
+
+/// The characters of a text, and whether they are neither in a string nor in a comment.
+fn marked(text: &str) -> impl Iterator<Item = (char, bool)> {
+    let (mut quote, mut is_comment, mut is_escaped) = (None, false, false);
+    text.chars().map(move |character| {
+        if is_comment {
+            is_comment = character != '\n';
+            return (character, false);
+        }
+        match (quote, character) {
+            (Some(_), _) if is_escaped => is_escaped = false,
+            (Some(_), '\\') => is_escaped = true,
+            (Some(open), _) if character == open => quote = None,
+            (Some(_), _) => {}
+            (None, '"' | '\'') => quote = Some(character),
+            (None, '#') => is_comment = true,
+            (None, _) => return (character, true),
+        }
+        (character, false)
+    })
 }
 
 fn descriptor() -> Result<MessageDescriptor, String> {
@@ -88,9 +96,14 @@ fn typed(message: &DynamicMessage, has_batch_size: bool) -> Result<Written, Stri
     Ok(Written { config, has_batch_size })
 }
 
-/// Whether a line sets the field: the text format ends a name at a colon or a space, and nothing nested is called so.
-fn is_batch_size(line: &str) -> bool {
-    line.strip_prefix("max_batch_size").is_some_and(|rest| rest.trim_start().starts_with(':'))
+/// Whether the text sets the field. Nothing else is called so; a text or a comment may have the words in it.
+fn names_batch_size(text: &str) -> bool {
+    const NAME: &str = "max_batch_size";
+    let code: String = marked(text).filter_map(|(character, is_code)| is_code.then_some(character)).collect();
+    code.match_indices(NAME).any(|(start, _)| {
+        let is_word = |character: char| character.is_ascii_alphanumeric() || character == '_';
+        !code[..start].ends_with(is_word) && code[start + NAME.len()..].trim_start().starts_with(':')
+    })
 }
 
 /// Lines count from 1.
@@ -134,6 +147,8 @@ mod tests {
     fn a_batch_size_in_the_middle_of_a_line_is_written_too() {
         let written = from_text("name: \"m\" max_batch_size: 1").unwrap();
         assert_eq!((written.has_batch_size, written.config.max_batch_size), (true, 1));
+        assert!(from_text("name: \"m\" platform: \"onnxruntime_onnx\" max_batch_size : 0").unwrap().has_batch_size);
+        assert!(!from_text("name: \"max_batch_size: 0\" # max_batch_size: 0").unwrap().has_batch_size);
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl Registry {
         let changing = registry.0.changing.lock().await;
         for source in &registry.0.config.models {
             let mut loaded = artifact::load(source, &registry.0.opening).await?;
-            loaded.prove().await;
+            loaded.prove(true).await;
             if let Some(reason) = loaded.failed.values().next() {
                 return Err(LoadError::Unproven { name: source.name.clone(), reason: reason.clone() });
             }
@@ -156,9 +156,12 @@ impl Registry {
                 return Err(ControlError::NotFound { name: name.to_owned() });
             }
         };
+        // Who takes the place of one that runs has to run.
+        let runs = |model: &Arc<ModelVersion>| model.name() == name && model.graphs().iter().any(|graph| graph.is_proven());
+        let is_proof_needed = self.loaded().iter().any(runs);
         let mut loaded = loaded.inspect_err(|reason| self.note_failure(name, 0, reason)).map_err(failed)?;
         // Proof that the engines run before they are asked: a model that comes must not make the server unready.
-        loaded.prove().await;
+        loaded.prove(is_proof_needed).await;
         let broken = loaded.failed.clone();
         self.install(name, loaded).map_err(|taken| failed(format!("another model is called {taken:?}")))?;
         let reasons: Vec<_> = broken.iter().map(|(version, reason)| format!("version {version}: {reason}")).collect();
@@ -239,7 +242,11 @@ impl Registry {
         self.may_change()?;
         let _changing = self.0.changing.lock().await;
         let unit = self.read().by_name.get(name).map(|entry| entry.unit.clone());
-        let unit = unit.ok_or_else(|| ControlError::NotFound { name: name.to_owned() })?;
+        let Some(unit) = unit else {
+            // One that was never loaded is as unloaded as it can be.
+            let is_there = self.origin(name, &LoadParameters::default()).is_some();
+            return if is_there { Ok(()) } else { Err(ControlError::NotFound { name: name.to_owned() }) };
+        };
         let mut below = BTreeSet::new();
         if dependents {
             for model in self.loaded().iter().filter(|model| model.name() == name) {
@@ -320,7 +327,8 @@ impl Registry {
             kept.insert((model.name().to_owned(), version));
             let entry = models.by_name.entry(model.name().to_owned()).or_default();
             unit.clone_into(&mut entry.unit);
-            let slot = Slot { state: State::Ready, reason: String::new(), model: Some(Arc::new(model)) };
+            let reason = loaded.unproven.get(&version).cloned().unwrap_or_default();
+            let slot = Slot { state: State::Ready, reason, model: Some(Arc::new(model)) };
             old.extend(entry.versions.insert(version, slot).and_then(|slot| slot.model));
         }
         for (name, entry) in models.by_name.iter_mut().filter(|(_, entry)| entry.unit == unit) {

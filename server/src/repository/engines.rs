@@ -42,17 +42,21 @@ pub(super) fn instances(config: &ModelConfig, server: Options) -> Result<(usize,
     let each = NonZeroUsize::new(server.threads.get() / count).unwrap_or(NonZeroUsize::MIN);
     let inter_threads = NonZeroUsize::new(number(config, "inter_op_thread_count")?.unwrap_or(0));
     let is_parallel = flag(config, "execution_mode")?.unwrap_or(false);
+    // As Triton's backends of onnxruntime and of PyTorch call it.
+    let threads = number(config, "intra_op_thread_count")?.or(number(config, "INTRA_OP_THREAD_COUNT")?);
+    let is_plain = flag(config, "DISABLE_OPTIMIZED_EXECUTION")?.unwrap_or(false);
     let level = config.optimization.as_ref().and_then(|optimization| optimization.graph.as_ref());
     Ok((
         count,
         Options {
             // As in onnxruntime, 0 leaves it to the server.
-            threads: number(config, "intra_op_thread_count")?.and_then(NonZeroUsize::new).unwrap_or(each),
+            threads: threads.and_then(NonZeroUsize::new).unwrap_or(each),
             inter_threads: is_parallel.then_some(inter_threads.unwrap_or(each)),
             arena: flag(config, "enable_mem_arena")?.unwrap_or(server.arena),
             memory_pattern: flag(config, "enable_mem_pattern")?.unwrap_or(server.memory_pattern),
             shrink_arena: parameter(config, "memory.enable_memory_arena_shrinkage").is_some() || server.shrink_arena,
             optimization: match level.map_or(0, |graph| graph.level) {
+                _ if is_plain => Optimization::Basic,
                 ..0 => Optimization::Basic,
                 0 => server.optimization,
                 1.. => Optimization::Extended,

@@ -9,18 +9,17 @@ use crate::{error::chain, model::ModelVersion};
 const FIRST_PROBE: Duration = Duration::from_secs(10);
 
 impl Loaded {
-    /// Runs something on every engine. Versions of which one fails at all that it is given are failures, with what it said:
-    /// they would fail at requests as well.
-    pub(super) async fn prove(&mut self) {
+    /// Runs something on every engine. What a version says that fails at all it is given is noted: most likely it would fail at
+    /// requests as well, but for one that takes none of the guesses. With `is_needed` it is a failure.
+    pub(super) async fn prove(&mut self, is_needed: bool) {
         let mut broken = Vec::new();
         for model in &self.versions {
             for graph in model.graphs() {
-                match tokio::time::timeout(FIRST_PROBE, graph.probe(Duration::ZERO)).await {
+                match tokio::time::timeout(FIRST_PROBE, graph.prove()).await {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) if error.is_of_the_input() => {
                         let reason = format!(
-                            "{}; it failed at zeros of every shape that was tried: if it should, give it a model_warmup of \
-                             what it takes",
+                            "{}; it fails at all that was tried, zeros of many shapes: write a model_warmup of what it takes",
                             chain(&error)
                         );
                         broken.push((number(model), reason));
@@ -38,6 +37,11 @@ impl Loaded {
             }
         }
         for (version, reason) in broken {
+            if !is_needed {
+                tracing::warn!(version, reason, "it is served without proof that it runs");
+                self.unproven.insert(version, reason);
+                continue;
+            }
             let (out, rest): (Vec<_>, Vec<_>) =
                 std::mem::take(&mut self.versions).into_iter().partition(|model| number(model) == version);
             self.versions = rest;

@@ -129,7 +129,9 @@ impl Queue {
         if work.deadline.is_some_and(|deadline| deadline <= now) {
             return Err(ScheduleError::DeadlineExceeded { graph: self.graph.clone() });
         }
-        let level = if work.priority == 0 { self.policy.default_level } else { work.priority.min(self.policy.levels) };
+        // As in Triton, one that is no level is the default.
+        let is_level = (1..=self.policy.levels).contains(&work.priority);
+        let level = if is_level { work.priority } else { self.policy.default_level };
         let queue = self.policy.level(level);
         // A request may ask for less than its level gives, never for more.
         let timeout = match (queue.timeout, work.timeout.filter(|_| queue.allow_override)) {

@@ -124,7 +124,14 @@ impl Policy {
                     ..base
                 }),
                 Some(StrategyChoice::Direct(direct)) => {
-                    Ok(Self { delay: base.waiting(direct.max_queue_delay_microseconds), ..base })
+                    let share = direct.minimum_slot_utilization;
+                    if !(0.0..=1.0).contains(&share) {
+                        return Err(format!("its direct has minimum_slot_utilization {share}, which must be 0 to 1"));
+                    }
+                    // Only a batch of fewer seats than that waits.
+                    let enough = (share * max_rows as f32).ceil() as usize;
+                    let delay = if enough > 1 { base.waiting(direct.max_queue_delay_microseconds) } else { base.delay };
+                    Ok(Self { preferred: Vec::from_iter((enough > 1).then_some(enough)), delay, ..base })
                 }
                 None => Ok(base),
             },

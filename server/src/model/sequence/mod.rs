@@ -137,8 +137,10 @@ impl Sequences {
         folder: &std::path::Path,
     ) -> Result<Arc<Self>, String> {
         let (instances, rows_each, seated) = match &config.strategy_choice {
+            // Any instance runs any of them, and each brings as many.
             Some(StrategyChoice::Oldest(oldest)) => {
-                (1, usize::try_from(oldest.max_candidate_sequences).unwrap_or(0).max(1), None)
+                let candidates = usize::try_from(oldest.max_candidate_sequences).ok().filter(|count| *count > 0);
+                (1, candidates.unwrap_or(rows.unwrap_or(1)).saturating_mul(instances), None)
             }
             Some(StrategyChoice::Direct(_)) | None => (instances, rows.unwrap_or(1), Some(rows.is_some())),
         };
