@@ -172,9 +172,8 @@ impl Engine for OnnxRuntime {
         }
         let mut found = self.session.run_with_options(values, &options).map_err(failed)?;
         let has_copies = copies.iter().any(Option::is_some);
-        let is_lent = |start: *const u8| {
-            has_copies || inputs.iter().any(|tensor| tensor.data().as_ptr_range().contains(&start))
-        };
+        let is_lent =
+            |start: *const u8| has_copies || inputs.iter().any(|tensor| tensor.data().as_ptr_range().contains(&start));
         let take = |name: &str| match found.remove(name) {
             Some(value) => from_value(value, &is_lent),
             None => Err(EngineError::Run { reason: format!("output `{name}` was not computed") }),

@@ -72,7 +72,8 @@ mod tests {
 
     #[test]
     fn the_byte_at_the_start_is_aligned_wherever_that_is_also_of_more_than_was_foreseen() {
-        for (start, foreseen) in [(0, 550), (1, 550), (63, 550), (64, 550), (97, 550), (97, 10), (3, 100), (3, 2 << 30)] {
+        for (start, foreseen) in [(0, 550), (1, 550), (63, 550), (64, 550), (97, 550), (97, 10), (3, 100), (3, 2 << 30)]
+        {
             let (first, rest) = (vec![1; 50], vec![2; 500]);
             let mut whole = Aligned::new(foreseen, start);
             whole.put(first.as_slice());

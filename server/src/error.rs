@@ -6,7 +6,8 @@ use sensorium_engine::{EngineError, PipelineError, RawTensorError};
 use tonic::{Code, Status};
 
 use crate::{
-    model::SequenceError, pool::PoolError, scheduler::ScheduleError, shared_memory::SharedMemoryError, wire::InvalidRequest,
+    model::SequenceError, pool::PoolError, scheduler::ScheduleError, shared_memory::SharedMemoryError,
+    wire::InvalidRequest,
 };
 
 /// Why a request has no answer. [`InferError::code`] says whose fault it is and whether to try again.

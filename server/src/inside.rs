@@ -11,7 +11,10 @@ pub(crate) fn inside(folder: &Path, name: &str) -> Result<PathBuf, String> {
     if parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_))) {
         return Ok(folder.join(name));
     }
-    Err(format!("{:?} leads out of the model's folder; name a file in it, such as 1/model.onnx", crate::wire::excerpt(name)))
+    Err(format!(
+        "{:?} leads out of the model's folder; name a file in it, such as 1/model.onnx",
+        crate::wire::excerpt(name)
+    ))
 }
 
 #[cfg(test)]

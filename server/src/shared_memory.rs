@@ -234,7 +234,8 @@ impl SharedMemory {
         // Writing past a file's end would make it larger, and take memory from the machine.
         let size = open.file.metadata().map_err(|error| access(&open.registration.key, &error))?.len();
         check(at, bytes.len() as u64, size, || format!("shared memory {:?}", open.registration.key))?;
-        in_place(bytes.len(), || open.file.write_all_at(bytes, at)).map_err(|error| access(&open.registration.key, &error))
+        in_place(bytes.len(), || open.file.write_all_at(bytes, at))
+            .map_err(|error| access(&open.registration.key, &error))
     }
 
     /// The open object, and where in it the first `byte_size` bytes of `region` are.

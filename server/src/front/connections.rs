@@ -29,15 +29,19 @@ use tokio::{
     time,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::Status;
 use tower::ServiceExt as _;
 
 use super::{
     App,
     corked::{Connection, corked},
+    going::Going,
     guard,
     impatient::Impatient,
+    is_grpc,
     metered::Metered,
     places::Places,
+    refuse,
     unary::{Answer, Unary},
 };
 use crate::{budget::Budget, rest, security::Tls};
@@ -49,9 +53,13 @@ const FIRST_WORDS: Duration = Duration::from_secs(30);
 /// How long a kept connection of HTTP/1 stays open when the server ends, for a request that is on its way already: unlike
 /// HTTP/2, it cannot say which request was its last.
 const LINGER: Duration = Duration::from_millis(500);
+/// How long a connection that was told to end, and on which nothing is under way, may take to hear of it: a client that vanished
+/// never does.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 /// Connections that wait to be taken at most, as tokio asks of the system.
 const BACKLOG: usize = 1024;
-/// How long a request may rest while it arrives: what has arrived of it takes its part of the budget.
+/// How long a request may rest while it arrives, and an answer while it is sent: what there is of them takes its part of the
+/// budget.
 const STALL: Duration = Duration::from_mins(1);
 /// How long an HTTP/1 connection may be silent. Longer than clients keep idle ones in their pools.
 const SILENCE: Duration = Duration::from_mins(5);
@@ -188,9 +196,31 @@ async fn connection(
 }
 
 impl Inside {
+    /// Answers a request that is `under_way`, for as long as its answer is.
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        peer: Option<Arc<Peer>>,
+        under_way: Arc<()>,
+    ) -> Response<Going<Either<Answer, Body>>> {
+        let is_grpc = is_grpc(request.headers());
+        let mut answer = self.handle(request, peer).await;
+        let bytes = http_body::Body::size_hint(answer.body()).lower();
+        let mut taken = None;
+        if bytes > 0 {
+            match self.budget.claim(usize::try_from(bytes).unwrap_or(usize::MAX)) {
+                Ok(claimed) => taken = Some(claimed),
+                Err(spent) => {
+                    answer = refuse(is_grpc, Status::resource_exhausted(spent.to_string())).map(Either::Right);
+                }
+            }
+        }
+        answer.map(|body| Going::new(body, taken, under_way, STALL))
+    }
+
     /// Answers a request. Its body is taken from the budget, and given back with the answer or when its client leaves; a
     /// stream's messages hold themselves.
-    async fn answer(&self, request: Request<Incoming>, peer: Option<Arc<Peer>>) -> Response<Either<Answer, Body>> {
+    async fn handle(&self, request: Request<Incoming>, peer: Option<Arc<Peer>>) -> Response<Either<Answer, Body>> {
         let (mut head, body) = request.into_parts();
         let tally = self.budget.tally();
         let is_empty = http_body::Body::is_end_stream(&body);
@@ -222,13 +252,16 @@ where
 {
     let is_http2 = Arc::new(AtomicBool::new(false));
     let (speaks_http2, ends) = (is_http2.clone(), finish.clone());
+    // One here, one in the service, and one for each request until its answer is sent.
+    let under_way = Arc::new(());
+    let requests = under_way.clone();
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         let is_http2 = request.version() == Version::HTTP_2;
         speaks_http2.store(is_http2, Ordering::Relaxed);
         let ends = (!is_http2).then(|| ends.clone());
-        let (inside, peer) = (inside.clone(), peer.clone());
+        let (inside, peer, request_under_way) = (inside.clone(), peer.clone(), requests.clone());
         async move {
-            let mut answer = inside.answer(request, peer).await;
+            let mut answer = inside.answer(request, peer, request_under_way).await;
             if ends.is_some_and(|ends| ends.is_cancelled()) {
                 answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
@@ -259,7 +292,14 @@ where
                 if let Some(connection) = connection.open() {
                     connection.as_mut().graceful_shutdown();
                 }
-                cork.turns(&mut connection, &is_http2).await
+                loop {
+                    if let Ok(ended) = time::timeout(LAST_WORDS, cork.turns(&mut connection, &is_http2)).await {
+                        break ended;
+                    }
+                    if Arc::strong_count(&under_way) == 2 {
+                        return;
+                    }
+                }
             }
         }
     };

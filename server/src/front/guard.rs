@@ -34,7 +34,7 @@ pub(super) async fn guard(State(admission): State<Admission>, request: Request, 
     if FOR_EVERYBODY.contains(&request.uri().path()) {
         return next.run(request).await;
     }
-    let (peer, is_grpc) = (request.extensions().get::<Arc<Peer>>().cloned(), is_grpc(&request));
+    let (peer, is_grpc) = (request.extensions().get::<Arc<Peer>>().cloned(), is_grpc(request.headers()));
     let pass = admit(Some(&admission), request.headers(), peer.as_deref());
     behind(pass, is_grpc, next.run(request)).await
 }

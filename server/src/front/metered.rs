@@ -256,8 +256,8 @@ fn refused(spent: Spent) -> Status {
 mod tests {
     use std::io::Write as _;
 
-    use futures::StreamExt as _;
     use flate2::{Compression, write::GzEncoder, write::ZlibEncoder};
+    use futures::StreamExt as _;
     use http_body_util::{BodyExt as _, StreamBody};
     use tonic::Code;
 

@@ -4,6 +4,7 @@
 
 mod connections;
 mod corked;
+mod going;
 mod guard;
 mod impatient;
 mod metered;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use axum::{
     Router,
     extract::Request,
-    http::{HeaderValue, Response, StatusCode},
+    http::{HeaderMap, HeaderValue, Response, StatusCode},
     response::IntoResponse,
 };
 use sensorium_proto::{
@@ -110,9 +111,9 @@ fn as_other_servers_say<Body>(mut response: Response<Body>) -> Response<Body> {
     response
 }
 
-/// Whether a request is gRPC's, and wants to be refused in its way.
-fn is_grpc(request: &Request) -> bool {
-    let kind = request.headers().get(axum::http::header::CONTENT_TYPE);
+/// Whether a request with these headers is gRPC's, and wants to be refused in its way.
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let kind = headers.get(axum::http::header::CONTENT_TYPE);
     kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
@@ -123,7 +124,7 @@ fn refuse(is_grpc: bool, status: Status) -> axum::response::Response {
 
 async fn no_such_path(request: Request) -> axum::response::Response {
     let path = crate::wire::excerpt(request.uri().path());
-    if is_grpc(&request) {
+    if is_grpc(request.headers()) {
         refuse(true, Status::unimplemented(format!("this server has no method {path}")))
     } else {
         refuse(false, Status::not_found(format!("this server has no path {path}; the protocol's begin with /v2")))

@@ -81,7 +81,8 @@ mod tests {
 
     #[test]
     fn rows_are_near_within_a_tenth_of_their_length() {
-        let row = |values: &[f32]| RawTensor::from_vec(DType::Fp32, vec![1, values.len() as i64], values.to_vec()).unwrap();
+        let row =
+            |values: &[f32]| RawTensor::from_vec(DType::Fp32, vec![1, values.len() as i64], values.to_vec()).unwrap();
         assert!(is_near(&row(&[1.0, 2.0]), &row(&[1.05, 1.98])));
         assert!(!is_near(&row(&[1.0, 1.0]), &row(&[0.5, 0.5])), "a softmax over two rows");
         assert!(is_near(&row(&[0.0]), &row(&[0.0])));

@@ -50,6 +50,13 @@ pub(super) fn config(interface: &Interface) -> ModelConfig {
 /// The first thing in which they contradict each other, as a sentence about the model.
 pub(super) fn complete(written: Written, signature: &Signature, default_rows: usize) -> Result<Complete, String> {
     let mut config = written.config;
+    if config.model_repository_agents.is_some() {
+        return Err(
+            "its configuration has model_repository_agents, such as a checksum, which this server has not; leave them \
+                    out, or store the model as an artifact, whose digest is checked"
+                .to_owned(),
+        );
+    }
     // Triton puts requests together unasked where it completes what a model takes and gives, and not where all is written.
     let is_open = !written.has_batch_size || config.input.is_empty() || config.output.is_empty();
     config.max_batch_size = batch_size(&config, written.has_batch_size, signature, default_rows)?;

@@ -157,7 +157,8 @@ impl Registry {
             }
         };
         // Who takes the place of one that runs has to run.
-        let runs = |model: &Arc<ModelVersion>| model.name() == name && model.graphs().iter().any(|graph| graph.is_proven());
+        let runs =
+            |model: &Arc<ModelVersion>| model.name() == name && model.graphs().iter().any(|graph| graph.is_proven());
         let is_proof_needed = self.loaded().iter().any(runs);
         let mut loaded = loaded.inspect_err(|reason| self.note_failure(name, 0, reason)).map_err(failed)?;
         // Proof that the engines run before they are asked: a model that comes must not make the server unready.

@@ -191,6 +191,18 @@ struct Models {
     multimodal: BTreeMap<String, Arc<Multimodal>>,
 }
 
+impl Models {
+    /// A model below `model` that is not loaded any more; none where it is no ensemble.
+    fn missing(&self, model: &ModelVersion) -> Option<String> {
+        // No ensemble is made of itself, so this ends.
+        model.steps().into_iter().find_map(|step| {
+            let slots = self.by_name.get(step).into_iter().flat_map(|entry| entry.versions.values().rev());
+            let newest = slots.filter_map(|slot| slot.model.as_ref()).next();
+            newest.map_or_else(|| Some(step.to_owned()), |model| self.missing(model))
+        })
+    }
+}
+
 /// One model.
 #[derive(Debug, Default)]
 struct Entry {
@@ -270,9 +282,10 @@ impl Registry {
         versions.filter(|(_, slot)| slot.model.is_some()).map(|(version, _)| version.to_string()).collect()
     }
 
-    /// Whether a request for this version, or any for the empty one, would be admitted.
+    /// Whether a request for this version, or any for the empty one, would be admitted, by an ensemble also by those that it is
+    /// made of.
     pub fn ready(&self, name: &str, version: &str) -> bool {
-        self.model(name, version).is_ok()
+        self.model(name, version).is_ok_and(|model| self.read().missing(&model).is_none())
     }
 
     /// Statistics of every version that is ready: of all models for the empty name, of all versions for the empty one.
@@ -300,12 +313,15 @@ impl Registry {
         let models = self.read();
         let mut entries = Vec::new();
         for (name, entry) in &models.by_name {
-            entries.extend(entry.versions.iter().map(|(version, slot)| IndexEntry {
-                name: name.clone(),
+            entries.extend(entry.versions.iter().map(|(version, slot)| {
+                let missing = slot.model.as_ref().and_then(|model| models.missing(model));
+                let (state, reason) = match missing {
+                    Some(step) => (State::Unavailable, format!("it needs model {step:?}, which is not ready")),
+                    None => (slot.state, slot.reason.clone()),
+                };
                 // Version 0 stands for a model that could not be read so far as to know its versions.
-                version: if *version == 0 { String::new() } else { version.to_string() },
-                state: slot.state,
-                reason: slot.reason.clone(),
+                let version = if *version == 0 { String::new() } else { version.to_string() };
+                IndexEntry { name: name.clone(), version, state, reason }
             }));
         }
         if ready_only {

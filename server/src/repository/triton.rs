@@ -141,7 +141,8 @@ fn labels(folder: &Path, config: &ModelConfig) -> Result<BTreeMap<String, Vec<St
 fn materialise(files: &BTreeMap<String, Bytes>) -> Result<tempfile::TempDir, String> {
     let folder = tempfile::tempdir().map_err(|error| format!("no temporary folder: {error}"))?;
     for (path, content) in files {
-        let target = inside(folder.path(), path).map_err(|reason| format!("a file that came with the request: {reason}"))?;
+        let target =
+            inside(folder.path(), path).map_err(|reason| format!("a file that came with the request: {reason}"))?;
         let written = target.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(&target, content));
         written.map_err(|error| format!("the file {path:?} cannot be kept: {error}"))?;
     }
@@ -175,7 +176,11 @@ fn open_version(
     let Complete { mut config, interface, binding, is_batching_guessed } =
         complete::complete(written, &signature, opening.batching.max_rows)?;
     if is_batching_guessed && let Some(reason) = apart::entangled(engines[0].as_mut()) {
-        tracing::warn!(model = name, reason, "its requests run one by one; write dynamic_batching {{ }} if they need not");
+        tracing::warn!(
+            model = name,
+            reason,
+            "its requests run one by one; write dynamic_batching {{ }} if they need not"
+        );
         config.scheduling_choice = None;
     }
     name.clone_into(&mut config.name);

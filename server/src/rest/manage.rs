@@ -151,11 +151,8 @@ pub(super) async fn load(
     rest.service.models_may_change()?;
     let body = body::read(&headers, body, rest.max_bytes).await?;
     let parameters = aside(body.len(), move || change(&body)).await?;
-    let request = RepositoryModelLoadRequest {
-        model_name: target.model,
-        parameters,
-        ..RepositoryModelLoadRequest::default()
-    };
+    let request =
+        RepositoryModelLoadRequest { model_name: target.model, parameters, ..RepositoryModelLoadRequest::default() };
     Ok(Json(to_json(&rest.service.repository_model_load(request).await?)))
 }
 

@@ -2,7 +2,8 @@
 //!
 //! A run holds as many slots as its engine has threads; what finds too few free waits, and the model that has used the
 //! least of the machine, counted in slots held over time, goes first (fair queueing by virtual time). So a model of long
-//! runs costs one of short runs no more than the rest of the run that it meets. A claim is charged with what the run before
+//! runs costs one of short runs no more than the rest of the run that it meets, and of a run that takes long no more than
+//! [`PATIENCE`]: then both run, and the system shares the cores between them. A claim is charged with what the run before
 //! it took as soon as it is made, and set right when its run ends: many instances that claim at once stand one behind the
 //! other, not all before everybody else. A model that was away does not save up: it begins where the others are.
 
@@ -11,6 +12,9 @@ use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
+
+/// Nobody waits for longer than this for others to end. A run may be of minutes, or never end.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Slots of the machine. Clones share them.
 #[derive(Clone, Debug)]
@@ -26,7 +30,8 @@ struct Inner {
 #[derive(Debug)]
 struct Fair {
     total: usize,
-    free: usize,
+    /// Below zero while somebody runs whose patience ended.
+    free: isize,
     /// Virtual times of those that wait, with their ticket numbers.
     waiting: BTreeSet<(Duration, u64)>,
     tickets: u64,
@@ -86,8 +91,14 @@ impl Share {
         let (place, charged) = self.claim(&mut state);
         if !state.try_enter(place, self.width) {
             state.waiting.insert(place);
+            let until = Instant::now() + PATIENCE;
             while !state.try_enter(place, self.width) {
-                state = self.slots.0.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                let rest = until.saturating_duration_since(Instant::now());
+                if rest.is_zero() {
+                    state.enter(place, self.width);
+                    break;
+                }
+                state = self.slots.0.freed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0;
             }
             // There may be enough left for the next.
             self.slots.0.freed.notify_all();
@@ -98,7 +109,7 @@ impl Share {
     /// Slots, if they are free and nobody waits for any.
     pub(super) fn try_hold(&self) -> Option<Held<'_>> {
         let mut state = self.slots.lock();
-        if state.free < self.width || !state.waiting.is_empty() {
+        if state.free < self.width.cast_signed() || !state.waiting.is_empty() {
             return None;
         }
         let (place, charged) = self.claim(&mut state);
@@ -114,7 +125,7 @@ impl Share {
 
 impl Fair {
     fn new(total: usize) -> Self {
-        Self { total, free: total, waiting: BTreeSet::new(), tickets: 0, now: Duration::ZERO }
+        Self { total, free: total.cast_signed(), waiting: BTreeSet::new(), tickets: 0, now: Duration::ZERO }
     }
 
     /// Where a claim of a model that has used so much of the machine stands.
@@ -127,7 +138,7 @@ impl Fair {
 
     /// Takes back `width` slots that were held for so long; what that is of the machine.
     fn leave(&mut self, width: usize, held: Duration) -> Duration {
-        self.free += width;
+        self.free += width.cast_signed();
         // Both are small.
         held.mul_f64(width as f64 / self.total as f64)
     }
@@ -135,13 +146,18 @@ impl Fair {
     /// Takes slots for `place` if they are free and nobody has a better claim.
     fn try_enter(&mut self, place: (Duration, u64), width: usize) -> bool {
         let is_next = self.waiting.first().is_none_or(|first| *first >= place);
-        if self.free < width || !is_next {
+        if self.free < width.cast_signed() || !is_next {
             return false;
         }
-        self.waiting.remove(&place);
-        self.free -= width;
-        self.now = self.now.max(place.0);
+        self.enter(place, width);
         true
+    }
+
+    /// Takes slots for `place`, free or not.
+    fn enter(&mut self, place: (Duration, u64), width: usize) {
+        self.waiting.remove(&place);
+        self.free -= width.cast_signed();
+        self.now = self.now.max(place.0);
     }
 }
 
@@ -200,6 +216,20 @@ mod tests {
         waiting.unwrap();
         assert!(a.used.lock().unwrap().sum >= Duration::from_millis(20));
         assert_eq!(slots.lock().free, 1);
+    }
+
+    #[test]
+    fn nobody_waits_for_a_run_that_does_not_end() {
+        let slots = Slots::new(2);
+        let (endless, quick) = (slots.share(2), slots.share(2));
+        let held = endless.hold();
+        for _ in 0..2 {
+            drop(quick.hold());
+        }
+        assert_eq!(slots.lock().free, 0);
+        drop(held);
+        assert_eq!(slots.lock().free, 2);
+        assert!(quick.try_hold().is_some());
     }
 
     /// Model instances that ask again as soon as they have run, on a clock that jumps from one end of a run to the next.

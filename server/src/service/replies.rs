@@ -43,7 +43,8 @@ impl End {
     fn has_come(&mut self, context: &mut Context<'_>) -> bool {
         self.is_asked = self.is_asked || self.asked.as_mut().poll(context).is_ready();
         let quiet = self.quiet;
-        self.is_asked && self.until.get_or_insert_with(|| Box::pin(time::sleep(quiet))).as_mut().poll(context).is_ready()
+        self.is_asked
+            && self.until.get_or_insert_with(|| Box::pin(time::sleep(quiet))).as_mut().poll(context).is_ready()
     }
 }
 

@@ -75,7 +75,9 @@ pub enum InvalidRequest {
         expected: &'static str,
     },
     /// A shape that does not fit the model.
-    #[error("input {input:?} has shape {found:?}, the model takes {expected}, where -1 is any size, of the batch at least 1")]
+    #[error(
+        "input {input:?} has shape {found:?}, the model takes {expected}, where -1 is any size, of the batch at least 1"
+    )]
     Shape {
         /// The input.
         input: String,
