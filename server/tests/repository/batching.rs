@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use futures::future::join_all;
+use sensorium_onnx::{Attribute, DType as OnnxDType, Dim, GraphBuilder};
+use sensorium_proto::inference::model_config::SchedulingChoice;
 use sensorium_server::{error::InferError, model::Request, repository::Registry, scheduler::ScheduleError};
 
 use crate::bench::{Bench, f32s, infer, request, scale};
@@ -82,6 +84,49 @@ async fn requests_of_unequal_length_run_together_where_padding_is_right() {
     assert_eq!(tensors[0], f32s(&[1, 5], &[2.0, 4.0, 6.0, 8.0, 10.0]), "what padding added is cut off");
     assert_eq!(tensors[1], f32s(&[1, 6], &[2.0, 4.0, 6.0, 8.0, 10.0, 12.0]));
     assert_eq!(batches(&registry), [(2, 1)]);
+}
+
+/// A softmax over all rows: the first size is open, and no batch.
+fn shares() -> Vec<u8> {
+    let sizes = [Dim::Symbol("rows"), Dim::Symbol("length")];
+    let mut graph = GraphBuilder::new("shares");
+    let x = graph.input("x", OnnxDType::F32, &sizes);
+    let y = graph.node("Softmax", &[&x], vec![Attribute::int("axis", 0)]);
+    graph.output("y", &y, OnnxDType::F32, &sizes);
+    graph.finish(20).unwrap().to_bytes()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_are_put_together_unasked_only_where_rows_have_nothing_to_do_with_each_other() {
+    let bench = Bench::new();
+    bench.write("m", "1/model.onnx", shares()).write("apart", "1/model.onnx", scale(2.0, None));
+    let registry = bench.open_all().await;
+    let many = (0..50).map(|value| infer(&registry, "m", one(&[value as f32])));
+    for response in join_all(many).await {
+        assert_eq!(response.unwrap().outputs[0].tensor, f32s(&[1, 1], &[1.0]), "a row alone is all there is");
+    }
+    assert_eq!(batches(&registry), [(1, 50)]);
+    let is_dynamic = |name: &str| {
+        let model = registry.model(name, "").unwrap();
+        matches!(model.config().scheduling_choice, Some(SchedulingChoice::DynamicBatching(_)))
+    };
+    assert!(is_dynamic("apart") && !is_dynamic("m"), "and the configuration says so");
+    let two = infer(&registry, "m", request(f32s(&[2, 1], &[0.0, 0.0]))).await.unwrap();
+    assert_eq!(two.outputs[0].tensor, f32s(&[2, 1], &[0.5, 0.5]), "rows of a request stay together");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_configuration_that_says_all_but_how_to_put_requests_together_does_not_want_it() {
+    let registry = serve(
+        r#"max_batch_size: 8
+           input { name: "x" data_type: TYPE_FP32 dims: -1 }
+           output { name: "y" data_type: TYPE_FP32 dims: -1 }"#,
+    )
+    .await;
+    let many = (0..50).map(|value| infer(&registry, "m", one(&[value as f32])));
+    assert!(join_all(many).await.iter().all(Result::is_ok));
+    infer(&registry, "m", request(f32s(&[3, 1], &[0.0; 3]))).await.unwrap();
+    assert_eq!(batches(&registry), [(1, 50), (3, 1)]);
 }
 
 #[tokio::test]

@@ -55,6 +55,34 @@ async fn a_request_can_bring_the_configuration_and_the_files() {
 }
 
 #[tokio::test]
+async fn a_configuration_names_no_files_outside_of_its_model() {
+    let bench = Bench::new();
+    bench.write("a", "1/model.onnx", scale(2.0, None)).write("other", "secret", "one\ntwo");
+    let registry = bench.open(ControlMode::Explicit, &[]).await;
+    for config in [
+        r#"{"output": [{"name": "y", "label_filename": "/etc/passwd"}]}"#,
+        r#"{"output": [{"name": "y", "label_filename": "../other/secret"}]}"#,
+        r#"{"default_model_filename": "../../other/secret"}"#,
+        r#"{"max_batch_size": 1, "model_warmup": [{"name": "w", "batch_size": 1, "inputs": {"x": {
+            "data_type": "TYPE_UINT8", "dims": [1], "input_data_file": "../../other/secret"}}}]}"#,
+    ] {
+        let parameters = LoadParameters { config: Some(config.to_owned()), ..LoadParameters::default() };
+        let error = registry.load("a", parameters).await.unwrap_err();
+        assert!(error.to_string().contains("leads out of the model's folder"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_load_goes_on_when_whoever_asked_for_it_leaves() {
+    let bench = Bench::new();
+    bench.write("a", "1/model.onnx", scale(2.0, None));
+    let registry = bench.open(ControlMode::Explicit, &[]).await;
+    let load = registry.load("a", LoadParameters::default());
+    assert!(tokio::time::timeout(Duration::ZERO, load).await.is_err());
+    eventually("the model is loaded", async || registry.ready("a", "")).await;
+}
+
+#[tokio::test]
 async fn a_reload_that_fails_leaves_the_model_as_it_was() {
     let bench = Bench::new();
     bench.write("a", "1/model.onnx", scale(2.0, None));

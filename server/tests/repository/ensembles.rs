@@ -59,9 +59,49 @@ async fn loading_an_ensemble_loads_what_it_is_made_of_and_its_models_can_be_repl
     registry.unload("thrice", false).await.unwrap();
     let error = infer(&registry, "diamond", request(f32s(&[1, 1], &[1.0]))).await.unwrap_err();
     assert!(matches!(&error, InferError::NotReady { model, .. } if model == "thrice"), "{error}");
+    assert!(!registry.ready("diamond", ""));
+    assert_eq!(index(&registry)[0], "diamond 1 UNAVAILABLE it needs model \"thrice\", which is not ready");
     registry.load("diamond", LoadParameters::default()).await.unwrap();
+    assert!(registry.ready("diamond", ""));
     registry.unload("diamond", true).await.unwrap();
     assert!(registry.names().is_empty());
+}
+
+fn ensemble_of(model: &str) -> String {
+    format!(
+        r#"platform: "ensemble" max_batch_size: 8
+           input {{ name: "x" data_type: TYPE_FP32 dims: -1 }} output {{ name: "y" data_type: TYPE_FP32 dims: -1 }}
+           response_cache {{ enable: true }}
+           ensemble_scheduling {{ step {{
+             model_name: "{model}" input_map {{ key: "x" value: "x" }} output_map {{ key: "y" value: "y" }} }} }}"#
+    )
+}
+
+#[tokio::test]
+async fn no_reload_makes_an_ensemble_part_of_itself() {
+    let bench = models();
+    bench.write("a", "config.pbtxt", ensemble_of("middle")).write("middle", "config.pbtxt", ensemble_of("twice"));
+    let registry = bench.open(ControlMode::Explicit, &["a"]).await;
+    assert_eq!(answer(&registry, "a", &[1, 1], &[1.0]).await, [2.0]);
+    for (name, of) in [("middle", "a"), ("twice", "a"), ("twice", "middle")] {
+        bench.write(name, "config.pbtxt", ensemble_of(of));
+        let error = registry.load(name, LoadParameters::default()).await.unwrap_err();
+        assert!(error.to_string().contains("it is made of itself"), "{error}");
+    }
+    assert_eq!(answer(&registry, "a", &[1, 1], &[3.0]).await, [6.0]);
+}
+
+#[tokio::test]
+async fn what_an_ensemble_said_is_forgotten_with_the_models_that_it_is_made_of() {
+    let bench = models();
+    bench.write("a", "config.pbtxt", ensemble_of("middle")).write("middle", "config.pbtxt", ensemble_of("twice"));
+    let registry = bench.open(ControlMode::Explicit, &["a"]).await;
+    let ask = async || infer(&registry, "a", request(f32s(&[1, 1], &[1.0]))).await.unwrap();
+    assert!(!ask().await.timings.cache_hit);
+    assert!(ask().await.timings.cache_hit);
+    bench.write("twice", "1/model.onnx", scale(5.0, None));
+    registry.load("twice", LoadParameters::default()).await.unwrap();
+    assert_eq!(ask().await.outputs[0].tensor, f32s(&[1, 1], &[5.0]));
 }
 
 #[tokio::test]

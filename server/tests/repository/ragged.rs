@@ -126,7 +126,7 @@ async fn every_kind_of_batch_input_says_what_tritons_says() {
         for (answer, value) in answers.iter().zip(values) {
             assert_eq!(
                 output(answer, name),
-                RawTensor::from_vec(DType::Int64, vec![1], vec![value]).unwrap(),
+                RawTensor::from_vec(DType::Int64, vec![1, 1], vec![value]).unwrap(),
                 "{name}"
             );
         }

@@ -112,6 +112,44 @@ async fn a_sequence_beyond_the_candidates_waits_for_an_end_or_an_idle_one() {
 }
 
 #[tokio::test]
+async fn a_start_that_is_refused_leaves_the_sequence_as_it_was() {
+    let registry = serve("max_sequence_idle_microseconds: 60000000 oldest { max_candidate_sequences: 1 }").await;
+    assert_eq!(total(&registry, step(1, 5.0, true, false)).await.unwrap(), 5.0);
+    let waiting = (2..=33).map(|id| {
+        let registry = registry.clone();
+        tokio::spawn(async move { total(&registry, step(id, 1.0, true, true)).await })
+    });
+    let waiting: Vec<_> = waiting.collect();
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    let error = total(&registry, step(1, 9.0, true, false)).await.unwrap_err();
+    assert!(matches!(error, InferError::Sequence(SequenceError::Overloaded { .. })), "{error}");
+    assert_eq!(total(&registry, step(1, 6.0, false, true)).await.unwrap(), 11.0);
+    for waited in join_all(waiting).await {
+        assert_eq!(waited.unwrap().unwrap(), 1.0);
+    }
+}
+
+#[tokio::test]
+async fn answers_of_an_ensemble_of_sequences_are_not_kept() {
+    let bench = Bench::new();
+    bench.write("m", "1/model.onnx", accumulator()).write("m", "config.pbtxt", config("oldest { }")).write(
+        "e",
+        "config.pbtxt",
+        r#"platform: "ensemble" max_batch_size: 4 response_cache { enable: true }
+           input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }
+           ensemble_scheduling { step {
+             model_name: "m" input_map { key: "x" value: "x" } output_map { key: "y" value: "y" } } }"#,
+    );
+    let registry = bench.open_all().await;
+    for (wanted, start) in [(1.0, true), (2.0, false), (3.0, false)] {
+        let response = infer(&registry, "e", step(1, 1.0, start, false)).await.unwrap();
+        assert_eq!(response.outputs[0].tensor, f32s(&[1, 1], &[wanted]));
+    }
+}
+
+#[tokio::test]
 async fn a_caller_that_leaves_does_not_cut_its_sequence_off() {
     let registry = serve("oldest { max_candidate_sequences: 2 max_queue_delay_microseconds: 50000 }").await;
     let first = total(&registry, step(1, 5.0, true, false));

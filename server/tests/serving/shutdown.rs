@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use prost::Message as _;
 use sensorium_engine::fixture::{self, QUESTION};
-use sensorium_proto::inference::ModelInferResponse;
-use tokio::{sync::mpsc, task::JoinHandle};
+use sensorium_proto::inference::{
+    ModelInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
+};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, sync::mpsc, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{codegen::http::Response, transport::Channel};
+use tonic::{Code, codegen::http::Response, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::harness::{INFER, Server, answer, bytes_tensor, endpoint, eventually, frame, post, tensor_question};
@@ -83,4 +85,27 @@ async fn a_request_that_never_ends_holds_the_server_no_longer_than_the_deadline(
     assert_eq!(server.exit_code().await, Some(0));
     assert!(asked.elapsed() >= Duration::from_secs(1), "it had a second to finish");
     drop(half);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_and_a_connection_on_which_nothing_happens_do_not_hold_the_server() {
+    let mut server = Server::start(&["--drain-seconds", "300"]).await;
+    let mut client = GrpcInferenceServiceClient::new(server.channel().await);
+    let (requests, stream) = mpsc::channel(1);
+    requests.send(tensor_question(&fixture::png([0, 200, 0]), QUESTION)).await.unwrap();
+    let mut answers = client.model_stream_infer(ReceiverStream::new(stream)).await.unwrap().into_inner();
+    let answer = answers.message().await.unwrap().unwrap();
+    assert_eq!(answer.error_message, "");
+    // One that says what it speaks, and nothing else: it never answers a ping.
+    let mut silent = TcpStream::connect(server.grpc).await.unwrap();
+    let empty_settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    silent.write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &empty_settings[..]].concat()).await.unwrap();
+
+    let asked = Instant::now();
+    server.terminate();
+    let status = answers.message().await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    assert_eq!(server.exit_code().await, Some(0));
+    assert!(asked.elapsed() < Duration::from_secs(60), "{:?}", asked.elapsed());
+    drop((requests, silent));
 }
