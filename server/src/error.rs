@@ -189,7 +189,10 @@ impl InferError {
     pub fn code(&self) -> Code {
         match self {
             Self::UnknownModel { .. } | Self::UnknownVersion { .. } => Code::NotFound,
-            Self::Invalid(InvalidRequest::SharedMemory(SharedMemoryError::Spent(_))) => Code::ResourceExhausted,
+            Self::Invalid(InvalidRequest::SharedMemory(SharedMemoryError::Spent(_)))
+            | Self::Prepare(PoolError::Overloaded { .. })
+            | Self::Schedule(ScheduleError::Overloaded { .. } | ScheduleError::TooLate { .. })
+            | Self::Sequence(SequenceError::Overloaded { .. }) => Code::ResourceExhausted,
             Self::Invalid(_)
             | Self::Parts(_)
             | Self::Sequence(
@@ -200,9 +203,6 @@ impl InferError {
                 | SequenceError::TextId { .. },
             ) => Code::InvalidArgument,
             Self::Item { source, .. } | Self::Pipeline(source) => fault(source.is_callers_fault()),
-            Self::Prepare(PoolError::Overloaded { .. })
-            | Self::Schedule(ScheduleError::Overloaded { .. } | ScheduleError::TooLate { .. })
-            | Self::Sequence(SequenceError::Overloaded { .. }) => Code::ResourceExhausted,
             Self::Shared(error) => error.code(),
             Self::Decoupled { .. } | Self::OneResponse { .. } => Code::Unimplemented,
             Self::Unread { .. } => Code::Cancelled,

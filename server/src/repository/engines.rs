@@ -237,10 +237,9 @@ pub(super) fn pattern(bytes: usize, dtype: DType, start: usize) -> Vec<u8> {
         DType::Fp64 => (0..bytes / 8).flat_map(|index| f64::from(spread(index)).to_le_bytes()).collect(),
         // Indices into tables have to be small; 0 and 1 are in most, and are booleans, too.
         DType::Bool | DType::Int8 | DType::Uint8 => (0..bytes).map(|index| bit(index) as u8).collect(),
-        DType::Int16 | DType::Uint16 | DType::Fp16 | DType::Bf16 => vec![0; bytes],
+        // Texts are empty, each with its length.
+        DType::Int16 | DType::Uint16 | DType::Fp16 | DType::Bf16 | DType::Bytes => vec![0; bytes],
         DType::Int32 | DType::Uint32 => (0..bytes / 4).flat_map(|index| (bit(index) as u32).to_le_bytes()).collect(),
         DType::Int64 | DType::Uint64 => (0..bytes / 8).flat_map(|index| (bit(index) as u64).to_le_bytes()).collect(),
-        // Empty texts, each with its length.
-        DType::Bytes => vec![0; bytes],
     }
 }

@@ -196,8 +196,8 @@ impl Models {
     fn missing(&self, model: &ModelVersion) -> Option<String> {
         // No ensemble is made of itself, so this ends.
         model.steps().into_iter().find_map(|step| {
-            let slots = self.by_name.get(step).into_iter().flat_map(|entry| entry.versions.values().rev());
-            let newest = slots.filter_map(|slot| slot.model.as_ref()).next();
+            let mut slots = self.by_name.get(step).into_iter().flat_map(|entry| entry.versions.values().rev());
+            let newest = slots.find_map(|slot| slot.model.as_ref());
             newest.map_or_else(|| Some(step.to_owned()), |model| self.missing(model))
         })
     }

@@ -5,9 +5,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use prost::Message as _;
 use sensorium_engine::fixture::{self, QUESTION};
-use sensorium_proto::inference::{
-    ModelInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient,
-};
+use sensorium_proto::inference::{ModelInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient};
 use tokio::{io::AsyncWriteExt as _, net::TcpStream, sync::mpsc, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, codegen::http::Response, transport::Channel};
@@ -106,6 +104,6 @@ async fn a_stream_and_a_connection_on_which_nothing_happens_do_not_hold_the_serv
     let status = answers.message().await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable, "{status:?}");
     assert_eq!(server.exit_code().await, Some(0));
-    assert!(asked.elapsed() < Duration::from_secs(60), "{:?}", asked.elapsed());
+    assert!(asked.elapsed() < Duration::from_mins(1), "{:?}", asked.elapsed());
     drop((requests, silent));
 }
