@@ -185,7 +185,7 @@ mod tests {
         let flood = ModelInferRequest { outputs, ..Default::default() };
         assert!(decode::<ModelInferRequest>(flood.encode_to_vec().into()).is_err());
         // Sixteen-bit tens, which look like empty fields.
-        let tens = vec![vec![10, 0].repeat(MAX_FIELDS as usize + 1).into()];
+        let tens = vec![[10, 0].repeat(MAX_FIELDS as usize + 1).into()];
         let answer = ModelInferResponse { raw_output_contents: tens, ..Default::default() };
         assert_eq!(decode::<ModelInferResponse>(answer.encode_to_vec().into()).unwrap(), answer);
     }
