@@ -77,16 +77,33 @@ impl Pace {
 /// A batch that takes no longer than it takes to receive a few requests.
 pub(super) const QUICK: Duration = Duration::from_micros(200);
 
+/// A batch that was expected to be quick and takes as long has kept everybody else on its thread waiting.
+const DISMAY: Duration = Duration::from_millis(10);
+/// Quick batches that make up for the first of these, and for any at most: four times as many for each.
+const AMENDS: u32 = 64;
+const MOST_AMENDS: u32 = 1 << 16;
+
 /// Which batches are quick, as far as the size of their inputs tells. Pure.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Quick {
     /// Bytes of the largest batch that was, of late.
     bytes: Option<usize>,
+    /// Quick batches until that is trusted again.
+    amends: u32,
+    /// As many as the last dismay took.
+    last_amends: u32,
 }
 
 impl Quick {
     /// A batch with so many bytes of inputs took so long.
     pub(super) fn ran(&mut self, bytes: usize, took: Duration) {
+        if took >= DISMAY && self.bytes.is_some_and(|known| bytes <= known) {
+            // What a batch takes depends on more than its size here.
+            self.last_amends = self.last_amends.saturating_mul(4).clamp(AMENDS, MOST_AMENDS);
+            self.amends = self.last_amends;
+        } else if took < QUICK {
+            self.amends = self.amends.saturating_sub(1);
+        }
         self.bytes = if took < QUICK {
             Some(self.bytes.map_or(bytes, |known| known.max(bytes)))
         } else {
@@ -96,12 +113,12 @@ impl Quick {
 
     /// Whether any batch is.
     pub(super) fn has_any(self) -> bool {
-        self.bytes.is_some()
+        self.bytes.is_some() && self.amends == 0
     }
 
     /// Whether one with so many bytes of inputs will be.
     pub(super) fn expects(self, bytes: usize) -> bool {
-        self.bytes.is_some_and(|known| bytes <= known)
+        self.amends == 0 && self.bytes.is_some_and(|known| bytes <= known)
     }
 }
 
@@ -124,6 +141,24 @@ mod tests {
         assert!(quick.expects(59) && !quick.expects(60));
         quick.ran(0, ms(50.0));
         assert!(!quick.has_any());
+    }
+
+    #[test]
+    fn a_model_that_was_quick_and_is_not_at_the_same_size_has_to_be_it_many_times_again() {
+        let mut quick = Quick::default();
+        for wanted in [AMENDS, 4 * AMENDS] {
+            quick.ran(8, ms(0.1));
+            quick.ran(8, ms(500.0));
+            let mut runs = 0;
+            while !quick.expects(8) {
+                quick.ran(8, ms(0.1));
+                runs += 1;
+            }
+            assert_eq!(runs, wanted);
+        }
+        quick.ran(8, ms(1.0));
+        quick.ran(8, ms(0.1));
+        assert!(quick.expects(8), "a millisecond more is forgiven at once");
     }
 
     fn ms(milliseconds: f64) -> Duration {

@@ -96,21 +96,7 @@ impl Runner {
         let mut owed = Owed { queue, places: jobs.iter().filter_map(|job| job.place).collect() };
         let held = held.unwrap_or_else(|| self.share.hold());
         let Ready { engine, rooms, .. } = ready;
-        let outcomes: Vec<Outcome> = match self.run_together(engine.as_mut(), &mut jobs, batch, rooms) {
-            Ok(answers) => answers.into_iter().map(Ok).collect(),
-            Err(error) if jobs.len() == 1 || error.is_of_the_whole_batch() => {
-                jobs.iter().map(|_| Err(error.clone())).collect()
-            }
-            // One member's values may have failed all of them, and only a run of its own shows whose.
-            Err(error) => {
-                tracing::debug!(graph = queue.graph, requests = jobs.len(), %error, "batch failed, running each alone");
-                let mut alone = |job: &mut [Job]| {
-                    let batch = Batch::of(job, batch.taken);
-                    self.run_together(engine.as_mut(), job, batch, rooms)
-                };
-                jobs.chunks_mut(1).map(|job| alone(job).map(|mut answers| answers.remove(0))).collect()
-            }
-        };
+        let outcomes = self.outcomes(engine.as_mut(), &mut jobs, batch, rooms);
         drop(held);
         owed.places.clear();
         let took = batch.taken.elapsed();
@@ -119,6 +105,28 @@ impl Runner {
         let more_waits = !batch.is_probe && queue.ran(batch.rows, bytes, took);
         queue.answer(jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome)), outbox);
         outbox.ran(took, more_waits);
+    }
+
+    /// What comes of each job. One member's values may fail all of them: then each half runs by itself, so that few runs show whose
+    /// they are.
+    fn outcomes(&self, engine: &mut dyn Engine, jobs: &mut [Job], batch: Batch, rooms: &mut Rooms) -> Vec<Outcome> {
+        match self.run_together(engine, jobs, batch, rooms) {
+            Ok(answers) => answers.into_iter().map(Ok).collect(),
+            Err(error) if jobs.len() < 2 || error.is_of_the_whole_batch() => {
+                jobs.iter().map(|_| Err(error.clone())).collect()
+            }
+            Err(error) => {
+                tracing::debug!(graph = self.queue.graph, requests = jobs.len(), %error, "batch failed, running its halves");
+                let (first, second) = jobs.split_at_mut(jobs.len() / 2);
+                let mut half = |jobs: &mut [Job]| {
+                    let batch = Batch::of(jobs, batch.taken);
+                    self.outcomes(engine, jobs, batch, rooms)
+                };
+                let mut outcomes = half(first);
+                outcomes.extend(half(second));
+                outcomes
+            }
+        }
     }
 
     /// Runs the rows of all jobs at once: an answer for each.

@@ -267,6 +267,25 @@ async fn a_member_whose_values_fail_the_batch_fails_alone() {
 }
 
 #[tokio::test]
+async fn few_runs_show_whose_values_fail_a_large_batch() {
+    let mut bench = Bench::new(16, 100, Duration::ZERO);
+    let first = bench.occupy().await;
+    let mut sent = Vec::new();
+    for value in 0..16 {
+        sent.push(bench.send(rows(&[if value == 5 { -1.0 } else { value as f32 }])).await);
+    }
+    bench.open_gate();
+    first.await.unwrap().unwrap();
+    for (value, answer) in sent.into_iter().enumerate() {
+        match answer.await.unwrap() {
+            Ok(done) => assert_eq!(values(&done), [vec![value as f32 * 2.0]]),
+            Err(_) => assert_eq!(value, 5),
+        }
+    }
+    assert_eq!(bench.runs().len(), 1 + 9, "the batch, and two halves four times");
+}
+
+#[tokio::test]
 async fn a_busy_engine_waits_for_a_full_batch_but_an_idle_one_for_nobody() {
     let mut bench = Bench::new(2, 100, Duration::from_mins(10));
     let first = bench.occupy().await; // the engine was idle: no delay
