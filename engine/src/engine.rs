@@ -1,5 +1,5 @@
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use sensorium_modality::Tensor;
 
@@ -44,6 +44,21 @@ pub trait Engine: Send {
         waiters: Waiters<'_>,
     ) -> Result<Vec<RawTensor>, EngineError> {
         let _ = waiters;
+        self.run_raw(inputs, outputs)
+    }
+
+    /// As [`Engine::run_raw`], for somebody who does not wait for longer than `limit`. An engine whose runs can be ended does that then;
+    /// others run to the end.
+    ///
+    /// # Errors
+    /// As [`Engine::run_raw`].
+    fn run_within(
+        &mut self,
+        inputs: &[RawTensor],
+        outputs: &[usize],
+        limit: Duration,
+    ) -> Result<Vec<RawTensor>, EngineError> {
+        let _ = limit;
         self.run_raw(inputs, outputs)
     }
 

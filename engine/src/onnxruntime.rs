@@ -5,7 +5,8 @@ use std::env;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::time::Duration;
 
 use bytemuck::{AnyBitPattern, NoUninit};
 use bytes::Bytes;
@@ -14,7 +15,7 @@ use ort::environment::Environment;
 use ort::ep;
 use ort::logging::LogLevel;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::session::{OutputSelector, RunOptions, Session, SessionInputValue};
+use ort::session::{OutputSelector, RunOptions, SelectedOutputMarker, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType};
 use sensorium_artifact::DType;
 
@@ -156,6 +157,56 @@ impl Engine for OnnxRuntime {
     }
 
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
+        let selected = names(&self.signature, outputs).fold(OutputSelector::no_default(), OutputSelector::with);
+        let options = self.run_options()?.with_outputs(selected);
+        self.run_by(&options, inputs, outputs)
+    }
+
+    fn run_within(
+        &mut self,
+        inputs: &[RawTensor],
+        outputs: &[usize],
+        limit: Duration,
+    ) -> Result<Vec<RawTensor>, EngineError> {
+        // With all outputs: only such options may be told to end by another thread.
+        let options = self.run_options()?;
+        let (ended, end) = mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            let watched = &options;
+            scope.spawn(move || {
+                if end.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    // One that cannot be told runs to its end.
+                    let _ = watched.terminate();
+                }
+            });
+            let found = self.run_by(&options, inputs, outputs);
+            drop(ended);
+            found
+        })
+    }
+
+    fn runs_on_any_thread(&self) -> bool {
+        // On a GPU, onnxruntime has handles for each thread that calls it.
+        self.device == Device::Cpu
+    }
+}
+
+impl OnnxRuntime {
+    fn run_options(&self) -> Result<RunOptions, EngineError> {
+        let mut options = RunOptions::new().map_err(failed)?;
+        if self.shrink_arena {
+            options.set("memory.enable_memory_arena_shrinkage", "cpu:0").map_err(failed)?;
+        }
+        Ok(options)
+    }
+
+    /// Runs the graph as `options` say, of which it is to give at least `outputs`.
+    fn run_by<O: SelectedOutputMarker>(
+        &mut self,
+        options: &RunOptions<O>,
+        inputs: &[RawTensor],
+        outputs: &[usize],
+    ) -> Result<Vec<RawTensor>, EngineError> {
         let named = || self.signature.inputs().iter().map(|spec| spec.name.as_str()).zip(inputs);
         // Copies live until the outputs are taken, which may be inputs that the graph passes through.
         let copies = named().map(|(name, tensor)| copied(name, tensor)).collect::<Result<Vec<_>, _>>()?;
@@ -164,13 +215,7 @@ impl Engine for OnnxRuntime {
             let value = copy.as_ref().map_or_else(|| lent(name, tensor), |copy| Ok(copy.into()))?;
             values.push((Cow::Borrowed(name), value));
         }
-        let names = || outputs.iter().filter_map(|&index| Some(self.signature.outputs().get(index)?.name.as_str()));
-        let selected = names().fold(OutputSelector::no_default(), OutputSelector::with);
-        let mut options = RunOptions::new().map_err(failed)?.with_outputs(selected);
-        if self.shrink_arena {
-            options.set("memory.enable_memory_arena_shrinkage", "cpu:0").map_err(failed)?;
-        }
-        let mut found = self.session.run_with_options(values, &options).map_err(failed)?;
+        let mut found = self.session.run_with_options(values, options).map_err(failed)?;
         let has_copies = copies.iter().any(Option::is_some);
         let is_lent =
             |start: *const u8| has_copies || inputs.iter().any(|tensor| tensor.data().as_ptr_range().contains(&start));
@@ -178,13 +223,12 @@ impl Engine for OnnxRuntime {
             Some(value) => from_value(value, &is_lent),
             None => Err(EngineError::Run { reason: format!("output `{name}` was not computed") }),
         };
-        names().map(take).collect()
+        names(&self.signature, outputs).map(take).collect()
     }
+}
 
-    fn runs_on_any_thread(&self) -> bool {
-        // On a GPU, onnxruntime has handles for each thread that calls it.
-        self.device == Device::Cpu
-    }
+fn names<'a>(signature: &'a Signature, outputs: &'a [usize]) -> impl Iterator<Item = &'a str> {
+    outputs.iter().filter_map(|&index| Some(signature.outputs().get(index)?.name.as_str()))
 }
 
 /// What the engine cannot read where it is: strings, and what lies at an odd address.

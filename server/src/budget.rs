@@ -73,6 +73,17 @@ impl Budget {
         Ok(Taken { budget: self.clone(), bytes })
     }
 
+    /// Bytes that are there already, and stay for as long as they are held: also more than there may be, of which others hear.
+    pub fn overdraw(&self, bytes: usize) -> Taken {
+        self.metrics.take(bytes);
+        Taken { budget: self.clone(), bytes }
+    }
+
+    /// Bytes that all may hold.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
     fn take(&self, bytes: usize) -> Result<(), Spent> {
         let held = self.metrics.take(bytes);
         if held.saturating_add(bytes) <= self.limit {
@@ -177,6 +188,16 @@ mod tests {
         second.give(1);
         assert_eq!(budget.metrics.held(), 9);
         drop(second);
+        assert_eq!(budget.metrics.held(), 0);
+    }
+
+    #[test]
+    fn what_is_there_already_is_counted_and_refused_to_others() {
+        let budget = budget(10);
+        let answer = budget.overdraw(15);
+        assert_eq!(budget.claim(1).unwrap_err(), Spent { held: 15, limit: 10 });
+        drop(answer);
+        assert_eq!(budget.claim(10).unwrap().bytes, 10);
         assert_eq!(budget.metrics.held(), 0);
     }
 

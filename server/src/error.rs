@@ -6,7 +6,7 @@ use sensorium_engine::{EngineError, PipelineError, RawTensorError};
 use tonic::{Code, Status};
 
 use crate::{
-    model::SequenceError, pool::PoolError, scheduler::ScheduleError, shared_memory::SharedMemoryError,
+    budget::Spent, model::SequenceError, pool::PoolError, scheduler::ScheduleError, shared_memory::SharedMemoryError,
     wire::InvalidRequest,
 };
 
@@ -76,6 +76,9 @@ pub enum InferError {
     /// The caller's deadline passed.
     #[error("the deadline passed before the answer was there")]
     DeadlineExceeded,
+    /// There is no room for the answer.
+    #[error(transparent)]
+    Spent(#[from] Spent),
     /// The request does not fit the model.
     #[error(transparent)]
     Invalid(#[from] InvalidRequest),
@@ -189,7 +192,8 @@ impl InferError {
     pub fn code(&self) -> Code {
         match self {
             Self::UnknownModel { .. } | Self::UnknownVersion { .. } => Code::NotFound,
-            Self::Invalid(InvalidRequest::SharedMemory(SharedMemoryError::Spent(_)))
+            Self::Spent(_)
+            | Self::Invalid(InvalidRequest::SharedMemory(SharedMemoryError::Spent(_)))
             | Self::Prepare(PoolError::Overloaded { .. })
             | Self::Schedule(ScheduleError::Overloaded { .. } | ScheduleError::TooLate { .. })
             | Self::Sequence(SequenceError::Overloaded { .. }) => Code::ResourceExhausted,

@@ -122,7 +122,8 @@ pub async fn serve(
     let (ready, is_ready) = watch::channel(false);
     let budget = Budget::new(config.max_inflight_bytes, metrics.budget());
     let memory = SharedMemory::new(config.shared_memory, budget.clone());
-    let service = Service::new(metrics.clone(), is_ready.clone(), memory, controls.logs, controls.traces);
+    let service =
+        Service::new(metrics.clone(), is_ready.clone(), memory, budget.clone(), controls.logs, controls.traces);
     let admission = admission(&config)?;
     // Only limits ask who it is.
     let tells_peers = admission.is_some();
@@ -207,7 +208,8 @@ pub async fn serve(
         http.ended().await;
         scrapes.ended().await;
     };
-    if time::timeout(Duration::from_secs(1), last_words).await.is_err() {
+    // An answer that is being read is sent to its end.
+    if time::timeout_at(deadline.max(Instant::now() + Duration::from_secs(1)), last_words).await.is_err() {
         tracing::debug!("connections of HTTP were cut");
     }
     Ok(())

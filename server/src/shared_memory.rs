@@ -68,6 +68,14 @@ pub enum SharedMemoryError {
     /// No more regions.
     #[error("{MAX_REGIONS} shared memory regions are registered, which is the limit; unregister one")]
     Full,
+    /// A tensor of more bytes than all requests may hold.
+    #[error("the tensor has {size} bytes, and all requests together may hold {limit} (--max-inflight-bytes)")]
+    TooLarge {
+        /// Its bytes.
+        size: usize,
+        /// The limit.
+        limit: usize,
+    },
     /// Requests hold as many bytes as they may.
     #[error(transparent)]
     Spent(#[from] Spent),
@@ -216,6 +224,9 @@ impl SharedMemory {
         let (open, at) = self.locate(region, region.byte_size)?;
         // Not larger than the object was when it was registered.
         let size = region.byte_size as usize;
+        if size > self.budget.limit() {
+            return Err(SharedMemoryError::TooLarge { size, limit: self.budget.limit() });
+        }
         let taken = self.budget.claim(size)?;
         let bytes = in_place(size, || {
             let mut bytes = vec![0; size];

@@ -29,7 +29,6 @@ use tokio::{
     time,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::Status;
 use tower::ServiceExt as _;
 
 use super::{
@@ -38,10 +37,8 @@ use super::{
     going::Going,
     guard,
     impatient::Impatient,
-    is_grpc,
     metered::Metered,
     places::Places,
-    refuse,
     unary::{Answer, Unary},
 };
 use crate::{budget::Budget, rest, security::Tls};
@@ -203,19 +200,7 @@ impl Inside {
         peer: Option<Arc<Peer>>,
         under_way: Arc<()>,
     ) -> Response<Going<Either<Answer, Body>>> {
-        let is_grpc = is_grpc(request.headers());
-        let mut answer = self.handle(request, peer).await;
-        let bytes = http_body::Body::size_hint(answer.body()).lower();
-        let mut taken = None;
-        if bytes > 0 {
-            match self.budget.claim(usize::try_from(bytes).unwrap_or(usize::MAX)) {
-                Ok(claimed) => taken = Some(claimed),
-                Err(spent) => {
-                    answer = refuse(is_grpc, Status::resource_exhausted(spent.to_string())).map(Either::Right);
-                }
-            }
-        }
-        answer.map(|body| Going::new(body, taken, under_way, STALL))
+        self.handle(request, peer).await.map(|body| Going::new(body, &self.budget, under_way, STALL))
     }
 
     /// Answers a request. Its body is taken from the budget, and given back with the answer or when its client leaves; a
@@ -224,7 +209,9 @@ impl Inside {
         let (mut head, body) = request.into_parts();
         let tally = self.budget.tally();
         let is_empty = http_body::Body::is_end_stream(&body);
-        let body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, STALL);
+        // Its clients keep streams on which they may never ask again.
+        let patience = if head.uri.path().starts_with("/grpc.reflection.") { SILENCE } else { STALL };
+        let body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, patience);
         if let Some(infer) = &self.app.infer {
             let admit = || guard::admit(infer.admission.as_ref(), &head.headers, peer.as_deref());
             if Unary::takes(&head) {
@@ -293,10 +280,12 @@ where
                     connection.as_mut().graceful_shutdown();
                 }
                 loop {
+                    let before = cork.sent();
                     if let Ok(ended) = time::timeout(LAST_WORDS, cork.turns(&mut connection, &is_http2)).await {
                         break ended;
                     }
-                    if Arc::strong_count(&under_way) == 2 {
+                    // The last pieces of answers may still be on their way to a slow reader.
+                    if Arc::strong_count(&under_way) == 2 && cork.sent() == before {
                         return;
                     }
                 }

@@ -33,7 +33,7 @@ const KEPT: usize = 8 << 10;
 
 /// A stream whose writes wait for the end of the turn, and what ends it.
 pub(super) fn corked<S: AsyncWrite + Unpin>(stream: S) -> (Corked<S>, Cork<S>) {
-    let held = Arc::new(Mutex::new(Held { stream, written: BytesMut::new(), broken: None }));
+    let held = Arc::new(Mutex::new(Held { stream, written: BytesMut::new(), sent: 0, broken: None }));
     (Corked(held.clone()), Cork(held))
 }
 
@@ -49,6 +49,8 @@ pub(super) struct Cork<S>(Arc<Mutex<Held<S>>>);
 struct Held<S> {
     stream: S,
     written: BytesMut,
+    /// Bytes that the stream has taken.
+    sent: u64,
     /// What sending failed with, and every write fails with from then on.
     broken: Option<io::ErrorKind>,
 }
@@ -99,6 +101,11 @@ impl<S: AsyncWrite + Unpin> Cork<S> {
 }
 
 impl<S> Cork<S> {
+    /// Bytes that were sent so far.
+    pub(super) fn sent(&self) -> u64 {
+        lock(&self.0).sent
+    }
+
     /// Bytes that wait to be sent.
     fn written(&self) -> usize {
         lock(&self.0).written.len()
@@ -189,6 +196,7 @@ impl<S: AsyncWrite + Unpin> Held<S> {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.written.advance(sent);
+            self.sent += sent as u64;
         }
         if self.written.capacity() > KEPT {
             self.written = BytesMut::new();
@@ -222,7 +230,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Corked<S> {
             held.written.extend_from_slice(bytes);
             return Poll::Ready(Ok(bytes.len()));
         }
-        Pin::new(&mut held.stream).poll_write(context, bytes)
+        let sent = ready!(Pin::new(&mut held.stream).poll_write(context, bytes))?;
+        held.sent += sent as u64;
+        Poll::Ready(Ok(sent))
     }
 
     fn poll_write_vectored(
@@ -238,7 +248,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Corked<S> {
             }
             return Poll::Ready(Ok(bytes));
         }
-        Pin::new(&mut held.stream).poll_write_vectored(context, pieces)
+        let sent = ready!(Pin::new(&mut held.stream).poll_write_vectored(context, pieces))?;
+        held.sent += sent as u64;
+        Poll::Ready(Ok(sent))
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -16,7 +16,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -65,6 +65,8 @@ pub struct ModelVersion {
     cache: Option<(ResponseCache, GraphMetrics)>,
     /// Which load of which model this is, among all of the process.
     load: u64,
+    /// Bytes of a row of the largest answer of late.
+    row_bytes: AtomicUsize,
     runs: Runs,
 }
 
@@ -98,7 +100,8 @@ impl ModelVersion {
         static LOADS: AtomicU64 = AtomicU64::new(0);
         let load = LOADS.fetch_add(1, Ordering::Relaxed);
         let (labels, artifact, cache) = (BTreeMap::new(), None, None);
-        Self { name: config.name.clone(), version, config, interface, statistics, labels, artifact, cache, load, runs }
+        let (name, row_bytes) = (config.name.clone(), AtomicUsize::new(0));
+        Self { name, version, config, interface, statistics, labels, artifact, cache, load, row_bytes, runs }
     }
 
     /// With names for the classes of some outputs.
@@ -221,10 +224,28 @@ impl ModelVersion {
             None => self.run(fitted, &request).await?,
         };
         counted.is_answered = true;
+        self.note_answer(outputs.iter().map(|tensor| tensor.data().len()).sum::<usize>() / rows.max(1));
         self.statistics.succeeded(counted.started.elapsed(), rows, &timings);
         let named = wanted.into_iter().zip(outputs);
         let named = named.map(|(output, tensor)| NamedTensor { name: self.outputs()[output].name.clone(), tensor });
         Ok(Response { outputs: named.collect(), timings })
+    }
+
+    /// Bytes of the answer to a request, by the largest answers of late; 0 before there was one.
+    pub(crate) fn expected_answer(&self, request: &Request) -> usize {
+        let first = request.inputs.first().filter(|_| self.interface.max_rows.is_some());
+        let rows = first.and_then(|input| input.tensor.row_count()).unwrap_or(1);
+        self.row_bytes.load(Ordering::Relaxed).saturating_mul(rows)
+    }
+
+    /// Larger ones are forgotten after some hundreds.
+    fn note_answer(&self, row_bytes: usize) {
+        let known = self.row_bytes.load(Ordering::Relaxed);
+        let now = row_bytes.max(known - known / 64);
+        if now != known {
+            // What others note meanwhile is as good.
+            self.row_bytes.store(now, Ordering::Relaxed);
+        }
     }
 
     fn check_artifact(&self, request: &Request) -> Result<(), InferError> {

@@ -217,7 +217,7 @@ fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -
     let zeros = RawTensor::zeros(dtype, shape.clone()).map_err(|error| error.to_string())?;
     let data = match &input.input_data_type {
         // The same each time, so that a start is repeatable.
-        Some(InputDataType::RandomData(_)) if dtype != DType::Bytes => pattern(zeros.data().len(), dtype, 0),
+        Some(InputDataType::RandomData(_)) if dtype != DType::Bytes => pattern(zeros.data().len(), dtype),
         None | Some(InputDataType::ZeroData(_) | InputDataType::RandomData(_)) => return Ok(zeros),
         Some(InputDataType::InputDataFile(file)) => {
             // Triton keeps these in a folder of this name.
@@ -228,10 +228,10 @@ fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -
     RawTensor::new(dtype, shape, data.into()).map_err(|error| error.to_string())
 }
 
-/// Elements that are small and differ from each other, and from those of another `start`.
-pub(super) fn pattern(bytes: usize, dtype: DType, start: usize) -> Vec<u8> {
-    let spread = |index: usize| ((start + index) * 37 % 101) as f32 / 101.0;
-    let bit = |index: usize| (start + index) % 2;
+/// Elements that are small and differ from each other.
+fn pattern(bytes: usize, dtype: DType) -> Vec<u8> {
+    let spread = |index: usize| (index * 37 % 101) as f32 / 101.0;
+    let bit = |index: usize| index % 2;
     match dtype {
         DType::Fp32 => (0..bytes / 4).flat_map(|index| spread(index).to_le_bytes()).collect(),
         DType::Fp64 => (0..bytes / 8).flat_map(|index| f64::from(spread(index)).to_le_bytes()).collect(),

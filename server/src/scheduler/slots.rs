@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Nobody waits for longer than this for others to end. A run may be of minutes, or never end.
+/// Whoever runs for longer than this shares its cores with others. A run may be of minutes, or never end.
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Slots of the machine. Clones share them.
@@ -30,13 +30,24 @@ struct Inner {
 #[derive(Debug)]
 struct Fair {
     total: usize,
-    /// Below zero while somebody runs whose patience ended.
-    free: isize,
+    free: usize,
+    /// Runs that hold slots.
+    running: Vec<Run>,
     /// Virtual times of those that wait, with their ticket numbers.
     waiting: BTreeSet<(Duration, u64)>,
     tickets: u64,
     /// The virtual time of whoever was served last: where newcomers begin.
     now: Duration,
+}
+
+/// A run that has begun.
+#[derive(Debug)]
+struct Run {
+    ticket: u64,
+    since: Instant,
+    width: usize,
+    /// Whether others have its slots already.
+    is_overdue: bool,
 }
 
 /// One model's claim on the slots. Clones, one for each of its instances, count together.
@@ -61,6 +72,7 @@ struct Used {
 #[derive(Debug)]
 pub(super) struct Held<'a> {
     share: &'a Share,
+    ticket: u64,
     /// What the claim was charged with.
     charged: Duration,
     since: Instant,
@@ -91,29 +103,35 @@ impl Share {
         let (place, charged) = self.claim(&mut state);
         if !state.try_enter(place, self.width) {
             state.waiting.insert(place);
-            let until = Instant::now() + PATIENCE;
-            while !state.try_enter(place, self.width) {
-                let rest = until.saturating_duration_since(Instant::now());
-                if rest.is_zero() {
-                    state.enter(place, self.width);
+            loop {
+                let now = Instant::now();
+                let next = state.forgive(now);
+                if state.try_enter(place, self.width) {
                     break;
                 }
+                let rest = next.map_or(PATIENCE, |next| next.saturating_duration_since(now));
                 state = self.slots.0.freed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0;
             }
             // There may be enough left for the next.
             self.slots.0.freed.notify_all();
         }
-        Held { share: self, charged, since: Instant::now() }
+        self.begin(&mut state, place.1, charged)
+    }
+
+    fn begin(&self, state: &mut Fair, ticket: u64, charged: Duration) -> Held<'_> {
+        let since = Instant::now();
+        state.running.push(Run { ticket, since, width: self.width, is_overdue: false });
+        Held { share: self, ticket, charged, since }
     }
 
     /// Slots, if they are free and nobody waits for any.
     pub(super) fn try_hold(&self) -> Option<Held<'_>> {
         let mut state = self.slots.lock();
-        if state.free < self.width.cast_signed() || !state.waiting.is_empty() {
+        if state.free < self.width || !state.waiting.is_empty() {
             return None;
         }
         let (place, charged) = self.claim(&mut state);
-        state.try_enter(place, self.width).then(|| Held { share: self, charged, since: Instant::now() })
+        state.try_enter(place, self.width).then(|| self.begin(&mut state, place.1, charged))
     }
 
     /// Where a claim stands, and what it is charged with.
@@ -125,7 +143,8 @@ impl Share {
 
 impl Fair {
     fn new(total: usize) -> Self {
-        Self { total, free: total.cast_signed(), waiting: BTreeSet::new(), tickets: 0, now: Duration::ZERO }
+        let (running, waiting) = (Vec::new(), BTreeSet::new());
+        Self { total, free: total, running, waiting, tickets: 0, now: Duration::ZERO }
     }
 
     /// Where a claim of a model that has used so much of the machine stands.
@@ -138,7 +157,7 @@ impl Fair {
 
     /// Takes back `width` slots that were held for so long; what that is of the machine.
     fn leave(&mut self, width: usize, held: Duration) -> Duration {
-        self.free += width.cast_signed();
+        self.free += width;
         // Both are small.
         held.mul_f64(width as f64 / self.total as f64)
     }
@@ -146,18 +165,34 @@ impl Fair {
     /// Takes slots for `place` if they are free and nobody has a better claim.
     fn try_enter(&mut self, place: (Duration, u64), width: usize) -> bool {
         let is_next = self.waiting.first().is_none_or(|first| *first >= place);
-        if self.free < width.cast_signed() || !is_next {
+        if self.free < width || !is_next {
             return false;
         }
-        self.enter(place, width);
+        self.waiting.remove(&place);
+        self.free -= width;
+        self.now = self.now.max(place.0);
         true
     }
 
-    /// Takes slots for `place`, free or not.
-    fn enter(&mut self, place: (Duration, u64), width: usize) {
-        self.waiting.remove(&place);
-        self.free -= width.cast_signed();
-        self.now = self.now.max(place.0);
+    /// Gives the slots of runs to others that have had them for too long by `now`; when the next one will have.
+    fn forgive(&mut self, now: Instant) -> Option<Instant> {
+        let mut next = None;
+        for run in self.running.iter_mut().filter(|run| !run.is_overdue) {
+            let end = run.since + PATIENCE;
+            if end <= now {
+                run.is_overdue = true;
+                self.free += run.width;
+            } else {
+                next = Some(next.map_or(end, |next: Instant| next.min(end)));
+            }
+        }
+        next
+    }
+
+    /// A run ends; whether others have its slots.
+    fn end(&mut self, ticket: u64) -> bool {
+        let index = self.running.iter().position(|run| run.ticket == ticket);
+        index.is_some_and(|index| self.running.swap_remove(index).is_overdue)
     }
 }
 
@@ -172,7 +207,11 @@ impl Used {
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         let mut state = self.share.slots.lock();
+        let is_overdue = state.end(self.ticket);
         let took = state.leave(self.share.width, self.since.elapsed());
+        if is_overdue {
+            state.free -= self.share.width;
+        }
         self.share.used.lock().unwrap_or_else(PoisonError::into_inner).settle(self.charged, took);
         let others_wait = !state.waiting.is_empty();
         drop(state);
@@ -223,13 +262,16 @@ mod tests {
         let slots = Slots::new(2);
         let (endless, quick) = (slots.share(2), slots.share(2));
         let held = endless.hold();
-        for _ in 0..2 {
+        drop(quick.hold());
+        let asked = Instant::now();
+        assert_eq!(slots.lock().free, 2, "others have its slots from now on");
+        for _ in 0..100 {
             drop(quick.hold());
         }
-        assert_eq!(slots.lock().free, 0);
+        assert!(asked.elapsed() < PATIENCE * 50, "only the first one waited");
         drop(held);
         assert_eq!(slots.lock().free, 2);
-        assert!(quick.try_hold().is_some());
+        assert!(slots.lock().running.is_empty());
     }
 
     /// Model instances that ask again as soon as they have run, on a clock that jumps from one end of a run to the next.

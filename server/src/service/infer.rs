@@ -122,6 +122,9 @@ impl Service {
         let id = request.id.clone();
         let wire::Decoded { mut request, reply } = wire::decode(request, &self.memory)?;
         request.deadline = call.deadline;
+        // Before anything runs: what is refused here has changed nothing, and may be tried again. Nobody knows how long an answer
+        // stays that nobody reads.
+        let _room = self.budget.claim(model.expected_answer(&request))?;
         let answer = within(call, pin!(model.infer(request))).await?;
         Ok(wire::encode(model, id, answer, &reply, &self.memory)?)
     }

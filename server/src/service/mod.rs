@@ -24,7 +24,7 @@ pub use call::Call;
 pub(crate) use grpc::NO_CUDA_MEMORY;
 pub(crate) use iterate::mark;
 
-use crate::{metrics::Metrics, model::ModelVersion, repository::Registry, shared_memory::SharedMemory};
+use crate::{budget::Budget, metrics::Metrics, model::ModelVersion, repository::Registry, shared_memory::SharedMemory};
 
 /// Implements every service of this server. Clones share everything.
 #[derive(Clone, Debug)]
@@ -33,6 +33,7 @@ pub struct Service {
     metrics: Metrics,
     ready: watch::Receiver<bool>,
     memory: SharedMemory,
+    budget: Budget,
     logs: LogControl,
     traces: TraceControl,
     /// Inferences that have begun: the drain waits for them.
@@ -44,17 +45,18 @@ pub struct Service {
 }
 
 impl Service {
-    /// Without models yet; `ready` is what health says.
+    /// Without models yet; `ready` is what health says, and answers take their part of `budget`.
     pub fn new(
         metrics: Metrics,
         ready: watch::Receiver<bool>,
         memory: SharedMemory,
+        budget: Budget,
         logs: LogControl,
         traces: TraceControl,
     ) -> Self {
         let (repository, running) = (Arc::default(), TaskTracker::new());
         let (draining, cut_short) = (CancellationToken::new(), CancellationToken::new());
-        Self { repository, metrics, ready, memory, logs, traces, running, draining, cut_short }
+        Self { repository, metrics, ready, memory, budget, logs, traces, running, draining, cut_short }
     }
 
     /// Answers from `repository` from now on. The first one stays.

@@ -51,8 +51,9 @@ fn code(error: &SharedMemoryError) -> Code {
         SharedMemoryError::Unknown { .. } => Code::NotFound,
         SharedMemoryError::Exists { .. } => Code::AlreadyExists,
         SharedMemoryError::Full | SharedMemoryError::Spent(_) => Code::ResourceExhausted,
-        SharedMemoryError::Key { .. } | SharedMemoryError::Access { .. } | SharedMemoryError::Outside { .. } => {
-            Code::InvalidArgument
-        }
+        SharedMemoryError::TooLarge { .. }
+        | SharedMemoryError::Key { .. }
+        | SharedMemoryError::Access { .. }
+        | SharedMemoryError::Outside { .. } => Code::InvalidArgument,
     }
 }

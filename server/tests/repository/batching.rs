@@ -96,10 +96,22 @@ fn shares() -> Vec<u8> {
     graph.finish(20).unwrap().to_bytes()
 }
 
+/// What is over or under the mean of all rows.
+fn centred() -> Vec<u8> {
+    let sizes = [Dim::Symbol("rows"), Dim::Fixed(512)];
+    let mut graph = GraphBuilder::new("centred");
+    let x = graph.input("x", OnnxDType::F32, &sizes);
+    let mean = graph.node("ReduceMean", &[&x], vec![Attribute::int("keepdims", 0)]);
+    let y = graph.node("Sub", &[&x, &mean], vec![]);
+    graph.output("y", &y, OnnxDType::F32, &sizes);
+    graph.finish(20).unwrap().to_bytes()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_are_put_together_unasked_only_where_rows_have_nothing_to_do_with_each_other() {
     let bench = Bench::new();
     bench.write("m", "1/model.onnx", shares()).write("apart", "1/model.onnx", scale(2.0, None));
+    bench.write("centred", "1/model.onnx", centred());
     let registry = bench.open_all().await;
     let many = (0..50).map(|value| infer(&registry, "m", one(&[value as f32])));
     for response in join_all(many).await {
@@ -110,7 +122,7 @@ async fn requests_are_put_together_unasked_only_where_rows_have_nothing_to_do_wi
         let model = registry.model(name, "").unwrap();
         matches!(model.config().scheduling_choice, Some(SchedulingChoice::DynamicBatching(_)))
     };
-    assert!(is_dynamic("apart") && !is_dynamic("m"), "and the configuration says so");
+    assert!(is_dynamic("apart") && !is_dynamic("m") && !is_dynamic("centred"), "and the configuration says so");
     let two = infer(&registry, "m", request(f32s(&[2, 1], &[0.0, 0.0]))).await.unwrap();
     assert_eq!(two.outputs[0].tensor, f32s(&[2, 1], &[0.5, 0.5]), "rows of a request stay together");
 }
