@@ -235,7 +235,21 @@ pub(crate) async fn http(
     let status = lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|status| status.parse().ok());
     let headers =
         lines.filter_map(|line| line.split_once(": ")).map(|(name, value)| (name.to_lowercase(), value.to_owned()));
-    Ok(HttpAnswer { status: status.unwrap(), headers: headers.collect(), body: response[end + 4..].to_vec() })
+    let is_chunked = head.to_lowercase().contains("\r\ntransfer-encoding: chunked");
+    let body = &response[end + 4..];
+    let body = if is_chunked { joined(body) } else { body.to_vec() };
+    Ok(HttpAnswer { status: status.unwrap(), headers: headers.collect(), body })
+}
+
+/// The chunks of a body, which are for the connection and mean nothing.
+fn joined(mut chunks: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    while let Some(line) = chunks.windows(2).position(|window| window == b"\r\n") {
+        let size = usize::from_str_radix(std::str::from_utf8(&chunks[..line]).unwrap(), 16).unwrap();
+        body.extend_from_slice(&chunks[line + 2..line + 2 + size]);
+        chunks = &chunks[line + 2 + size + 2..];
+    }
+    body
 }
 
 pub(crate) fn endpoint(address: SocketAddr) -> Endpoint {
