@@ -29,10 +29,8 @@ impl Ports {
     pub(crate) fn new(declared: &Declared, arguments: &[Argument], returned: &Returned) -> Result<Self, String> {
         let declared_inputs = if declared.inputs.is_empty() { inputs_of(arguments) } else { declared.inputs.clone() };
         // As in Triton: names none of which means anything to the file stand in its order.
-        let means_nothing = |input: &DeclaredTensor| {
-            numbered(&input.name).is_none() && !arguments.iter().any(|argument| argument.name == input.name)
-        };
-        let by_order = declared_inputs.len() <= arguments.len() && declared_inputs.iter().all(means_nothing);
+        let known: Vec<_> = arguments.iter().map(|argument| argument.name.as_str()).collect();
+        let by_order = declared_inputs.len() <= arguments.len() && stand_in_order(&declared_inputs, &known);
         let mut taken = vec![None; arguments.len()];
         let mut inputs = Vec::with_capacity(declared_inputs.len());
         for (position, input) in declared_inputs.iter().enumerate() {
@@ -66,11 +64,10 @@ impl Ports {
         }
         let by_order = match returned {
             Returned::Fixed(fields) => {
-                let is_field = |name: &String| fields.iter().any(|field| field.as_ref() == Some(name));
-                declared_outputs.len() <= fields.len()
-                    && declared_outputs.iter().all(|output| numbered(&output.name).is_none() && !is_field(&output.name))
+                let known: Vec<_> = fields.iter().flatten().map(String::as_str).collect();
+                declared_outputs.len() <= fields.len() && stand_in_order(&declared_outputs, &known)
             }
-            Returned::List => declared_outputs.iter().all(|output| numbered(&output.name).is_none()),
+            Returned::List => stand_in_order(&declared_outputs, &[]),
             Returned::Dict | Returned::Other(_) => false,
         };
         let place = |(index, output): (usize, &DeclaredTensor)| {
@@ -99,6 +96,11 @@ fn outputs_of(returned: &Returned) -> Vec<DeclaredTensor> {
     let Returned::Fixed(fields) = returned else { return Vec::new() };
     let name = |(index, field): (usize, &Option<String>)| field.clone().unwrap_or_else(|| format!("OUTPUT__{index}"));
     fields.iter().enumerate().map(|field| DeclaredTensor { name: name(field), ..DeclaredTensor::default() }).collect()
+}
+
+/// Whether none of the names is among those `known` to the file, or has a number.
+fn stand_in_order(tensors: &[DeclaredTensor], known: &[&str]) -> bool {
+    tensors.iter().all(|tensor| numbered(&tensor.name).is_none() && !known.contains(&tensor.name.as_str()))
 }
 
 /// By the argument's name, or by a number behind two underscores.

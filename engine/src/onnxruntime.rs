@@ -207,13 +207,11 @@ impl OnnxRuntime {
         inputs: &[RawTensor],
         outputs: &[usize],
     ) -> Result<Vec<RawTensor>, EngineError> {
-        let named = || self.signature.inputs().iter().map(|spec| spec.name.as_str()).zip(inputs);
-        // Copies live until the outputs are taken, which may be inputs that the graph passes through.
-        let copies = named().map(|(name, tensor)| copied(name, tensor)).collect::<Result<Vec<_>, _>>()?;
+        // They live until the outputs are taken, which may be inputs that the graph passes through.
+        let mut copies: Vec<Option<DynValue>> = inputs.iter().map(|_| None).collect();
         let mut values = Vec::with_capacity(inputs.len());
-        for ((name, tensor), copy) in named().zip(&copies) {
-            let value = copy.as_ref().map_or_else(|| lent(name, tensor), |copy| Ok(copy.into()))?;
-            values.push((Cow::Borrowed(name), value));
+        for ((spec, tensor), copy) in self.signature.inputs().iter().zip(inputs).zip(&mut copies) {
+            values.push((Cow::Borrowed(spec.name.as_str()), to_value(&spec.name, tensor, copy)?));
         }
         let mut found = self.session.run_with_options(values, options).map_err(failed)?;
         let has_copies = copies.iter().any(Option::is_some);
@@ -231,20 +229,30 @@ fn names<'a>(signature: &'a Signature, outputs: &'a [usize]) -> impl Iterator<It
     outputs.iter().filter_map(|&index| Some(signature.outputs().get(index)?.name.as_str()))
 }
 
-/// What the engine cannot read where it is: strings, and what lies at an odd address.
-fn copied(name: &str, tensor: &RawTensor) -> Result<Option<DynValue>, EngineError> {
+/// A view of the tensor's own memory; only strings and what lies at an odd address are copied, into `copy`.
+fn to_value<'a>(
+    name: &str,
+    tensor: &'a RawTensor,
+    copy: &'a mut Option<DynValue>,
+) -> Result<SessionInputValue<'a>, EngineError> {
     Ok(match tensor.dtype() {
-        DType::Fp32 => realigned::<f32>(tensor)?,
-        DType::Fp64 => realigned::<f64>(tensor)?,
-        DType::Fp16 => realigned::<f16>(tensor)?,
-        DType::Bf16 => realigned::<bf16>(tensor)?,
-        DType::Int64 => realigned::<i64>(tensor)?,
-        DType::Int32 => realigned::<i32>(tensor)?,
-        DType::Int16 => realigned::<i16>(tensor)?,
-        DType::Uint64 => realigned::<u64>(tensor)?,
-        DType::Uint32 => realigned::<u32>(tensor)?,
-        DType::Uint16 => realigned::<u16>(tensor)?,
-        DType::Int8 | DType::Uint8 | DType::Bool => None,
+        DType::Fp32 => view::<f32>(tensor, copy)?,
+        DType::Fp64 => view::<f64>(tensor, copy)?,
+        DType::Fp16 => view::<f16>(tensor, copy)?,
+        DType::Bf16 => view::<bf16>(tensor, copy)?,
+        DType::Int64 => view::<i64>(tensor, copy)?,
+        DType::Int32 => view::<i32>(tensor, copy)?,
+        DType::Int16 => view::<i16>(tensor, copy)?,
+        DType::Int8 => view::<i8>(tensor, copy)?,
+        DType::Uint64 => view::<u64>(tensor, copy)?,
+        DType::Uint32 => view::<u32>(tensor, copy)?,
+        DType::Uint16 => view::<u16>(tensor, copy)?,
+        DType::Uint8 => view::<u8>(tensor, copy)?,
+        DType::Bool => {
+            let elements: &[bool] = bytemuck::checked::try_cast_slice(tensor.data())
+                .map_err(|_| EngineError::Run { reason: format!("input `{name}` has a boolean that is not 0 or 1") })?;
+            TensorRef::from_array_view((tensor.shape(), elements)).map_err(failed)?.into()
+        }
         DType::Bytes => {
             let text = |(index, bytes): (usize, &[u8])| {
                 let unfit = || EngineError::NotUtf8 { input: name.to_owned(), index };
@@ -252,50 +260,24 @@ fn copied(name: &str, tensor: &RawTensor) -> Result<Option<DynValue>, EngineErro
                 String::from_utf8(bytes.to_vec()).ok().filter(|text| !text.contains('\0')).ok_or_else(unfit)
             };
             let texts = tensor.strings().enumerate().map(text).collect::<Result<Vec<String>, _>>()?;
-            Some(ort::value::Tensor::from_string_array((tensor.shape(), texts.as_slice())).map_err(failed)?.into_dyn())
+            let texts = ort::value::Tensor::from_string_array((tensor.shape(), texts.as_slice())).map_err(failed)?;
+            (&*copy.insert(texts.into_dyn())).into()
         }
     })
 }
 
-fn realigned<T>(tensor: &RawTensor) -> Result<Option<DynValue>, EngineError>
+fn view<'a, T>(tensor: &'a RawTensor, copy: &'a mut Option<DynValue>) -> Result<SessionInputValue<'a>, EngineError>
 where
     T: PrimitiveTensorElementType + AnyBitPattern + NoUninit + std::fmt::Debug,
 {
-    let Cow::Owned(elements) = tensor.numbers::<T>() else { return Ok(None) };
-    let copy = ort::value::Tensor::from_array((tensor.shape(), elements.into_boxed_slice())).map_err(failed)?;
-    Ok(Some(copy.into_dyn()))
-}
-
-/// A view of the tensor's own memory, of which nothing is [`copied`].
-fn lent<'a>(name: &str, tensor: &'a RawTensor) -> Result<SessionInputValue<'a>, EngineError> {
-    Ok(match tensor.dtype() {
-        DType::Fp32 => view::<f32>(tensor)?,
-        DType::Fp64 => view::<f64>(tensor)?,
-        DType::Fp16 => view::<f16>(tensor)?,
-        DType::Bf16 => view::<bf16>(tensor)?,
-        DType::Int64 => view::<i64>(tensor)?,
-        DType::Int32 => view::<i32>(tensor)?,
-        DType::Int16 => view::<i16>(tensor)?,
-        DType::Int8 => view::<i8>(tensor)?,
-        DType::Uint64 => view::<u64>(tensor)?,
-        DType::Uint32 => view::<u32>(tensor)?,
-        DType::Uint16 => view::<u16>(tensor)?,
-        DType::Uint8 | DType::Bytes => view::<u8>(tensor)?,
-        DType::Bool => {
-            let elements: &[bool] = bytemuck::checked::try_cast_slice(tensor.data())
-                .map_err(|_| EngineError::Run { reason: format!("input `{name}` has a boolean that is not 0 or 1") })?;
-            TensorRef::from_array_view((tensor.shape(), elements)).map_err(failed)?.into()
+    Ok(match tensor.numbers::<T>() {
+        Cow::Borrowed(elements) => TensorRef::from_array_view((tensor.shape(), elements)).map_err(failed)?.into(),
+        Cow::Owned(elements) => {
+            let elements = (tensor.shape(), elements.into_boxed_slice());
+            let elements = ort::value::Tensor::from_array(elements).map_err(failed)?;
+            (&*copy.insert(elements.into_dyn())).into()
         }
     })
-}
-
-fn view<T>(tensor: &RawTensor) -> Result<SessionInputValue<'_>, EngineError>
-where
-    T: PrimitiveTensorElementType + AnyBitPattern + NoUninit + std::fmt::Debug,
-{
-    let misplaced = |error| EngineError::Run { reason: format!("its elements are not where they should be: {error}") };
-    let elements: &[T] = bytemuck::try_cast_slice(tensor.data()).map_err(misplaced)?;
-    Ok(TensorRef::from_array_view((tensor.shape(), elements)).map_err(failed)?.into())
 }
 
 /// Takes the engine's own memory. Strings are copied, and what is an input that the graph passes through: that memory

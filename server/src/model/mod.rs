@@ -123,17 +123,22 @@ impl ModelVersion {
     /// Which load of which model answers depend on, beside the request: of this one, and of those that it calls, as they are
     /// now. `None` where they depend on more, such as the requests before.
     fn loads(&self) -> Option<Vec<u64>> {
-        let mut loads = vec![self.load];
-        match &self.runs {
-            Runs::Graph(..) | Runs::Multimodal(_) => {}
-            Runs::Ensemble(ensemble) => {
-                for model in ensemble.called() {
-                    loads.extend(model.ok()?.loads()?);
-                }
-            }
-            Runs::Sequence(..) | Runs::Iteration(_) => return None,
-        }
+        let mut loads = Vec::new();
+        self.add_loads(&mut loads)?;
         Some(loads)
+    }
+
+    /// Each model once, however many ensembles call it.
+    fn add_loads(&self, loads: &mut Vec<u64>) -> Option<()> {
+        if loads.contains(&self.load) {
+            return Some(());
+        }
+        loads.push(self.load);
+        match &self.runs {
+            Runs::Graph(..) | Runs::Multimodal(_) => Some(()),
+            Runs::Ensemble(ensemble) => ensemble.called().try_for_each(|model| model.ok()?.add_loads(loads)),
+            Runs::Sequence(..) | Runs::Iteration(_) => None,
+        }
     }
 
     /// The model's name.

@@ -194,12 +194,14 @@ struct Models {
 impl Models {
     /// A model below `model` that is not loaded any more; none where it is no ensemble.
     fn missing(&self, model: &ModelVersion) -> Option<String> {
-        // No ensemble is made of itself, so this ends.
-        model.steps().into_iter().find_map(|step| {
+        let mut seen = model.steps();
+        let mut rest: Vec<&str> = seen.iter().copied().collect();
+        while let Some(step) = rest.pop() {
             let mut slots = self.by_name.get(step).into_iter().flat_map(|entry| entry.versions.values().rev());
-            let newest = slots.find_map(|slot| slot.model.as_ref());
-            newest.map_or_else(|| Some(step.to_owned()), |model| self.missing(model))
-        })
+            let Some(model) = slots.find_map(|slot| slot.model.as_ref()) else { return Some(step.to_owned()) };
+            rest.extend(model.steps().into_iter().filter(|step| seen.insert(step)));
+        }
+        None
     }
 }
 
