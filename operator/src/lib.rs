@@ -2,7 +2,7 @@
 //!
 //! Three modules are pure, and most decisions are in them: [`plan`] (what a resource needs to run), [`render`] (a plan as
 //! Kubernetes objects) and [`status`] (from what a cluster shows to what is done next and what is said). [`controller`]
-//! does the rest: it watches, calls them, and writes.
+//! does the rest: it watches, calls them, and writes. [`lease`] says which of several operators may.
 //!
 //! [`plan`] turns a checked resource into a [`plan::WorkloadPlan`]: which programs, how many, with which arguments,
 //! environment, files and storage. Whoever runs it, a cluster or one machine, fills in the addresses. It knows no
@@ -23,6 +23,7 @@
 //! ```
 
 pub mod controller;
+pub mod lease;
 pub mod plan;
 pub mod render;
 pub mod status;

@@ -14,14 +14,10 @@ use axum::routing::get;
 use clap::Parser;
 use futures::FutureExt as _;
 use kube::{Client, Config};
-use kube_lease_manager::LeaseManagerBuilder;
 use sensorium_operator::controller::{self, Health, Settings, Stop};
+use sensorium_operator::lease::{self, Election};
 use sensorium_operator::render::Images;
 
-/// Another operator may take over this long after the leader was last heard of.
-const LEASE_SECONDS: u64 = 15;
-/// The leader makes itself heard this long before that.
-const LEASE_GRACE_SECONDS: u64 = 5;
 /// Longer than any watch lasts by itself, so that a connection which hears nothing more is noticed.
 const READ_TIMEOUT: Duration = Duration::from_secs(295);
 
@@ -158,49 +154,23 @@ async fn run(options: Options) -> anyhow::Result<()> {
         working.await;
         return Ok(());
     }
-    let manager = LeaseManagerBuilder::new(client, &options.lease_name)
-        .with_namespace(&options.lease_namespace)
-        .with_identity(&identity)
-        .with_duration(LEASE_SECONDS)
-        .with_grace(LEASE_GRACE_SECONDS)
-        .build()
-        .await
-        .context("could not read the Lease")?;
-    let (lease, task) = manager.watch().await;
-    let mut held = lease.clone();
-    // Who has lost the Lease must not act: another one does already. The process ends, and comes back as a follower.
-    let until_deposed = async {
-        tracing::info!(identity, "waiting to lead");
-        if held.wait_for(|leads| *leads).await.is_ok() {
-            tracing::info!(identity, "leading");
-            health.leads(true);
-            acts.send_replace(true);
-            // An error means the same: nobody looks after the Lease any more.
-            let _ = held.wait_for(|leads| !*leads).await;
-        }
+    let mut election = Election::new(client, &options.lease_namespace, &options.lease_name, &identity);
+    tracing::info!(identity, "waiting to lead");
+    let leads = || {
+        tracing::info!(identity, "leading");
+        health.leads(true);
+        acts.send_replace(true);
     };
+    // Who has lost the Lease must not act: another one does already. The process ends, and comes back as a follower.
     let outcome = tokio::select! {
         () = working => Ok(()),
-        () = until_deposed => Err(anyhow::anyhow!("the Lease was lost; another operator leads")),
+        why = election.lead(leads) => Err(anyhow::anyhow!("this operator does not hold the Lease any more: {why}")),
     };
     health.leads(false);
-    drop(held);
-    hand_over(lease, task).await?;
-    outcome
-}
-
-/// Gives the Lease up, so that the next one need not wait for it to run out.
-async fn hand_over(
-    lead: tokio::sync::watch::Receiver<bool>,
-    task: tokio::task::JoinHandle<kube_lease_manager::Result<kube_lease_manager::LeaseManager>>,
-) -> anyhow::Result<()> {
-    drop(lead);
-    match tokio::time::timeout(Duration::from_secs(5), task).await {
-        Ok(Ok(Ok(manager))) => manager.release().await.context("could not give up the Lease"),
-        Ok(Ok(Err(error))) => Err(error).context("the Lease could not be kept"),
-        // It runs out by itself.
-        Ok(Err(_)) | Err(_) => Ok(()),
+    if let Err(error) = election.give_up().await {
+        tracing::warn!(error, "the Lease was not given up; it runs out in {} s", lease::DURATION.as_secs());
     }
+    outcome
 }
 
 /// Whether `work` was done before `stop`.

@@ -112,11 +112,19 @@ impl Operator {
     /// When it has not within `limit`.
     pub fn terminate(&mut self, limit: Duration) -> Result<ExitStatus> {
         kill_process(Pid::from_child(&self.child), Signal::TERM)?;
+        self.wait(limit)
+    }
+
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    /// When it has not within `limit`.
+    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let deadline = Instant::now() + limit;
         loop {
             match self.child.try_wait()? {
                 Some(status) => return Ok(status),
-                None if Instant::now() > deadline => bail!("still running {} s after SIGTERM", limit.as_secs()),
+                None if Instant::now() > deadline => bail!("still running after {} s", limit.as_secs()),
                 None => std::thread::sleep(POLL),
             }
         }

@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
-use sensorium_tests::{ApiCluster, Kubelet, Operator};
+use anyhow::{Context as _, Result};
+use rustix::process::{Pid, Signal, kill_process};
+use sensorium_tests::{ApiCluster, Kubelet, Namespace, Operator};
 
 use crate::common::{LIMIT, training};
 
@@ -11,15 +12,9 @@ use crate::common::{LIMIT, training};
 async fn when_the_leader_is_killed_the_next_one_takes_over() -> Result<()> {
     let cluster = ApiCluster::shared()?;
     let namespace = cluster.namespace("lead").await?;
-    let start = |identity: &str| {
-        let identity = format!("--identity={identity}");
-        Operator::start(&cluster.kubeconfig(), namespace.name(), &["--leader-elect=true", &identity])
-    };
-    let mut first = start("first")?;
-    first.wait_until_ready(LIMIT)?;
+    let mut first = start(cluster, &namespace, "first")?;
     wait_for_leader(&first).await?;
-    let mut second = start("second")?;
-    second.wait_until_ready(LIMIT)?;
+    let second = start(cluster, &namespace, "second")?;
     assert!(!leads(&second)?);
     first.kill()?;
     let killed = Instant::now();
@@ -34,20 +29,41 @@ async fn when_the_leader_is_killed_the_next_one_takes_over() -> Result<()> {
 async fn a_leader_that_is_asked_to_end_hands_over_at_once() -> Result<()> {
     let cluster = ApiCluster::shared()?;
     let namespace = cluster.namespace("handover").await?;
-    let start = |identity: &str| {
-        let identity = format!("--identity={identity}");
-        Operator::start(&cluster.kubeconfig(), namespace.name(), &["--leader-elect=true", &identity])
-    };
-    let mut first = start("first")?;
-    first.wait_until_ready(LIMIT)?;
+    let mut first = start(cluster, &namespace, "first")?;
     wait_for_leader(&first).await?;
-    let mut second = start("second")?;
-    second.wait_until_ready(LIMIT)?;
+    let second = start(cluster, &namespace, "second")?;
     assert!(first.terminate(LIMIT)?.success());
     let asked = Instant::now();
     wait_for_leader(&second).await?;
-    assert!(asked.elapsed() < Duration::from_secs(15), "{:?}", asked.elapsed());
+    assert!(asked.elapsed() < Duration::from_secs(6), "{:?}", asked.elapsed());
     Ok(())
+}
+
+#[tokio::test]
+async fn a_leader_that_slept_for_too_long_ends_instead_of_acting_beside_the_next() -> Result<()> {
+    let cluster = ApiCluster::shared()?;
+    let namespace = cluster.namespace("asleep").await?;
+    let mut first = start(cluster, &namespace, "first")?;
+    wait_for_leader(&first).await?;
+    let mut second = start(cluster, &namespace, "second")?;
+    let sleeper = Pid::from_raw(first.id() as i32).context("a process has an id")?;
+    kill_process(sleeper, Signal::STOP)?;
+    wait_for_leader(&second).await?;
+    kill_process(sleeper, Signal::CONT)?;
+    assert!(!first.wait(LIMIT)?.success());
+    assert!(first.log().contains("does not hold the Lease any more"), "{}", first.log());
+    // It has not taken the Lease back, nor given up that of another one.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(leads(&second)?);
+    assert!(second.terminate(LIMIT)?.success());
+    Ok(())
+}
+
+fn start(cluster: &ApiCluster, namespace: &Namespace, identity: &str) -> Result<Operator> {
+    let identity = format!("--identity={identity}");
+    let mut operator = Operator::start(&cluster.kubeconfig(), namespace.name(), &["--leader-elect=true", &identity])?;
+    operator.wait_until_ready(LIMIT)?;
+    Ok(operator)
 }
 
 fn leads(operator: &Operator) -> Result<bool> {
