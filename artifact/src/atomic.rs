@@ -59,10 +59,15 @@ pub fn write(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), Arti
 /// Removes what killed processes left in `folder` in the middle of a [`write`], an hour ago or more. Such files are in
 /// nobody's way, so what fails is logged and tried again by the next sweep.
 pub fn sweep(folder: impl AsRef<Path>) {
+    sweep_named(folder.as_ref(), PARTIAL);
+}
+
+/// As [`sweep`], for files whose names begin with `prefix`, and have nothing but unfinished ones among them.
+pub(crate) fn sweep_named(folder: &Path, prefix: &str) {
     let is_abandoned = |entry: &fs::DirEntry| {
-        let partial = entry.file_name().to_str().is_some_and(|name| name.starts_with(PARTIAL));
+        let is_partial = entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix));
         let age = || entry.metadata().ok()?.modified().ok()?.elapsed().ok();
-        partial && age().is_some_and(|age| age >= ABANDONED)
+        is_partial && age().is_some_and(|age| age >= ABANDONED)
     };
     for entry in fs::read_dir(folder).into_iter().flatten().flatten().filter(is_abandoned) {
         let path = entry.path();

@@ -126,15 +126,17 @@ pub enum ArtifactError {
         /// The error of the operating system.
         source: io::Error,
     },
-    /// An error of the object store.
-    #[error("could not {action} `{uri}`")]
+    /// An error of the object store. The message has its causes, and is the end of the chain: most of the client's errors
+    /// repeat their causes, so whoever prints a chain would print them over and over.
+    #[error("could not {action} `{uri}`: {}", in_one_line(source))]
     Remote {
         /// What was being done.
         action: &'static str,
         /// To which URI.
         uri: String,
         /// The error of the client; it contains the server's answer.
-        source: object_store::Error,
+        // Raw, which is how a field of this name is no `source` of the error.
+        r#source: object_store::Error,
     },
     /// The async runtime shut down before the operation began.
     #[error("the operation was cancelled because the program is shutting down")]
@@ -153,6 +155,20 @@ impl ArtifactError {
             _ => Self::Io { action, path, source },
         }
     }
+}
+
+/// An error and its causes, each once.
+fn in_one_line(error: &object_store::Error) -> String {
+    let error: &dyn std::error::Error = match error {
+        // Its own words are no more than that.
+        object_store::Error::Generic { source, .. } => source.as_ref(),
+        other => other,
+    };
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |line, cause| {
+        let cause = cause.to_string();
+        if line.contains(&cause) { line } else { format!("{line}: {cause}") }
+    })
 }
 
 /// A stored file whose bytes are not those of the manifest.
@@ -182,4 +198,32 @@ fn listed(mismatches: &[Mismatch]) -> String {
 
 fn one_of(known: &[String]) -> String {
     if known.is_empty() { "none".to_owned() } else { known.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Errors as the client nests them: some tell their cause, some leave that to others.
+    #[derive(Debug, thiserror::Error)]
+    enum Nested {
+        #[error("HTTP error: {0}")]
+        Telling(#[source] Box<Self>),
+        #[error("error sending request")]
+        Silent(#[source] Box<Self>),
+        #[error("connection refused")]
+        Last,
+    }
+
+    #[test]
+    fn a_remote_error_tells_each_of_its_causes_once() {
+        let source = Nested::Telling(Box::new(Nested::Silent(Box::new(Nested::Last))));
+        let source = object_store::Error::Generic { store: "S3", source: Box::new(source) };
+        let error = ArtifactError::Remote { action: "list", uri: "s3://models".to_owned(), source };
+        assert_eq!(
+            error.to_string(),
+            "could not list `s3://models`: HTTP error: error sending request: connection refused"
+        );
+        assert!(std::error::Error::source(&error).is_none());
+    }
 }

@@ -1,16 +1,17 @@
 //! A prefix of a bucket, kept as a folder of this machine.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use futures::TryStreamExt;
 use object_store::aws::AmazonS3;
 use object_store::path::Path as Key;
-use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
+use object_store::{ObjectMeta, ObjectStore};
 use tokio::io::AsyncWriteExt;
 
 use crate::atomic;
-use crate::store::{s3_client, s3_environment};
+use crate::store::{Transfer, s3_client, s3_environment};
 use crate::{ArtifactError, Digest, Location};
 
 /// Files under a prefix as a folder that follows them. Objects are told apart by their entity tags, as the store gives
@@ -35,7 +36,8 @@ impl Mirror {
     /// The prefix at `uri`, `s3://BUCKET/PREFIX`, kept below `cache`. Nothing is read or created.
     ///
     /// # Errors
-    /// [`ArtifactError::InvalidUri`], [`ArtifactError::Remote`] for `AWS_*` variables that contradict each other.
+    /// [`ArtifactError::InvalidUri`], [`ArtifactError::Remote`] for `AWS_*` variables that contradict each other or name
+    /// no server.
     pub fn open(uri: &str, cache: &Path) -> Result<Self, ArtifactError> {
         Self::open_with(uri, cache, s3_environment())
     }
@@ -54,9 +56,9 @@ impl Mirror {
         let Location::S3 { bucket, prefix } = location else {
             return Err(ArtifactError::InvalidUri { uri, reason: "only s3:// is mirrored; a folder is used as it is" });
         };
-        let client = s3_client(&bucket, &prefix, environment.into_iter())?;
+        let (client, prefix) = s3_client(&bucket, &prefix, environment.into_iter())?;
         let own = cache.join("mirrors").join(Digest::of(uri.as_bytes()).hex());
-        Ok(Self { client, uri, prefix: Key::from(prefix), folder: own.join("files"), scratch: own.join("scratch") })
+        Ok(Self { client, uri, prefix, folder: own.join("files"), scratch: own.join("scratch") })
     }
 
     /// Where the files are.
@@ -64,61 +66,64 @@ impl Mirror {
         &self.folder
     }
 
-    /// Makes the folder what the prefix is now: downloads what is new, removes what is gone. A file is replaced whole or
-    /// not at all.
+    /// Makes the folder what the prefix is now: removes what is gone, downloads what is new. A file is replaced whole or not
+    /// at all.
     ///
     /// # Errors
     /// [`ArtifactError::Remote`], [`ArtifactError::Io`], [`ArtifactError::NoSpace`]; what was done until then stays.
     pub async fn refresh(&self) -> Result<(), ArtifactError> {
         let failed = |source| ArtifactError::Remote { action: "list", uri: self.uri.clone(), source };
-        let objects: Vec<ObjectMeta> = self.client.list(Some(&self.prefix)).try_collect().await.map_err(failed)?;
-        let tags_file = self.folder.with_file_name(TAGS);
+        let objects = self.client.list(Some(&self.prefix)).try_collect().await.map_err(failed)?;
+        let wanted = files(&self.prefix, objects);
         for folder in [&self.folder, &self.scratch] {
-            std::fs::create_dir_all(folder).map_err(|source| ArtifactError::io("create", folder, source))?;
+            atomic::create_folder(folder)?;
         }
+        atomic::sweep_named(&self.scratch, "");
+        // First, so that there is room for what comes, and no file where a folder is to be, nor the other way round.
+        prune(&self.folder, &self.folder, &wanted)
+            .map_err(|source| ArtifactError::io("remove what is gone from", &self.folder, source))?;
+        let tags_file = self.folder.with_file_name(TAGS);
         let mut tags: Tags =
-            std::fs::read(&tags_file).ok().and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
-        let mut found = Tags::new();
-        for object in objects {
-            // A name that ends in a slash stands for a folder, and is none of a file.
-            let Some(path) = relative(&self.prefix, &object.location) else { continue };
-            let tag = object.e_tag.clone().unwrap_or_else(|| format!("{} {}", object.last_modified, object.size));
+            fs::read(&tags_file).ok().and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
+        tags.retain(|path, _| wanted.contains_key(path));
+        for (path, object) in wanted {
+            let tag = object.e_tag.unwrap_or_else(|| format!("{} {}", object.last_modified, object.size));
             let target = self.folder.join(&path);
-            if tags.get(&path) != Some(&tag) || !target.is_file() {
-                self.download(&object.location, &target).await?;
-                tags.insert(path.clone(), tag.clone());
+            let is_whole = fs::metadata(&target).is_ok_and(|file| file.is_file() && file.len() == object.size);
+            if is_whole && tags.get(&path) == Some(&tag) {
+                continue;
+            }
+            if self.download(&object.location, &target).await? {
+                tags.insert(path, tag);
                 keep(&tags_file, &tags)?;
-            }
-            found.insert(path, tag);
-        }
-        for path in tags.keys().filter(|path| !found.contains_key(*path)) {
-            let target = self.folder.join(path);
-            match std::fs::remove_file(&target) {
-                Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(ArtifactError::io("remove", &target, source));
-                }
-                _ => remove_empty(&self.folder, &target),
+            } else {
+                // It went away since it was listed, or its name ends in a slash, which its key here has not: an empty folder.
+                remove(&target).map_err(|source| ArtifactError::io("remove", &target, source))?;
             }
         }
-        keep(&tags_file, &found)
+        keep(&tags_file, &tags)
     }
 
-    async fn download(&self, key: &Key, target: &Path) -> Result<(), ArtifactError> {
+    /// Whether there is such an object.
+    async fn download(&self, key: &Key, target: &Path) -> Result<bool, ArtifactError> {
         let failed =
             |source| ArtifactError::Remote { action: "download", uri: format!("{} ({key})", self.uri), source };
-        let mut content = self.client.get(key).await.map_err(failed)?.into_stream();
-        let parent = target.parent().unwrap_or(&self.folder);
-        std::fs::create_dir_all(parent).map_err(|source| ArtifactError::io("create", parent, source))?;
+        let Some(mut transfer) = Transfer::begin(&self.client, key).await.map_err(failed)? else { return Ok(false) };
         // In pieces, because a model may be larger than memory; aside, so that nobody sees half of it.
         let scratch = tempfile::NamedTempFile::new_in(&self.scratch)
             .map_err(|source| ArtifactError::io("create", &self.scratch, source))?;
         let written = |source| ArtifactError::io("write", target, source);
         let mut file = tokio::fs::File::from_std(scratch.reopen().map_err(written)?);
-        while let Some(piece) = content.try_next().await.map_err(failed)? {
+        while let Some(piece) = transfer.next().await.map_err(failed)? {
             file.write_all(&piece).await.map_err(written)?;
         }
+        // tokio writes behind the caller's back: only a flush tells that the last piece arrived.
+        file.flush().await.map_err(written)?;
         file.sync_all().await.map_err(written)?;
-        scratch.persist(target).map_err(|error| written(error.error)).map(drop)
+        // Not before, because whoever shares the cache removes empty folders.
+        atomic::create_folder(target.parent().unwrap_or(&self.folder))?;
+        scratch.persist(target).map_err(|error| written(error.error))?;
+        Ok(true)
     }
 }
 
@@ -134,14 +139,38 @@ fn relative(prefix: &Key, key: &Key) -> Option<String> {
     (!parts.is_empty() && parts.iter().all(is_plain)).then(|| parts.join("/"))
 }
 
-/// Removes folders that `gone` left empty, below `root`.
-fn remove_empty(root: &Path, gone: &Path) {
-    let mut folder = gone.parent();
-    while let Some(path) = folder.filter(|path| *path != root) {
-        // A folder that still holds something is not removed, and neither are those above it.
-        if std::fs::remove_dir(path).is_err() {
-            return;
+/// The objects that are files here, by path. One whose path leads to others is none, whatever it holds: a folder that some
+/// tool made an object of, or a name that a file system can't have twice.
+fn files(prefix: &Key, objects: Vec<ObjectMeta>) -> BTreeMap<String, ObjectMeta> {
+    // From the last, so that `a` replaces `a/`, which looks the same here.
+    let named = |object: ObjectMeta| Some((relative(prefix, &object.location)?, object));
+    let mut files: BTreeMap<_, _> = objects.into_iter().rev().filter_map(named).collect();
+    let above = |path: &String| path.match_indices('/').map(|(end, _)| path[..end].to_owned()).collect::<Vec<_>>();
+    let folders: BTreeSet<String> = files.keys().flat_map(above).collect();
+    files.retain(|path, _| !folders.contains(path));
+    files
+}
+
+/// Removes files in `folder`, which is below `root`, that are not `wanted`, and the folders that this leaves empty.
+fn prune(root: &Path, folder: &Path, wanted: &BTreeMap<String, ObjectMeta>) -> io::Result<()> {
+    let is_wanted = |path: &Path| path.strip_prefix(root).ok()?.to_str().map(|path| wanted.contains_key(path));
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let path = entry.path();
+        if entry.file_type()?.is_dir() {
+            prune(root, &path, wanted)?;
+            // One that still holds something stays.
+            let _ = fs::remove_dir(&path);
+        } else if is_wanted(&path) != Some(true) {
+            remove(&path)?;
         }
-        folder = path.parent();
+    }
+    Ok(())
+}
+
+fn remove(file: &Path) -> io::Result<()> {
+    match fs::remove_file(file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
     }
 }

@@ -18,3 +18,31 @@ pub(crate) fn brief(said: &str) -> String {
     let text = kept.collect::<Vec<_>>().join(" ");
     text.strip_prefix("RuntimeError: ").map_or(text.clone(), str::to_owned)
 }
+
+/// Why libtorch could not read a file, told from what it misses in it.
+pub(crate) fn unreadable(said: &str) -> String {
+    if said.contains("constants.pkl") {
+        "it is what torch.save wrote, not TorchScript; write it with torch.jit.save(torch.jit.script(model))".to_owned()
+    } else if said.contains("reading zip archive") {
+        // Also what the former format of torch.save is, a pickle, or half of a file.
+        "it is no TorchScript file, or a part of one; write it with torch.jit.save(torch.jit.script(model))".to_owned()
+    } else {
+        brief(said)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_no_torchscript_is_told_by_what_it_lacks() {
+        let of =
+            |found: &str| unreadable(&format!("PytorchStreamReader failed {found}. This is an internal miniz error."));
+        assert!(of("locating file constants.pkl: file not found").starts_with("it is what torch.save wrote"));
+        for found in ["not a ZIP archive", "failed finding central directory"] {
+            assert!(of(&format!("reading zip archive: {found}")).starts_with("it is no TorchScript file"), "{found}");
+        }
+        assert_eq!(unreadable("it has no method `forward`"), "it has no method `forward`");
+    }
+}

@@ -5,7 +5,7 @@ use sensorium_engine::{
 };
 
 use crate::ffi::{self, Module, Output, Returned};
-use crate::message::brief;
+use crate::message::{brief, unreadable};
 use crate::ports::{Place, Ports};
 
 /// Outputs of a list or dict at most.
@@ -37,7 +37,7 @@ impl TorchScript {
             return Err(EngineError::Setup { reason });
         }
         let unfit = |reason| EngineError::Open { origin: path.display().to_string(), reason };
-        let module = Module::load(path).map_err(|said| unfit(brief(&said)))?;
+        let module = Module::load(path).map_err(|said| unfit(unreadable(&said)))?;
         let returned = module.returned();
         let ports = Ports::new(declared, &module.arguments(), &returned).map_err(unfit)?;
         let reset_method = declared.parameters.get(RESET_METHOD).cloned();

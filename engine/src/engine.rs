@@ -32,8 +32,8 @@ pub trait Engine: Send {
     /// [`EngineError::Run`], or [`EngineError::NotUtf8`] for text that is none.
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError>;
 
-    /// As [`Engine::run_raw`], for `waiters`. An engine whose runs can be cut short, because they are calls of another
-    /// machine, say, does that when nobody waits any more; others run to the end.
+    /// As [`Engine::run_raw`], for `waiters`. An engine whose runs can be cut short does that when nobody waits any more, at least
+    /// to those that take long; others run to the end.
     ///
     /// # Errors
     /// As [`Engine::run_raw`], and [`EngineError::CutShort`].
@@ -47,11 +47,11 @@ pub trait Engine: Send {
         self.run_raw(inputs, outputs)
     }
 
-    /// As [`Engine::run_raw`], for somebody who does not wait for longer than `limit`. An engine whose runs can be ended does that then;
-    /// others run to the end.
+    /// As [`Engine::run_raw`], for somebody who does not wait for longer than `limit`. An engine whose runs can be cut short does that
+    /// then, however quick they were before; others run to the end.
     ///
     /// # Errors
-    /// As [`Engine::run_raw`].
+    /// As [`Engine::run_raw`], and [`EngineError::CutShort`].
     fn run_within(
         &mut self,
         inputs: &[RawTensor],

@@ -123,11 +123,8 @@ pub enum EngineError {
         reason: String,
     },
     /// The run was given up, because nobody waited for it any more.
-    #[error("the run at {address} was given up: nobody waited for it any more")]
-    CutShort {
-        /// Where.
-        address: String,
-    },
+    #[error("the run was given up: nobody waited for it any more")]
+    CutShort,
 }
 
 impl EngineError {
@@ -146,7 +143,7 @@ impl EngineError {
             | Self::UnsupportedType { .. }
             | Self::Run { .. }
             | Self::Unavailable { .. }
-            | Self::CutShort { .. } => false,
+            | Self::CutShort => false,
         }
     }
 }

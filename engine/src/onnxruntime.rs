@@ -6,7 +6,8 @@ use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError, mpsc};
-use std::time::Duration;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
 use bytemuck::{AnyBitPattern, NoUninit};
 use bytes::Bytes;
@@ -20,13 +21,17 @@ use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, TensorElementType
 use sensorium_artifact::DType;
 
 use crate::EngineError;
-use crate::engine::Engine;
+use crate::engine::{Engine, Waiters};
 use crate::options::{Device, Optimization, Options};
 use crate::raw::{RawTensor, RawTensorError};
 use crate::signature::{Dim, Shape, Signature};
 
 /// Environment variable with the path of the library; read when it is loaded, and at build time for a default.
 const LIBRARY_VARIABLE: &str = "SENSORIUM_ONNXRUNTIME";
+
+/// After a run that took so long, somebody looks at the next one, whether anybody still waits for it, every [`LOOK`].
+const LONG: Duration = Duration::from_millis(100);
+const LOOK: Duration = Duration::from_millis(20);
 
 /// What the loader looks for when no path is known.
 const LIBRARY_NAME: &str = "libonnxruntime.so";
@@ -87,6 +92,8 @@ pub struct OnnxRuntime {
     signature: Signature,
     shrink_arena: bool,
     device: Device,
+    /// How long the last run took.
+    took: Duration,
 }
 
 impl OnnxRuntime {
@@ -118,7 +125,13 @@ impl OnnxRuntime {
         let read =
             |outlets: &[Outlet]| outlets.iter().map(|outlet| declared(origin, outlet)).collect::<Result<Vec<_>, _>>();
         let signature = Signature::new(read(session.inputs())?, read(session.outputs())?);
-        Ok(Self { session, signature, shrink_arena: options.shrink_arena, device: options.device })
+        Ok(Self {
+            session,
+            signature,
+            shrink_arena: options.shrink_arena,
+            device: options.device,
+            took: Duration::ZERO,
+        })
     }
 }
 
@@ -162,27 +175,24 @@ impl Engine for OnnxRuntime {
         self.run_by(&options, inputs, outputs)
     }
 
+    fn run_for(
+        &mut self,
+        inputs: &[RawTensor],
+        outputs: &[usize],
+        waiters: Waiters<'_>,
+    ) -> Result<Vec<RawTensor>, EngineError> {
+        // Who looks on costs a thread, which is nothing beside a run that takes long.
+        if self.took < LONG { self.run_raw(inputs, outputs) } else { self.run_watched(inputs, outputs, waiters) }
+    }
+
     fn run_within(
         &mut self,
         inputs: &[RawTensor],
         outputs: &[usize],
         limit: Duration,
     ) -> Result<Vec<RawTensor>, EngineError> {
-        // With all outputs: only such options may be told to end by another thread.
-        let options = self.run_options()?;
-        let (ended, end) = mpsc::channel::<()>();
-        std::thread::scope(|scope| {
-            let watched = &options;
-            scope.spawn(move || {
-                if end.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
-                    // One that cannot be told runs to its end.
-                    let _ = watched.terminate();
-                }
-            });
-            let found = self.run_by(&options, inputs, outputs);
-            drop(ended);
-            found
-        })
+        let waiters = Waiters { deadline: Instant::now().checked_add(limit), poll_gone: &mut |_| Poll::Pending };
+        self.run_watched(inputs, outputs, waiters)
     }
 
     fn runs_on_any_thread(&self) -> bool {
@@ -200,6 +210,42 @@ impl OnnxRuntime {
         Ok(options)
     }
 
+    /// Runs the graph while somebody waits.
+    fn run_watched(
+        &mut self,
+        inputs: &[RawTensor],
+        outputs: &[usize],
+        waiters: Waiters<'_>,
+    ) -> Result<Vec<RawTensor>, EngineError> {
+        // With all outputs: only such options may be told to end by another thread.
+        let options = self.run_options()?;
+        let (ended, end) = mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            let watched = &options;
+            let watch = std::thread::Builder::new().name("sensorium-watch".to_owned()).spawn_scoped(scope, move || {
+                let Waiters { deadline, poll_gone } = waiters;
+                let mut context = Context::from_waker(Waker::noop());
+                loop {
+                    let now = Instant::now();
+                    if deadline.is_some_and(|deadline| now >= deadline) || poll_gone(&mut context).is_ready() {
+                        // One that cannot be told runs to its end.
+                        return watched.terminate().is_ok();
+                    }
+                    let next = deadline.map_or(LOOK, |deadline| LOOK.min(deadline - now));
+                    if end.recv_timeout(next) != Err(mpsc::RecvTimeoutError::Timeout) {
+                        return false;
+                    }
+                }
+            });
+            let watch = watch.map_err(|error| EngineError::Setup { reason: error.to_string() })?;
+            let found = self.run_by(&options, inputs, outputs);
+            drop(ended);
+            let is_cut_short = watch.join().unwrap_or(false);
+            // It may have come to its end all the same.
+            found.map_err(|error| if is_cut_short { EngineError::CutShort } else { error })
+        })
+    }
+
     /// Runs the graph as `options` say, of which it is to give at least `outputs`.
     fn run_by<O: SelectedOutputMarker>(
         &mut self,
@@ -213,7 +259,10 @@ impl OnnxRuntime {
         for ((spec, tensor), copy) in self.signature.inputs().iter().zip(inputs).zip(&mut copies) {
             values.push((Cow::Borrowed(spec.name.as_str()), to_value(&spec.name, tensor, copy)?));
         }
+        let started = Instant::now();
         let mut found = self.session.run_with_options(values, options).map_err(failed)?;
+        // Of those that came to their end: one that is cut short says nothing of the next.
+        self.took = started.elapsed();
         let has_copies = copies.iter().any(Option::is_some);
         let is_lent =
             |start: *const u8| has_copies || inputs.iter().any(|tensor| tensor.data().as_ptr_range().contains(&start));

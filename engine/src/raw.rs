@@ -23,8 +23,10 @@ pub struct RawTensor {
 /// Why bytes are no tensor, or tensors cannot be put together.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RawTensorError {
-    /// A dimension below zero, or a product beyond what memory can hold.
-    #[error("shape {shape:?} is that of no tensor in memory")]
+    /// A dimension below zero, or a product beyond what memory can hold, zeros left out.
+    #[error(
+        "shape {shape:?} is that of no tensor in memory: a size is negative, or those that are not 0 are too large together"
+    )]
     Shape {
         /// The shape.
         shape: Vec<i64>,
@@ -90,11 +92,11 @@ impl RawTensor {
     /// # Errors
     /// [`RawTensorError`]: the first thing that does not fit.
     pub fn new(dtype: DType, shape: Vec<i64>, data: Bytes) -> Result<Self, RawTensorError> {
-        let Some(elements) = element_count(&shape) else { return Err(RawTensorError::Shape { shape }) };
+        let Some(elements) = Self::element_count(dtype, &shape) else { return Err(RawTensorError::Shape { shape }) };
         match element_size(dtype) {
             None => check_strings(&data, elements)?,
             Some(size) => {
-                let Some(expected) = elements.checked_mul(size) else { return Err(RawTensorError::Shape { shape }) };
+                let expected = elements * size;
                 if data.len() != expected {
                     let datatype = dtype_name(dtype);
                     return Err(RawTensorError::Length { found: data.len(), expected, shape, datatype });
@@ -140,10 +142,8 @@ impl RawTensor {
     /// # Errors
     /// [`RawTensorError::Shape`].
     pub fn zeros(dtype: DType, shape: Vec<i64>) -> Result<Self, RawTensorError> {
-        // An empty string is its length alone, zero in a u32.
-        let bytes = element_count(&shape).and_then(|count| count.checked_mul(element_size(dtype).unwrap_or(PREFIX)));
-        match bytes {
-            Some(bytes) => Self::new(dtype, shape, vec![0; bytes].into()),
+        match Self::element_count(dtype, &shape) {
+            Some(count) => Self::new(dtype, shape, vec![0; count * least_size(dtype)].into()),
             None => Err(RawTensorError::Shape { shape }),
         }
     }
@@ -161,12 +161,28 @@ impl RawTensor {
         Self::zeros(spec.dtype, shape)
     }
 
+    /// Elements of a tensor of this type and shape. `None` where there is no such tensor: a size is negative, or the sizes that are
+    /// not 0 come to more bytes than memory can hold. A 0 excuses no others, so that whoever multiplies some sizes of a tensor never
+    /// overflows.
+    pub fn element_count(dtype: DType, shape: &[i64]) -> Option<usize> {
+        let least = least_size(dtype);
+        let mut sizes = shape.iter().filter(|size| **size != 0);
+        let bytes = sizes.try_fold(least, |bytes, &size| bytes.checked_mul(usize::try_from(size).ok()?));
+        let bytes = bytes.filter(|bytes| isize::try_from(*bytes).is_ok())?;
+        Some(if shape.contains(&0) { 0 } else { bytes / least })
+    }
+
+    /// Rows of all `parts` together. `None` for a scalar, and for more than can be counted: rows without elements cost nothing.
+    pub fn rows_of(parts: &[&Self]) -> Option<i64> {
+        parts.iter().try_fold(0_i64, |rows, part| rows.checked_add(*part.shape.first()?))
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
-    /// Size of every axis; none is negative.
+    /// Size of every axis; none is negative, and no product of some of them and an element's size is beyond `isize::MAX`.
     pub fn shape(&self) -> &[i64] {
         &self.shape
     }
@@ -183,7 +199,7 @@ impl RawTensor {
 
     /// Number of elements.
     pub fn len(&self) -> usize {
-        element_count(&self.shape).unwrap_or(0)
+        Self::element_count(self.dtype, &self.shape).unwrap_or(0)
     }
 
     /// Whether there is no element.
@@ -199,15 +215,16 @@ impl RawTensor {
     /// The same elements in another shape.
     ///
     /// # Errors
-    /// [`RawTensorError::Length`] when the shape has another number of elements.
+    /// [`RawTensorError::Length`] when the shape has another number of elements; [`RawTensorError::Shape`].
     pub fn reshaped(self, shape: Vec<i64>) -> Result<Self, RawTensorError> {
-        if element_count(&shape) == Some(self.len()) {
-            Ok(Self { shape, ..self })
-        } else {
-            let (found, datatype) = (self.data.len(), dtype_name(self.dtype));
-            let expected =
-                element_count(&shape).unwrap_or(usize::MAX).saturating_mul(element_size(self.dtype).unwrap_or(1));
-            Err(RawTensorError::Length { found, expected, shape, datatype })
+        match Self::element_count(self.dtype, &shape) {
+            None => Err(RawTensorError::Shape { shape }),
+            Some(elements) if elements == self.len() => Ok(Self { shape, ..self }),
+            Some(elements) => {
+                let (found, datatype) = (self.data.len(), dtype_name(self.dtype));
+                let expected = elements * element_size(self.dtype).unwrap_or(1);
+                Err(RawTensorError::Length { found, expected, shape, datatype })
+            }
         }
     }
 
@@ -228,7 +245,7 @@ impl RawTensor {
     /// Joins tensors along their first axis; all other axes and the types must agree. One tensor alone is not copied.
     ///
     /// # Errors
-    /// [`RawTensorError::Unlike`], naming the first two that differ; [`RawTensorError::Shape`] for none at all.
+    /// [`RawTensorError::Unlike`], naming the first two that differ; [`RawTensorError::Shape`] for none at all, and for too many rows.
     pub fn concat(parts: &[&Self]) -> Result<Self, RawTensorError> {
         Self::concat_in(parts, &mut BytesMut::new())
     }
@@ -245,12 +262,16 @@ impl RawTensor {
         if others.is_empty() {
             return Ok(first.clone());
         }
-        let mut shape = first.shape.clone();
         for part in others {
             if part.dtype != first.dtype || part.shape.is_empty() || part.shape.get(1..) != first.shape.get(1..) {
                 return Err(RawTensorError::Unlike { first: first.to_string(), other: part.to_string() });
             }
-            shape[0] += part.shape[0];
+        }
+        let mut shape = first.shape.clone();
+        let Some(rows) = Self::rows_of(parts) else { return Err(RawTensorError::Shape { shape }) };
+        shape[0] = rows;
+        if Self::element_count(first.dtype, &shape).is_none() {
+            return Err(RawTensorError::Shape { shape });
         }
         room.reserve(parts.iter().map(|part| part.data.len()).sum());
         for part in parts {
@@ -264,10 +285,10 @@ impl RawTensor {
     pub fn split(&self, counts: impl IntoIterator<Item = usize, IntoIter: Clone>) -> Option<Vec<Self>> {
         let (rows, tail) = self.shape.split_first()?;
         let counts = counts.into_iter();
-        if counts.clone().sum::<usize>() != *rows as usize {
+        if counts.clone().try_fold(0, usize::checked_add)? != *rows as usize {
             return None;
         }
-        let row_elements = element_count(tail)?;
+        let row_elements = Self::element_count(self.dtype, tail)?;
         let mut strings = self.strings();
         let mut start = 0;
         let part = |count: usize| {
@@ -326,14 +347,14 @@ pub fn element_size(dtype: DType) -> Option<usize> {
     }
 }
 
+/// Bytes of an element at least: an empty string is its length alone.
+fn least_size(dtype: DType) -> usize {
+    element_size(dtype).unwrap_or(PREFIX)
+}
+
 /// The smallest shape that `spec` takes: sizes that a request chooses are 1.
 pub fn smallest_shape(spec: &TensorSpec) -> Vec<i64> {
     spec.shape.iter().map(|size| size.map_or(1, |size| size as i64)).collect()
-}
-
-/// Elements of a shape; `None` when it has a negative size or too many of them.
-fn element_count(shape: &[i64]) -> Option<usize> {
-    shape.iter().try_fold(1_usize, |count, &size| count.checked_mul(usize::try_from(size).ok()?))
 }
 
 fn check_strings(data: &[u8], elements: usize) -> Result<(), RawTensorError> {
@@ -431,9 +452,27 @@ mod tests {
         assert!(matches!(new(DType::Fp32, &[i64::MAX, 4], &[]), Err(RawTensorError::Shape { .. })));
         assert_eq!(new(DType::Bool, &[2], &[1, 2]), Err(RawTensorError::Bool { element: 1, value: 2 }));
         assert!(matches!(new(DType::Bytes, &[1], &[9, 0, 0, 0, 1]), Err(RawTensorError::Truncated { offset: 4, .. })));
-        assert!(matches!(new(DType::Bytes, &[i64::MAX], &[1]), Err(RawTensorError::Truncated { element: 0, .. })));
+        assert!(matches!(new(DType::Bytes, &[i64::MAX / 4], &[1]), Err(RawTensorError::Truncated { element: 0, .. })));
         assert!(matches!(new(DType::Bytes, &[0], &[1]), Err(RawTensorError::Trailing { extra: 1, .. })));
         assert!(new(DType::Fp32, &[], &[0; 4]).is_ok(), "a scalar is one element");
+    }
+
+    #[test]
+    fn a_size_of_0_excuses_no_sizes_that_overflow() {
+        let new = |shape: &[i64]| RawTensor::new(DType::Fp32, shape.to_vec(), Bytes::new());
+        for shape in [vec![1, (1 << 62) - 1, 0], vec![0, 1 << 61], vec![1 << 40, 0, 1 << 40], vec![0, -1]] {
+            assert_eq!(new(&shape), Err(RawTensorError::Shape { shape }));
+        }
+        let large = [1, 1 << 60, 0];
+        let tensor = new(&large).unwrap();
+        assert_eq!((tensor.len(), tensor.is_empty()), (0, true));
+        let doubled = vec![0, 1 << 61];
+        assert_eq!(tensor.clone().reshaped(doubled.clone()), Err(RawTensorError::Shape { shape: doubled }));
+        let joined = RawTensor::concat(&[&tensor, &tensor]);
+        assert_eq!(joined, Err(RawTensorError::Shape { shape: vec![2, 1 << 60, 0] }), "together they are too large");
+        let rows = RawTensor::zeros(DType::Int8, vec![i64::MAX, 0]).unwrap();
+        assert!(matches!(RawTensor::concat(&[&rows, &rows]), Err(RawTensorError::Shape { .. })));
+        assert_eq!(rows.split([usize::MAX, usize::MAX]), None);
     }
 
     #[test]

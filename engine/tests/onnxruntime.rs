@@ -4,10 +4,14 @@
 
 use std::num::NonZeroUsize;
 use std::path::Path;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use proptest::prelude::*;
-use sensorium_engine::{DType as WireType, Device, Engine, EngineError, OnnxRuntime, Optimization, Options, RawTensor};
+use sensorium_engine::{
+    DType as WireType, Device, Engine, EngineError, OnnxRuntime, Optimization, Options, RawTensor, Waiters,
+};
 use sensorium_modality::{Element, Tensor, TensorData};
 use sensorium_onnx::{Attribute, DType, Dim, GraphBuilder, Model};
 
@@ -164,6 +168,41 @@ fn a_failure_while_running_is_not_the_callers() {
     let error = run(&mut engine, &[("x", f32s(&[1, 3], &[0.0; 3]))]).unwrap_err();
     assert!(matches!(error, EngineError::Run { .. }) && !error.is_callers_fault(), "{error:?}");
     run(&mut engine, &[("x", f32s(&[2, 3], &[0.0; 6]))]).expect("the engine works on");
+}
+
+#[test]
+fn a_long_run_is_cut_short_when_nobody_waits_for_it_any_more() {
+    let mut graph = GraphBuilder::new("deep");
+    let x = graph.input("x", DType::F32, &[BATCH, Dim::Fixed(512)]);
+    let weight = graph.initializer_f32("weight", &[512, 512], vec![0.001; 512 * 512]);
+    let y = (0..40).fold(x, |x, _| graph.node("MatMul", &[&x, &weight], vec![]));
+    graph.output("y", &y, DType::F32, &[BATCH, Dim::Fixed(512)]);
+    let mut engine = open(&graph.finish(20).unwrap());
+    let rows = |rows: usize| [RawTensor::from(f32s(&[rows, 512], &vec![1.0; rows * 512]))];
+    let started = Instant::now();
+    engine.run_raw(&rows(8192), &[0]).unwrap();
+    let whole = started.elapsed();
+    assert!(whole > Duration::from_millis(200), "too quick to try: {whole:?}");
+
+    // The second look finds nobody.
+    let mut looks = 0;
+    let poll_gone = &mut |_: &mut Context<'_>| {
+        looks += 1;
+        if looks < 2 { Poll::Pending } else { Poll::Ready(()) }
+    };
+    let found = engine.run_for(&rows(8192), &[0], Waiters { deadline: None, poll_gone });
+    assert!(matches!(found, Err(EngineError::CutShort)), "{found:?}");
+    assert_eq!(looks, 2);
+    let deadline = Some(Instant::now());
+    let found = engine.run_for(&rows(8192), &[0], Waiters { deadline, poll_gone: &mut |_| Poll::Pending });
+    assert!(matches!(found, Err(EngineError::CutShort)), "{found:?}");
+    let found = engine.run_within(&rows(8192), &[0], Duration::from_millis(1));
+    assert!(matches!(found, Err(EngineError::CutShort)), "{found:?}");
+
+    // Who waits for long enough gets the answer, of the same engine.
+    let deadline = Some(Instant::now() + Duration::from_hours(1));
+    let found = engine.run_for(&rows(1), &[0], Waiters { deadline, poll_gone: &mut |_| Poll::Pending });
+    assert_eq!(found.unwrap()[0].shape(), [1, 512]);
 }
 
 #[test]

@@ -103,6 +103,45 @@ fn check<M: 'static>(message: &[u8]) -> Result<(), Status> {
     )))
 }
 
+/// Bytes by which the elements of a request's tensors may grow when they are decoded: a whole number in a packed field of
+/// `InferTensorContents` is a byte at least on the wire, and four or eight in memory.
+pub fn growth(request: &[u8]) -> usize {
+    let contents = fields(request).filter(|(field, _)| *field == 5).flat_map(|(_, input)| fields(input));
+    let numbers = contents.filter(|(field, _)| *field == 5).flat_map(|(_, contents)| fields(contents));
+    let growth = |(field, packed): (u32, &[u8])| match field {
+        2 | 4 => packed.len().saturating_mul(3),
+        3 | 5 => packed.len().saturating_mul(7),
+        _ => 0,
+    };
+    numbers.map(growth).fold(0, usize::saturating_add)
+}
+
+/// The fields of a message that have a length, with their content, up to what is no protobuf.
+fn fields(mut message: &[u8]) -> impl Iterator<Item = (u32, &[u8])> {
+    std::iter::from_fn(move || {
+        while !message.is_empty() {
+            let (field, wire_type) = decode_key(&mut message).ok()?;
+            let skipped = match wire_type {
+                WireType::Varint => {
+                    decode_varint(&mut message).ok()?;
+                    0
+                }
+                WireType::StartGroup | WireType::EndGroup => 0,
+                WireType::SixtyFourBit => 8,
+                WireType::ThirtyTwoBit => 4,
+                WireType::LengthDelimited => {
+                    let length = usize::try_from(decode_varint(&mut message).ok()?).ok()?;
+                    let (content, rest) = message.split_at_checked(length)?;
+                    message = rest;
+                    return Some((field, content));
+                }
+            };
+            message = message.split_at_checked(skipped)?.1;
+        }
+        None
+    })
+}
+
 /// Takes one off `budget` for each field, also of the fields `nests`; `false` when it does not suffice. Stops without complaint at what is no
 /// protobuf.
 fn spend(mut message: &[u8], nests: &[u32], depth: u32, budget: &mut u32) -> bool {
@@ -142,7 +181,7 @@ mod tests {
         model_infer_request::{InferInputTensor, InferRequestedOutputTensor},
     };
 
-    fn fields(message: &[u8]) -> Option<u32> {
+    fn counted(message: &[u8]) -> Option<u32> {
         let mut budget = MAX_FIELDS;
         spend(message, NESTS_OF_REQUEST, DEPTH, &mut budget).then_some(MAX_FIELDS - budget)
     }
@@ -161,20 +200,33 @@ mod tests {
     fn a_packed_tensor_of_any_size_is_one_field() {
         let contents = InferTensorContents { fp32_contents: vec![1.5; 1 << 20], ..Default::default() };
         // model_name, inputs, and in those name, shape, contents, and in those the elements.
-        assert_eq!(fields(&request(contents)), Some(6));
+        assert_eq!(counted(&request(contents)), Some(6));
+    }
+
+    #[test]
+    fn whole_numbers_grow_and_floats_and_bytes_do_not() {
+        let int64 = InferTensorContents { int64_contents: vec![1; 1000], ..Default::default() };
+        assert_eq!(growth(&request(int64)), 7000);
+        let int32 = InferTensorContents { int_contents: vec![1; 1000], ..Default::default() };
+        assert_eq!(growth(&request(int32)), 3000);
+        let fp32 = InferTensorContents { fp32_contents: vec![1.0; 1000], ..Default::default() };
+        assert_eq!(growth(&request(fp32)), 0);
+        let raw = ModelInferRequest { raw_input_contents: vec![vec![0x2a; 1000].into()], ..Default::default() };
+        assert_eq!(growth(&raw.encode_to_vec()), 0);
+        assert_eq!(growth(&[0x2a, 200, 1]), 0, "it is cut off");
     }
 
     #[test]
     fn strings_are_a_field_each_wherever_they_nest() {
         let strings = |count| InferTensorContents { bytes_contents: vec!["a".into(); count], ..Default::default() };
-        assert_eq!(fields(&request(strings(1000))), Some(1005));
-        assert_eq!(fields(&request(strings(MAX_FIELDS as usize))), None);
+        assert_eq!(counted(&request(strings(1000))), Some(1005));
+        assert_eq!(counted(&request(strings(MAX_FIELDS as usize))), None);
     }
 
     #[test]
     fn a_flood_of_empty_tensors_is_too_much() {
-        assert_eq!(fields(&[0x2a, 0].repeat(MAX_FIELDS as usize)), Some(MAX_FIELDS));
-        assert_eq!(fields(&[0x2a, 0].repeat(MAX_FIELDS as usize + 1)), None);
+        assert_eq!(counted(&[0x2a, 0].repeat(MAX_FIELDS as usize)), Some(MAX_FIELDS));
+        assert_eq!(counted(&[0x2a, 0].repeat(MAX_FIELDS as usize + 1)), None);
     }
 
     #[test]
@@ -195,14 +247,14 @@ mod tests {
         // A group of field 100 with the flood in it, and one behind a varint of field 9 and a fixed64 of field 8.
         for start in [&[0xa3_u8, 0x06][..], &[0x48, 0x01, 0x41, 0, 0, 0, 0, 0, 0, 0, 0]] {
             let flood = [start, &[0x2a, 0].repeat(MAX_FIELDS as usize)].concat();
-            assert_eq!(fields(&flood), None);
+            assert_eq!(counted(&flood), None);
         }
     }
 
     #[test]
     fn what_is_no_protobuf_is_left_to_the_decoder() {
         for message in [&[0xff, 0xff][..], &[0x2a, 0x7f, 1], &[0x0a, 0xff, 0xff, 0xff, 0xff, 0x0f], &[0x48]] {
-            assert!(fields(message).is_some(), "{message:?}");
+            assert!(counted(message).is_some(), "{message:?}");
         }
     }
 }

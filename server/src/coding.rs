@@ -34,8 +34,9 @@ pub(crate) enum InflateError {
 
 impl Coding {
     pub(crate) fn parse(name: &str) -> Option<Self> {
-        match name.trim() {
-            "gzip" => Some(Self::Gzip),
+        // HTTP's names of codings ignore case, and one has an old name.
+        match name.trim().to_ascii_lowercase().as_str() {
+            "gzip" | "x-gzip" => Some(Self::Gzip),
             "deflate" => Some(Self::Deflate),
             _ => None,
         }

@@ -14,7 +14,10 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum InferError {
     /// There is no such model here.
-    #[error("there is no model {model:?} on this server; it has {}", known.join(", "))]
+    #[error(
+        "there is no model {model:?} on this server; it has {}",
+        if known.is_empty() { "none".to_owned() } else { known.join(", ") }
+    )]
     UnknownModel {
         /// As the request names it.
         model: String,
@@ -112,6 +115,14 @@ pub enum InferError {
         /// The tensor.
         tensor: String,
     },
+    /// A step of an ensemble failed.
+    #[error("its {step}")]
+    Step {
+        /// Its number and its model.
+        step: String,
+        /// What the model said.
+        source: Box<InferError>,
+    },
     /// The request does not fit into its sequence.
     #[error(transparent)]
     Sequence(#[from] SequenceError),
@@ -208,6 +219,7 @@ impl InferError {
             ) => Code::InvalidArgument,
             Self::Item { source, .. } | Self::Pipeline(source) => fault(source.is_callers_fault()),
             Self::Shared(error) => error.code(),
+            Self::Step { source, .. } => source.code(),
             Self::Decoupled { .. } | Self::OneResponse { .. } => Code::Unimplemented,
             Self::Unread { .. } => Code::Cancelled,
             Self::DeadlineExceeded | Self::Schedule(ScheduleError::DeadlineExceeded { .. }) => Code::DeadlineExceeded,
@@ -242,14 +254,12 @@ impl InferError {
 
 /// An error and its causes in one line.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        message.push_str(": ");
-        message.push_str(&error.to_string());
-        cause = error.source();
-    }
-    message
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |line, cause| {
+        let cause = cause.to_string();
+        // Some errors have their cause's words among their own.
+        if line.contains(&cause) { line } else { format!("{line}: {cause}") }
+    })
 }
 
 impl InferError {
@@ -257,9 +267,11 @@ impl InferError {
     pub(crate) fn is_one_callers(&self) -> bool {
         match self {
             Self::Shared(error) => error.is_one_callers(),
+            Self::Step { source, .. } => source.is_one_callers(),
             Self::DeadlineExceeded => true,
             Self::Schedule(error) => {
-                matches!(error, ScheduleError::DeadlineExceeded { .. } | ScheduleError::TimedOut { .. })
+                use ScheduleError::{DeadlineExceeded, TimedOut, TooLate};
+                matches!(error, DeadlineExceeded { .. } | TimedOut { .. } | TooLate { .. })
             }
             _ => false,
         }

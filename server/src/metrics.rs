@@ -145,6 +145,7 @@ impl Metrics {
         let reason = match code {
             Code::ResourceExhausted | Code::Unavailable => "REJECTED",
             Code::Cancelled | Code::DeadlineExceeded => "CANCELED",
+            Code::Internal => "BACKEND",
             _ => "OTHER",
         };
         let [model, version] = versioned(model, version);

@@ -11,7 +11,7 @@ use sensorium_telemetry::{Options, Sampling, Telemetry};
 use crate::{
     allocator::give_memory_back,
     config::{ServerArgs, ServerConfig},
-    repository::{Openers, State},
+    repository::{ControlMode, IndexEntry, Openers, RepositoryConfig, State},
     serve::{self, Controls, Listeners},
 };
 
@@ -76,10 +76,65 @@ fn run(
 
 /// Prints what would be served, one line for each version of a model, and fails if one could not be.
 async fn report(config: &ServerConfig) -> anyhow::Result<ExitCode> {
-    let index = serve::check(config).await?;
+    let mut index = serve::check(config).await?;
+    let RepositoryConfig { repositories, mode, load, .. } = &config.repository;
+    let repositories = repositories.join(", ");
+    if index.is_empty() {
+        println!("no model in {repositories}");
+    }
+    if *mode == ControlMode::Explicit {
+        index.extend(lacking(load, &index, &repositories));
+    }
     for entry in &index {
         println!("{:<40} {:>8} {:<12} {}", entry.name, entry.version, entry.state.as_str(), entry.reason);
     }
-    let is_whole = !index.is_empty() && index.iter().all(|entry| entry.state == State::Ready);
+    let is_whole = !index.is_empty() && index.iter().all(|entry| is_well(entry, *mode));
     Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Models that are to be loaded and that no repository has.
+fn lacking(load: &[String], index: &[IndexEntry], repositories: &str) -> Vec<IndexEntry> {
+    let is_known = |name: &String| name == "*" || index.iter().any(|entry| entry.name == *name);
+    let entry = |name: &String| IndexEntry {
+        name: name.clone(),
+        version: String::new(),
+        state: State::Unavailable,
+        reason: format!("no such model in {repositories}; --load-model names it"),
+    };
+    load.iter().filter(|name| !is_known(name)).map(entry).collect()
+}
+
+/// Whether a model is as it was asked to be: in mode explicit, those that nobody asked for are not loaded.
+fn is_well(entry: &IndexEntry, mode: ControlMode) -> bool {
+    entry.state == State::Ready || mode == ControlMode::Explicit && entry.state == State::Unknown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(name: &str, state: State) -> IndexEntry {
+        IndexEntry { name: name.to_owned(), version: "1".to_owned(), state, reason: String::new() }
+    }
+
+    #[test]
+    fn what_nobody_asked_for_is_well_in_mode_explicit_alone() {
+        let (ready, unknown) = (entry("a", State::Ready), entry("b", State::Unknown));
+        for (mode, wanted) in [(ControlMode::Explicit, true), (ControlMode::None, false)] {
+            assert!(is_well(&ready, mode));
+            assert_eq!(is_well(&unknown, mode), wanted);
+            assert!(!is_well(&entry("c", State::Unavailable), mode));
+        }
+    }
+
+    #[test]
+    fn a_model_that_is_asked_for_and_not_there_is_reported() {
+        let load = ["*", "a", "ten"].map(str::to_owned);
+        let found = lacking(&load, &[entry("a", State::Ready)], "/models");
+        assert_eq!(
+            found.iter().map(|entry| (&*entry.name, entry.state)).collect::<Vec<_>>(),
+            [("ten", State::Unavailable)]
+        );
+        assert!(found[0].reason.contains("no such model in /models"), "{}", found[0].reason);
+    }
 }

@@ -158,6 +158,9 @@ pub async fn serve(
         () = &mut shutdown => return Ok(()),
     };
     service.open(repository.clone());
+    if repository.names().is_empty() {
+        tracing::warn!(repositories = ?config.repository.repositories, "no model is served");
+    }
     let Addresses { grpc: address, http: http_address, metrics: scrape } = listeners.addresses;
     tracing::info!(grpc = %address, http = %http_address, metrics = %scrape, models = ?repository.names(), "serving");
     tokio::select! {
@@ -220,6 +223,9 @@ pub async fn serve(
 /// # Errors
 /// [`ServeError::Load`] when there is no index, [`ServeError::Security`].
 pub async fn check(config: &ServerConfig) -> Result<Vec<IndexEntry>, ServeError> {
+    // Nobody comes in; this is for what they say of their files.
+    config.tls.clone().map(Tls::watch).transpose()?;
+    admission(config)?;
     let opening = opening(config, &Metrics::new(), &CancellationToken::new())?;
     let repository = Registry::open(config.repository.clone(), opening).await?;
     let index = repository.index(false);

@@ -128,7 +128,7 @@ metrics! {
     TRITON_SUCCESS = Untyped "nv_inference_request_success" ["model", "version"]
         "Requests that succeeded";
     TRITON_FAILURE = Untyped "nv_inference_request_failure" ["model", "version", "reason"]
-        "Requests that failed; the reason is REJECTED, CANCELED or OTHER";
+        "Requests that failed; the reason is REJECTED, CANCELED, BACKEND (an engine failed) or OTHER";
     TRITON_COUNT = Untyped "nv_inference_count" ["model", "version"]
         "Rows inferred";
     TRITON_EXEC_COUNT = Untyped "nv_inference_exec_count" ["model", "version"]

@@ -7,9 +7,11 @@
 //! tmp/                             what is being written (a folder only)
 //! ```
 
+mod client;
 mod draft;
 mod local;
 mod s3;
+mod transfer;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,9 +25,10 @@ use crate::error::Mismatch;
 use crate::manifest::{MANIFEST_FILE, SCHEMA_VERSION, canonical, versioned};
 use crate::path::validate_name;
 use crate::{ArtifactError, Digest, Location, Manifest, ManifestParts, Volumes};
+pub(crate) use client::{client as s3_client, environment as s3_environment};
 use local::LocalStore;
 use s3::S3Store;
-pub(crate) use s3::{client as s3_client, environment as s3_environment};
+pub(crate) use transfer::Transfer;
 
 pub(crate) const OBJECTS: &str = "objects";
 pub(crate) const NAMES: &str = "names";
@@ -70,9 +73,9 @@ impl Store {
     ///
     /// # Errors
     /// [`ArtifactError::InvalidUri`], [`ArtifactError::UnknownClaim`], and [`ArtifactError::Remote`] for S3 variables
-    /// that contradict each other.
+    /// that contradict each other or name no server.
     pub fn open(uri: &str, volumes: &Volumes) -> Result<Self, ArtifactError> {
-        Self::open_with(uri, volumes, s3::environment())
+        Self::open_with(uri, volumes, s3_environment())
     }
 
     /// As [`Store::open`], with these environment variables instead of the process's own.
@@ -85,7 +88,7 @@ impl Store {
         let uri = location.to_string();
         let backend = match location {
             Location::S3 { bucket, prefix } => {
-                Backend::S3(Box::new(S3Store::new(bucket, prefix, environment.into_iter())?))
+                Backend::S3(Box::new(S3Store::new(bucket, &prefix, environment.into_iter())?))
             }
             Location::Claim { .. } | Location::File(_) => Backend::Local(LocalStore::new(volumes.local_path(&uri)?)),
         };

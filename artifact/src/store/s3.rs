@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::aws::AmazonS3;
 use object_store::path::Path as Key;
 use object_store::{GetResult, ObjectStore, ObjectStoreExt, WriteMultipart};
 use tokio::fs::File;
@@ -17,9 +17,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::digest::Hasher;
 use crate::error::Mismatch;
 use crate::manifest::MANIFEST_FILE;
+use crate::store::client::client;
 use crate::store::local::LocalStore;
+use crate::store::transfer::Transfer;
 use crate::store::{Artifact, NAMES, OBJECTS, blocking, object_key};
-use crate::{ArtifactError, Digest, FileEntry, Location, Manifest};
+use crate::{ArtifactError, Digest, FileEntry, Manifest};
 
 /// Size of one part of a multipart upload, in bytes. S3 wants 5 MiB at least and 10,000 parts at most: up to 80 GiB a file.
 const PART_BYTES: usize = 8 * 1024 * 1024;
@@ -31,66 +33,38 @@ const PARTS_IN_FLIGHT: usize = 4;
 pub(crate) struct S3Store {
     client: AmazonS3,
     bucket: String,
-    prefix: String,
-}
-
-/// The variables of this process. One that is not Unicode is none of ours; `vars` would panic on it.
-pub(crate) fn environment() -> impl Iterator<Item = (String, String)> {
-    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-}
-
-/// A client of a bucket. `environment` gives the `AWS_*` variables: credentials, region, endpoint and the rest.
-pub(crate) fn client(
-    bucket: &str,
-    prefix: &str,
-    environment: impl Iterator<Item = (String, String)>,
-) -> Result<AmazonS3, ArtifactError> {
-    let mut builder = AmazonS3Builder::new();
-    for (name, value) in environment.filter(|(name, _)| name.starts_with("AWS_")) {
-        // Other AWS tools have variables that this client does not know: they are not ours to judge.
-        if let Ok(key) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {
-            builder = builder.with_config(key, value);
-        }
-    }
-    let endpoint = [AmazonS3ConfigKey::S3Endpoint, AmazonS3ConfigKey::Endpoint]
-        .iter()
-        .find_map(|key| builder.get_config_value(key));
-    if endpoint.is_some_and(|endpoint| is_loopback(&endpoint)) {
-        // A server on this machine has no certificate, and nobody else hears the plain text.
-        builder = builder.with_allow_http(true);
-    }
-    let uri = Location::S3 { bucket: bucket.to_owned(), prefix: prefix.to_owned() }.to_string();
-    builder.with_bucket_name(bucket).build().map_err(|source| ArtifactError::Remote {
-        action: "set up the S3 client for",
-        uri,
-        source,
-    })
+    prefix: Key,
 }
 
 impl S3Store {
     /// `environment` gives the `AWS_*` variables: credentials, region, endpoint and the rest.
     pub(crate) fn new(
         bucket: String,
-        prefix: String,
+        prefix: &str,
         environment: impl Iterator<Item = (String, String)>,
     ) -> Result<Self, ArtifactError> {
-        let client = client(&bucket, &prefix, environment)?;
+        let (client, prefix) = client(&bucket, prefix, environment)?;
         Ok(Self { client, bucket, prefix })
     }
 
     pub(crate) async fn read(&self, key: &str) -> Result<Option<Vec<u8>>, ArtifactError> {
         let Some(result) = self.get(key).await? else { return Ok(None) };
-        let bytes = result.bytes().await.map_err(|source| self.failed("download", key, source))?;
+        let bytes = result.bytes().await.map_err(|source| self.failed("download", &self.key(key), source))?;
         Ok(Some(bytes.into()))
     }
 
     pub(crate) async fn write(&self, key: &str, bytes: Vec<u8>) -> Result<(), ArtifactError> {
-        let put = self.client.put(&self.key(key), bytes.into()).await;
-        put.map(drop).map_err(|source| self.failed("upload", key, source))
+        let key = self.key(key);
+        let put = self.client.put(&key, bytes.into()).await;
+        put.map(drop).map_err(|source| self.failed("upload", &key, source))
     }
 
     pub(crate) async fn delete(&self, key: &str) -> Result<(), ArtifactError> {
-        match self.client.delete(&self.key(key)).await {
+        self.delete_object(&self.key(key)).await
+    }
+
+    async fn delete_object(&self, key: &Key) -> Result<(), ArtifactError> {
+        match self.client.delete(key).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(source) => Err(self.failed("remove", key, source)),
         }
@@ -99,9 +73,8 @@ impl S3Store {
     /// Removes the manifest, and then all that is left of an artifact.
     pub(crate) async fn remove(&self, digest: &Digest) -> Result<(), ArtifactError> {
         self.delete(&object_key(digest, MANIFEST_FILE)).await?;
-        let folder = format!("{OBJECTS}/{}", digest.hex());
-        for file in self.list(&folder).await? {
-            self.delete(&format!("{folder}/{file}")).await?;
+        for object in self.objects(&self.key(&format!("{OBJECTS}/{}", digest.hex()))).await? {
+            self.delete_object(&object).await?;
         }
         Ok(())
     }
@@ -133,9 +106,10 @@ impl S3Store {
             let bytes = tokio::fs::read(path).await.map_err(read_failed)?;
             return self.write(key, bytes).await;
         }
-        let failed = |source| self.failed("upload", key, source);
+        let key = self.key(key);
+        let failed = |source| self.failed("upload", &key, source);
         let mut file = File::open(path).await.map_err(read_failed)?;
-        let upload = self.client.put_multipart(&self.key(key)).await.map_err(failed)?;
+        let upload = self.client.put_multipart(&key).await.map_err(failed)?;
         let mut upload = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
         loop {
             let mut part = Vec::with_capacity(PART_BYTES);
@@ -146,7 +120,7 @@ impl S3Store {
             };
             if let Err(error) = sent {
                 if let Err(abort) = upload.abort().await {
-                    tracing::warn!(key, error = %abort, "parts of a failed upload stay in the bucket until its lifecycle rule removes them");
+                    tracing::warn!(%key, error = %abort, "parts of a failed upload stay in the bucket until its lifecycle rule removes them");
                 }
                 return Err(error);
             }
@@ -203,7 +177,9 @@ impl S3Store {
 
     /// Streams an object, into the file `to` if there is one; its digest, or `None` when there is no such object.
     async fn download(&self, key: &str, to: Option<&Path>) -> Result<Option<Digest>, ArtifactError> {
-        let Some(result) = self.get(key).await? else { return Ok(None) };
+        let key = self.key(key);
+        let failed = |source| self.failed("download", &key, source);
+        let Some(mut transfer) = Transfer::begin(&self.client, &key).await.map_err(failed)? else { return Ok(None) };
         let mut file = match to {
             None => None,
             Some(path) => {
@@ -211,8 +187,7 @@ impl S3Store {
             }
         };
         let mut hasher = Hasher::default();
-        let mut pieces = result.into_stream();
-        while let Some(piece) = pieces.try_next().await.map_err(|source| self.failed("download", key, source))? {
+        while let Some(piece) = transfer.next().await.map_err(failed)? {
             hasher.update(&piece);
             if let Some((path, file)) = &mut file {
                 file.write_all(&piece).await.map_err(|source| ArtifactError::io("write", *path, source))?;
@@ -238,40 +213,41 @@ impl S3Store {
     async fn list(&self, folder: &str) -> Result<Vec<String>, ArtifactError> {
         let prefix = self.key(folder);
         let relative = |key: &Key| key.as_ref().strip_prefix(prefix.as_ref())?.strip_prefix('/').map(str::to_owned);
-        let found = self.client.list(Some(&prefix)).try_collect::<Vec<_>>().await;
-        let found = found.map_err(|source| self.failed("list", folder, source))?;
-        Ok(found.iter().filter_map(|object| relative(&object.location)).collect())
+        Ok(self.objects(&prefix).await?.iter().filter_map(relative).collect())
+    }
+
+    /// The keys under `prefix`.
+    async fn objects(&self, prefix: &Key) -> Result<Vec<Key>, ArtifactError> {
+        let found = self.client.list(Some(prefix)).map_ok(|object| object.location).try_collect().await;
+        found.map_err(|source| self.failed("list", prefix, source))
     }
 
     async fn get(&self, key: &str) -> Result<Option<GetResult>, ArtifactError> {
-        match self.client.get(&self.key(key)).await {
+        let key = self.key(key);
+        match self.client.get(&key).await {
             Ok(result) => Ok(Some(result)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(source) => Err(self.failed("download", key, source)),
+            Err(source) => Err(self.failed("download", &key, source)),
         }
     }
 
+    /// Where `key` of this store is in its bucket. The store's own keys have no character that would be encoded; the prefix is
+    /// anybody's, so it stays as it is.
     fn key(&self, key: &str) -> Key {
-        Key::from(format!("{}/{key}", self.prefix))
+        self.prefix.parts().chain(Key::from(key).parts()).collect()
     }
 
-    fn failed(&self, action: &'static str, key: &str, source: object_store::Error) -> ArtifactError {
-        ArtifactError::Remote { action, uri: format!("s3://{}/{}", self.bucket, self.key(key)), source }
+    fn failed(&self, action: &'static str, key: &Key, source: object_store::Error) -> ArtifactError {
+        ArtifactError::Remote { action, uri: format!("s3://{}/{key}", self.bucket), source }
     }
 }
 
 impl fmt::Debug for S3Store {
     // The client knows the credentials.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("S3Store").field("bucket", &self.bucket).field("prefix", &self.prefix).finish_non_exhaustive()
-    }
-}
-
-fn is_loopback(endpoint: &str) -> bool {
-    match url::Url::parse(endpoint).ok().as_ref().and_then(url::Url::host) {
-        Some(url::Host::Domain(name)) => name == "localhost",
-        Some(url::Host::Ipv4(address)) => address.is_loopback(),
-        Some(url::Host::Ipv6(address)) => address.is_loopback(),
-        None => false,
+        f.debug_struct("S3Store")
+            .field("bucket", &self.bucket)
+            .field("prefix", &self.prefix.as_ref())
+            .finish_non_exhaustive()
     }
 }

@@ -1,8 +1,9 @@
 //! The store on S3, over the real protocol: an S3 server on the loopback interface that keeps its buckets in a folder.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use crate::common::{commit, flip_a_bit, mismatch};
 use axum::Router;
@@ -24,11 +25,13 @@ struct Server {
     traffic: Arc<Mutex<Traffic>>,
 }
 
-/// What was asked of the server, and what it must refuse.
+/// What was asked of the server, what it must refuse, and what it must pretend.
 #[derive(Default)]
 struct Traffic {
     requests: Vec<String>,
     refused: Option<&'static str>,
+    /// Keys and sizes that every list has besides its own, though there are no such objects.
+    listed: &'static [(&'static str, u64)],
 }
 
 impl Server {
@@ -73,6 +76,28 @@ impl Server {
         self.traffic.lock().unwrap_or_else(PoisonError::into_inner).refused = part;
     }
 
+    /// List these keys and sizes, too.
+    fn list(&self, listed: &'static [(&'static str, u64)]) {
+        self.traffic.lock().unwrap_or_else(PoisonError::into_inner).listed = listed;
+    }
+
+    /// Writes an object, as the file that the server keeps it in.
+    fn write(&self, key: &str, content: &str) {
+        let path = self.folder.path().join("models").join(key);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+
+    /// Removes an object, or all below a prefix.
+    fn remove(&self, key: &str) {
+        let path = self.folder.path().join("models").join(key);
+        if path.is_dir() { fs::remove_dir_all(path).unwrap() } else { fs::remove_file(path).unwrap() }
+    }
+
+    fn mirror(&self, prefix: &str, cache: &Path) -> Mirror {
+        Mirror::open_with(&format!("s3://models/{prefix}"), cache, self.environment(SECRET)).unwrap()
+    }
+
     /// The requests since the last call, as `METHOD /path`.
     fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.traffic.lock().unwrap_or_else(PoisonError::into_inner).requests)
@@ -85,16 +110,28 @@ impl Server {
 
 async fn answer(mut service: S3Service, traffic: Arc<Mutex<Traffic>>, request: Request) -> Response {
     let line = format!("{} {}", request.method(), request.uri().path());
-    let refused = {
+    let is_list = request.uri().query().is_some_and(|query| query.contains("list-type"));
+    let (refused, listed) = {
         let mut traffic = traffic.lock().unwrap_or_else(PoisonError::into_inner);
         let refused = traffic.refused.is_some_and(|part| line.contains(part));
         traffic.requests.push(line);
-        refused
+        (refused, traffic.listed)
     };
     if refused {
         return StatusCode::FORBIDDEN.into_response();
     }
-    Service::call(&mut service, request).await.unwrap().map(Body::new)
+    let response = Service::call(&mut service, request).await.unwrap().map(Body::new);
+    if !is_list || listed.is_empty() {
+        return response;
+    }
+    let answer = axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap();
+    let object = |(key, size): &(&str, u64)| {
+        let modified = "<LastModified>2026-01-01T00:00:00.000Z</LastModified>";
+        format!("<Contents><Key>{key}</Key><Size>{size}</Size>{modified}</Contents>")
+    };
+    let end = "</ListBucketResult>";
+    let listed: String = listed.iter().map(object).collect();
+    String::from_utf8_lossy(&answer).replace(end, &format!("{listed}{end}")).into_response()
 }
 
 #[tokio::test]
@@ -198,22 +235,17 @@ async fn wrong_credentials_are_an_error_that_does_not_show_them() {
     let error = store.list().await.unwrap_err();
     assert!(matches!(&error, ArtifactError::Remote { action: "list", .. }), "{error}");
     assert!(!format!("{store:?} {error:?}").contains("wrong-secret"));
+    assert_eq!(error.to_string().matches("SignatureDoesNotMatch").count(), 1, "{error}");
 }
 
 #[tokio::test]
 async fn a_mirror_follows_its_prefix_and_downloads_what_changed() {
     let server = Server::start().await;
-    let bucket = server.folder.path().join("models");
-    let write = |path: &str, content: &str| {
-        let path = bucket.join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, content).unwrap();
-    };
-    write("repository/a/1/model.onnx", "one");
-    write("repository/b/config.pbtxt", "two");
-    write("elsewhere/c", "three");
+    server.write("repository/a/1/model.onnx", "one");
+    server.write("repository/b/config.pbtxt", "two");
+    server.write("elsewhere/c", "three");
     let cache = tempfile::tempdir().unwrap();
-    let mirror = Mirror::open_with("s3://models/repository", cache.path(), server.environment(SECRET)).unwrap();
+    let mirror = server.mirror("repository", cache.path());
     mirror.refresh().await.unwrap();
     let read = |path: &str| fs::read_to_string(mirror.folder().join(path)).ok();
     assert_eq!((read("a/1/model.onnx").as_deref(), read("b/config.pbtxt").as_deref()), (Some("one"), Some("two")));
@@ -223,11 +255,110 @@ async fn a_mirror_follows_its_prefix_and_downloads_what_changed() {
     mirror.refresh().await.unwrap();
     assert_eq!(server.requests().iter().filter(|request| request.contains("model.onnx")).count(), 0);
 
-    write("repository/a/1/model.onnx", "changed");
-    fs::remove_dir_all(bucket.join("repository/b")).unwrap();
-    let again = Mirror::open_with("s3://models/repository/", cache.path(), server.environment(SECRET)).unwrap();
-    again.refresh().await.unwrap();
+    server.write("repository/a/1/model.onnx", "changed");
+    server.remove("repository/b");
+    server.mirror("repository/", cache.path()).refresh().await.unwrap();
     assert_eq!(read("a/1/model.onnx").as_deref(), Some("changed"));
     assert!(!mirror.folder().join("b").exists());
     assert!(Mirror::open_with("file:///models", cache.path(), []).is_err());
+}
+
+/// The files in `folder`, as `PATH=CONTENT`.
+fn contents(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        for entry in fs::read_dir(next).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path.strip_prefix(folder).unwrap().display().to_string();
+                found.push(format!("{name}={}", fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+#[tokio::test]
+async fn objects_that_are_no_files_do_not_stop_a_mirror() {
+    let server = Server::start().await;
+    server.write("repository/plus/1/model.onnx", "one");
+    server.write("repository/second/1/model.onnx", "two");
+    // Folders as consoles make them, an object that went away meanwhile, and one whose name is a folder's, too.
+    server.list(&[
+        ("repository/", 0),
+        ("repository/plus/", 0),
+        ("repository/plus/1/", 0),
+        ("repository/empty/", 0),
+        ("repository/gone/1/model.onnx", 7),
+        ("repository/second", 7),
+    ]);
+    let cache = tempfile::tempdir().unwrap();
+    let mirror = server.mirror("repository", cache.path());
+    for _ in 0..2 {
+        mirror.refresh().await.unwrap();
+        assert_eq!(contents(mirror.folder()), ["plus/1/model.onnx=one", "second/1/model.onnx=two"]);
+    }
+}
+
+#[tokio::test]
+async fn a_file_may_become_a_folder_and_a_folder_a_file() {
+    let server = Server::start().await;
+    let cache = tempfile::tempdir().unwrap();
+    let mirror = server.mirror("repository", cache.path());
+    server.write("repository/a", "file");
+    server.write("repository/b/1/model.onnx", "folder");
+    mirror.refresh().await.unwrap();
+    for object in ["repository/a", "repository/b"] {
+        server.remove(object);
+    }
+    server.write("repository/a/1/model.onnx", "folder");
+    server.write("repository/b", "file");
+    mirror.refresh().await.unwrap();
+    assert_eq!(contents(mirror.folder()), ["a/1/model.onnx=folder", "b=file"]);
+}
+
+#[tokio::test]
+async fn a_mirror_mends_what_a_killed_process_left() {
+    let server = Server::start().await;
+    let cache = tempfile::tempdir().unwrap();
+    let mirror = server.mirror("repository", cache.path());
+    server.write("repository/a/1/model.onnx", "whole");
+    mirror.refresh().await.unwrap();
+    fs::write(mirror.folder().join("a/1/model.onnx"), "who").unwrap();
+    fs::write(mirror.folder().join("unknown"), "").unwrap();
+    let scratch = mirror.folder().with_file_name("scratch");
+    for (name, age) in [(".tmpDead", Duration::from_hours(2)), (".tmpLiving", Duration::ZERO)] {
+        let file = fs::File::create(scratch.join(name)).unwrap();
+        file.set_modified(SystemTime::now() - age).unwrap();
+    }
+    mirror.refresh().await.unwrap();
+    assert_eq!(contents(mirror.folder()), ["a/1/model.onnx=whole"]);
+    assert_eq!(contents(&scratch), [".tmpLiving="]);
+}
+
+#[tokio::test]
+async fn a_prefix_may_have_any_characters() {
+    let server = Server::start().await;
+    for prefix in ["~prod", "100%", "a/b/c d/e+ü"] {
+        let cache = tempfile::tempdir().unwrap();
+        server.write(&format!("{prefix}/~a ü%20/1/model.onnx"), "one");
+        let mirror = server.mirror(prefix, cache.path());
+        mirror.refresh().await.unwrap();
+        assert_eq!(contents(mirror.folder()), ["~a ü%20/1/model.onnx=one"], "{prefix}");
+
+        let uri = format!("s3://models/{prefix}");
+        let store = Store::open_with(&uri, &Volumes::default(), server.environment(SECRET)).unwrap();
+        let artifact = commit(&store, "vqa", b"weights").await.unwrap();
+        assert_eq!(store.list().await.unwrap(), [artifact.clone()], "{prefix}");
+        let object = format!("{prefix}/objects/{}", artifact.digest.hex());
+        assert!(server.folder.path().join("models").join(&object).is_dir(), "{prefix}");
+        // What others put there goes with the rest.
+        server.write(&format!("{object}/~notes"), "");
+        store.remove(&artifact.digest).await.unwrap();
+        assert!(!server.folder.path().join("models").join(&object).join("~notes").exists(), "{prefix}");
+    }
 }

@@ -3,7 +3,7 @@
 use std::{
     fmt::Display,
     net::SocketAddr,
-    num::{NonZeroU32, NonZeroUsize},
+    num::{IntErrorKind, NonZeroU32, NonZeroUsize, ParseIntError},
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -65,7 +65,13 @@ pub struct ServerArgs {
     #[arg(long, env = "SENSORIUM_MODEL_CONTROL_MODE", value_enum, value_name = "MODE", help_heading = "Models")]
     pub model_control_mode: Option<ControlModeName>,
     /// Seconds between looks at the repositories in mode poll [default: 15]
-    #[arg(long, env = "SENSORIUM_REPOSITORY_POLL_SECS", value_name = "SECONDS", help_heading = "Models")]
+    #[arg(
+        long,
+        env = "SENSORIUM_REPOSITORY_POLL_SECS",
+        value_name = "SECONDS",
+        value_parser = positive::<NonZeroU32>,
+        help_heading = "Models"
+    )]
     pub repository_poll_secs: Option<NonZeroU32>,
     /// Model to load at the start in mode explicit, `*` for all; may be repeated
     #[arg(long, value_name = "NAME", help_heading = "Models")]
@@ -88,16 +94,34 @@ pub struct ServerArgs {
     #[arg(long, env = "SENSORIUM_METRICS_ADDR", value_name = "HOST:PORT", help_heading = "Network")]
     pub metrics_addr: Option<SocketAddr>,
     /// Bytes of a request at most; raise it for large tensors [default: 64 MiB]
-    #[arg(long, env = "SENSORIUM_MAX_REQUEST_BYTES", value_name = "BYTES", help_heading = "Network")]
+    #[arg(
+        long,
+        env = "SENSORIUM_MAX_REQUEST_BYTES",
+        value_name = "BYTES",
+        value_parser = bytes,
+        help_heading = "Network"
+    )]
     pub max_request_bytes: Option<u64>,
     /// Bytes of all requests that are read and not answered yet, decompressed; more are refused with RESOURCE_EXHAUSTED
     /// (429). Lower it where models need the memory [default: a quarter of the memory that this process may use]
-    #[arg(long, env = "SENSORIUM_MAX_INFLIGHT_BYTES", value_name = "BYTES", help_heading = "Network")]
+    #[arg(
+        long,
+        env = "SENSORIUM_MAX_INFLIGHT_BYTES",
+        value_name = "BYTES",
+        value_parser = bytes,
+        help_heading = "Network"
+    )]
     pub max_inflight_bytes: Option<u64>,
     /// Connections of clients at a time, over both ports; one more is closed at once. Each is an open file: the limit of those
     /// is raised for it as far as it may be. Probes are connections too, but those to the metrics port are not counted
     /// [default: seven eighths of the files that this process may open]
-    #[arg(long, env = "SENSORIUM_MAX_CONNECTIONS", value_name = "N", help_heading = "Network")]
+    #[arg(
+        long,
+        env = "SENSORIUM_MAX_CONNECTIONS",
+        value_name = "N",
+        value_parser = positive::<NonZeroU32>,
+        help_heading = "Network"
+    )]
     pub max_connections: Option<NonZeroU32>,
     /// Whether clients on this machine may pass tensors through /dev/shm [default: true]
     #[arg(long, env = "SENSORIUM_SHARED_MEMORY", value_name = "BOOL", help_heading = "Network")]
@@ -140,10 +164,22 @@ pub struct ServerArgs {
     #[arg(long, env = "SENSORIUM_REMOTE_TOKENS", value_name = "FILE", help_heading = "Security")]
     pub remote_tokens: Option<PathBuf>,
     /// Requests per second of one client (its token's name, else its address) at most [default: no limit]
-    #[arg(long, env = "SENSORIUM_CLIENT_REQUESTS_PER_SECOND", value_name = "N", help_heading = "Security")]
+    #[arg(
+        long,
+        env = "SENSORIUM_CLIENT_REQUESTS_PER_SECOND",
+        value_name = "N",
+        value_parser = positive::<NonZeroU32>,
+        help_heading = "Security"
+    )]
     pub client_requests_per_second: Option<NonZeroU32>,
     /// Requests of one client at a time at most; a stream is one request [default: no limit]
-    #[arg(long, env = "SENSORIUM_CLIENT_CONCURRENCY", value_name = "N", help_heading = "Security")]
+    #[arg(
+        long,
+        env = "SENSORIUM_CLIENT_CONCURRENCY",
+        value_name = "N",
+        value_parser = positive::<NonZeroU32>,
+        help_heading = "Security"
+    )]
     pub client_concurrency: Option<NonZeroU32>,
 
     /// Rows of a batch at most, where a model does not say; raise it for throughput while memory and latency allow
@@ -162,7 +198,13 @@ pub struct ServerArgs {
     )]
     pub max_queue_delay_microseconds: Option<u64>,
     /// Threads of each engine; lower it when several models share the cores [default: one per core]
-    #[arg(long, env = "SENSORIUM_ENGINE_THREADS", value_name = "THREADS", help_heading = "Scheduling")]
+    #[arg(
+        long,
+        env = "SENSORIUM_ENGINE_THREADS",
+        value_name = "THREADS",
+        value_parser = threads,
+        help_heading = "Scheduling"
+    )]
     pub engine_threads: Option<NonZeroUsize>,
     /// What runs the graphs, where a model does not say: cpu, cuda or tensorrt, the last two with the index of a GPU where
     /// it is not the first (cuda:1) [default: cpu]
@@ -170,10 +212,22 @@ pub struct ServerArgs {
     #[serde(deserialize_with = "text")]
     pub engine_device: Option<Device>,
     /// Threads that decode images and split texts [default: one per core]
-    #[arg(long, env = "SENSORIUM_PREPARE_THREADS", value_name = "THREADS", help_heading = "Scheduling")]
+    #[arg(
+        long,
+        env = "SENSORIUM_PREPARE_THREADS",
+        value_name = "THREADS",
+        value_parser = threads,
+        help_heading = "Scheduling"
+    )]
     pub prepare_threads: Option<NonZeroUsize>,
     /// Memory for answers of models that turn response_cache on; 0 keeps none [default: 64 MiB]
-    #[arg(long, env = "SENSORIUM_RESPONSE_CACHE_BYTES", value_name = "BYTES", help_heading = "Scheduling")]
+    #[arg(
+        long,
+        env = "SENSORIUM_RESPONSE_CACHE_BYTES",
+        value_name = "BYTES",
+        value_parser = bytes,
+        help_heading = "Scheduling"
+    )]
     pub response_cache_bytes: Option<u64>,
     /// How long requests in flight may take to finish after SIGTERM; below the pod's grace period [default: 25]
     #[arg(long, env = "SENSORIUM_DRAIN_SECONDS", value_name = "SECONDS", help_heading = "Scheduling")]
@@ -183,8 +237,32 @@ pub struct ServerArgs {
     #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL", help_heading = "Telemetry")]
     pub otlp_endpoint: Option<String>,
     /// One request of so many is traced, of those that belong to no trace yet [default: 1, all]
-    #[arg(long, env = "SENSORIUM_TRACE_RATE", value_name = "N", help_heading = "Telemetry")]
+    #[arg(
+        long,
+        env = "SENSORIUM_TRACE_RATE",
+        value_name = "N",
+        value_parser = positive::<NonZeroU32>,
+        help_heading = "Telemetry"
+    )]
     pub trace_rate: Option<NonZeroU32>,
+}
+
+/// A number of at least 1.
+fn positive<T: FromStr<Err = ParseIntError>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|error: ParseIntError| match error.kind() {
+        IntErrorKind::Zero => "must be at least 1".to_owned(),
+        _ => error.to_string(),
+    })
+}
+
+fn threads(text: &str) -> Result<NonZeroUsize, String> {
+    const MOST: usize = 1024; // far above the cores of a machine, and below what its limits of threads are
+    let threads: NonZeroUsize = positive(text)?;
+    if threads.get() > MOST { Err(format!("must be at most {MOST}")) } else { Ok(threads) }
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    text.parse::<u64>().map_err(|error| format!("{error}; write a number of bytes, such as 67108864"))
 }
 
 /// Triton's names of who loads models.

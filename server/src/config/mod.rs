@@ -358,6 +358,20 @@ mod tests {
     }
 
     #[test]
+    fn a_number_that_a_flag_does_not_take_is_answered_with_one_that_it_takes() {
+        for (flag, value, words) in [
+            ("--engine-threads", "100000", "must be at most 1024"),
+            ("--prepare-threads", "0", "must be at least 1"),
+            ("--client-concurrency", "0", "must be at least 1"),
+            ("--trace-rate", "x", "invalid digit"),
+            ("--max-request-bytes", "64M", "write a number of bytes, such as 67108864"),
+        ] {
+            let said = ServerArgs::try_parse_from(["sensorium-server", flag, value]).unwrap_err().to_string();
+            assert!(said.contains(flag) && said.contains(words), "{said}");
+        }
+    }
+
+    #[test]
     fn a_certificate_needs_its_key() {
         let arguments = ["sensorium-server", "--model-repository", "/m", "--tls-cert", "c"];
         assert!(ServerArgs::try_parse_from(arguments).unwrap_err().to_string().contains("--tls-key"));

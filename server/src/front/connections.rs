@@ -210,8 +210,12 @@ impl Inside {
         let tally = self.budget.tally();
         let is_empty = http_body::Body::is_end_stream(&body);
         // Its clients keep streams on which they may never ask again.
-        let patience = if head.uri.path().starts_with("/grpc.reflection.") { SILENCE } else { STALL };
-        let body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, patience);
+        let asks_for_reflection = head.uri.path().starts_with("/grpc.reflection.");
+        let patience = if asks_for_reflection { SILENCE } else { STALL };
+        let mut body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, patience);
+        if asks_for_reflection || head.uri.path().ends_with("/ModelStreamInfer") {
+            body = body.of_stream();
+        }
         if let Some(infer) = &self.app.infer {
             let admit = || guard::admit(infer.admission.as_ref(), &head.headers, peer.as_deref());
             if Unary::takes(&head) {

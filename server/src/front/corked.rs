@@ -33,7 +33,7 @@ const KEPT: usize = 8 << 10;
 
 /// A stream whose writes wait for the end of the turn, and what ends it.
 pub(super) fn corked<S: AsyncWrite + Unpin>(stream: S) -> (Corked<S>, Cork<S>) {
-    let held = Arc::new(Mutex::new(Held { stream, written: BytesMut::new(), sent: 0, broken: None }));
+    let held = Arc::new(Mutex::new(Held { stream, written: BytesMut::new(), sent: 0, is_flushed: true, broken: None }));
     (Corked(held.clone()), Cork(held))
 }
 
@@ -51,6 +51,8 @@ struct Held<S> {
     written: BytesMut,
     /// Bytes that the stream has taken.
     sent: u64,
+    /// Whether it has also passed on all of them: one that encrypts may keep some until it is flushed.
+    is_flushed: bool,
     /// What sending failed with, and every write fails with from then on.
     broken: Option<io::ErrorKind>,
 }
@@ -69,10 +71,10 @@ impl<S: AsyncWrite + Unpin> Cork<S> {
             poll_fn(|context| {
                 let has_ended = connection.turn(context);
                 written = self.written();
-                if has_ended || written > 0 { Poll::Ready(()) } else { Poll::Pending }
+                if has_ended || written > 0 || !self.is_flushed() { Poll::Ready(()) } else { Poll::Pending }
             })
             .await;
-            if gathers.load(Ordering::Relaxed) && !connection.has_ended() {
+            if written > 0 && gathers.load(Ordering::Relaxed) && !connection.has_ended() {
                 others.let_pass();
                 let mut turns = 1;
                 poll_fn(|context| {
@@ -109,6 +111,10 @@ impl<S> Cork<S> {
     /// Bytes that wait to be sent.
     fn written(&self) -> usize {
         lock(&self.0).written.len()
+    }
+
+    fn is_flushed(&self) -> bool {
+        lock(&self.0).is_flushed
     }
 }
 
@@ -176,32 +182,40 @@ impl Wake for Others {
 }
 
 impl<S: AsyncWrite + Unpin> Held<S> {
-    /// Sends all that is kept.
+    /// Sends all that is kept, and what the stream keeps.
     fn send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let sent = ready!(self.try_send(context));
         if let Err(error) = &sent {
             self.written.clear();
+            self.is_flushed = true;
             self.broken = Some(error.kind());
         }
         Poll::Ready(sent)
     }
 
     fn try_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.written.is_empty() {
-            return Poll::Ready(Ok(()));
-        }
         while !self.written.is_empty() {
             let sent = ready!(Pin::new(&mut self.stream).poll_write(context, &self.written))?;
             if sent == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.written.advance(sent);
-            self.sent += sent as u64;
+            self.took(sent);
         }
         if self.written.capacity() > KEPT {
             self.written = BytesMut::new();
         }
-        Pin::new(&mut self.stream).poll_flush(context)
+        if !self.is_flushed {
+            ready!(Pin::new(&mut self.stream).poll_flush(context))?;
+            self.is_flushed = true;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// The stream has taken so many bytes.
+    fn took(&mut self, bytes: usize) {
+        self.sent += bytes as u64;
+        self.is_flushed = false;
     }
 
     /// Whether so many bytes are to be kept: else what is kept already has been sent, and they can follow.
@@ -231,7 +245,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Corked<S> {
             return Poll::Ready(Ok(bytes.len()));
         }
         let sent = ready!(Pin::new(&mut held.stream).poll_write(context, bytes))?;
-        held.sent += sent as u64;
+        held.took(sent);
         Poll::Ready(Ok(sent))
     }
 
@@ -249,7 +263,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Corked<S> {
             return Poll::Ready(Ok(bytes));
         }
         let sent = ready!(Pin::new(&mut held.stream).poll_write_vectored(context, pieces))?;
-        held.sent += sent as u64;
+        held.took(sent);
         Poll::Ready(Ok(sent))
     }
 
@@ -364,6 +378,50 @@ mod tests {
             read = far.read_exact(&mut said) => assert_eq!(read.unwrap(), 5),
         }
         assert_eq!(&said, b"first");
+    }
+
+    /// A stream that passes on what it has taken when it is flushed, and cannot do that at once.
+    #[derive(Debug, Default)]
+    struct Encrypting {
+        taken: usize,
+        passed_on: usize,
+        is_ready: bool,
+    }
+
+    impl AsyncWrite for Encrypting {
+        fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            self.taken += bytes.len();
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+            self.is_ready = !self.is_ready;
+            if self.is_ready {
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            self.passed_on = self.taken;
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_stream_keeps_is_flushed_however_large_it_was() {
+        for size in [5, ENOUGH - 1, ENOUGH, 3 * ENOUGH] {
+            let (mut stream, cork) = corked(Encrypting::default());
+            let connection = async {
+                stream.write_all(&vec![1; size]).await.unwrap();
+                std::future::pending::<()>().await;
+            };
+            let (mut connection, gathers) = (Connection::Open(Box::pin(connection)), AtomicBool::new(true));
+            let turns = cork.turns(&mut connection, &gathers);
+            assert!(tokio::time::timeout(Duration::from_millis(50), turns).await.is_err());
+            assert_eq!(lock(&cork.0).stream.passed_on, size);
+        }
     }
 
     #[tokio::test]

@@ -21,11 +21,13 @@ use super::{Peer, is_grpc, refuse};
 use crate::security::{Admission, AdmissionError, Pass};
 
 /// Probes come from the machines that run the server, and carry no tokens.
-const FOR_EVERYBODY: [&str; 6] = [
+const FOR_EVERYBODY: [&str; 8] = [
     "/livez",
     "/readyz",
     "/v2/health/live",
     "/v2/health/ready",
+    "/inference.GRPCInferenceService/ServerLive",
+    "/inference.GRPCInferenceService/ServerReady",
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/Watch",
 ];

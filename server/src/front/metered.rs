@@ -33,6 +33,8 @@ pub(super) struct Metered<B> {
     messages: Option<Messages>,
     /// What was read and not yielded yet.
     ready: VecDeque<Bytes>,
+    /// Whether it may have any number of messages.
+    is_stream: bool,
     /// How long it may rest while it holds what has arrived, or take for the next [`PROGRESS`] bytes.
     patience: Duration,
     /// When that is over.
@@ -84,14 +86,20 @@ impl<B> Metered<B> {
             headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
         let coding = || headers.get("grpc-encoding").and_then(|name| name.to_str().ok()).and_then(Coding::parse);
         let messages = is_grpc.then(|| Messages { coding: coding(), max, head: [0; HEAD], place: Place::Head(0) });
-        Self { body, tally, messages, ready: VecDeque::new(), patience, until: None, since: 0 }
+        Self { body, tally, messages, ready: VecDeque::new(), is_stream: false, patience, until: None, since: 0 }
+    }
+
+    /// As one of a call that may ask again and again, as late as it likes.
+    pub(super) fn of_stream(self) -> Self {
+        Self { is_stream: true, ..self }
     }
 
     /// Nothing is there: whether that has been so for too long.
     fn rest(&mut self, context: &mut Context<'_>) -> Result<(), Error> {
         // A stream may rest between two messages as long as it likes, once somebody has claimed the last one. The one message of
         // a call that does not end is nobody's, and holds its bytes.
-        let is_between = self.messages.as_ref().is_some_and(|messages| matches!(messages.place, Place::Head(0)));
+        let is_between =
+            self.is_stream && self.messages.as_ref().is_some_and(|messages| matches!(messages.place, Place::Head(0)));
         if is_between && self.tally.holds_nothing() {
             (self.until, self.since) = (None, 0);
             return Ok(());
@@ -371,7 +379,7 @@ mod tests {
             let pieces = tokio_stream::once(piece).chain(futures::stream::pending());
             let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, kind.parse().unwrap())]);
             let tally = budget.tally();
-            let mut body = Metered::new(StreamBody::new(pieces), &headers, tally.clone(), 1000, PATIENCE);
+            let mut body = Metered::new(StreamBody::new(pieces), &headers, tally.clone(), 1000, PATIENCE).of_stream();
             assert!(body.frame().await.unwrap().is_ok());
             assert_eq!(is_claimed.then(|| tally.claim_message().is_some()), is_claimed.then_some(true));
             // Ten times as long says that it is never; who is given up ends the wait.
@@ -382,5 +390,15 @@ mod tests {
             }
         }
         budget.tally().foresee(10_000).expect("everything was given back");
+    }
+
+    #[tokio::test]
+    async fn a_call_whose_message_never_begins_is_given_up() {
+        let budget = Budget::new(10_000, Metrics::new().budget());
+        let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, "application/grpc".parse().unwrap())]);
+        let silent = StreamBody::new(futures::stream::pending::<Result<Frame<Bytes>, Error>>());
+        let mut body = Metered::new(silent, &headers, budget.tally(), 1000, Duration::from_millis(20));
+        let ended = time::timeout(Duration::from_mins(1), body.frame()).await.expect("it is not waited for");
+        assert!(ended.unwrap().is_err());
     }
 }

@@ -92,7 +92,8 @@ pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admissi
     let routes = grpc
         .merge(rest::router(service, max_request_bytes))
         .fallback(no_such_path)
-        .method_not_allowed_fallback(no_such_method);
+        .method_not_allowed_fallback(no_such_method)
+        .layer(MapResponseLayer::new(as_this_server_says));
     let routes = match admission {
         None => routes,
         Some(admission) => routes.layer(axum::middleware::from_fn_with_state(admission, guard::guard)),
@@ -111,6 +112,17 @@ fn as_other_servers_say<Body>(mut response: Response<Body>) -> Response<Body> {
     response
 }
 
+/// A path that is not UTF-8 is refused by axum, as plain text. Nothing else here is a bad request in plain text.
+fn as_this_server_says(response: axum::response::Response) -> axum::response::Response {
+    let kind = response.headers().get(axum::http::header::CONTENT_TYPE);
+    let is_text = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/plain"));
+    if response.status() == StatusCode::BAD_REQUEST && is_text {
+        Refusal::new(StatusCode::BAD_REQUEST, "what the path has in percent signs is not UTF-8").into_response()
+    } else {
+        response
+    }
+}
+
 /// Whether a request with these headers is gRPC's, and wants to be refused in its way.
 fn is_grpc(headers: &HeaderMap) -> bool {
     let kind = headers.get(axum::http::header::CONTENT_TYPE);
@@ -127,8 +139,21 @@ async fn no_such_path(request: Request) -> axum::response::Response {
     if is_grpc(request.headers()) {
         refuse(true, Status::unimplemented(format!("this server has no method {path}")))
     } else {
-        refuse(false, Status::not_found(format!("this server has no path {path}; the protocol's begin with /v2")))
+        refuse(false, Status::not_found(format!("this server has no path {path}; {}", instead_of(&path))))
     }
+}
+
+/// What there is instead of a path that is none.
+fn instead_of(path: &str) -> String {
+    let first = |model: &str| model.split(['/', ':']).next().unwrap_or_default().to_owned();
+    if let Some(model) = path.strip_prefix("/v1/models/").map(first).filter(|model| !model.is_empty()) {
+        return format!("protocol v1 is not there; POST /v2/models/{model}/infer");
+    }
+    let words = match path.strip_prefix("/v2/models/") {
+        Some(_) => "of a model there are infer, generate, generate_stream, ready, config and stats",
+        None => "the protocol's begin with /v2",
+    };
+    words.to_owned()
 }
 
 async fn no_such_method(request: Request) -> axum::response::Response {
@@ -160,5 +185,20 @@ pub async fn end_report(mut reporter: HealthReporter) {
     }
     for service in SERVICES {
         reporter.clear_service_status(service).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_that_is_none_is_answered_with_what_there_is() {
+        assert_eq!(instead_of("/v1/models/m:predict"), "protocol v1 is not there; POST /v2/models/m/infer");
+        assert!(instead_of("/v2/models/m/inference").contains("infer, generate, generate_stream, ready"));
+        assert!(instead_of("/v2/models/m/versions/1/predict").contains("infer, generate"));
+        for other in ["/v1/models", "/v1/models/", "/v2x", "/"] {
+            assert_eq!(instead_of(other), "the protocol's begin with /v2", "{other}");
+        }
     }
 }

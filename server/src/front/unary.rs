@@ -26,6 +26,7 @@ use tonic::Status;
 use super::{guard, metered::HEAD};
 use crate::{
     aligned::Aligned,
+    blocking::in_place,
     security::Pass,
     service::{Call, Service},
 };
@@ -86,7 +87,11 @@ impl Unary {
                 None => message.await,
                 Some(deadline) => time::timeout_at(deadline.into(), message).await.map_err(|_| too_late())?,
             };
-            let request = codec::decode(message?)?;
+            let message = message?;
+            // What is about to be decoded may take more memory than it has taken to arrive.
+            let growth = codec::growth(&message);
+            let _grown = self.service.claim(growth).map_err(|spent| Status::resource_exhausted(spent.to_string()))?;
+            let request = in_place(growth, || codec::decode(message))?;
             let response = self.service.infer(request, &call).await?;
             Ok::<_, Status>(Answer { pieces: encode(response)?, trailers: Some(well()), _pass: pass })
         };

@@ -126,8 +126,12 @@ impl Ensemble {
     /// Boxed, because a step may be an ensemble, too.
     fn call<'a>(&'a self, step: &'a Step, request: Request) -> Call<'a> {
         Box::pin(async move {
-            let model = (self.find)(&step.model, &step.version)?;
-            Ok((step, model.infer(request).await?))
+            let answer = async { (self.find)(&step.model, &step.version)?.infer(request).await };
+            let response = answer.await.map_err(|source| {
+                let index = self.steps.iter().position(|other| std::ptr::eq(other, step)).unwrap_or_default();
+                InferError::Step { step: step.place(index), source: Box::new(source) }
+            })?;
+            Ok((step, response))
         })
     }
 
@@ -147,6 +151,11 @@ impl Ensemble {
 }
 
 impl Step {
+    /// Which one it is, for messages.
+    fn place(&self, index: usize) -> String {
+        format!("step {} ({})", index + 1, self.model)
+    }
+
     fn request(&self, tensors: &BTreeMap<&str, RawTensor>, request: &Request) -> Request {
         let input = |(name, tensor): &(String, String)| {
             Some(NamedTensor { name: name.clone(), tensor: tensors.get(tensor.as_str())?.clone() })
@@ -193,7 +202,8 @@ struct Origin {
 fn check(steps: &[Step], interface: &Interface, max_batch_size: i32, find: &Find) -> Result<(), String> {
     let mut origins: BTreeMap<String, Origin> = BTreeMap::new();
     for spec in &interface.inputs {
-        origins.insert(spec.name.clone(), Origin { from: "the ensemble's inputs".to_owned(), spec: spec.clone() });
+        let from = format!("input `{}` of the ensemble", spec.name);
+        origins.insert(spec.name.clone(), Origin { from, spec: spec.clone() });
     }
     let makers: BTreeSet<&str> =
         steps.iter().flat_map(|step| &step.outputs).map(|(_, tensor)| tensor.as_str()).collect();
@@ -201,12 +211,14 @@ fn check(steps: &[Step], interface: &Interface, max_batch_size: i32, find: &Find
     while !waiting.is_empty() {
         let is_ready = |step: &Step| step.inputs.iter().all(|(_, tensor)| origins.contains_key(tensor));
         let Some(position) = waiting.iter().position(|(_, step)| is_ready(step)) else {
-            let unknown = waiting
-                .iter()
-                .flat_map(|(_, step)| &step.inputs)
-                .find(|(_, tensor)| !origins.contains_key(tensor) && !makers.contains(tensor.as_str()));
-            if let Some((_, tensor)) = unknown {
-                return Err(format!("its step needs tensor `{tensor}`, which is no input and no step gives"));
+            let is_unknown = |tensor: &str| !origins.contains_key(tensor) && !makers.contains(tensor);
+            let needs = |(index, step): &(usize, &Step)| {
+                let (input, tensor) = step.inputs.iter().find(|(_, tensor)| is_unknown(tensor))?;
+                Some(format!("input `{input}` of its {} needs tensor `{tensor}`", step.place(*index)))
+            };
+            if let Some(needs) = waiting.iter().find_map(needs) {
+                let known: Vec<_> = origins.keys().map(String::as_str).chain(makers).collect();
+                return Err(format!("{needs}, which is no input and no step gives; there are {}", known.join(", ")));
             }
             let models: Vec<_> = waiting.iter().map(|(_, step)| step.model.as_str()).collect();
             return Err(format!("its steps wait for each other in a circle: {}", models.join(", ")));
@@ -229,7 +241,7 @@ fn check_step(
     max_batch_size: i32,
     find: &Find,
 ) -> Result<(), String> {
-    let place = format!("step {} ({})", index + 1, step.model);
+    let place = step.place(index);
     let model = find(&step.model, &step.version).map_err(|error| format!("its {place} cannot be called: {error}"))?;
     if model.iterates() {
         return Err(format!(
@@ -241,9 +253,15 @@ fn check_step(
     if max_batch_size > allowed && allowed > 0 {
         return Err(format!("its max_batch_size is {max_batch_size}, its {place} takes {allowed} rows at most"));
     }
+    let takes_one = |spec: &TensorSpec| spec.shape.first().is_some_and(|size| *size == Some(1));
+    if max_batch_size > 1 && allowed == 0 && model.inputs().iter().any(takes_one) {
+        return Err(format!("its max_batch_size is {max_batch_size}, its {place} takes a single row; write 1"));
+    }
     for (input, tensor) in &step.inputs {
         let spec = model.inputs().iter().find(|spec| spec.name == *input);
-        let spec = spec.ok_or_else(|| format!("its {place} maps input `{input}`, which that model has not"))?;
+        let spec = spec.ok_or_else(|| {
+            format!("its {place} maps input `{input}`, which that model has not; it has {}", names(model.inputs()))
+        })?;
         compare(&format!("input `{input}` of its {place}"), spec, &origins[tensor])?;
     }
     if let Some(spec) = model.inputs().iter().find(|spec| !step.inputs.iter().any(|(input, _)| *input == spec.name)) {
@@ -251,9 +269,10 @@ fn check_step(
     }
     for (output, tensor) in &step.outputs {
         let spec = model.outputs().iter().find(|spec| spec.name == *output);
-        let spec = spec.ok_or_else(|| format!("its {place} maps output `{output}`, which that model has not"))?;
-        let origin =
-            Origin { from: format!("output `{output}` of step {} ({})", index + 1, step.model), spec: spec.clone() };
+        let spec = spec.ok_or_else(|| {
+            format!("its {place} maps output `{output}`, which that model has not; it has {}", names(model.outputs()))
+        })?;
+        let origin = Origin { from: format!("output `{output}` of {place}"), spec: spec.clone() };
         if let Some(first) = origins.insert(tensor.clone(), origin) {
             return Err(format!("its tensor `{tensor}` comes from {} and from {place}", first.from));
         }
@@ -274,5 +293,9 @@ fn compare(what: &str, wanted: &TensorSpec, origin: &Origin) -> Result<(), Strin
         let sizes = spec.shape.iter().map(|size| size.map_or_else(|| "-1".to_owned(), |size| size.to_string()));
         format!("{} [{}]", dtype_name(spec.dtype), sizes.collect::<Vec<_>>().join(", "))
     };
-    Err(format!("{what} is {}, but {} are {}", text(wanted), origin.from, text(given)))
+    Err(format!("{what} is {}, but {} is {}", text(wanted), origin.from, text(given)))
+}
+
+fn names(specs: &[TensorSpec]) -> String {
+    specs.iter().map(|spec| spec.name.as_str()).collect::<Vec<_>>().join(", ")
 }

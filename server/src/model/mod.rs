@@ -240,6 +240,8 @@ impl ModelVersion {
     pub(crate) fn expected_answer(&self, request: &Request) -> usize {
         let first = request.inputs.first().filter(|_| self.interface.max_rows.is_some());
         let rows = first.and_then(|input| input.tensor.row_count()).unwrap_or(1);
+        // More of them are refused later on.
+        let rows = rows.min(self.interface.max_rows.unwrap_or(rows));
         self.row_bytes.load(Ordering::Relaxed).saturating_mul(rows)
     }
 
@@ -274,22 +276,23 @@ impl ModelVersion {
         request: &Request,
     ) -> Result<Answer, InferError> {
         let started = Instant::now();
-        let ran: Mutex<Option<(Timings, Duration)>> = Mutex::default();
+        // How long it took, and what it took it with, unless it failed.
+        let ran: Mutex<Option<(Option<Timings>, Duration)>> = Mutex::default();
         let key = cache::key(loads, &fitted, &request.parameters);
         let run = async || {
             let began = Instant::now();
-            let (outputs, timings) = self.run(fitted.clone(), request).await?;
+            let answer = self.run(fitted.clone(), request).await;
+            let timings = answer.as_ref().ok().map(|(_, timings)| *timings);
             *ran.lock().unwrap_or_else(PoisonError::into_inner) = Some((timings, began.elapsed()));
-            Ok(outputs)
+            answer.map(|(outputs, _)| outputs)
         };
-        let outputs = cache.answer(key, run).await?;
-        match ran.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some((timings, took)) => {
-                self.statistics.missed(started.elapsed().saturating_sub(took));
-                Ok((outputs, timings))
-            }
-            None => Ok((outputs, Timings { cache_hit: true, ..Timings::default() })),
+        let outputs = cache.answer(key, run).await;
+        let ran = ran.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, took)) = &ran {
+            self.statistics.missed(started.elapsed().saturating_sub(*took));
         }
+        let hit = Timings { cache_hit: true, ..Timings::default() };
+        Ok((outputs?, ran.and_then(|(timings, _)| timings).unwrap_or(hit)))
     }
 
     /// What is rare or slow is boxed, so that the common request does not carry room for it.

@@ -161,7 +161,8 @@ impl Ragged {
 }
 
 impl Made {
-    /// What it says of a request whose source has this shape.
+    /// What it says of a request whose source has this shape: that of a tensor, so that no product of its sizes overflows, and
+    /// with no more rows than the model takes.
     fn tensor(&self, shape: &[i64]) -> Result<RawTensor, RawTensorError> {
         let count = shape.iter().product::<i64>();
         let (rows, sizes) = shape.split_first().unwrap_or((&1, &[]));
@@ -182,7 +183,7 @@ fn flattened(tensor: RawTensor, axes: usize) -> Result<RawTensor, RawTensorError
         [rows, first, tail @ ..] if axes == tail.len() + 1 => {
             std::iter::once(rows * first).chain(tail.iter().copied()).collect()
         }
-        shape => vec![shape.iter().product()],
+        _ => vec![tensor.len() as i64],
     };
     tensor.reshaped(shape)
 }
@@ -253,6 +254,16 @@ mod tests {
 
     fn input(name: &str, dims: &[i64]) -> ModelInput {
         ModelInput { name: name.to_owned(), dims: dims.to_vec(), allow_ragged_batch: true, ..ModelInput::default() }
+    }
+
+    #[test]
+    fn sizes_beside_a_0_do_not_overflow() {
+        let source = RawTensor::zeros(DType::Fp32, vec![2, 1 << 59, 0]).unwrap();
+        let made = |kind| Made { input: 0, kind, dtype: DType::Int64, source: 0 }.tensor(source.shape()).unwrap();
+        assert_eq!(*made(Kind::BatchElementCount).numbers::<i64>(), [0]);
+        assert_eq!(*made(Kind::BatchItemShape).numbers::<i64>(), [1 << 59, 0, 1 << 59, 0]);
+        assert_eq!(flattened(source.clone(), 2).unwrap().shape(), [1 << 60, 0]);
+        assert_eq!(flattened(source, 1).unwrap().shape(), [0]);
     }
 
     #[test]

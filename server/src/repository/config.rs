@@ -21,15 +21,28 @@ const MESSAGE: &str = "inference.ModelConfig";
 /// # Errors
 /// What is wrong, and in which line.
 pub(super) fn from_text(text: &str) -> Result<Written, String> {
-    let text = &with_colons(text);
+    // Editors of Windows begin a file with a mark that says nothing.
+    let text = &with_colons(text.trim_start_matches('\u{feff}'));
     let message = DynamicMessage::parse_text_format(descriptor()?, text).map_err(|error| {
         let offset = error.labels().and_then(|mut labels| labels.next()).map(|label| label.offset());
         match offset {
-            Some(offset) => format!("line {}: {error}", line(text, offset)),
+            Some(offset) => format!("line {}: {error}{}", line(text, offset), instead(&error.to_string())),
             None => error.to_string(),
         }
     })?;
     typed(&message, names_batch_size(text))
+}
+
+/// The fields or values that there are, for an error that ends with the name of what lacks one.
+fn instead(error: &str) -> String {
+    let owner = error.rsplit('\'').nth(1).unwrap_or_default();
+    let pool = sensorium_proto::descriptor_pool();
+    let names: Vec<String> = match (pool.get_enum_by_name(owner), pool.get_message_by_name(owner)) {
+        (Some(values), _) => values.values().map(|value| value.name().to_owned()).collect(),
+        (None, Some(message)) => message.fields().map(|field| field.name().to_owned()).collect(),
+        (None, None) => return String::new(),
+    };
+    format!("; it has {}", names.join(", "))
 }
 
 /// Reads JSON as protobuf spells it.
@@ -144,6 +157,11 @@ mod tests {
     }
 
     #[test]
+    fn a_byte_order_mark_is_no_part_of_a_file() {
+        assert_eq!(from_text("\u{feff}name: \"m\"").unwrap().config.name, "m");
+    }
+
+    #[test]
     fn a_batch_size_in_the_middle_of_a_line_is_written_too() {
         let written = from_text("name: \"m\" max_batch_size: 1").unwrap();
         assert_eq!((written.has_batch_size, written.config.max_batch_size), (true, 1));
@@ -160,9 +178,11 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named_with_its_line() {
         let error = from_text("name: \"m\"\nmax_batch: 8\n").unwrap_err();
-        assert!(error.starts_with("line 2: ") && error.contains("max_batch"), "{error}");
+        assert!(error.starts_with("line 2: ") && error.contains("'max_batch'"), "{error}");
+        assert!(error.contains("; it has name, platform, ") && error.contains("max_batch_size, input"), "{error}");
         let error = from_text("input {\n  data_type: TYPE_FLOAT\n}").unwrap_err();
         assert!(error.starts_with("line 2: ") && error.contains("TYPE_FLOAT"), "{error}");
+        assert!(error.contains("; it has TYPE_INVALID, TYPE_BOOL, ") && error.contains("TYPE_FP32"), "{error}");
         let error = from_text("max_batch_size: \"many\"").unwrap_err();
         assert!(error.starts_with("line 1: "), "{error}");
     }

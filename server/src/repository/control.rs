@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, RwLock},
     time::Duration,
 };
@@ -56,7 +56,14 @@ impl Registry {
             }
             registry.install(&source.name, loaded).map_err(|name| LoadError::Duplicate { name })?;
         }
-        registry.refresh().await?;
+        if let Err(error) = registry.refresh().await {
+            // Who polls asks again soon, and serves until then what was fetched before.
+            let is_asked_again = matches!(registry.0.config.mode, ControlMode::Poll(_));
+            if !is_asked_again || registry.look()?.is_empty() {
+                return Err(error);
+            }
+            tracing::warn!(error = chain(&error), "the models are as they were fetched before");
+        }
         let found = registry.look()?;
         let wanted = match registry.0.config.mode {
             ControlMode::None | ControlMode::Poll(_) => found.keys().cloned().collect(),
@@ -103,7 +110,15 @@ impl Registry {
     /// # Errors
     /// [`LoadError::Remote`].
     pub(super) async fn refresh(&self) -> Result<(), LoadError> {
+        self.refresh_before(|_| false).await
+    }
+
+    /// As [`Registry::refresh`], up to the first one that is here and `has` what is asked for.
+    async fn refresh_before(&self, has: impl Fn(&Path) -> bool) -> Result<(), LoadError> {
         for (place, uri) in self.0.places.iter().zip(&self.0.config.repositories) {
+            if place.is_here() && has(place.path()) {
+                break;
+            }
             let failed = |source| LoadError::Remote { path: uri.clone(), source: Box::new(source) };
             place.refresh().await.map_err(failed)?;
         }
@@ -129,7 +144,9 @@ impl Registry {
     async fn load_now(&self, name: &str, parameters: LoadParameters) -> Result<(), ControlError> {
         let _changing = self.0.changing.lock().await;
         let failed = |error: LoadError| ControlError::Failed { name: name.to_owned(), reason: chain(&error) };
-        self.refresh().await.map_err(failed)?;
+        self.refresh_before(|repository| folder::is_model_name(name) && repository.join(name).is_dir())
+            .await
+            .map_err(failed)?;
         self.bring(name, parameters).await
     }
 

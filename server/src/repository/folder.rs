@@ -38,6 +38,14 @@ pub(super) fn models(repository: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
+/// Names of the files in a folder, sorted; none where it cannot be read.
+pub(super) fn files(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    names
+}
+
 /// Whether a client may call a model so: a name is one folder, and nothing else.
 pub(super) fn is_model_name(name: &str) -> bool {
     !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0'])
@@ -49,6 +57,9 @@ impl Folder {
         let config = match fs::read_to_string(path.join(CONFIG)) {
             Ok(text) => Some(text),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                return Err(io::Error::new(error.kind(), format!("{CONFIG} is not UTF-8")));
+            }
             Err(error) => return Err(error),
         };
         let mut versions = BTreeMap::new();
@@ -159,6 +170,13 @@ mod tests {
         let found = Folder::read(folder.path()).unwrap();
         assert_eq!(found.versions.keys().copied().collect::<Vec<_>>(), [1, 2, 10]);
         assert_eq!(found.config, None);
+    }
+
+    #[test]
+    fn a_configuration_that_is_no_text_is_named() {
+        let folder = folder(&["1"]);
+        fs::write(folder.path().join(CONFIG), b"\xff\xfen\0").unwrap();
+        assert_eq!(Folder::read(folder.path()).unwrap_err().to_string(), "config.pbtxt is not UTF-8");
     }
 
     #[test]

@@ -9,7 +9,18 @@ use sensorium_proto::inference::{
     model_sequence_batching::{Control, State, control::Kind},
 };
 
-use super::complete;
+use super::{complete, folder};
+
+/// What Triton serves and no program of this project does, and what to do instead: by backend, platform and file.
+const NOWHERE: [(&str, &str, &str, &str); 2] = [
+    (
+        "tensorrt",
+        "tensorrt_plan",
+        "model.plan",
+        "TensorRT engines are not served yet by this program; export the model as ONNX",
+    ),
+    ("python", "python", "model.py", "Triton's python backend is not here"),
+];
 
 /// The engines of this program.
 #[derive(Clone, Debug)]
@@ -41,18 +52,23 @@ impl Openers {
             if let Some(named) = self.0.iter().find(|opener| is_asked(opener.backend, opener.platform)) {
                 return Ok(*named);
             }
-            let asked = if config.backend.is_empty() { &config.platform } else { &config.backend };
-            let known: Vec<_> = self.0.iter().map(|opener| opener.backend).collect();
-            let known = known.join(", ");
-            return Err(match ELSEWHERE.iter().find(|other| is_asked(other.backend, other.platform)) {
-                Some(other) => format!(
-                    "its configuration asks for backend {asked:?}, which {} has; run that instead, this program has {known}",
+            let asked = match (&*config.backend, &*config.platform) {
+                (backend, "") => format!("backend {backend:?}"),
+                ("", platform) => format!("platform {platform:?}"),
+                (backend, platform) => format!("backend {backend:?} and platform {platform:?} at once"),
+            };
+            let known = self.0.iter().map(|opener| format!("{} (platform {})", opener.backend, opener.platform));
+            let known = known.collect::<Vec<_>>().join(", ");
+            if let Some(other) = ELSEWHERE.iter().find(|other| is_asked(other.backend, other.platform)) {
+                return Err(format!(
+                    "its configuration asks for {asked}, which {} has; run that instead, this program has {known}",
                     other.program
-                ),
-                None => format!("its configuration asks for backend {asked:?}; this server has {known}"),
-            });
+                ));
+            }
+            let advice = NOWHERE.iter().find(|(backend, platform, ..)| is_asked(backend, platform));
+            let advice = advice.map_or(String::new(), |(.., advice)| format!("; {advice}"));
+            return Err(format!("its configuration asks for {asked}; this server has {known}{advice}"));
         }
-        let suffix = |file: &str| file.rsplit_once('.').map(|(_, suffix)| suffix.to_owned());
         let is_there = |file: &str| {
             path.join(file).exists()
                 || !config.default_model_filename.is_empty() && suffix(&config.default_model_filename) == suffix(file)
@@ -67,8 +83,35 @@ impl Openers {
             ));
         }
         let files: Vec<_> = self.0.iter().map(|opener| opener.file).collect();
-        Err(format!("{} has no {}", path.display(), files.join(" or ")))
+        Err(self.lacks(path, &files.join(" or ")))
     }
+
+    /// That a version's folder lacks its file, and what it has instead.
+    pub(super) fn lacks(&self, path: &Path, file: &str) -> String {
+        const MOST: usize = 8; // enough to see what it is
+        let lack = format!("{} has no {file}", path.display());
+        if let Some(file) = self.model_file(path) {
+            return format!("{lack}; it has {file}: rename it, or write default_model_filename: {file:?}");
+        }
+        let found = folder::files(path);
+        if let Some((.., file, advice)) = NOWHERE.iter().find(|(.., file, _)| found.iter().any(|found| found == file)) {
+            return format!("{lack}; it has {file}: {advice}");
+        }
+        match &found[..found.len().min(MOST)] {
+            [] => format!("{lack}; it is empty"),
+            some => format!("{lack}; it has {}", some.join(", ")),
+        }
+    }
+
+    /// The first file of a folder that an engine of this program may open, by its name.
+    pub(super) fn model_file(&self, folder: &Path) -> Option<String> {
+        let is_one = |file: &String| self.0.iter().any(|opener| suffix(opener.file) == suffix(file));
+        folder::files(folder).into_iter().find(is_one)
+    }
+}
+
+fn suffix(file: &str) -> Option<&str> {
+    file.rsplit_once('.').map(|(_, suffix)| suffix)
 }
 
 /// What a configuration says about the graph behind it, for files that leave it open. Pure.
@@ -147,7 +190,7 @@ mod tests {
         assert_eq!(find(config("onnxruntime", "", "")), Ok("onnxruntime"));
         assert_eq!(find(config("", "onnxruntime_onnx", "")), Ok("onnxruntime"));
         assert_eq!(find(config("", "", "other.onnx")), Ok("onnxruntime"));
-        assert!(find(config("", "", "")).unwrap_err().ends_with("has no model.onnx"));
+        assert!(find(config("", "", "")).unwrap_err().ends_with("has no model.onnx; it is empty"));
         std::fs::write(folder.path().join("model.onnx"), "").unwrap();
         assert_eq!(find(config("", "", "")), Ok("onnxruntime"));
     }
@@ -160,8 +203,35 @@ mod tests {
             let reason = find(config);
             assert!(reason.contains("which sensorium-server-torch has; run that instead"), "{reason}");
         }
-        let reason = find(config("python", "", ""));
-        assert_eq!(reason, "its configuration asks for backend \"python\"; this server has onnxruntime");
+        let known = "; this server has onnxruntime (platform onnxruntime_onnx)";
+        for (config, words) in [
+            (config("tensorflow", "", ""), "asks for backend \"tensorflow\""),
+            (config("", "onnxruntime", ""), "asks for platform \"onnxruntime\""),
+            (
+                config("onnxruntime", "tensorrt_plan", ""),
+                "asks for backend \"onnxruntime\" and platform \"tensorrt_plan\" at once",
+            ),
+        ] {
+            let reason = find(config);
+            assert!(reason.ends_with(&format!("{words}{known}")), "{reason}");
+        }
+        let reason = find(config("", "tensorrt_plan", ""));
+        assert!(reason.ends_with("export the model as ONNX"), "{reason}");
+    }
+
+    #[test]
+    fn a_folder_without_the_file_says_what_it_has_instead() {
+        let folder = tempfile::tempdir().unwrap();
+        let find = || Openers::default().find(&config("", "", ""), folder.path()).unwrap_err();
+        for (file, words) in [
+            ("weights.bin", "; it has weights.bin"),
+            ("model.py", "; it has model.py: Triton's python backend is not here"),
+            ("resnet.onnx", "; it has resnet.onnx: rename it, or write default_model_filename: \"resnet.onnx\""),
+        ] {
+            std::fs::write(folder.path().join(file), "").unwrap();
+            let reason = find();
+            assert!(reason.ends_with(&format!("has no model.onnx{words}")), "{reason}");
+        }
     }
 
     #[test]

@@ -34,6 +34,11 @@ impl Place {
         Ok(Self::Folder(PathBuf::from(repository)))
     }
 
+    /// Whether it is on this machine, and so always as it is.
+    pub(super) fn is_here(&self) -> bool {
+        matches!(self, Self::Folder(_))
+    }
+
     /// Where the models are.
     pub(super) fn path(&self) -> &Path {
         match self {

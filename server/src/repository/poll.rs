@@ -26,6 +26,14 @@ pub(super) fn spawn(registry: &Registry, interval: Duration, found: BTreeMap<Str
 }
 
 async fn watch(registry: Weak<Inner>, interval: Duration, mut loaded: Loaded) {
+    // What could not be loaded may only want for another model.
+    let mut failed: Vec<String> = registry
+        .upgrade()
+        .map(|registry| {
+            let registry = Registry(registry);
+            loaded.keys().filter(|name| !registry.ready(name, "")).cloned().collect()
+        })
+        .unwrap_or_default();
     let mut before: Look = loaded.iter().map(|(name, fingerprint)| (name.clone(), Some(*fingerprint))).collect();
     let mut next = interval;
     loop {
@@ -54,13 +62,19 @@ async fn watch(registry: Weak<Inner>, interval: Duration, mut loaded: Loaded) {
             registry.remove(&name);
             loaded.remove(&name);
         }
-        for (name, fingerprint) in stable {
-            let _changing = registry.0.changing.lock().await;
-            if let Err(error) = registry.bring(&name, LoadParameters::default()).await {
-                tracing::error!(model = name, error = chain(&error), "not loaded");
-            }
+        if !stable.is_empty() {
             // Also after a failure: it is tried again when something changes.
-            loaded.insert(name, fingerprint);
+            let again = std::mem::take(&mut failed).into_iter().filter(|name| !stable.contains_key(name));
+            let again: Vec<String> = again.filter(|name| now.contains_key(name)).collect();
+            let names = stable.keys().cloned().chain(again);
+            for name in names {
+                let _changing = registry.0.changing.lock().await;
+                if let Err(error) = registry.bring(&name, LoadParameters::default()).await {
+                    tracing::error!(model = name, error = chain(&error), "not loaded");
+                    failed.push(name);
+                }
+            }
+            loaded.extend(stable);
         }
         // A change is taken as soon as it stands still, which need not last a whole interval.
         next = if is_settled { interval } else { interval.min(Duration::from_millis(500)) };

@@ -206,11 +206,11 @@ impl RemoteEngine {
             biased;
             answer = self.ask(request, deadline) => answer,
             () = time::sleep_until(deadline.into()) => Err(if deadline < limit {
-                EngineError::CutShort { address: address() }
+                EngineError::CutShort
             } else {
                 EngineError::Unavailable { address: address(), reason: format!("no answer within {LIMIT:?}") }
             }),
-            () = poll_fn(|context| (waiters.poll_gone)(context)) => Err(EngineError::CutShort { address: address() }),
+            () = poll_fn(|context| (waiters.poll_gone)(context)) => Err(EngineError::CutShort),
         }
     }
 

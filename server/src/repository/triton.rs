@@ -75,7 +75,9 @@ impl Found {
             versions.insert(1, self.folder.path.clone());
         }
         if versions.is_empty() {
-            return Err("it has no folder of a version, such as 1".to_owned());
+            let file = opening.openers.model_file(&self.folder.path);
+            let advice = file.map_or(String::new(), |file| format!("; it has {file}: move it to 1/"));
+            return Err(format!("it has no folder of a version, such as 1{advice}"));
         }
         let mut loaded = Loaded::default();
         for (version, path) in versions {
@@ -165,6 +167,9 @@ fn open_version(
     // A model with files of its own beside it may be a folder.
     if file.is_dir() {
         file = file.join(opener.file);
+    }
+    if !file.exists() {
+        return Err(opening.openers.lacks(path, &file.strip_prefix(path).unwrap_or(&file).display().to_string()));
     }
     let (count, options) = engines::instances(&written.config, opening.engine)?;
     let reopen: Reopen = {

@@ -5,25 +5,27 @@ use std::{convert::Infallible, sync::Arc};
 
 use axum::{
     extract::{Path, State},
-    http::HeaderMap,
+    http::{HeaderMap, header::CONTENT_TYPE},
     response::{
         IntoResponse, Response,
         sse::{Event, Sse},
     },
 };
+use bytes::Bytes;
 use sensorium_proto::inference::{ModelInferRequest, ModelInferResponse, model_infer_request::InferInputTensor};
-use serde_json::{Value, json, value::RawValue};
+use serde_json::{Value, json};
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
 
 use super::{
     Refusal, Rest, Target,
     body::{self, Arriving},
+    infer::one_row,
     json::{JsonError, Reader},
     request, response, tensor,
 };
 use crate::{
-    blocking::aside,
+    blocking::{aside, in_place},
     model::ModelVersion,
     service::{Call, mark},
 };
@@ -36,7 +38,9 @@ pub(super) async fn generate(
 ) -> Result<Response, Refusal> {
     let (_, request) = read(&rest, target, &headers, body).await?;
     let answer = rest.service.infer(request, &Call::new(&headers)).await?;
-    Ok(axum::Json(answer_object(answer)?).into_response())
+    let size = answer.raw_output_contents.iter().map(Bytes::len).sum();
+    let text = aside(size, move || answer_object(answer)).await?;
+    Ok(([(CONTENT_TYPE, "application/json")], text).into_response())
 }
 
 /// An event for each response; of a decoupled model each says whether it is the last. An error before the first event is a
@@ -70,8 +74,9 @@ pub(super) async fn generate_stream(
 
 fn events(answers: impl Stream<Item = Result<ModelInferResponse, Status>> + Send + 'static) -> Response {
     let event = |answer: Result<ModelInferResponse, Status>| {
-        let text = match answer.map_err(Refusal::from).and_then(answer_object) {
-            Ok(answer) => answer.get().to_owned(),
+        let size = answer.iter().flat_map(|answer| &answer.raw_output_contents).map(Bytes::len).sum();
+        let text = match answer.map_err(Refusal::from).and_then(|answer| in_place(size, || answer_object(answer))) {
+            Ok(answer) => answer,
             Err(refusal) => json!({ "error": refusal.message() }).to_string(),
         };
         Ok::<_, Infallible>(Event::default().data(text))
@@ -96,42 +101,53 @@ async fn read(
     Ok((model, request))
 }
 
-/// Fields that are named like inputs are those; `id` and `parameters` are themselves, and the rest are parameters.
+/// Fields that are named like inputs are those, wherever they are, `id` is itself, and the rest are parameters.
 fn fields(model: &ModelVersion, body: &[u8]) -> Result<ModelInferRequest, JsonError> {
     let mut request = ModelInferRequest::default();
     let mut reader = Reader::new(body);
-    reader.object(|reader, key| {
-        if let Some(spec) = model.inputs().iter().find(|spec| spec.name == key) {
-            let (data, elements) = tensor::read_loose(reader, spec.dtype)?;
-            // One row: all sizes are 1 but the last.
-            let mut shape = vec![1; spec.shape.len()];
-            match shape.last_mut() {
-                Some(last) => *last = elements as i64,
-                None if elements == 1 => {}
-                None => return Err(reader.error("this input is a single element")),
+    reader.object(|reader, key| match key {
+        _ if input(model, reader, key, &mut request)? => Ok(()),
+        "id" => {
+            request.id = reader.string()?.into_owned();
+            Ok(())
+        }
+        "parameters" => reader.object(|reader, key| {
+            if input(model, reader, key, &mut request)? {
+                return Ok(());
             }
-            request.inputs.push(InferInputTensor {
-                name: key.to_owned(),
-                datatype: crate::wire::datatype_name(spec.dtype).to_owned(),
-                shape,
-                ..InferInputTensor::default()
-            });
-            request.raw_input_contents.push(data);
-            return Ok(());
-        }
-        match key {
-            "id" => request.id = reader.string()?.into_owned(),
-            "parameters" => request::parameters(reader, &mut request.parameters)?,
-            _ => request::parameter(reader, key, &mut request.parameters)?,
-        }
-        Ok::<_, JsonError>(())
+            request::parameter(reader, key, &mut request.parameters)
+        }),
+        _ => request::parameter(reader, key, &mut request.parameters),
     })?;
     reader.end()?;
     Ok(request)
 }
 
-/// The outputs as fields of one object: an element alone, or a flat array.
-fn answer_object(answer: ModelInferResponse) -> Result<Box<RawValue>, Refusal> {
+/// Reads the field `key` if the model has an input of that name; whether it has.
+fn input(
+    model: &ModelVersion,
+    reader: &mut Reader<'_>,
+    key: &str,
+    request: &mut ModelInferRequest,
+) -> Result<bool, JsonError> {
+    let Some(spec) = model.inputs().iter().find(|spec| spec.name == key) else { return Ok(false) };
+    let (data, elements) = tensor::read_loose(reader, spec.dtype)?;
+    if spec.shape.is_empty() && elements != 1 {
+        return Err(reader.error("this input is a single element"));
+    }
+    request.inputs.push(InferInputTensor {
+        name: key.to_owned(),
+        datatype: crate::wire::datatype_name(spec.dtype).to_owned(),
+        shape: one_row(model, spec, elements).0,
+        ..InferInputTensor::default()
+    });
+    request.raw_input_contents.push(data);
+    Ok(true)
+}
+
+/// The outputs as fields of one object: an element alone, or a flat array. Floats may be `NaN`, `Infinity` and `-Infinity`, which JSON
+/// lacks and Triton's clients read.
+fn answer_object(answer: ModelInferResponse) -> Result<String, Refusal> {
     let mut text = Vec::with_capacity(256);
     let mut field = |name: &str, value: &[u8]| {
         text.push(if text.is_empty() { b'{' } else { b',' });
@@ -156,7 +172,5 @@ fn answer_object(answer: ModelInferResponse) -> Result<Box<RawValue>, Refusal> {
         field(&output.name, if is_one { &elements[1..elements.len() - 1] } else { &elements });
     }
     text.push(b'}');
-    let text = String::from_utf8(text).map_err(|error| Refusal::invalid(error.to_string()))?;
-    // Not-a-numbers are what JSON lacks; here the object has to be JSON to be an event.
-    RawValue::from_string(text).map_err(|_| Refusal::invalid("an output has a NaN or an infinity, which JSON lacks"))
+    String::from_utf8(text).map_err(|error| Refusal::invalid(error.to_string()))
 }

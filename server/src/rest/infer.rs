@@ -9,7 +9,7 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use bytes::{BufMut as _, Bytes, BytesMut};
-use sensorium_artifact::DType;
+use sensorium_artifact::{DType, TensorSpec};
 use sensorium_proto::inference::{ModelInferRequest, model_infer_request::InferInputTensor};
 
 use super::{
@@ -89,12 +89,6 @@ fn raw(model: &ModelVersion, body: Bytes) -> Result<ModelInferRequest, Refusal> 
         let message = "a request of raw bytes needs a model with exactly one input, this one has";
         return Err(Refusal::invalid(format!("{message} {}", model.inputs().len())));
     };
-    let mut shape: Vec<i64> = spec.shape.iter().map(|size| size.map_or(-1, |size| size as i64)).collect();
-    if model.config().max_batch_size > 0
-        && let Some(rows) = shape.first_mut()
-    {
-        *rows = 1;
-    }
     let (elements, data) = if let Some(size) = sensorium_engine::element_size(spec.dtype) {
         (body.len() / size, body)
     } else {
@@ -104,12 +98,8 @@ fn raw(model: &ModelVersion, body: Bytes) -> Result<ModelInferRequest, Refusal> 
         string.extend_from_slice(&body);
         (1, string.freeze())
     };
-    let known: i64 = shape.iter().filter(|size| **size > 0).product();
-    let mut open = shape.iter_mut().filter(|size| **size < 0);
-    if let Some(size) = open.next() {
-        *size = elements as i64 / known.max(1);
-    }
-    if open.next().is_some() {
+    let (shape, open) = one_row(model, spec, elements);
+    if open > 1 {
         let message = "a request of raw bytes needs a model whose input has at most one variable size";
         return Err(Refusal::invalid(message));
     }
@@ -120,6 +110,23 @@ fn raw(model: &ModelVersion, body: Bytes) -> Result<ModelInferRequest, Refusal> 
         ..InferInputTensor::default()
     };
     Ok(ModelInferRequest { inputs: vec![input], raw_input_contents: vec![data], ..ModelInferRequest::default() })
+}
+
+/// The shape of so many elements of an input as one row, and how many sizes the model leaves open: the last of them is what the fixed
+/// ones leave, the others are 1.
+pub(super) fn one_row(model: &ModelVersion, spec: &TensorSpec, elements: usize) -> (Vec<i64>, usize) {
+    let mut shape: Vec<i64> = spec.shape.iter().map(|size| size.map_or(-1, |size| size as i64)).collect();
+    if model.config().max_batch_size > 0
+        && let Some(rows) = shape.first_mut()
+    {
+        *rows = 1;
+    }
+    let known = shape.iter().filter(|size| **size > 0).fold(1_i64, |product, size| product.saturating_mul(*size));
+    let open = shape.iter().filter(|size| **size < 0).count();
+    for (index, size) in shape.iter_mut().filter(|size| **size < 0).enumerate() {
+        *size = if index + 1 == open { elements as i64 / known } else { 1 };
+    }
+    (shape, open)
 }
 
 #[cfg(test)]

@@ -95,7 +95,7 @@ struct Index {
 pub(super) async fn repository_index(State(rest): State<Rest>, headers: HeaderMap, body: Arriving) -> Answer {
     let Index { ready } = body::read_json(&headers, body, SMALL).await?;
     let request = RepositoryIndexRequest { repository_name: String::new(), ready };
-    let mut response = to_json(&rest.service.repository_index(&request)?);
+    let mut response = to_json(&rest.service.repository_index(&request).await?);
     Ok(Json(response["models"].take()))
 }
 

@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
-use sensorium_artifact::DType;
 use sensorium_proto::inference::{
     InferParameter, ModelInferRequest,
     infer_parameter::ParameterChoice,
@@ -16,7 +15,7 @@ use super::{
     response::Wanted,
     tensor,
 };
-use crate::wire::excerpt;
+use crate::wire::{InvalidRequest, excerpt};
 
 /// Tensors of a request at most, as many as a gRPC message of the same kind may have.
 const MAX_TENSORS: usize = 1 << 12;
@@ -37,13 +36,34 @@ pub(super) enum RequestError {
         /// Bytes of the body.
         body: usize,
     },
-    /// A datatype that is none.
-    #[error("input {input:?} has datatype {datatype:?}, which the protocol does not have")]
-    Datatype {
+    /// An input is not the JSON that it should be.
+    #[error("input {input:?}: {source}")]
+    Input {
         /// The input.
         input: String,
-        /// As the request says.
-        datatype: String,
+        /// Where, and what should be there.
+        source: JsonError,
+    },
+    /// What gRPC refuses in the same words.
+    #[error(transparent)]
+    Invalid(#[from] InvalidRequest),
+    /// An input without a shape, which is not the same as that of a single element.
+    #[error("input {input:?} has no shape")]
+    NoShape {
+        /// The input.
+        input: String,
+    },
+    /// Elements that do not fill the shape.
+    #[error("input {input:?} has {found} elements in data, its shape {shape} needs {expected}")]
+    ElementCount {
+        /// The input.
+        input: String,
+        /// Elements that came.
+        found: usize,
+        /// Elements that the shape has.
+        expected: usize,
+        /// The shape, or its beginning.
+        shape: String,
     },
     /// An input without elements.
     #[error("input {input:?} has no data; give it `data`, `parameters.binary_data_size` or a shared memory region")]
@@ -80,7 +100,8 @@ enum Data<'a> {
     None,
     /// In the JSON, not read yet: the datatype may come after them.
     Json(Reader<'a>),
-    Raw(Bytes),
+    /// Read, and how many there are.
+    Raw(Bytes, usize),
 }
 
 /// Reads a body whose first `header_length` bytes are JSON; all of it when there is no such header.
@@ -150,8 +171,12 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<(ModelIn
         let raw = match (data, size, shared) {
             (Data::None, None, true) => continue,
             (Data::None, None, false) => return Err(RequestError::NoData { input: excerpt(&input.name) }),
-            (Data::Json(mut elements), None, false) => tensor::read(&mut elements, dtype(input)?)?,
-            (Data::Raw(elements), None, false) => elements,
+            (Data::Json(mut elements), None, false) => {
+                let dtype = tensor::dtype(&input.datatype).ok_or_else(|| InvalidRequest::datatype(input))?;
+                let (elements, count) = tensor::read(&mut elements, dtype).map_err(within(&input.name))?;
+                filling(input, elements, count)?
+            }
+            (Data::Raw(elements, count), None, false) => filling(input, elements, count)?,
             (Data::None, Some(size), false) => {
                 if size > tail.len() {
                     let needed = (found - tail.len()).saturating_add(size);
@@ -171,25 +196,44 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<(ModelIn
     }
 }
 
-fn dtype(input: &InferInputTensor) -> Result<DType, RequestError> {
-    tensor::dtype(&input.datatype)
-        .ok_or_else(|| RequestError::Datatype { input: excerpt(&input.name), datatype: excerpt(&input.datatype) })
+/// The elements, if there are as many as the shape has. A shape that no tensor has is refused later, as gRPC's is.
+fn filling(input: &InferInputTensor, elements: Bytes, found: usize) -> Result<Bytes, RequestError> {
+    let size = |&size: &i64| usize::try_from(size).ok();
+    let expected = input.shape.iter().try_fold(1_usize, |product, axis| product.checked_mul(size(axis)?));
+    match expected.filter(|expected| *expected != found) {
+        None => Ok(elements),
+        Some(expected) => {
+            let (input, shape) = (excerpt(&input.name), excerpt(&format!("{:?}", input.shape)));
+            Err(RequestError::ElementCount { input, found, expected, shape })
+        }
+    }
+}
+
+/// Names the input whose JSON is wrong, where its name came before that.
+fn within(input: &str) -> impl Fn(JsonError) -> RequestError {
+    move |source| match input {
+        "" => source.into(),
+        _ => RequestError::Input { input: excerpt(input), source },
+    }
 }
 
 /// An input, its elements where they are in the JSON, and how many bytes of them are behind it.
 fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>, Option<usize>), RequestError> {
     let mut input = InferInputTensor::default();
-    let (mut data, mut size) = (Data::None, None);
-    reader.object(|reader, key| {
+    let (mut data, mut size, mut has_shape) = (Data::None, None, false);
+    let read = reader.object(|reader, key| {
         match key {
             "name" => input.name = text(reader)?,
             "datatype" => input.datatype = text(reader)?,
-            "shape" => reader.array(|reader| {
-                let at = reader.clone();
-                let size = reader.number()?.parse().map_err(|_| at.error("a size is an integer"))?;
-                input.shape.push(size);
-                Ok::<_, JsonError>(())
-            })?,
+            "shape" => {
+                has_shape = true;
+                reader.array(|reader| {
+                    let at = reader.clone();
+                    let size = reader.number()?.parse().map_err(|_| at.error("a size is an integer"))?;
+                    input.shape.push(size);
+                    Ok::<_, JsonError>(())
+                })?;
+            }
             "parameters" => reader.object(|reader, key| match key {
                 "binary_data_size" => value(reader).map(|value| size = as_size(value)),
                 key => parameter(reader, key, &mut input.parameters),
@@ -197,7 +241,10 @@ fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>, Opt
             "data" => {
                 data = match tensor::dtype(&input.datatype) {
                     // Read in passing, as all clients write it.
-                    Some(dtype) => Data::Raw(tensor::read(reader, dtype)?),
+                    Some(dtype) => {
+                        let (elements, count) = tensor::read(reader, dtype)?;
+                        Data::Raw(elements, count)
+                    }
                     None => Data::Json(reader.skip()?),
                 };
             }
@@ -205,8 +252,12 @@ fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>, Opt
                 reader.skip()?;
             }
         }
-        Ok::<_, RequestError>(())
-    })?;
+        Ok::<_, JsonError>(())
+    });
+    read.map_err(within(&input.name))?;
+    if !has_shape {
+        return Err(RequestError::NoShape { input: excerpt(&input.name) });
+    }
     Ok((input, data, size))
 }
 
@@ -235,14 +286,6 @@ fn output(reader: &mut Reader<'_>) -> Result<(InferRequestedOutputTensor, Option
 
 fn text(reader: &mut Reader<'_>) -> Result<String, JsonError> {
     reader.string().map(std::borrow::Cow::into_owned)
-}
-
-/// Parameters by name.
-pub(super) fn parameters(
-    reader: &mut Reader<'_>,
-    parameters: &mut HashMap<String, InferParameter>,
-) -> Result<(), JsonError> {
-    reader.object(|reader, key| parameter(reader, key, parameters))
 }
 
 /// One parameter. Values that gRPC has no form for, such as lists, are for others and are passed over.
@@ -362,9 +405,27 @@ mod tests {
             (r#"{"inputs": 1}"#, "an array, `[`, should begin here"),
             (r#"{"inputs": [{"name": "a", "shape": [1], "datatype": "INT8"}]}"#, "input \"a\" has no data"),
             (r#"{"inputs": [{"name": "a", "data": [1], "shape": [1], "datatype": "INT"}]}"#, "datatype \"INT\""),
-            (r#"{"inputs": [{"name": "a", "shape": [1.5]}]}"#, "a size is an integer"),
             (
-                r#"{"inputs": [{"name": "a", "datatype": "INT8", "data": [1], "parameters": {"binary_data_size": 1}}]}"#,
+                r#"{"inputs": [{"name": "a", "shape": [1.5]}]}"#,
+                "input \"a\": the JSON is wrong at byte 36: a size is an",
+            ),
+            (r#"{"inputs": [{"name": "a", "shape": [1], "data": [1]}]}"#, "input \"a\" has no datatype"),
+            (r#"{"inputs": [{"name": "a", "datatype": "INT8", "data": [1]}]}"#, "input \"a\" has no shape"),
+            (
+                r#"{"inputs": [{"name": "a", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3]}]}"#,
+                "input \"a\" has 3 elements in data, its shape [1, 4] needs 4",
+            ),
+            (
+                r#"{"inputs": [{"data": ["x"], "name": "a", "shape": [2], "datatype": "BYTES"}]}"#,
+                "input \"a\" has 1 elements in data, its shape [2] needs 2",
+            ),
+            (r#"{"inputs": [{"name": "a", "shape": [1], "datatype": "INT64", "data": [1.5]}]}"#, "1.5 is no INT64"),
+            (
+                r#"{"inputs": [{"data": [true], "name": "a", "shape": [1], "datatype": "FP32"}]}"#,
+                "input \"a\": the JSON",
+            ),
+            (
+                r#"{"inputs": [{"name": "a", "datatype": "INT8", "data": [1], "parameters": {"binary_data_size": 1}, "shape": [1]}]}"#,
                 "use one of them",
             ),
             (r#"{"inputs": []} x"#, "the text should end here"),
@@ -379,7 +440,7 @@ mod tests {
 
     #[test]
     fn a_flood_of_tensors_is_refused() {
-        let flood = format!(r#"{{"inputs": [{}{{}}]}}"#, "{},".repeat(MAX_TENSORS));
+        let flood = format!(r#"{{"inputs": [{}{{}}]}}"#, r#"{"shape": []},"#.repeat(MAX_TENSORS));
         assert_eq!(parsed(&flood).unwrap_err(), RequestError::TooManyTensors);
     }
 }

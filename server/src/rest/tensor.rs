@@ -7,64 +7,63 @@ use sensorium_artifact::DType;
 
 use super::json::{JsonError, Reader};
 pub(super) use crate::wire::datatype as dtype;
+use crate::wire::excerpt;
 
 /// Appends one element, read from JSON, to raw ones.
 type ReadElement = fn(&mut Reader<'_>, &mut Vec<u8>) -> Result<(), JsonError>;
 
-/// Reads an array, flat or nested, as raw elements. What it allocates grows with the text, never with a claim.
+/// Reads an array, flat or nested, as raw elements, and counts them. What it allocates grows with the text, never with a
+/// claim.
 ///
 /// # Errors
 /// [`JsonError`] at the first element that is none of its type.
-pub(super) fn read(reader: &mut Reader<'_>, dtype: DType) -> Result<Bytes, JsonError> {
+pub(super) fn read(reader: &mut Reader<'_>, dtype: DType) -> Result<(Bytes, usize), JsonError> {
     let element = read_element(reader, dtype)?;
-    let mut raw = Vec::new();
-    reader.flattened(|reader| element(reader, &mut raw))?;
-    Ok(raw.into())
+    let (mut raw, mut count) = (Vec::new(), 0);
+    reader.flattened(|reader| {
+        count += 1;
+        element(reader, &mut raw)
+    })?;
+    Ok((raw.into(), count))
 }
 
-/// As [`read`], and reads one element without brackets too. How many elements there are, beside them.
+/// As [`read`], and reads one element without brackets too.
 ///
 /// # Errors
 /// As [`read`].
 pub(super) fn read_loose(reader: &mut Reader<'_>, dtype: DType) -> Result<(Bytes, usize), JsonError> {
-    let element = read_element(reader, dtype)?;
-    let (mut raw, mut count) = (Vec::new(), 0);
-    let mut counted = |reader: &mut Reader<'_>| {
-        count += 1;
-        element(reader, &mut raw)
-    };
     if reader.peek() == b'[' {
-        reader.flattened(counted)?;
-    } else {
-        counted(reader)?;
+        return read(reader, dtype);
     }
-    Ok((raw.into(), count))
+    let mut raw = Vec::new();
+    read_element(reader, dtype)?(reader, &mut raw)?;
+    Ok((raw.into(), 1))
 }
 
 fn read_element(reader: &Reader<'_>, dtype: DType) -> Result<ReadElement, JsonError> {
     macro_rules! number {
-        ($type:ty) => {
+        ($type:ty, $name:literal) => {
             |reader, raw| {
                 let at = reader.clone();
-                let number: $type = reader.number()?.parse().map_err(|_| {
-                    at.error(concat!("the number is no ", stringify!($type), ", which the datatype needs"))
-                })?;
+                let written = reader.number()?;
+                let number: $type =
+                    written.parse().map_err(|_| at.error(format!("{} is no {}", excerpt(written), $name)))?;
                 raw.extend_from_slice(&number.to_le_bytes());
                 Ok(())
             }
         };
     }
     Ok(match dtype {
-        DType::Uint8 => number!(u8),
-        DType::Uint16 => number!(u16),
-        DType::Uint32 => number!(u32),
-        DType::Uint64 => number!(u64),
-        DType::Int8 => number!(i8),
-        DType::Int16 => number!(i16),
-        DType::Int32 => number!(i32),
-        DType::Int64 => number!(i64),
-        DType::Fp32 => number!(f32),
-        DType::Fp64 => number!(f64),
+        DType::Uint8 => number!(u8, "UINT8"),
+        DType::Uint16 => number!(u16, "UINT16"),
+        DType::Uint32 => number!(u32, "UINT32"),
+        DType::Uint64 => number!(u64, "UINT64"),
+        DType::Int8 => number!(i8, "INT8"),
+        DType::Int16 => number!(i16, "INT16"),
+        DType::Int32 => number!(i32, "INT32"),
+        DType::Int64 => number!(i64, "INT64"),
+        DType::Fp32 => number!(f32, "FP32"),
+        DType::Fp64 => number!(f64, "FP64"),
         DType::Bool => |reader, raw| {
             raw.push(u8::from(reader.bool()?));
             Ok(())
@@ -185,7 +184,7 @@ mod tests {
         let mut text = Vec::new();
         write(&mut text, dtype, raw).unwrap();
         let mut reader = Reader::new(&text);
-        let back = read(&mut reader, dtype).unwrap();
+        let (back, _) = read(&mut reader, dtype).unwrap();
         reader.end().unwrap();
         back
     }
@@ -196,9 +195,10 @@ mod tests {
 
     #[test]
     fn elements_beyond_their_type_are_refused_where_they_stand() {
-        assert!(refused(DType::Uint8, "[1, 256]").contains("at byte 4: the number is no u8"));
-        assert!(refused(DType::Int32, "[1.5]").contains("the number is no i32"));
-        assert!(refused(DType::Int32, "[NaN]").contains("the number is no i32"));
+        assert!(refused(DType::Uint8, "[1, 256]").contains("at byte 4: 256 is no UINT8"));
+        assert!(refused(DType::Int64, "[1.5]").contains("1.5 is no INT64"));
+        assert!(refused(DType::Int32, "[NaN]").contains("NaN is no INT32"));
+        assert!(refused(DType::Int32, &format!("[{}]", "9".repeat(1 << 20))).len() < 200);
         assert!(refused(DType::Bool, "[1]").contains("`true` or `false`"));
         assert!(refused(DType::Bytes, "[1]").contains("a string should be here"));
         assert!(refused(DType::Fp32, "[\"1\"]").contains("a number should be here"));

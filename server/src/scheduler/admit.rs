@@ -54,6 +54,8 @@ pub(super) struct Queue {
     threads: usize,
     /// Whether callers may run the engines, which are all alike.
     callers_may_run: bool,
+    /// How many of all models' callers may do that at a time: half of the runtime's threads, or the only one.
+    callers: usize,
     state: Mutex<State>,
     /// Signalled when work or an engine is there, and when the queue is closed.
     changed: Condvar,
@@ -117,10 +119,24 @@ impl Queue {
         let runtime = Handle::try_current().ok();
         let threads = engines.len();
         let callers_may_run = runtime.is_some() && engines.iter().all(|engine| engine.runs_on_any_thread());
+        let callers = runtime.as_ref().map_or(1, |runtime| runtime.metrics().num_workers() / 2).max(1);
         let resting = engines.into_iter().map(Ready::new).collect();
         let state = Mutex::new(State { resting, ..State::default() });
         let (changed, ended) = (Condvar::new(), Condvar::new());
-        Self { graph, policy, shapes, metrics, statistics, runtime, threads, callers_may_run, state, changed, ended }
+        Self {
+            graph,
+            policy,
+            shapes,
+            metrics,
+            statistics,
+            runtime,
+            threads,
+            callers_may_run,
+            callers,
+            state,
+            changed,
+            ended,
+        }
     }
 
     /// Puts work in the line.
@@ -259,7 +275,7 @@ impl Queue {
         let (quick, mut held) = (state.quick, None);
         let next = self.next(&mut state, Instant::now(), |jobs| {
             if quick.expects(jobs.map(|job| job.work.bytes()).sum()) {
-                held = share.try_hold();
+                held = share.try_hold_here(self.callers);
             }
             held.is_some()
         });

@@ -67,11 +67,11 @@ pub(super) enum Refused {
         /// Requests that may wait there.
         limit: usize,
     },
-    /// The bound on rows of all levels.
+    /// A bound on rows: of those that go before it, or of those of all levels.
     Rows {
-        /// Rows that wait.
+        /// Of these, those that wait.
         waiting: usize,
-        /// Rows that may.
+        /// Those that may.
         limit: usize,
     },
 }
@@ -99,7 +99,7 @@ impl<J> Line<J> {
 
     /// Rows that go before a newcomer on `level`.
     pub(super) fn rows_before(&self, level: u64) -> usize {
-        self.by_level.range(..=level).map(|(_, level)| level.rows).sum()
+        self.by_level.range(..=level).fold(0, |rows, (_, level)| rows.saturating_add(level.rows))
     }
 
     /// Rows that wait.
@@ -108,15 +108,22 @@ impl<J> Line<J> {
     }
 
     /// Puts a request in its place.
+    ///
+    /// No more rows go before it than the policy lets wait. Beyond that all levels together are bounded, for the memory: by twice as
+    /// many on level 1, and by evenly less on each level below it, so that whatever floods a level leaves room for those above.
     pub(super) fn push(&mut self, policy: &Policy, ticket: Ticket, job: J) -> Result<Number, Refused> {
         let level = policy.level(ticket.level);
         let on_level = self.by_level.get(&ticket.level).map_or(0, |level| level.requests);
         if level.max_requests > 0 && on_level >= level.max_requests {
             return Err(Refused::Level { limit: level.max_requests });
         }
-        // An empty line takes any request, so that what fits into a batch can always be run.
-        if self.rows > 0 && self.rows.saturating_add(ticket.rows) > policy.max_waiting_rows {
-            return Err(Refused::Rows { waiting: self.rows, limit: policy.max_waiting_rows });
+        let bounds =
+            [(self.rows_before(ticket.level), policy.max_waiting_rows), (self.rows, most_rows(policy, ticket.level))];
+        for (waiting, limit) in bounds {
+            // An empty line takes any request, so that what fits into a batch can always be run.
+            if waiting > 0 && waiting.saturating_add(ticket.rows) > limit {
+                return Err(Refused::Rows { waiting, limit });
+            }
         }
         let number = Number { level: ticket.level, arrival: self.arrivals };
         self.arrivals += 1;
@@ -229,6 +236,13 @@ impl<J> Line<J> {
         }
         Some(job)
     }
+}
+
+/// Rows of all levels that may wait with one of `level`.
+fn most_rows(policy: &Policy, level: u64) -> usize {
+    let below = policy.levels.saturating_sub(level) as f64 / policy.levels.saturating_sub(1).max(1) as f64;
+    let limit = policy.max_waiting_rows;
+    limit.saturating_add((limit as f64 * below) as usize)
 }
 
 impl Ticket {

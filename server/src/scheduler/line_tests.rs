@@ -86,7 +86,7 @@ fn a_lower_level_number_goes_first_and_fills_its_batch_from_below() {
 }
 
 #[test]
-fn each_level_has_a_bound_of_its_own_and_all_share_one_on_rows() {
+fn each_level_has_a_bound_of_its_own_on_requests_and_one_on_rows_with_those_above() {
     let narrow = QueuePolicy { max_requests: 1, ..QueuePolicy::default() };
     let mut bench =
         Bench::new(Policy { levels: 2, by_level: BTreeMap::from([(2, narrow)]), max_waiting_rows: 4, ..policy(8) });
@@ -94,9 +94,29 @@ fn each_level_has_a_bound_of_its_own_and_all_share_one_on_rows() {
     bench.push(at(2)).unwrap();
     assert_eq!(bench.push(at(2)), Err(Refused::Level { limit: 1 }));
     bench.push(at(1)).unwrap();
-    assert_eq!(bench.push(ticket(3, Instant::now())), Err(Refused::Rows { waiting: 2, limit: 4 }));
+    assert_eq!(bench.push(ticket(4, Instant::now())), Err(Refused::Rows { waiting: 1, limit: 4 }));
     assert_eq!(bench.next(0).unwrap().len(), 2);
     bench.push(at(2)).expect("there is room again");
+}
+
+#[test]
+fn a_flood_on_one_level_leaves_room_for_those_above_it() {
+    let mut bench = Bench::new(Policy { levels: 3, max_waiting_rows: 4, ..policy(8) });
+    let mut flood = |level| loop {
+        if let Err(refused) = bench.push(Ticket { level, ..ticket(1, Instant::now()) }) {
+            return (refused, bench.line.rows());
+        }
+    };
+    assert_eq!(flood(3), (Refused::Rows { waiting: 4, limit: 4 }, 4));
+    assert_eq!(flood(2), (Refused::Rows { waiting: 6, limit: 6 }, 6), "half of what is left is for level 1");
+    assert_eq!(flood(1), (Refused::Rows { waiting: 8, limit: 8 }, 8));
+    assert_eq!(flood(3), (Refused::Rows { waiting: 8, limit: 4 }, 8));
+    let mut bench = Bench::new(Policy { levels: 3, max_waiting_rows: 4, ..policy(8) });
+    for _ in 0..4 {
+        bench.come(1, 0, |_| {});
+    }
+    let refused = bench.push(ticket(1, Instant::now()));
+    assert_eq!(refused, Err(Refused::Rows { waiting: 4, limit: 4 }), "no level has more for itself than the limit");
 }
 
 #[test]
@@ -232,6 +252,7 @@ proptest! {
                     }
                 }
             }
+            prop_assert!(bench.line.rows() <= 60, "twice the limit, at most");
             let waiting = (0..fate.len()).filter(|job| fate[*job] == "waits");
             prop_assert_eq!(waiting.map(|job| tickets[job].rows).sum::<usize>(), bench.line.rows());
         }

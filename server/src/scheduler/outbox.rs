@@ -12,6 +12,8 @@ use super::admit::{Outcome, Reply};
 const TOGETHER: usize = 4;
 /// How long the first of them waits at most, runs between them included.
 const PATIENCE: Duration = Duration::from_millis(1);
+/// What a long run counts of itself one run later.
+const LASTS: f64 = 63.0 / 64.0;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -19,7 +21,7 @@ pub(super) struct Outbox {
     answers: Vec<(Reply, Outcome)>,
     /// When the first of them was there.
     since: Option<Instant>,
-    /// How long the last run took.
+    /// How long the longest run of late took.
     took: Duration,
     /// Whether another one follows at once.
     more_waits: bool,
@@ -33,14 +35,15 @@ impl Outbox {
 
     /// A run took so long, and `more_waits` for another one.
     pub(super) fn ran(&mut self, took: Duration, more_waits: bool) {
-        (self.took, self.more_waits) = (took, more_waits);
+        // Where one was long, of which the inputs need not tell, another one may be: for some hundreds.
+        (self.took, self.more_waits) = (took.max(self.took.mul_f64(LASTS)), more_waits);
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.answers.is_empty()
     }
 
-    /// Whether there are answers that are not to wait for another run at `now`, which will take as long as the last.
+    /// Whether there are answers that are not to wait for another run at `now`, which may take as long as any did.
     pub(super) fn is_due(&self, now: Instant) -> bool {
         let is_due = |since| {
             let is_late = now.saturating_duration_since(since) + self.took > PATIENCE;
@@ -86,6 +89,9 @@ mod tests {
         assert!(filled(TOGETHER, Duration::ZERO, true).0.is_due(now));
         assert!(filled(1, Duration::ZERO, false).0.is_due(now), "there is nobody to wait for");
         assert!(filled(1, 2 * PATIENCE, true).0.is_due(now), "another run would take too long");
+        let (mut outbox, _answers) = filled(1, 2 * PATIENCE, true);
+        outbox.ran(Duration::ZERO, true);
+        assert!(outbox.is_due(now), "another run may take as long as the one before the last");
         let (outbox, _answers) = filled(1, Duration::ZERO, true);
         assert!(outbox.is_due(Instant::now() + 2 * PATIENCE), "they have waited long enough");
     }

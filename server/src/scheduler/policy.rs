@@ -28,7 +28,7 @@ pub struct Policy {
     pub queue: QueuePolicy,
     /// What holds on single levels.
     pub by_level: BTreeMap<u64, QueuePolicy>,
-    /// Rows that may wait on all levels together: the bound on memory.
+    /// Rows that may wait on a level and those above it, and half of what may on all together: the bound on memory.
     pub max_waiting_rows: usize,
     /// How unequal requests are made equal.
     pub padding: Option<Padding>,

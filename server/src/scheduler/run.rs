@@ -94,7 +94,10 @@ impl Runner {
             queue.metrics.queued(batch.taken.saturating_duration_since(job.admitted));
         }
         let mut owed = Owed { queue, places: jobs.iter().filter_map(|job| job.place).collect() };
-        let held = held.unwrap_or_else(|| self.share.hold());
+        let held = held.or_else(|| self.share.try_hold()).unwrap_or_else(|| {
+            queue.deliver(outbox);
+            self.share.hold()
+        });
         let Ready { engine, rooms, .. } = ready;
         let outcomes = self.outcomes(engine.as_mut(), &mut jobs, batch, rooms);
         drop(held);
@@ -140,7 +143,7 @@ impl Runner {
         let queue = &self.queue;
         let Batch { taken, rows, is_probe } = batch;
         let failed = |source| match source {
-            EngineError::CutShort { .. } => ScheduleError::DeadlineExceeded { graph: queue.graph.clone() },
+            EngineError::CutShort => ScheduleError::DeadlineExceeded { graph: queue.graph.clone() },
             source => ScheduleError::Engine { graph: queue.graph.clone(), source: Box::new(source) },
         };
         let unfit = || ScheduleError::Outputs { graph: queue.graph.clone(), rows };

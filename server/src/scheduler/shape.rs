@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use sensorium_engine::{DType, RawTensor, RawTensorError, Signature, element_size};
 
 use super::{
@@ -120,13 +120,20 @@ impl Shapes {
                 *longest = (*longest).max(*size);
             }
         }
-        shape[0] = parts.iter().map(|part| part.shape()[0]).sum();
-        let elements = shape.iter().map(|size| *size as usize).product::<usize>();
+        let Some(rows) = RawTensor::rows_of(parts) else { return Err(RawTensorError::Shape { shape }) };
+        shape[0] = rows;
+        let dtype = parts[0].dtype();
+        let Some(elements) = RawTensor::element_count(dtype, &shape) else {
+            return Err(RawTensorError::Shape { shape });
+        };
+        if elements == 0 {
+            return RawTensor::new(dtype, shape, Bytes::new());
+        }
         room.reserve(elements * fill.len());
         for _ in 0..elements {
             room.extend_from_slice(fill);
         }
-        let row: usize = shape[1..].iter().map(|size| *size as usize).product::<usize>() * fill.len();
+        let row = elements / rows as usize * fill.len();
         let mut start = 0;
         for part in parts {
             runs(part.shape(), &shape, fill.len(), |from, to, length| {
@@ -134,7 +141,7 @@ impl Shapes {
             });
             start += part.shape()[0] as usize * row;
         }
-        RawTensor::new(parts[0].dtype(), shape, room.split().freeze())
+        RawTensor::new(dtype, shape, room.split().freeze())
     }
 
     /// A request's rows of output `output` without what padding made of them.
@@ -146,7 +153,8 @@ impl Shapes {
             }
         }
         let Some(size) = element_size(rows.dtype()).filter(|_| shape != rows.shape()) else { return Ok(rows) };
-        let mut data = BytesMut::with_capacity(shape.iter().map(|size| *size as usize).product::<usize>() * size);
+        let elements = RawTensor::element_count(rows.dtype(), &shape).unwrap_or(0);
+        let mut data = BytesMut::with_capacity(elements * size);
         runs(&shape, rows.shape(), size, |_, from, length| data.extend_from_slice(&rows.data()[from..from + length]));
         RawTensor::new(rows.dtype(), shape, data.freeze())
     }
@@ -172,17 +180,21 @@ impl Shapes {
         tensor: &RawTensor,
         shapes: impl Iterator<Item = &'a Vec<i64>> + Clone,
     ) -> Option<Vec<RawTensor>> {
-        let counts = shapes.clone().map(|shape| shape.iter().product::<i64>() as usize);
+        let counts = shapes.clone().map(|shape| RawTensor::element_count(tensor.dtype(), shape));
         let flat = tensor.clone().reshaped(vec![tensor.len() as i64]).ok()?;
-        let parts = flat.split(counts)?;
+        let parts = flat.split(counts.collect::<Option<Vec<_>>>()?)?;
         parts.into_iter().zip(shapes).map(|(part, shape)| part.reshaped(shape.clone()).ok()).collect()
     }
 }
 
 /// Where the pieces of a small tensor lie in one that is larger along some axes: offset in the small one, offset in the
-/// large one, length; in bytes, in the order of the small one.
+/// large one, length; in bytes, in the order of the small one. Both are shapes of tensors.
 fn runs(small: &[i64], large: &[i64], element: usize, mut each: impl FnMut(usize, usize, usize)) {
     let Some((&last, outer)) = small.split_last() else { return each(0, 0, element) };
+    // Without elements the other sizes may be as large as they like.
+    if small.contains(&0) {
+        return;
+    }
     let length = last as usize * element;
     for piece in 0..outer.iter().map(|size| *size as usize).product::<usize>() {
         let (mut rest, mut stride, mut to) = (piece, large[small.len() - 1] as usize, 0);
@@ -240,6 +252,8 @@ mod tests {
         runs(&[2, 2], &[2, 3], 4, |from, to, length| found.push((from, to, length)));
         assert_eq!(found, [(0, 0, 8), (8, 12, 8)]);
         found.clear();
+        runs(&[1, 1 << 40, 0], &[1, 1 << 41, 0], 4, |from, to, length| found.push((from, to, length)));
+        assert_eq!(found, []);
         runs(&[1, 2, 1], &[5, 3, 4], 1, |from, to, length| found.push((from, to, length)));
         assert_eq!(found, [(0, 0, 1), (1, 4, 1)]);
     }
@@ -253,5 +267,24 @@ mod tests {
         let joined = shapes.join(0, &[&long, &short], &mut BytesMut::new()).unwrap();
         assert_eq!(joined.shape(), [3, 3]);
         assert_eq!(*joined.numbers::<i32>(), [1, 2, 3, 7, -1, -1, 8, -1, -1]);
+    }
+
+    #[test]
+    fn rows_without_elements_join_at_once_or_not_at_all() {
+        let fills = vec![fill(DType::Fp32, 0.0).unwrap()];
+        let shapes = Shapes { axes: Vec::new(), fills, joins: BTreeMap::new(), grown: vec![vec![(1, 0, 1)]] };
+        let empty = |size: i64| RawTensor::new(DType::Fp32, vec![1, size, 0], Bytes::new()).unwrap();
+        let join = |parts: &[&RawTensor]| shapes.join(0, parts, &mut BytesMut::new());
+        let (long, short) = (empty(1 << 40), empty(3));
+        let joined = join(&[&long, &short]).unwrap();
+        assert_eq!(joined.shape(), [2, 1 << 40, 0]);
+        let (huge, other) = (empty((1 << 60) + 1), empty(1 << 60));
+        assert!(matches!(join(&[&huge, &other]), Err(RawTensorError::Shape { .. })), "nobody can count that");
+        let work = Work { inputs: vec![short.clone()], rows: 1, ..Work::default() };
+        assert_eq!(shapes.trim(0, long.clone(), &work).unwrap(), short);
+        let own = [long.shape().to_vec(), short.shape().to_vec()];
+        assert_eq!(Shapes::scatter(&joined, own.iter()), Some(vec![long, short]));
+        let uncounted = vec![1, 1 << 60, 0, 8];
+        assert_eq!(Shapes::scatter(&joined, std::iter::once(&uncounted)), None);
     }
 }

@@ -31,6 +31,8 @@ struct Inner {
 struct Fair {
     total: usize,
     free: usize,
+    /// Callers that run something themselves.
+    callers: usize,
     /// Runs that hold slots.
     running: Vec<Run>,
     /// Virtual times of those that wait, with their ticket numbers.
@@ -76,6 +78,8 @@ pub(super) struct Held<'a> {
     /// What the claim was charged with.
     charged: Duration,
     since: Instant,
+    /// Whether a caller has them.
+    is_callers: bool,
 }
 
 impl Slots {
@@ -121,17 +125,33 @@ impl Share {
     fn begin(&self, state: &mut Fair, ticket: u64, charged: Duration) -> Held<'_> {
         let since = Instant::now();
         state.running.push(Run { ticket, since, width: self.width, is_overdue: false });
-        Held { share: self, ticket, charged, since }
+        Held { share: self, ticket, charged, since, is_callers: false }
+    }
+
+    /// As [`Share::try_hold`], for a caller, if fewer than `most` run something, of all models: whatever they run, it takes a thread
+    /// from everybody who is served, and it may take longer than anybody expected.
+    pub(super) fn try_hold_here(&self, most: usize) -> Option<Held<'_>> {
+        let mut state = self.slots.lock();
+        if state.callers >= most {
+            return None;
+        }
+        let mut held = self.try_enter(&mut state)?;
+        state.callers += 1;
+        held.is_callers = true;
+        Some(held)
     }
 
     /// Slots, if they are free and nobody waits for any.
     pub(super) fn try_hold(&self) -> Option<Held<'_>> {
-        let mut state = self.slots.lock();
+        self.try_enter(&mut self.slots.lock())
+    }
+
+    fn try_enter(&self, state: &mut Fair) -> Option<Held<'_>> {
         if state.free < self.width || !state.waiting.is_empty() {
             return None;
         }
-        let (place, charged) = self.claim(&mut state);
-        state.try_enter(place, self.width).then(|| self.begin(&mut state, place.1, charged))
+        let (place, charged) = self.claim(state);
+        state.try_enter(place, self.width).then(|| self.begin(state, place.1, charged))
     }
 
     /// Where a claim stands, and what it is charged with.
@@ -144,7 +164,7 @@ impl Share {
 impl Fair {
     fn new(total: usize) -> Self {
         let (running, waiting) = (Vec::new(), BTreeSet::new());
-        Self { total, free: total, running, waiting, tickets: 0, now: Duration::ZERO }
+        Self { total, free: total, callers: 0, running, waiting, tickets: 0, now: Duration::ZERO }
     }
 
     /// Where a claim of a model that has used so much of the machine stands.
@@ -207,6 +227,7 @@ impl Used {
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         let mut state = self.share.slots.lock();
+        state.callers -= usize::from(self.is_callers);
         let is_overdue = state.end(self.ticket);
         let took = state.leave(self.share.width, self.since.elapsed());
         if is_overdue {
@@ -272,6 +293,18 @@ mod tests {
         drop(held);
         assert_eq!(slots.lock().free, 2);
         assert!(slots.lock().running.is_empty());
+    }
+
+    #[test]
+    fn no_more_callers_run_something_than_may_whatever_they_run() {
+        let slots = Slots::new(8);
+        let (one, other) = (slots.share(1), slots.share(1));
+        let held = one.try_hold_here(1).expect("nobody runs anything");
+        assert!(one.try_hold_here(1).is_none() && other.try_hold_here(1).is_none());
+        assert!(other.try_hold_here(2).is_some() && other.try_hold().is_some(), "threads are no callers");
+        drop(held);
+        assert!(other.try_hold_here(1).is_some());
+        assert_eq!(slots.lock().callers, 0);
     }
 
     /// Model instances that ask again as soon as they have run, on a clock that jumps from one end of a run to the next.

@@ -74,7 +74,7 @@ impl GrpcInferenceService for Service {
     }
 
     async fn repository_index(&self, request: Request<RepositoryIndexRequest>) -> Answer<RepositoryIndexResponse> {
-        Self::repository_index(self, request.get_ref()).map(Response::new)
+        Self::repository_index(self, request.get_ref()).await.map(Response::new)
     }
 
     async fn repository_model_load(

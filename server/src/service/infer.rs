@@ -6,8 +6,10 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use sensorium_proto::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use tokio_stream::{Stream, StreamExt as _};
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, Streaming};
 use tracing::Instrument as _;
 
@@ -74,22 +76,35 @@ impl Service {
                     let answers = shared.0.infer_many(model, request, shared.1.clone());
                     Begun::Many(answers.map(move |answer| {
                         let _message = &message;
-                        Ok(in_band(answer, id.clone(), name.clone()))
+                        (Ok(in_band(answer, id.clone(), name.clone())), None)
                     }))
                 }
-                (found, request) => Begun::One(async move {
-                    let _message = message;
-                    let (service, call) = &*shared;
-                    // The connection, or what came over it, is broken: there is nothing to answer.
-                    let (model, id, name) = found?;
-                    let answer = service.counted(model, request?, call, |_| Ok(())).await;
-                    Ok(in_band(answer, id, name))
-                }),
+                (found, request) => {
+                    let answer = async move {
+                        let _message = message;
+                        let (service, call) = &*shared;
+                        // The connection, or what came over it, is broken: there is nothing to answer.
+                        let (model, id, name) = found?;
+                        let answer = service.counted(model, request?, call, |_| Ok(())).await;
+                        // It may wait for those before it, and for a client that does not read.
+                        let bytes = answer.iter().flat_map(|answer| &answer.raw_output_contents).map(Bytes::len).sum();
+                        Ok((in_band(answer, id, name), service.budget.overdraw(bytes)))
+                    };
+                    // A stream is polled while its client reads. A request goes on all the same: others may wait for it, in a batch, a
+                    // cache or a line.
+                    let answer = AbortOnDropHandle::new(tokio::spawn(answer.in_current_span()));
+                    Begun::One(async move {
+                        match answer.await.unwrap_or_else(|_| Err(Status::internal("the request was cut short"))) {
+                            Ok((answer, room)) => (Ok(answer), Some(room)),
+                            Err(status) => (Err(status), None),
+                        }
+                    })
+                }
             }
         };
         // Whoever is about to send more learns that it has to go elsewhere.
-        let over = || Err(Status::unavailable("this server ends; send what comes next to another one"));
-        Replies::new(requests, answer, IN_FLIGHT, end, over)
+        let over = || (Err(Status::unavailable("this server ends; send what comes next to another one")), None);
+        Replies::new(requests, answer, IN_FLIGHT, end, over).map(|(answer, _room)| answer)
     }
 
     /// Runs a request to `model`, if there is one and `accept` has nothing against it, counted and traced.
@@ -124,7 +139,9 @@ impl Service {
         request.deadline = call.deadline;
         // Before anything runs: what is refused here has changed nothing, and may be tried again. Nobody knows how long an answer
         // stays that nobody reads.
-        let _room = self.budget.claim(model.expected_answer(&request))?;
+        // One that finds little under way is let in whatever is expected, and shows whether that still holds.
+        let expected = model.expected_answer(&request).min(self.budget.limit() / 2);
+        let _room = self.budget.claim(expected)?;
         let answer = within(call, pin!(model.infer(request))).await?;
         Ok(wire::encode(model, id, answer, &reply, &self.memory)?)
     }

@@ -24,7 +24,13 @@ pub use call::Call;
 pub(crate) use grpc::NO_CUDA_MEMORY;
 pub(crate) use iterate::mark;
 
-use crate::{budget::Budget, metrics::Metrics, model::ModelVersion, repository::Registry, shared_memory::SharedMemory};
+use crate::{
+    budget::{Budget, Spent, Taken},
+    metrics::Metrics,
+    model::ModelVersion,
+    repository::Registry,
+    shared_memory::SharedMemory,
+};
 
 /// Implements every service of this server. Clones share everything.
 #[derive(Clone, Debug)]
@@ -63,6 +69,14 @@ impl Service {
     pub fn open(&self, repository: Registry) {
         // A second repository would be a mistake of the program, and the first goes on answering.
         let _ = self.repository.set(repository);
+    }
+
+    /// Bytes that a request is about to take beyond those that have arrived.
+    ///
+    /// # Errors
+    /// [`Spent`].
+    pub(crate) fn claim(&self, bytes: usize) -> Result<Option<Taken>, Spent> {
+        if bytes == 0 { Ok(None) } else { self.budget.claim(bytes).map(Some) }
     }
 
     /// Ends streams of requests as soon as nothing happens on them.

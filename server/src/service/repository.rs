@@ -8,6 +8,7 @@ use sensorium_proto::inference::{
     RepositoryModelLoadResponse, RepositoryModelUnloadRequest, RepositoryModelUnloadResponse,
     model_repository_parameter::ParameterChoice, repository_index_response::ModelIndex,
 };
+use tokio::task::spawn_blocking;
 use tonic::{Code, Status};
 
 use super::Service;
@@ -17,14 +18,22 @@ use crate::{
 };
 
 impl Service {
-    pub(crate) fn repository_index(&self, request: &RepositoryIndexRequest) -> Result<RepositoryIndexResponse, Status> {
+    pub(crate) async fn repository_index(
+        &self,
+        request: &RepositoryIndexRequest,
+    ) -> Result<RepositoryIndexResponse, Status> {
         if !request.repository_name.is_empty() {
             return Err(Status::unimplemented(
                 "repositories have no names on this server; leave repository_name empty",
             ));
         }
-        let entries = self.repository()?.index(request.ready).into_iter();
-        let models = entries.map(|entry| ModelIndex {
+        let (repository, only_ready) = (self.repository()?.clone(), request.ready);
+        // It looks at folders, which may be slow, or away.
+        let entries = spawn_blocking(move || repository.index(only_ready)).await.map_err(|error| {
+            tracing::error!(%error, "the repository could not be listed");
+            Status::internal("the repository could not be listed")
+        })?;
+        let models = entries.into_iter().map(|entry| ModelIndex {
             name: entry.name,
             version: entry.version,
             state: entry.state.as_str().to_owned(),

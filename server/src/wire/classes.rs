@@ -5,11 +5,14 @@ use sensorium_engine::RawTensor;
 
 use super::{InvalidRequest, datatype};
 
+/// Strings of an answer at most: each takes several times the memory of its score.
+const MOST: usize = 1 << 20;
+
 /// The `count` highest values of each row of `scores`, or of all of it when it is no batch, highest first; of equal ones
 /// the first. An output of fewer values gives all of them.
 ///
 /// # Errors
-/// [`InvalidRequest::NoClasses`] for types without an order.
+/// [`InvalidRequest::NoClasses`] for types without an order, [`InvalidRequest::TooManyClasses`].
 pub(super) fn top<'a>(
     output: &str,
     scores: &RawTensor,
@@ -18,6 +21,12 @@ pub(super) fn top<'a>(
     label: impl Fn(usize) -> Option<&'a str>,
 ) -> Result<RawTensor, InvalidRequest> {
     let ranked = Ranked { tensor: scores, count, is_batched };
+    let elements = sensorium_engine::element_size(scores.dtype()).map_or(0, |size| scores.data().len() / size);
+    let rows = if is_batched { scores.row_count().unwrap_or(1) } else { 1 };
+    let found = elements.min(rows.saturating_mul(count));
+    if found > MOST {
+        return Err(InvalidRequest::TooManyClasses { output: output.to_owned(), found, most: MOST });
+    }
     let (rows, strings) = match scores.dtype() {
         DType::Fp32 => ranked.strings(f32::total_cmp, |value| format!("{value:.6}"), label),
         DType::Fp64 => ranked.strings(f64::total_cmp, |value| format!("{value:.6}"), label),
@@ -63,8 +72,14 @@ impl Ranked<'_> {
         let mut strings = Vec::with_capacity(rows * width.min(self.count));
         for row in values.chunks_exact(width.max(1)) {
             let mut indices: Vec<usize> = (0..row.len()).collect();
-            indices.sort_by(|&one, &other| order(&row[other], &row[one]).then(one.cmp(&other)));
-            for index in indices.into_iter().take(self.count) {
+            let better = |one: &usize, other: &usize| order(&row[*other], &row[*one]).then(one.cmp(other));
+            if self.count < indices.len() {
+                // Few of many, most likely: only those need an order.
+                indices.select_nth_unstable_by(self.count, better);
+                indices.truncate(self.count);
+            }
+            indices.sort_unstable_by(better);
+            for index in indices {
                 let value = text(&row[index]);
                 strings.push(match label(index) {
                     Some(label) => format!("{value}:{index}:{label}"),

@@ -74,6 +74,9 @@ pub fn decode(message: ModelInferRequest, memory: &SharedMemory) -> Result<Decod
             let (input, found) = (excerpt(&input.name), input.shape.len());
             return Err(InvalidRequest::Rank { input, found, max: MAX_RANK });
         }
+        if input.shape.iter().any(|&size| size < 0) {
+            return Err(InvalidRequest::OpenSize { input: excerpt(&input.name), shape: input.shape });
+        }
         let region = region(|| format!("input {:?}", excerpt(&input.name)), &input.parameters)?;
         let tensor = match region {
             Some(region) => tensor(&mut input, memory.read(&region)?)?,
@@ -216,8 +219,7 @@ fn unfit(input: &InferInputTensor, source: RawTensorError) -> InvalidRequest {
 }
 
 fn dtype(input: &InferInputTensor) -> Result<DType, InvalidRequest> {
-    datatype::parse(&input.datatype)
-        .ok_or_else(|| InvalidRequest::NoDatatype { input: excerpt(&input.name), found: excerpt(&input.datatype) })
+    datatype::parse(&input.datatype).ok_or_else(|| InvalidRequest::datatype(input))
 }
 
 /// Elements from the field of their datatype.

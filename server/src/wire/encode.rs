@@ -9,6 +9,7 @@ use sensorium_proto::inference::{
 
 use super::{Form, InvalidRequest, Reply, classes, datatype};
 use crate::{
+    blocking::in_place,
     model::{ModelVersion, NamedTensor, Response},
     shared_memory::{Region, SharedMemory},
 };
@@ -37,7 +38,8 @@ pub fn encode(
         let tensor = match form {
             Some(Form::Classes(count)) => {
                 let is_batched = model.config().max_batch_size > 0;
-                classes::top(&name, &tensor, *count, is_batched, |index| model.label(&name, index))?
+                let label = |index| model.label(&name, index);
+                in_place(tensor.data().len(), || classes::top(&name, &tensor, *count, is_batched, label))?
             }
             _ => tensor,
         };

@@ -1,6 +1,7 @@
 //! Why an inference request was refused before it cost anything.
 
 use sensorium_engine::RawTensorError;
+use sensorium_proto::inference::model_infer_request::InferInputTensor;
 
 use crate::shared_memory::SharedMemoryError;
 
@@ -94,6 +95,20 @@ pub enum InvalidRequest {
         /// As the request spells it.
         found: String,
     },
+    /// No datatype at all.
+    #[error("input {input:?} has no datatype")]
+    MissingDatatype {
+        /// The input.
+        input: String,
+    },
+    /// A size that is left open, as only models do it.
+    #[error("input {input:?} has shape {shape:?}; in a request every size is written, and at least 0")]
+    OpenSize {
+        /// The input.
+        input: String,
+        /// The shape.
+        shape: Vec<i64>,
+    },
     /// A shape that no tensor has.
     #[error("input {input:?} has {found} dimensions; tensors have {max} at most")]
     Rank {
@@ -132,6 +147,18 @@ pub enum InvalidRequest {
         output: String,
         /// Its datatype.
         datatype: &'static str,
+    },
+    /// More strings than an answer may have.
+    #[error(
+        "output {output:?} would be {found} classes, an answer has {most} at most; ask for fewer, or for the scores"
+    )]
+    TooManyClasses {
+        /// The output.
+        output: String,
+        /// Classes of all rows.
+        found: usize,
+        /// How many there may be.
+        most: usize,
     },
     /// Inputs that disagree on the batch size.
     #[error(
@@ -215,4 +242,12 @@ pub enum InvalidRequest {
         /// The datatype.
         datatype: &'static str,
     },
+}
+
+impl InvalidRequest {
+    /// Of an input whose datatype the protocol does not have.
+    pub(crate) fn datatype(input: &InferInputTensor) -> Self {
+        let (name, found) = (excerpt(&input.name), excerpt(&input.datatype));
+        if found.is_empty() { Self::MissingDatatype { input: name } } else { Self::NoDatatype { input: name, found } }
+    }
 }

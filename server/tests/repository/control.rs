@@ -138,3 +138,19 @@ async fn a_watched_repository_is_followed() {
     eventually("the old one is gone", async || !registry.ready("b", "")).await;
     assert_eq!(answer(&registry, "a", &[1, 1], &[5.0]).await, [15.0]);
 }
+
+#[tokio::test]
+async fn what_wants_for_a_model_is_tried_again_when_that_is_mended() {
+    let bench = Bench::new();
+    bench.write("a", "1/model.onnx", b"no graph");
+    let ensemble = r#"platform: "ensemble" max_batch_size: 8
+        input { name: "x" data_type: TYPE_FP32 dims: -1 } output { name: "y" data_type: TYPE_FP32 dims: -1 }
+        ensemble_scheduling { step {
+          model_name: "a" input_map { key: "x" value: "x" } output_map { key: "y" value: "y" } } }"#;
+    bench.write("e", "config.pbtxt", ensemble);
+    let registry = bench.open(ControlMode::Poll(Duration::from_millis(20)), &[]).await;
+    assert!(!registry.ready("a", "") && !registry.ready("e", ""));
+    bench.write("a", "1/model.onnx", scale(2.0, None));
+    eventually("the ensemble is there", async || registry.ready("e", "")).await;
+    assert_eq!(answer(&registry, "e", &[1, 1], &[5.0]).await, [10.0]);
+}

@@ -58,7 +58,10 @@ async fn loading_an_ensemble_loads_what_it_is_made_of_and_its_models_can_be_repl
     assert_eq!(answer(&registry, "diamond", &[1, 1], &[1.0]).await, [60.0]);
     registry.unload("thrice", false).await.unwrap();
     let error = infer(&registry, "diamond", request(f32s(&[1, 1], &[1.0]))).await.unwrap_err();
-    assert!(matches!(&error, InferError::NotReady { model, .. } if model == "thrice"), "{error}");
+    assert!(matches!(&error, InferError::Step { step, .. } if step == "step 2 (thrice)"), "{error}");
+    let status = error.into_status("diamond");
+    assert_eq!(status.code(), tonic::Code::Unavailable);
+    assert_eq!(status.message(), r#"model "diamond": its step 2 (thrice): model "thrice" is not ready: unloaded"#);
     assert!(!registry.ready("diamond", ""));
     assert_eq!(index(&registry)[0], "diamond 1 UNAVAILABLE it needs model \"thrice\", which is not ready");
     registry.load("diamond", LoadParameters::default()).await.unwrap();
@@ -139,7 +142,10 @@ async fn steps_that_do_not_fit_together_are_reasons() {
         "step { model_name: \"twice\" input_map { key: \"z\" value: \"x\" } output_map { key: \"y\" value: \"y\" } }";
     for (steps, reason) in [
         (step("twice", "x", "a"), "its output `y` is given by no step"),
-        (step("twice", "b", "y"), "needs tensor `b`, which is no input and no step gives"),
+        (
+            step("twice", "b", "y"),
+            "input `x` of its step 1 (twice) needs tensor `b`, which is no input and no step gives; there are x, y",
+        ),
         (step("twice", "b", "y") + &step("thrice", "y", "b"), "wait for each other in a circle: twice, thrice"),
         (
             step("twice", "x", "y") + &step("thrice", "x", "y"),
@@ -149,10 +155,10 @@ async fn steps_that_do_not_fit_together_are_reasons() {
         (step("e", "x", "y"), "it is made of itself: e, e"),
         (
             step("three", "x", "y"),
-            "input `x` of its step 1 (three) is FP32 [3], but the ensemble's inputs are FP32 [-1, -1]",
+            "input `x` of its step 1 (three) is FP32 [3], but input `x` of the ensemble is FP32 [-1, -1]",
         ),
         (step("whole", "x", "y"), "is INT64 [-1, -1], but"),
-        (wrong_input.to_owned(), "maps input `z`, which that model has not"),
+        (wrong_input.to_owned(), "maps input `z`, which that model has not; it has x"),
     ] {
         let bench = models();
         let identity = {

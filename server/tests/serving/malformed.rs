@@ -95,7 +95,7 @@ fn wrong_tensors() -> Vec<Case> {
         invalid("another rank", "[-1, 3, 8, 8]", |n| tensor("FP32", &vec![1; [1, 2, 3, 5, 9][n % 5]], &[0; 4])),
         invalid("a thousand dimensions", "32 at most", |n| tensor("FP32", &vec![1; 1000 + n], &[0; 4])),
         invalid("another size", "[-1, 3, 8, 8]", |n| tensor("FP32", &[1, 3, 9 + n as i64, 8], &vec![0; (9 + n) * 96])),
-        invalid("negative size", "no tensor in memory", |n| tensor("FP32", &[-1 - n as i64, 3, 8, 8], &[0; 4])),
+        invalid("negative size", "at least 0", |n| tensor("FP32", &[-1 - n as i64, 3, 8, 8], &[0; 4])),
         invalid("no rows", "[-1, 3, 8, 8]", |_| tensor("FP32", &[0, 3, 8, 8], &[])),
         invalid("overflowing shape", "no tensor in memory", |n| ids(&[i64::MAX - n as i64, i64::MAX], &[0; 8])),
         invalid("overflowing bytes", "no tensor in memory", |_| ids(&[1 << 61, 1], &[0; 8])),
@@ -106,8 +106,9 @@ fn wrong_tensors() -> Vec<Case> {
             tensor(datatype, &[1, 3, 8, 8], &vec![0; 192 * size])
         }),
         invalid("a datatype that is none", "which the protocol does not have", |n| {
-            tensor(["", "float32", "\u{0}", "TYPE_FP32"][n % 4], &[1, 3, 8, 8], &[0; 384])
+            tensor(["float32", "\u{0}", "TYPE_FP32"][n % 3], &[1, 3, 8, 8], &[0; 384])
         }),
+        invalid("no datatype", "has no datatype", |_| tensor("", &[1, 3, 8, 8], &[0; 768])),
         invalid("a megabyte of datatype", "which the protocol does not have", |n| {
             tensor(&"x".repeat((1 << 19) + n), &[1, 3, 8, 8], &[0; 4])
         }),

@@ -134,10 +134,10 @@ async fn a_token_that_is_rotated_is_never_missed_by_either_side() {
     tokio::time::sleep(Duration::from_secs(6)).await;
     files.write("accepted", NEW);
     let refused = async || {
-        let metadata = sensorium_proto::inference::ServerLiveRequest {};
+        let metadata = sensorium_proto::inference::ServerMetadataRequest {};
         let mut request = tonic::Request::new(metadata);
         request.metadata_mut().insert("authorization", "Bearer 0123456789abcdef".parse().unwrap());
-        encoder.inference().await.server_live(request).await.is_err()
+        encoder.inference().await.server_metadata(request).await.is_err()
     };
     eventually("the old token is refused", refused).await;
     answers(&server).await;

@@ -60,6 +60,8 @@ async fn what_there_is_can_be_read() {
         ("/v2/models/elsewhere", 404),
         ("/v2/models/tiny/versions/9", 404),
         ("/v2/models/elsewhere/ready", 503),
+        ("/v2/models/%ff", 400),
+        ("/v2/models/tiny/inference", 404),
         ("/v3", 404),
         ("/v2/models/tiny/infer", 405),
     ] {
@@ -200,8 +202,16 @@ async fn a_body_can_be_nothing_but_the_tensor() {
 #[tokio::test(flavor = "multi_thread")]
 async fn generating_takes_plain_fields() {
     let server = Server::start(&[]).await;
-    let body = json!({"id": "g", "pixel_values": vec![0.5; 192]}).to_string();
-    // A row of pixels has no shape of one size, which the model says.
+    // One row, of the sizes that the model has fixed; its fields may be among the parameters.
+    let plain = server.post(ENCODER, &[], pixels(1, 0.5).to_string().as_bytes()).await.json();
+    for body in
+        [json!({"pixel_values": vec![0.5; 192]}), json!({"parameters": {"pixel_values": vec![0.5; 192], "seed": 1}})]
+    {
+        let answer = server.post("/v2/models/tiny.image_encoder/generate", &[], body.to_string().as_bytes()).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        assert_eq!(answer.json()["image_embedding"], plain["outputs"][1]["data"]);
+    }
+    let body = json!({"pixel_values": vec![0.5; 191]}).to_string();
     let refused = server.post("/v2/models/tiny.image_encoder/generate", &[], body.as_bytes()).await;
     assert_eq!(refused.status, 400, "{refused:?}");
     let body = json!({"id": "g", "input_ids": [3, 4], "temperature": 0.5, "stop": ["."]}).to_string();
@@ -290,10 +300,15 @@ async fn a_thousand_malformed_bodies_get_their_status_and_leave_no_trace() {
             vec![],
             [&br#"{"inputs": [{"datatype": "FP32", "data": "#[..], &vec![b'['; LIMIT / 2]].concat(),
         ),
-        (400, "more than", vec![], format!(r#"{{"inputs": [{}{{}}]}}"#, "{},".repeat(1 << 16)).into_bytes()),
+        (
+            400,
+            "more than",
+            vec![],
+            format!(r#"{{"inputs": [{}{{}}]}}"#, r#"{"shape":[]},"#.repeat(1 << 16)).into_bytes(),
+        ),
         (400, "no `inputs`", vec![], b"{}".to_vec()),
         (400, "has no data", vec![], with(&|input| drop(input.as_object_mut().unwrap().remove("data")))),
-        (400, "which has 768", vec![], with(&|input| drop(input["data"].as_array_mut().unwrap().pop()))),
+        (400, "needs 192", vec![], with(&|input| drop(input["data"].as_array_mut().unwrap().pop()))),
         (400, "a number should be here", vec![], with(&|input| input["data"][7] = json!("7"))),
         (400, "takes FP32", vec![], with(&|input| input["datatype"] = json!("FP64"))),
         (400, "does not have", vec![], with(&|input| input["datatype"] = json!("FLOAT"))),

@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
-use sensorium_proto::inference::{ModelInferRequest, ServerLiveRequest};
+use sensorium_proto::inference::{ModelInferRequest, ServerLiveRequest, ServerMetadataRequest, ServerReadyRequest};
 use serde_json::json;
 use tempfile::TempDir;
 use tonic::Code;
@@ -86,8 +86,10 @@ async fn without_a_token_nothing_but_health_is_answered() {
         assert_eq!((refused.status, refused.header("www-authenticate")), (401, Some("Bearer")), "{path}");
     }
     let mut client = server.inference().await;
+    assert!(client.server_live(ServerLiveRequest {}).await.unwrap().into_inner().live);
+    assert!(client.server_ready(ServerReadyRequest {}).await.unwrap().into_inner().ready);
     let statuses = [
-        client.server_live(ServerLiveRequest {}).await.unwrap_err(),
+        client.server_metadata(ServerMetadataRequest {}).await.unwrap_err(),
         client.model_infer(ModelInferRequest::default()).await.unwrap_err(),
     ];
     for status in statuses {
@@ -135,13 +137,13 @@ async fn a_stream_is_one_request_of_its_client() {
     let mut answers = client.model_stream_infer(ReceiverStream::new(requests)).await.unwrap().into_inner();
     sender.send(ModelInferRequest { model_name: "elsewhere".to_owned(), ..Default::default() }).await.unwrap();
     assert!(answers.message().await.unwrap().unwrap().error_message.contains("elsewhere"));
-    let status = server.inference().await.server_live(ServerLiveRequest {}).await.unwrap_err();
+    let status = server.inference().await.server_metadata(ServerMetadataRequest {}).await.unwrap_err();
     assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
     drop(sender);
     assert!(answers.message().await.unwrap().is_none());
     drop(answers);
     eventually("the stream's place is free again", async || {
-        server.inference().await.server_live(ServerLiveRequest {}).await.is_ok()
+        server.inference().await.server_metadata(ServerMetadataRequest {}).await.is_ok()
     })
     .await;
 }

@@ -15,7 +15,10 @@ use sensorium_bench::{
     until_refused,
 };
 use sensorium_onnx::{DType, Dim, GraphBuilder};
-use sensorium_proto::inference::{ModelInferRequest, RepositoryModelLoadRequest, RepositoryModelUnloadRequest};
+use sensorium_proto::inference::{
+    ModelInferRequest, RepositoryModelLoadRequest, RepositoryModelUnloadRequest,
+    grpc_inference_service_client::GrpcInferenceServiceClient,
+};
 use serde_json::json;
 use tokio::{net::TcpStream, sync::mpsc, task::JoinSet};
 use tokio_stream::wrappers::ReceiverStream;
@@ -92,6 +95,29 @@ async fn a_stream_does_not_notice_that_others_are_cut() {
     stop.store(true, Ordering::Relaxed);
     assert!(streams.join_all().await.iter().all(|answered| *answered > 0), "every stream gets on");
     eventually("nothing is held", async || server.sample("sensorium_server_request_bytes").await == Some(0.0)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_reads_no_answer_keeps_nobody_from_the_model() {
+    let server = Server::start(&[]).await;
+    let endpoint = Endpoint::from_shared(format!("http://{}", server.grpc)).unwrap();
+    let mut unread = Vec::new();
+    for _ in 0..16 {
+        // No answer fits in: the server stops to poll the stream as soon as there is one.
+        let channel = endpoint.clone().initial_stream_window_size(1).connect().await.unwrap();
+        let (requests, received) = mpsc::channel(64);
+        let mut client = GrpcInferenceServiceClient::new(channel);
+        let stream = client.model_stream_infer(ReceiverStream::new(received)).await.unwrap();
+        for _ in 0..64 {
+            requests.send(pixels()).await.unwrap();
+        }
+        unread.push((client, requests, stream));
+    }
+    let mut client = server.inference().await;
+    for _ in 0..50 {
+        let answer = tokio::time::timeout(Duration::from_secs(20), client.model_infer(pixels())).await;
+        answer.expect("others are not waited for").unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,6 +7,20 @@
 //! Both strategies of Triton's configuration are run so. They differ in what a place among those under way is: with
 //! `oldest` it is one of a number, and with `direct` it is a seat, the same row of the same instance's batch for all of a
 //! sequence's life, so that an engine can keep state by rows ([`seated`]).
+//!
+//! What a request leaves, by what becomes of it. Refused, by the queue that it goes to, is also: failed, or left by its caller.
+//!
+//! | request | | entry in the table | seat | state |
+//! |---|---|---|---|---|
+//! | START | refused for want of a place | as it was | as it was | as it was |
+//! | START | gone before it sat | one of which nothing comes | none | none |
+//! | START | refused once it sat | its own | kept | the initial one |
+//! | START | answered | its own | kept | what the graph gave |
+//! | middle | refused | kept | kept | as before |
+//! | middle | answered | kept | kept | what the graph gave |
+//! | END | refused | put back, unless the id was taken meanwhile | kept with it | as before |
+//! | END | answered | none | given back | none |
+//! | START and END | either | none | given back | none |
 
 mod fill;
 mod own;
@@ -205,12 +219,16 @@ impl Sequences {
             Some((entry.last, entry.users))
         };
         let (before, users) = before.map_or((None, Arc::default()), |(last, users)| (Some(last), users));
+        let mut left = None;
         if !sequence.end {
             let entry = Entry { last, touched: Instant::now(), users: users.clone() };
             table.under_way.insert(sequence.id.clone(), entry);
+        } else if !sequence.start {
+            left = Some(last);
         }
         drop(table);
-        Ok(Turn { sequences: self.clone(), sequence: sequence.clone(), before, admission, next: Some(next), users })
+        let (sequences, sequence) = (self.clone(), sequence.clone());
+        Ok(Turn { sequences, sequence, before, admission, next: Some(next), left, users })
     }
 
     /// A seat, or a place among those who wait for one.
@@ -258,6 +276,8 @@ pub(super) struct Turn {
     before: Option<oneshot::Receiver<Carried>>,
     admission: Option<Asked>,
     next: Option<oneshot::Sender<Carried>>,
+    /// The other end of `next`, of an END that has not been answered.
+    left: Option<oneshot::Receiver<Carried>>,
     users: Arc<()>,
 }
 
@@ -292,6 +312,14 @@ impl Turn {
         }
         Ok((Step { turn: self, carried: Some(carried), instance: position.instance }, inputs))
     }
+
+    /// An END that was not answered can be sent again, as any other request; unless somebody has begun anew under its id.
+    fn put_back(&mut self) {
+        if let Some(last) = self.left.take() {
+            let entry = Entry { last, touched: Instant::now(), users: self.users.clone() };
+            self.sequences.lock().under_way.entry(self.sequence.id.clone()).or_insert(entry);
+        }
+    }
 }
 
 impl Drop for Turn {
@@ -300,6 +328,7 @@ impl Drop for Turn {
         if let (Some(before), Some(next), None) = (self.before.take(), self.next.take(), &self.admission)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
+            self.put_back();
             runtime.spawn(async move {
                 if let Ok(carried) = before.await {
                     // Without a next request the state ends here.
@@ -320,12 +349,13 @@ pub(super) struct Step {
 }
 
 impl Step {
-    /// Keeps the state that the graph gave.
+    /// Keeps the state that the graph gave; after an END, nobody asks for it.
     pub(super) fn finish(mut self, state: &[RawTensor]) {
         if let Some(carried) = &mut self.carried {
             // A row of a large batch must not keep the whole of it alive between requests.
             carried.state = state.iter().map(RawTensor::detached).collect();
         }
+        self.turn.left = None;
     }
 }
 
@@ -339,6 +369,7 @@ impl Drop for Step {
                 entry.touched = Instant::now();
             }
             drop(table);
+            self.turn.put_back();
             // Without a next request the state ends here.
             let _ = next.send(carried);
         }
@@ -351,5 +382,92 @@ impl std::fmt::Display for SequenceId {
             Self::Number(number) => write!(f, "{number}"),
             Self::Text(text) => write!(f, "{:?}", crate::wire::excerpt(text)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sensorium_artifact::{DType, TensorSpec};
+    use sensorium_proto::inference::model_sequence_batching::{State, StrategyOldest};
+
+    use super::*;
+
+    /// Sequences of which two may be under way, with one number as their state, which begins as 0.
+    struct Bench(Arc<Sequences>);
+
+    impl Bench {
+        fn new() -> Self {
+            let spec =
+                |name: &str| TensorSpec { name: name.to_owned(), dtype: DType::Fp32, shape: vec![None, Some(1)] };
+            let signature = Signature::of_manifest(&[spec("total")], &[spec("sum")]);
+            let state = State { input_name: "total".to_owned(), output_name: "sum".to_owned(), ..State::default() };
+            let oldest = StrategyOldest { max_candidate_sequences: 2, ..StrategyOldest::default() };
+            let config = ModelSequenceBatching {
+                max_sequence_idle_microseconds: 60_000_000,
+                strategy_choice: Some(StrategyChoice::Oldest(oldest)),
+                state: vec![state],
+                ..ModelSequenceBatching::default()
+            };
+            Self(Sequences::new("m", &config, &signature, 1, Some(4), std::path::Path::new("")).unwrap())
+        }
+
+        fn enter(&self, start: bool, end: bool) -> Result<Turn, SequenceError> {
+            self.0.enter(Some(&Sequence { id: SequenceId::Number(1), start, end }), 1)
+        }
+
+        /// A step that runs, and the state that it was given.
+        async fn begin(&self, start: bool, end: bool) -> Result<(Step, f32), SequenceError> {
+            let (step, inputs) = self.enter(start, end)?.begin(vec![None]).await?;
+            Ok((step, inputs[0].numbers::<f32>()[0]))
+        }
+
+        async fn step(&self, start: bool, end: bool, state: f32) -> Result<f32, SequenceError> {
+            let (step, before) = self.begin(start, end).await?;
+            step.finish(&[f32s(state)]);
+            Ok(before)
+        }
+    }
+
+    fn f32s(value: f32) -> RawTensor {
+        RawTensor::from_vec(DType::Fp32, vec![1, 1], vec![value]).unwrap()
+    }
+
+    fn is_over(found: &Result<f32, SequenceError>) -> bool {
+        matches!(found, Err(SequenceError::NotStarted { .. }))
+    }
+
+    #[tokio::test]
+    async fn an_end_that_is_not_answered_can_be_sent_again() {
+        let bench = Bench::new();
+        bench.step(true, false, 5.0).await.unwrap();
+        drop(bench.begin(false, true).await.unwrap());
+        assert_eq!(bench.step(false, false, 6.0).await, Ok(5.0), "so can anything else");
+        // One that leaves before its turn.
+        let (running, _) = bench.begin(false, false).await.unwrap();
+        drop(bench.enter(false, true).unwrap());
+        running.finish(&[f32s(7.0)]);
+        assert_eq!(bench.step(false, true, 8.0).await, Ok(7.0));
+        assert!(is_over(&bench.step(false, true, 9.0).await));
+        assert!(bench.0.lock().under_way.is_empty());
+        assert!(!bench.0.seats.is_any_taken(0));
+    }
+
+    #[tokio::test]
+    async fn an_end_that_is_not_answered_takes_the_id_from_nobody() {
+        let bench = Bench::new();
+        bench.step(true, false, 5.0).await.unwrap();
+        let ending = bench.begin(false, true).await.unwrap();
+        assert_eq!(bench.step(true, false, 6.0).await, Ok(0.0), "it began anew");
+        drop(ending);
+        assert_eq!(bench.step(false, true, 7.0).await, Ok(6.0));
+        assert!(!bench.0.seats.is_any_taken(0), "both seats came back");
+    }
+
+    #[tokio::test]
+    async fn a_sequence_of_one_request_that_is_not_answered_keeps_no_seat() {
+        let bench = Bench::new();
+        drop(bench.begin(true, true).await.unwrap());
+        assert!(!bench.0.seats.is_any_taken(0));
+        assert!(is_over(&bench.step(false, true, 1.0).await));
     }
 }

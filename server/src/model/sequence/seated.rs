@@ -4,10 +4,10 @@
 //! its rows become those of the whole batch: each in its seat, and in seats of which nothing came a row that says so. The
 //! model is run on all of them, and what it gives is taken out of the seats again.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use sensorium_artifact::{DType, TensorSpec};
-use sensorium_engine::{Engine, EngineError, RawTensor, Signature};
+use sensorium_engine::{Engine, EngineError, RawTensor, Signature, Waiters};
 
 use super::seats::{Position, Seats};
 
@@ -23,6 +23,8 @@ pub(crate) struct Seated {
     /// Whether a sequence has begun in each row since the engine was opened.
     begun: Vec<bool>,
 }
+
+type Found = Result<Vec<RawTensor>, EngineError>;
 
 /// What all instances of a model and their replacements have in common, but for the instance.
 #[derive(Clone, Debug)]
@@ -110,18 +112,23 @@ impl Seated {
     fn run_seats(
         &mut self,
         inputs: &[RawTensor],
-        outputs: &[usize],
         into: &[usize],
         from: &[usize],
-    ) -> Result<Vec<RawTensor>, EngineError> {
+        run: impl FnOnce(&mut dyn Engine, &[RawTensor]) -> Found,
+    ) -> Found {
         let spread = |(index, input)| self.spread(index, input, into);
         let inputs: Vec<_> = inputs.iter().enumerate().map(spread).collect::<Result<_, _>>()?;
-        let found = self.engine.run_raw(&inputs, outputs)?;
+        let found = run(self.engine.as_mut(), &inputs)?;
         found.iter().map(|output| self.gather(output, from)).collect()
     }
 
     /// A run for nobody, to see that the engine runs: every seat is empty.
-    fn probe(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
+    fn probe(
+        &mut self,
+        inputs: &[RawTensor],
+        outputs: &[usize],
+        run: impl FnOnce(&mut dyn Engine, &[RawTensor]) -> Found,
+    ) -> Found {
         if !self.room.has_ready && self.room.seats.is_any_taken(self.room.instance) {
             // It would change what the model knows of a sequence, which by being under way shows that the engine runs.
             let specs = outputs.iter().filter_map(|output| self.signature.outputs().get(*output));
@@ -129,18 +136,18 @@ impl Seated {
             return zeros.collect();
         }
         if !self.room.batches {
-            return self.engine.run_raw(inputs, outputs);
+            return run(self.engine.as_mut(), inputs);
         }
-        self.run_seats(inputs, outputs, &[], &[0])
-    }
-}
-
-impl Engine for Seated {
-    fn signature(&self) -> &Signature {
-        &self.signature
+        self.run_seats(inputs, &[], &[0], run)
     }
 
-    fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
+    /// As [`Engine::run_raw`], by `run`, which is one of the engine's ways to give `outputs`.
+    fn run_by(
+        &mut self,
+        inputs: &[RawTensor],
+        outputs: &[usize],
+        run: impl FnOnce(&mut dyn Engine, &[RawTensor]) -> Found,
+    ) -> Found {
         let Some((seats, inputs)) = inputs.split_last() else { return Err(failed("it has no inputs".to_owned())) };
         // A start is noted before it is run: what follows a start that failed is told by the model, not by us.
         let starts = seats.numbers::<i32>();
@@ -153,11 +160,29 @@ impl Engine for Seated {
                 }
             }
         }
-        let Some(rows) = self.positions(seats)? else { return self.probe(inputs, outputs) };
+        let Some(rows) = self.positions(seats)? else { return self.probe(inputs, outputs, run) };
         if !self.room.batches {
-            return self.engine.run_raw(inputs, outputs);
+            return run(self.engine.as_mut(), inputs);
         }
-        self.run_seats(inputs, outputs, &rows, &rows)
+        self.run_seats(inputs, &rows, &rows, run)
+    }
+}
+
+impl Engine for Seated {
+    fn signature(&self) -> &Signature {
+        &self.signature
+    }
+
+    fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Found {
+        self.run_by(inputs, outputs, |engine, inputs| engine.run_raw(inputs, outputs))
+    }
+
+    fn run_for(&mut self, inputs: &[RawTensor], outputs: &[usize], waiters: Waiters<'_>) -> Found {
+        self.run_by(inputs, outputs, |engine, inputs| engine.run_for(inputs, outputs, waiters))
+    }
+
+    fn run_within(&mut self, inputs: &[RawTensor], outputs: &[usize], limit: Duration) -> Found {
+        self.run_by(inputs, outputs, |engine, inputs| engine.run_within(inputs, outputs, limit))
     }
 
     fn runs_on_any_thread(&self) -> bool {
@@ -175,6 +200,8 @@ fn failed(reason: String) -> EngineError {
 
 #[cfg(test)]
 mod tests {
+    use std::task::Poll;
+
     use sensorium_engine::{OnnxRuntime, Options};
     use sensorium_onnx::{DType as OnnxDType, Dim, GraphBuilder};
 
@@ -193,10 +220,13 @@ mod tests {
         graph.output("same", &same, OnnxDType::F32, &one);
         graph.output("sums", &sums, OnnxDType::F32, &one);
         let bytes = graph.finish(20).unwrap().to_bytes();
-        let engine = OnnxRuntime::open_bytes("rows", &bytes, Options::default()).unwrap();
+        three_seats(Box::new(OnnxRuntime::open_bytes("rows", &bytes, Options::default()).unwrap()))
+    }
+
+    fn three_seats(engine: Box<dyn Engine>) -> Seated {
         let empty = vec![Some(f32s(&[100.0]))];
         let seats = Seats::new(1, 3, 0);
-        Seated::new(Box::new(engine), Room { seats, instance: 0, rows: 3, batches: true, empty, has_ready: false })
+        Seated::new(engine, Room { seats, instance: 0, rows: 3, batches: true, empty, has_ready: false })
     }
 
     fn f32s(values: &[f32]) -> RawTensor {
@@ -220,6 +250,38 @@ mod tests {
         assert_eq!(found, Ok(vec![vec![5.0, 7.0], vec![112.0, 112.0]]), "the third seat is run as empty");
         let found = run(&mut engine, &[1.0, 2.0, 3.0], &[(1, true), (2, false), (0, false)]);
         assert_eq!(found, Ok(vec![vec![1.0, 2.0, 3.0], vec![6.0; 3]]));
+    }
+
+    /// Gives what it takes, to those who wait for as long as it takes.
+    struct Cut(Signature);
+
+    impl Engine for Cut {
+        fn signature(&self) -> &Signature {
+            &self.0
+        }
+
+        fn run_raw(&mut self, inputs: &[RawTensor], _: &[usize]) -> Found {
+            Ok(inputs.to_vec())
+        }
+
+        fn run_for(&mut self, _: &[RawTensor], _: &[usize], _: Waiters<'_>) -> Found {
+            Err(EngineError::CutShort)
+        }
+
+        fn run_within(&mut self, _: &[RawTensor], _: &[usize], _: Duration) -> Found {
+            Err(EngineError::CutShort)
+        }
+    }
+
+    #[test]
+    fn a_run_behind_seats_can_be_cut_short_like_any_other() {
+        let x = [TensorSpec { name: "x".to_owned(), dtype: DType::Fp32, shape: vec![None, Some(1)] }];
+        let mut engine = three_seats(Box::new(Cut(Signature::of_manifest(&x, &x))));
+        let inputs = [f32s(&[5.0]), seat_input(Position { instance: 0, row: 1 }, true, true).unwrap()];
+        assert_eq!(engine.run_raw(&inputs, &[0]).unwrap(), [f32s(&[5.0])]);
+        let waiters = Waiters { deadline: None, poll_gone: &mut |_| Poll::Pending };
+        assert!(matches!(engine.run_for(&inputs, &[0], waiters), Err(EngineError::CutShort)));
+        assert!(matches!(engine.run_within(&inputs, &[0], Duration::ZERO), Err(EngineError::CutShort)));
     }
 
     #[test]
