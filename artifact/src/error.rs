@@ -128,15 +128,14 @@ pub enum ArtifactError {
     },
     /// An error of the object store. The message has its causes, and is the end of the chain: most of the client's errors
     /// repeat their causes, so whoever prints a chain would print them over and over.
-    #[error("could not {action} `{uri}`: {}", in_one_line(source))]
+    #[error("could not {action} `{uri}`: {}", in_one_line(error))]
     Remote {
         /// What was being done.
         action: &'static str,
         /// To which URI.
         uri: String,
         /// The error of the client; it contains the server's answer.
-        // Raw, which is how a field of this name is no `source` of the error.
-        r#source: object_store::Error,
+        error: object_store::Error,
     },
     /// The async runtime shut down before the operation began.
     #[error("the operation was cancelled because the program is shutting down")]
@@ -219,7 +218,7 @@ mod tests {
     fn a_remote_error_tells_each_of_its_causes_once() {
         let source = Nested::Telling(Box::new(Nested::Silent(Box::new(Nested::Last))));
         let source = object_store::Error::Generic { store: "S3", source: Box::new(source) };
-        let error = ArtifactError::Remote { action: "list", uri: "s3://models".to_owned(), source };
+        let error = ArtifactError::Remote { action: "list", uri: "s3://models".to_owned(), error: source };
         assert_eq!(
             error.to_string(),
             "could not list `s3://models`: HTTP error: error sending request: connection refused"

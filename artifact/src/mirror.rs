@@ -72,7 +72,7 @@ impl Mirror {
     /// # Errors
     /// [`ArtifactError::Remote`], [`ArtifactError::Io`], [`ArtifactError::NoSpace`]; what was done until then stays.
     pub async fn refresh(&self) -> Result<(), ArtifactError> {
-        let failed = |source| ArtifactError::Remote { action: "list", uri: self.uri.clone(), source };
+        let failed = |error| ArtifactError::Remote { action: "list", uri: self.uri.clone(), error };
         let objects = self.client.list(Some(&self.prefix)).try_collect().await.map_err(failed)?;
         let wanted = files(&self.prefix, objects);
         for folder in [&self.folder, &self.scratch] {
@@ -106,8 +106,7 @@ impl Mirror {
 
     /// Whether there is such an object.
     async fn download(&self, key: &Key, target: &Path) -> Result<bool, ArtifactError> {
-        let failed =
-            |source| ArtifactError::Remote { action: "download", uri: format!("{} ({key})", self.uri), source };
+        let failed = |error| ArtifactError::Remote { action: "download", uri: format!("{} ({key})", self.uri), error };
         let Some(mut transfer) = Transfer::begin(&self.client, key).await.map_err(failed)? else { return Ok(false) };
         // In pieces, because a model may be larger than memory; aside, so that nobody sees half of it.
         let scratch = tempfile::NamedTempFile::new_in(&self.scratch)

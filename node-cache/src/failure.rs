@@ -56,7 +56,7 @@ impl From<&Failure> for Status {
 impl From<ArtifactError> for Failure {
     fn from(error: ArtifactError) -> Self {
         match &error {
-            ArtifactError::Remote { action, uri, source } => {
+            ArtifactError::Remote { action, uri, error: source } => {
                 let (action, uri) = (*action, uri.as_str());
                 match source {
                     Remote::PermissionDenied { .. } | Remote::Unauthenticated { .. } => {

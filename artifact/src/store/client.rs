@@ -52,7 +52,7 @@ pub(crate) fn client(
     let client = builder(environment).and_then(|builder| builder.with_bucket_name(bucket).build());
     match client {
         Ok(client) => Ok((client, prefix)),
-        Err(source) => Err(ArtifactError::Remote { action: "set up the S3 client for", uri, source }),
+        Err(error) => Err(ArtifactError::Remote { action: "set up the S3 client for", uri, error }),
     }
 }
 

@@ -237,8 +237,8 @@ impl S3Store {
         self.prefix.parts().chain(Key::from(key).parts()).collect()
     }
 
-    fn failed(&self, action: &'static str, key: &Key, source: object_store::Error) -> ArtifactError {
-        ArtifactError::Remote { action, uri: format!("s3://{}/{key}", self.bucket), source }
+    fn failed(&self, action: &'static str, key: &Key, error: object_store::Error) -> ArtifactError {
+        ArtifactError::Remote { action, uri: format!("s3://{}/{key}", self.bucket), error }
     }
 }
 

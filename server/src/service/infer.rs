@@ -3,10 +3,12 @@
 use std::{
     pin::{Pin, pin},
     sync::Arc,
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use bytes::Bytes;
+use futures::future::{Either, ready};
 use sensorium_proto::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::task::AbortOnDropHandle;
@@ -90,9 +92,13 @@ impl Service {
                         let bytes = answer.iter().flat_map(|answer| &answer.raw_output_contents).map(Bytes::len).sum();
                         Ok((in_band(answer, id, name), service.budget.overdraw(bytes)))
                     };
-                    // A stream is polled while its client reads. A request goes on all the same: others may wait for it, in a batch, a
-                    // cache or a line.
-                    let answer = AbortOnDropHandle::new(tokio::spawn(answer.in_current_span()));
+                    // It begins here, so that those of a sequence enter it in their order. A stream is polled while its client reads,
+                    // and a request goes on all the same: others may wait for it, in a batch, a cache or a line.
+                    let mut answer = Box::pin(answer.in_current_span());
+                    let answer = match answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                        Poll::Ready(answer) => Either::Left(ready(Ok(answer))),
+                        Poll::Pending => Either::Right(AbortOnDropHandle::new(tokio::spawn(answer))),
+                    };
                     Begun::One(async move {
                         match answer.await.unwrap_or_else(|_| Err(Status::internal("the request was cut short"))) {
                             Ok((answer, room)) => (Ok(answer), Some(room)),
