@@ -522,7 +522,8 @@ fn default_max_image_pixels() -> u64 {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Verification {
-    /// Held-out data with questions and their answers: `pvc://CLAIM/PATH`, `s3://BUCKET/PREFIX` or `file:///PATH`.
+    /// Held-out data with questions and their answers: `pvc://CLAIM/PATH` or `file:///PATH`; `s3://BUCKET/PREFIX` cannot be read
+    /// yet.
     #[schemars(schema_with = "location_schema")]
     pub data: String,
     /// How many images are asked about, one question each.

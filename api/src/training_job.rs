@@ -147,7 +147,7 @@ pub enum ModelSource {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TrainingData {
-    /// What the network learns from: `pvc://CLAIM/PATH`, `s3://BUCKET/PREFIX` or `file:///PATH`.
+    /// What the network learns from: `pvc://CLAIM/PATH` or `file:///PATH`; `s3://BUCKET/PREFIX` cannot be read yet.
     #[schemars(schema_with = "location_schema")]
     pub train: String,
     /// Held-out data that the network is measured on and never learns from; a location as `train` is.

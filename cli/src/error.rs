@@ -7,12 +7,13 @@ use sensorium_api::manifest::ManifestError;
 use sensorium_artifact::ArtifactError;
 use sensorium_data::DataError;
 use sensorium_operator::plan::{OrderError, PlanError};
+use sensorium_telemetry::error_line;
 
 use crate::local::job::JobFailure;
 use crate::local::ports::Holder;
 use crate::local::process::ProcessError;
 use crate::local::state_dir::StateError;
-use crate::text::{error_line, shorten};
+use crate::text::shorten;
 
 /// Why a command failed. [`Error::hint`] says what to do, [`Error::exit_code`] what scripts are told.
 #[derive(Debug, thiserror::Error)]

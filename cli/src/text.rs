@@ -1,4 +1,4 @@
-//! Numbers, paths and errors as people read them.
+//! Numbers and paths as people read them.
 
 use std::path::{Path, PathBuf};
 
@@ -44,22 +44,6 @@ pub fn widen(value: f32) -> f64 {
     value.to_string().parse().unwrap_or_else(|_| f64::from(value))
 }
 
-/// The one-line form of an error: itself and the chain of its causes.
-pub fn error_line(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let text = cause.to_string();
-        // Transparent wrappers repeat their cause; saying it once is enough.
-        if !line.ends_with(&text) {
-            line.push_str(": ");
-            line.push_str(&text);
-        }
-        source = cause.source();
-    }
-    line
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,17 +62,5 @@ mod tests {
         for (bytes, text) in [(512, "512 B"), (4_200, "4.2 kB"), (999_990, "1.0 MB"), (1_300_000_000, "1.3 GB")] {
             assert_eq!(size(bytes), text);
         }
-    }
-
-    #[test]
-    fn an_error_says_its_causes_once_each() {
-        #[derive(Debug, thiserror::Error)]
-        #[error("cannot read the file")]
-        struct Read(#[source] std::io::Error);
-        #[derive(Debug, thiserror::Error)]
-        #[error(transparent)]
-        struct Wrapped(Read);
-        let error = Wrapped(Read(std::io::Error::other("disk on fire")));
-        assert_eq!(error_line(&error), "cannot read the file: disk on fire");
     }
 }

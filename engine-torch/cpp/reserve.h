@@ -9,6 +9,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -66,22 +67,35 @@ class Reserve {
     return (bytes + step - 1) / step * step;
   }
 
-  // A piece that is free, the one that was given back last, which may still be in a cache; null where there is none.
-  Head* take(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = free_.find(bytes);
-    if (found == free_.end() || found->second.empty()) return nullptr;
-    Head* head = found->second.back();
-    found->second.pop_back();
-    return head;
+  // A piece of at least so many bytes, and at most twice as many: one that is free, or a new one.
+  Head* acquire(size_t bytes) {
+    bytes = rounded(bytes);
+    Head* head = nullptr;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      head = take(bytes);
+      lent_ += head != nullptr ? head->bytes : bytes;
+      most_lent_ = std::max(most_lent_, lent_);
+      trim();
+    }
+    if (head != nullptr) return head;
+    try {
+      return make(bytes);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      lent_ -= bytes;
+      throw;
+    }
   }
 
   // Any thread: what a run returns is let go by whoever has sent it.
   void give_back(Head* head) noexcept {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    lent_ -= head->bytes;
+    head->last_run = runs_;
     try {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      head->last_run = runs_;
       free_[head->bytes].push_back(head);
+      free_bytes_ += head->bytes;
     } catch (...) {
       // There was not even memory to note it in.
       discard(head);
@@ -92,26 +106,66 @@ class Reserve {
   void begin() {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (++runs_ % runs_kept != 0) return;
-    for (auto entry = free_.begin(); entry != free_.end();) {
-      std::vector<Head*> kept;
-      for (Head* head : entry->second) {
-        if (head->last_run + runs_kept < runs_) {
-          discard(head);
-        } else {
-          kept.push_back(head);
-        }
-      }
-      entry->second = std::move(kept);
-      entry = entry->second.empty() ? free_.erase(entry) : std::next(entry);
+    while (Head* const head = oldest()) {
+      if (head->last_run + runs_kept >= runs_) break;
+      let_go(head);
     }
+    most_lent_before_ = most_lent_;
+    most_lent_ = lent_;
+    trim();
   }
 
  private:
   // A piece that so many runs have not asked for is not kept.
   static constexpr uint64_t runs_kept = 64;
 
+  // A piece that is free, the smallest that will do, and of these the one that was given back last, which may still be in a cache.
+  Head* take(size_t bytes) {
+    const auto found = free_.lower_bound(bytes);
+    if (found == free_.end() || found->first > 2 * bytes) return nullptr;
+    Head* head = found->second.back();
+    found->second.pop_back();
+    if (found->second.empty()) free_.erase(found);
+    free_bytes_ -= head->bytes;
+    return head;
+  }
+
+  // What is kept is never more than runs had at a time, of late: requests of ever different sizes would leave a piece of each.
+  void trim() {
+    const size_t most = std::max(most_lent_, most_lent_before_);
+    while (lent_ + free_bytes_ > most) {
+      Head* const head = oldest();
+      if (head == nullptr) return;
+      let_go(head);
+    }
+  }
+
+  // The free piece that no run has had for the longest.
+  Head* oldest() const {
+    Head* found = nullptr;
+    for (const auto& [bytes, heads] : free_) {
+      if (found == nullptr || heads.front()->last_run < found->last_run) found = heads.front();
+    }
+    return found;
+  }
+
+  // The first of its size.
+  void let_go(Head* head) {
+    const auto entry = free_.find(head->bytes);
+    entry->second.erase(entry->second.begin());
+    if (entry->second.empty()) free_.erase(entry);
+    free_bytes_ -= head->bytes;
+    discard(head);
+  }
+
   std::mutex mutex_;
+  // By size, none of them empty; the one that was given back first is the first.
   std::map<size_t, std::vector<Head*>> free_;
+  size_t free_bytes_ = 0;
+  size_t lent_ = 0;
+  // The most that was lent at a time, in these runs_kept runs and in those before.
+  size_t most_lent_ = 0;
+  size_t most_lent_before_ = 0;
   uint64_t runs_ = 0;
 };
 
@@ -144,9 +198,7 @@ class ReservingAllocator final : public c10::Allocator {
     if (bytes == 0) return {nullptr, nullptr, &release, device};
     Head* head = nullptr;
     if (current_reserve != nullptr && bytes >= Reserve::least_bytes) {
-      const size_t rounded = Reserve::rounded(bytes);
-      head = (*current_reserve)->take(rounded);
-      if (head == nullptr) head = Reserve::make(rounded);
+      head = (*current_reserve)->acquire(bytes);
       head->owner = *current_reserve;
     } else {
       head = Reserve::make(bytes);

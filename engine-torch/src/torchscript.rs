@@ -104,6 +104,11 @@ impl Engine for TorchScript {
         self.threads == 1
     }
 
+    fn keeps_state(&self) -> bool {
+        // What a method does to its module is code.
+        true
+    }
+
     fn reset(&mut self) -> Result<(), EngineError> {
         match &self.reset_method {
             Some(method) => self.module.call(method, self.threads).map_err(failed),

@@ -1,5 +1,5 @@
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use sensorium_modality::Tensor;
 
@@ -12,6 +12,9 @@ pub type Named = Vec<(String, Tensor)>;
 
 /// Those who wait for a run.
 pub struct Waiters<'a> {
+    /// Whether a run is to be cut short for them however quick the last ones were. Otherwise an engine may spare itself to look
+    /// on at those.
+    pub is_strict: bool,
     /// When the last of them stops waiting; `None` where one waits for as long as it takes.
     pub deadline: Option<Instant>,
     /// Ready once none of them waits any more; it is polled as a future is.
@@ -47,24 +50,15 @@ pub trait Engine: Send {
         self.run_raw(inputs, outputs)
     }
 
-    /// As [`Engine::run_raw`], for somebody who does not wait for longer than `limit`. An engine whose runs can be cut short does that
-    /// then, however quick they were before; others run to the end.
-    ///
-    /// # Errors
-    /// As [`Engine::run_raw`], and [`EngineError::CutShort`].
-    fn run_within(
-        &mut self,
-        inputs: &[RawTensor],
-        outputs: &[usize],
-        limit: Duration,
-    ) -> Result<Vec<RawTensor>, EngineError> {
-        let _ = limit;
-        self.run_raw(inputs, outputs)
-    }
-
     /// Whether a run is computation and nothing else, which any thread may do: whoever waits for it may run it. One that
     /// asks another machine, or that keeps things for each thread that has ever called it, says no.
     fn runs_on_any_thread(&self) -> bool {
+        false
+    }
+
+    /// Whether a run may leave something for the next ones that only this engine has. Then a sequence stays with it, and a run that
+    /// failed is not done again.
+    fn keeps_state(&self) -> bool {
         false
     }
 

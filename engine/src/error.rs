@@ -114,6 +114,13 @@ pub enum EngineError {
         /// What it said.
         reason: String,
     },
+    /// The engine failed while it ran, and may have changed what it keeps from run to run before it did: no part of the run can be
+    /// done again.
+    #[error("the graph failed while running: {reason}; its state is as the failed run left it")]
+    Spoilt {
+        /// What it said.
+        reason: String,
+    },
     /// The graph runs elsewhere, and nobody there can run it, whatever the inputs are. Trying again later may succeed.
     #[error("the graph runs at {address}, where nobody can run it now: {reason}")]
     Unavailable {
@@ -142,6 +149,7 @@ impl EngineError {
             | Self::Open { .. }
             | Self::UnsupportedType { .. }
             | Self::Run { .. }
+            | Self::Spoilt { .. }
             | Self::Unavailable { .. }
             | Self::CutShort => false,
         }

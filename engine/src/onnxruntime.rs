@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError, mpsc};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use bytemuck::{AnyBitPattern, NoUninit};
@@ -182,16 +182,9 @@ impl Engine for OnnxRuntime {
         waiters: Waiters<'_>,
     ) -> Result<Vec<RawTensor>, EngineError> {
         // Who looks on costs a thread, which is nothing beside a run that takes long.
-        if self.took < LONG { self.run_raw(inputs, outputs) } else { self.run_watched(inputs, outputs, waiters) }
-    }
-
-    fn run_within(
-        &mut self,
-        inputs: &[RawTensor],
-        outputs: &[usize],
-        limit: Duration,
-    ) -> Result<Vec<RawTensor>, EngineError> {
-        let waiters = Waiters { deadline: Instant::now().checked_add(limit), poll_gone: &mut |_| Poll::Pending };
+        if self.took < LONG && !waiters.is_strict {
+            return self.run_raw(inputs, outputs);
+        }
         self.run_watched(inputs, outputs, waiters)
     }
 
@@ -223,7 +216,7 @@ impl OnnxRuntime {
         std::thread::scope(|scope| {
             let watched = &options;
             let watch = std::thread::Builder::new().name("sensorium-watch".to_owned()).spawn_scoped(scope, move || {
-                let Waiters { deadline, poll_gone } = waiters;
+                let Waiters { deadline, poll_gone, .. } = waiters;
                 let mut context = Context::from_waker(Waker::noop());
                 loop {
                     let now = Instant::now();

@@ -190,19 +190,26 @@ fn a_long_run_is_cut_short_when_nobody_waits_for_it_any_more() {
         looks += 1;
         if looks < 2 { Poll::Pending } else { Poll::Ready(()) }
     };
-    let found = engine.run_for(&rows(8192), &[0], Waiters { deadline: None, poll_gone });
+    let found = engine.run_for(&rows(8192), &[0], Waiters { is_strict: false, deadline: None, poll_gone });
     assert!(matches!(found, Err(EngineError::CutShort)), "{found:?}");
     assert_eq!(looks, 2);
     let deadline = Some(Instant::now());
-    let found = engine.run_for(&rows(8192), &[0], Waiters { deadline, poll_gone: &mut |_| Poll::Pending });
-    assert!(matches!(found, Err(EngineError::CutShort)), "{found:?}");
-    let found = engine.run_within(&rows(8192), &[0], Duration::from_millis(1));
+    let waiters = Waiters { is_strict: false, deadline, poll_gone: &mut |_| Poll::Pending };
+    let found = engine.run_for(&rows(8192), &[0], waiters);
     assert!(matches!(found, Err(EngineError::CutShort)), "{found:?}");
 
     // Who waits for long enough gets the answer, of the same engine.
     let deadline = Some(Instant::now() + Duration::from_hours(1));
-    let found = engine.run_for(&rows(1), &[0], Waiters { deadline, poll_gone: &mut |_| Poll::Pending });
-    assert_eq!(found.unwrap()[0].shape(), [1, 512]);
+    let waiters = Waiters { is_strict: false, deadline, poll_gone: &mut |_| Poll::Pending };
+    assert_eq!(engine.run_for(&rows(1), &[0], waiters).unwrap()[0].shape(), [1, 512]);
+
+    // That was quick: only who insists is looked after.
+    let deadline = Some(Instant::now());
+    for is_strict in [true, false] {
+        let waiters = Waiters { is_strict, deadline, poll_gone: &mut |_| Poll::Pending };
+        let found = engine.run_for(&rows(8192), &[0], waiters);
+        assert_eq!(matches!(found, Err(EngineError::CutShort)), is_strict, "{found:?}");
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client};
+use sensorium_telemetry::error_line;
 use tokio::time::{Instant, sleep, timeout_at};
 
 /// Another may take a Lease that has not been renewed for so long.
@@ -137,7 +138,7 @@ enum Attempt {
 
 async fn within<T>(end: Instant, request: impl Future<Output = kube::Result<T>>) -> Result<T, String> {
     match timeout_at(end, request).await {
-        Ok(outcome) => outcome.map_err(|error| crate::error_line(&error)),
+        Ok(outcome) => outcome.map_err(|error| error_line(&error)),
         Err(_) => Err("the API server did not answer in time".to_owned()),
     }
 }

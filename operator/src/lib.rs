@@ -27,13 +27,3 @@ pub mod lease;
 pub mod plan;
 pub mod render;
 pub mod status;
-
-/// An error and its causes in one line, as logs want them.
-pub(crate) fn error_line(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |line, cause| {
-        let cause = cause.to_string();
-        // Some errors repeat their cause in their own words.
-        if line.contains(&cause) { line } else { format!("{line}: {cause}") }
-    })
-}

@@ -29,7 +29,7 @@ const READ_TIMEOUT: Duration = Duration::from_secs(295);
     max_term_width = 100,
     after_help = "Examples:\n  sensorium-operator --trainer-image registry.example/sensorium-trainer:0.1.0 \\\n    \
                   --server-image registry.example/sensorium-server:0.1.0 --cli-image registry.example/sensorium-cli:0.1.0\n  \
-                  sensorium-operator --namespace team-a --leader-elect false    against the current kubeconfig context"
+                  with --namespace team-a --leader-elect false besides: for one namespace of the current kubeconfig context, alone"
 )]
 struct Options {
     /// Look at this namespace only; at all of them by default

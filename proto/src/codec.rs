@@ -17,7 +17,9 @@ use tonic::{
 };
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
-use crate::inference::ModelInferRequest;
+use crate::inference::{
+    LogSettingsRequest, ModelInferRequest, TraceSettingRequest, model_infer_request::InferInputTensor,
+};
 
 /// Fields of a message at most: far more than a request has, whose tensors are one field each, and about 25 MB at the
 /// most that a field can become.
@@ -34,6 +36,8 @@ const YIELD_THRESHOLD: usize = 32 << 10;
 /// left to the decoder. A request has field 6 as well, the outputs that it asks for; in a response that is the bytes of a tensor.
 const NESTS: &[u32] = &[5];
 const NESTS_OF_REQUEST: &[u32] = &[5, 6];
+/// Settings are a map (field 1, or in it 2) to lists of texts.
+const NESTS_OF_SETTINGS: &[u32] = &[1, 2];
 const DEPTH: u32 = 2;
 
 /// Encodes `T` and decodes `U`, as generated code wants it.
@@ -94,8 +98,15 @@ pub fn decode<M: Message + Default + 'static>(message: Bytes) -> Result<M, Statu
 }
 
 fn check<M: 'static>(message: &[u8]) -> Result<(), Status> {
-    let is_request = TypeId::of::<M>() == TypeId::of::<ModelInferRequest>();
-    if spend(message, if is_request { NESTS_OF_REQUEST } else { NESTS }, DEPTH, &mut { MAX_FIELDS }) {
+    let kind = TypeId::of::<M>();
+    let nests = if kind == TypeId::of::<ModelInferRequest>() {
+        NESTS_OF_REQUEST
+    } else if kind == TypeId::of::<TraceSettingRequest>() || kind == TypeId::of::<LogSettingsRequest>() {
+        NESTS_OF_SETTINGS
+    } else {
+        NESTS
+    };
+    if spend(message, nests, DEPTH, &mut { MAX_FIELDS }) {
         return Ok(());
     }
     Err(Status::resource_exhausted(format!(
@@ -103,74 +114,74 @@ fn check<M: 'static>(message: &[u8]) -> Result<(), Status> {
     )))
 }
 
-/// Bytes by which the elements of a request's tensors may grow when they are decoded: a whole number in a packed field of
-/// `InferTensorContents` is a byte at least on the wire, and four or eight in memory.
+/// Sizes of a shape that are not worth to be counted.
+const SIZES: usize = 64;
+
+/// Bytes by which a request's tensors may grow when they are decoded: a whole number in a packed field, of
+/// `InferTensorContents` or a shape, is a byte at least on the wire, and four or eight in memory.
 pub fn growth(request: &[u8]) -> usize {
-    let contents = fields(request).filter(|(field, _)| *field == 5).flat_map(|(_, input)| fields(input));
-    let numbers = contents.filter(|(field, _)| *field == 5).flat_map(|(_, contents)| fields(contents));
-    let growth = |(field, packed): (u32, &[u8])| match field {
+    let of_contents = |(field, packed): (u32, &[u8])| match field {
         2 | 4 => packed.len().saturating_mul(3),
         3 | 5 => packed.len().saturating_mul(7),
         _ => 0,
     };
-    numbers.map(growth).fold(0, usize::saturating_add)
+    let of_input = |(field, content): (u32, &[u8])| match field {
+        3 if content.len() > SIZES => content.len().saturating_mul(7),
+        5 => fields(content).map(of_contents).fold(0, usize::saturating_add),
+        _ => 0,
+    };
+    let inputs = fields(request).filter(|(field, _)| *field == 5).flat_map(|(_, input)| fields(input));
+    inputs.map(of_input).fold(0, usize::saturating_add)
 }
 
-/// The fields of a message that have a length, with their content, up to what is no protobuf.
+/// As [`growth`], of a request that is decoded already.
+pub fn grown(request: &ModelInferRequest) -> usize {
+    let of_input = |input: &InferInputTensor| {
+        let contents = input.contents.as_deref();
+        let fours = contents.map_or(0, |contents| contents.int_contents.len() + contents.uint_contents.len());
+        let eights = contents.map_or(0, |contents| contents.int64_contents.len() + contents.uint64_contents.len());
+        let sizes = if input.shape.len() > SIZES { input.shape.len() } else { 0 };
+        fours * 3 + (eights + sizes) * 7
+    };
+    request.inputs.iter().map(of_input).sum()
+}
+
+/// All fields of a message with their content, which is empty for those that have no length. The fields inside a group are
+/// as if they stood beside it. What is no protobuf is the last field, of number 0, which no field has.
 fn fields(mut message: &[u8]) -> impl Iterator<Item = (u32, &[u8])> {
     std::iter::from_fn(move || {
-        while !message.is_empty() {
-            let (field, wire_type) = decode_key(&mut message).ok()?;
-            let skipped = match wire_type {
-                WireType::Varint => {
-                    decode_varint(&mut message).ok()?;
-                    0
-                }
-                WireType::StartGroup | WireType::EndGroup => 0,
-                WireType::SixtyFourBit => 8,
-                WireType::ThirtyTwoBit => 4,
-                WireType::LengthDelimited => {
-                    let length = usize::try_from(decode_varint(&mut message).ok()?).ok()?;
-                    let (content, rest) = message.split_at_checked(length)?;
-                    message = rest;
-                    return Some((field, content));
-                }
-            };
-            message = message.split_at_checked(skipped)?.1;
+        if message.is_empty() {
+            return None;
         }
-        None
+        let (field, rest) = split_field(message).unwrap_or_default();
+        message = rest;
+        Some(field)
     })
 }
 
-/// Takes one off `budget` for each field, also of the fields `nests`; `false` when it does not suffice. Stops without complaint at what is no
-/// protobuf.
-fn spend(mut message: &[u8], nests: &[u32], depth: u32, budget: &mut u32) -> bool {
-    while !message.is_empty() {
+/// The first field, and what follows it.
+fn split_field(mut message: &[u8]) -> Option<((u32, &[u8]), &[u8])> {
+    let (field, wire_type) = decode_key(&mut message).ok()?;
+    let mut varint = || decode_varint(&mut message).ok();
+    let (has_content, length) = match wire_type {
+        WireType::LengthDelimited => (true, usize::try_from(varint()?).ok()?),
+        WireType::Varint => (false, varint().map(|_| 0)?),
+        WireType::StartGroup | WireType::EndGroup => (false, 0),
+        WireType::SixtyFourBit => (false, 8),
+        WireType::ThirtyTwoBit => (false, 4),
+    };
+    let (content, rest) = message.split_at_checked(length)?;
+    Some(((field, if has_content { content } else { &[] }), rest))
+}
+
+/// Takes one off `budget` for each field, also of the fields `nests`; `false` when it does not suffice. What is no protobuf
+/// is left to the decoder.
+fn spend(message: &[u8], nests: &[u32], depth: u32, budget: &mut u32) -> bool {
+    fields(message).all(|(field, content)| {
         let Some(rest) = budget.checked_sub(1) else { return false };
         *budget = rest;
-        let Ok((field, wire_type)) = decode_key(&mut message) else { return true };
-        let length = match wire_type {
-            WireType::Varint if decode_varint(&mut message).is_err() => return true,
-            // The fields inside a group are counted as if they stood beside it.
-            WireType::Varint | WireType::StartGroup | WireType::EndGroup => 0,
-            WireType::SixtyFourBit => 8,
-            WireType::ThirtyTwoBit => 4,
-            WireType::LengthDelimited => match decode_varint(&mut message) {
-                Ok(length) => length,
-                Err(_) => return true,
-            },
-        };
-        let Some((content, after)) = usize::try_from(length).ok().and_then(|length| message.split_at_checked(length))
-        else {
-            return true;
-        };
-        let goes_in = wire_type == WireType::LengthDelimited && nests.contains(&field) && depth > 0;
-        if goes_in && !spend(content, nests, depth - 1, budget) {
-            return false;
-        }
-        message = after;
-    }
-    true
+        depth == 0 || !nests.contains(&field) || spend(content, nests, depth - 1, budget)
+    })
 }
 
 #[cfg(test)]
@@ -211,9 +222,47 @@ mod tests {
         assert_eq!(growth(&request(int32)), 3000);
         let fp32 = InferTensorContents { fp32_contents: vec![1.0; 1000], ..Default::default() };
         assert_eq!(growth(&request(fp32)), 0);
+        let long = InferInputTensor { shape: vec![1; 1000], ..Default::default() };
+        let long = ModelInferRequest { inputs: vec![long], ..Default::default() };
+        assert_eq!((growth(&long.encode_to_vec()), grown(&long)), (7000, 7000));
         let raw = ModelInferRequest { raw_input_contents: vec![vec![0x2a; 1000].into()], ..Default::default() };
         assert_eq!(growth(&raw.encode_to_vec()), 0);
         assert_eq!(growth(&[0x2a, 200, 1]), 0, "it is cut off");
+    }
+
+    #[test]
+    fn what_has_grown_is_at_most_what_was_foreseen() {
+        let contents = [
+            InferTensorContents { int64_contents: vec![1; 1000], ..Default::default() },
+            InferTensorContents { uint_contents: vec![u32::MAX; 10], ..Default::default() },
+            InferTensorContents { fp32_contents: vec![1.0; 1000], ..Default::default() },
+        ];
+        for (contents, wanted) in contents.into_iter().zip([7000, 30, 0]) {
+            let message = request(contents);
+            let found = grown(&ModelInferRequest::decode(&*message).unwrap());
+            assert_eq!(found, wanted);
+            assert!(growth(&message) >= found);
+        }
+    }
+
+    #[test]
+    fn settings_of_many_texts_are_too_much() {
+        // One map entry with a list of empty texts.
+        let list = [0x0a, 0].repeat(MAX_FIELDS as usize);
+        let settings = delimited(1, &delimited(2, &list));
+        assert!(decode::<TraceSettingRequest>(settings.clone().into()).is_err());
+        assert!(decode::<LogSettingsRequest>(settings.into()).is_err());
+        let few = delimited(1, &delimited(2, &[0x0a, 0].repeat(9)));
+        assert!(decode::<TraceSettingRequest>(few.into()).is_ok());
+    }
+
+    /// A field with a length.
+    fn delimited(field: u32, content: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        prost::encoding::encode_key(field, WireType::LengthDelimited, &mut bytes);
+        prost::encoding::encode_varint(content.len() as u64, &mut bytes);
+        bytes.extend_from_slice(content);
+        bytes
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use sensorium_engine::{EngineError, PipelineError, RawTensorError};
+use sensorium_telemetry::error_line;
 use tonic::{Code, Status};
 
 use crate::{
@@ -247,19 +248,9 @@ impl InferError {
             Self::UnknownModel { .. } | Self::UnknownVersion { .. } | Self::NotReady { .. } => String::new(),
             _ => format!("model {:?}: ", crate::wire::excerpt(model)),
         };
-        message.push_str(&chain(&self));
+        message.push_str(&error_line(&self));
         Status::new(self.code(), shortened(message))
     }
-}
-
-/// An error and its causes in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |line, cause| {
-        let cause = cause.to_string();
-        // Some errors have their cause's words among their own.
-        if line.contains(&cause) { line } else { format!("{line}: {cause}") }
-    })
 }
 
 impl InferError {

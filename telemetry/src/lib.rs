@@ -25,6 +25,24 @@ pub use logs::{FilterError, LogControl};
 pub use sampling::{Sampling, TraceControl};
 pub use traces::Parent;
 
+/// An error and its causes in one line, as logs and messages want them.
+///
+/// ```
+/// # #[derive(Debug, thiserror::Error)]
+/// # #[error("cannot read the file")]
+/// # struct Read(#[source] std::io::Error);
+/// let error = Read(std::io::Error::other("disk on fire"));
+/// assert_eq!(sensorium_telemetry::error_line(&error), "cannot read the file: disk on fire");
+/// ```
+pub fn error_line(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |line, cause| {
+        let cause = cause.to_string();
+        // Some errors have their cause's words among their own.
+        if line.contains(&cause) { line } else { format!("{line}: {cause}") }
+    })
+}
+
 /// Why telemetry could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum InitError {

@@ -6,13 +6,14 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use sensorium_api::run::{Progress, RunResult, RunState};
+use sensorium_telemetry::error_line;
 
 use crate::error::Error;
 use crate::http;
 use crate::local::interrupt::Interrupt;
 use crate::local::ports::FreePorts;
 use crate::local::process::{ProcessError, ProcessSpec, Workers, log_tail};
-use crate::text::{duration, error_line};
+use crate::text::duration;
 use crate::view::JobView;
 
 /// Time between SIGTERM and SIGKILL: enough to finish a training step and write a checkpoint; as on a cluster.

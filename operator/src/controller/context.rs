@@ -12,7 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::runtime::controller::Action as Again;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource};
-use sensorium_telemetry::Parent;
+use sensorium_telemetry::{Parent, error_line};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
@@ -204,11 +204,7 @@ impl Context {
     pub(super) async fn publish(&self, about: &ObjectReference, notes: &[Note]) {
         for note in notes {
             if let Err(error) = self.events.write(about, note).await {
-                tracing::warn!(
-                    error = crate::error_line(&error),
-                    reason = note.reason,
-                    "an event could not be written"
-                );
+                tracing::warn!(error = error_line(&error), reason = note.reason, "an event could not be written");
             }
         }
     }
@@ -219,7 +215,7 @@ impl Context {
     where
         K: Resource<DynamicType = ()>,
     {
-        let (name, error) = (object.meta().name.as_deref().unwrap_or_default(), crate::error_line(error));
+        let (name, error) = (object.meta().name.as_deref().unwrap_or_default(), error_line(error));
         tracing::warn!(kind = %K::kind(&()), object = name, error, "cannot be read; left alone");
         let message = format!("cannot be read, and is left alone: {error}");
         self.publish(&object.object_ref(&()), &[Note::warning("Unreadable", message)]).await;
@@ -247,6 +243,6 @@ pub(super) fn again_after(context: &Context, object: String, error: &Error) -> A
         return Again::requeue(Duration::from_millis(500));
     }
     let wait = context.retry_delay(object.clone());
-    tracing::warn!(object, error = crate::error_line(error), again_in_seconds = wait.as_secs(), "a visit failed");
+    tracing::warn!(object, error = error_line(error), again_in_seconds = wait.as_secs(), "a visit failed");
     Again::requeue(wait)
 }

@@ -12,7 +12,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 use sensorium_api::JobState;
-use sensorium_telemetry::metrics as names;
+use sensorium_telemetry::{error_line, metrics as names};
 
 /// A watch that has had nothing but errors for so long will not recover by itself: better to start anew.
 const STALE: Duration = Duration::from_mins(5);
@@ -194,7 +194,7 @@ impl Watch {
             None => *since = None,
             Some(error) => {
                 if since.is_none() {
-                    tracing::warn!(watch = self.name, error = crate::error_line(error), "a watch failed; trying again");
+                    tracing::warn!(watch = self.name, error = error_line(error), "a watch failed; trying again");
                     *since = Some(Instant::now());
                 }
             }

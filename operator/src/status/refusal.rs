@@ -1,5 +1,7 @@
 //! Why a spec that was accepted cannot be made true all the same.
 
+use sensorium_telemetry::error_line;
+
 use crate::plan::PlanError;
 
 /// Why the servers cannot be made what the spec asks for, and what to do about it.
@@ -40,7 +42,7 @@ impl Refusal {
             PlanError::RunsNothing { .. } | PlanError::Spec { .. } => RefusalCause::Spec,
             PlanError::UnknownGraph { .. } => RefusalCause::Graph,
         };
-        Self { cause, message: crate::error_line(error) }
+        Self { cause, message: error_line(error) }
     }
 
     /// By the API server, which said `why` when the operator was to `action` an `object`.

@@ -195,3 +195,69 @@ def forget(self):
     assert!(said(&error).contains("too much"), "{}", said(&error));
     assert_eq!(add(2.0, false).await.unwrap(), [3.0]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_failed_is_not_done_again_for_those_whose_state_it_has_changed() {
+    let source = "
+def forward(self, x, start):
+    kept = torch.where(start > 0, torch.zeros_like(self.total), self.total)
+    self.total = kept + x
+    assert bool((self.total <= 100).all()), 'too much'
+    return self.total
+";
+    let bench = Bench::new();
+    bench.compile("m", source, &[("total", Attribute::Tensor(f32s(&[3, 1], &[0.0; 3])))]);
+    // All three go together.
+    let strategy = "direct { minimum_slot_utilization: 1 max_queue_delay_microseconds: 60000000 }";
+    let ready = r#"control_input { name: "ready" control { kind: CONTROL_SEQUENCE_READY fp32_false_true: [ 0, 1 ] } }"#;
+    let config = ROWS_CONFIG.replace("IDLE", PATIENT).replace("direct { }", strategy).replace(ready, "");
+    bench.write("m", "config.pbtxt", config);
+    let registry = bench.open().await;
+    assert!(registry.ready("m", ""), "{}", reason(&registry));
+    let all = async |values: [f32; 3], starts: [bool; 3]| {
+        join_all([0, 1, 2].map(|at| add(&registry, at as u64 + 1, values[at], starts[at], false))).await
+    };
+    assert_eq!(all([1.0, 2.0, 3.0], [true; 3]).await.into_iter().map(Result::unwrap).sum::<f32>(), 6.0);
+    for found in all([10.0, 10.0, 200.0], [false; 3]).await {
+        let error = found.unwrap_err();
+        assert!(said(&error).contains("too much"), "{}", said(&error));
+    }
+    let found: Vec<_> = all([0.0, 0.0, 5.0], [false, false, true]).await.into_iter().map(Result::unwrap).collect();
+    assert_eq!(found, [11.0, 12.0, 5.0], "the step that failed has been done once");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sequence_stays_with_the_instance_that_keeps_its_state_by_id() {
+    let source = "
+def forward(self, x, corrid, start):
+    index = corrid.flatten()
+    self.total[index] = self.total[index] * (1 - start) + x
+    return self.total[index]
+";
+    let bench = Bench::new();
+    bench.compile("m", source, &[("total", Attribute::Tensor(f32s(&[64, 1], &[0.0; 64])))]);
+    let config = r#"
+        max_batch_size: 4
+        instance_group { count: 2 }
+        input { name: "x" data_type: TYPE_FP32 dims: 1 }
+        output { name: "OUTPUT__0" data_type: TYPE_FP32 dims: 1 }
+        sequence_batching {
+          max_sequence_idle_microseconds: 60000000
+          oldest { max_candidate_sequences: 4 }
+          control_input { name: "corrid" control { kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_INT64 } }
+          control_input { name: "start" control { kind: CONTROL_SEQUENCE_START int32_false_true: [ 0, 1 ] } }
+        }"#;
+    bench.write("m", "config.pbtxt", config);
+    let registry = bench.open().await;
+    assert!(registry.ready("m", ""), "{}", reason(&registry));
+    let sequences = (1..=8_u64).map(|id| {
+        let registry = registry.clone();
+        async move {
+            for round in 1..=20_u8 {
+                let found = add(&registry, id, id as f32, round == 1, round == 20).await.unwrap();
+                assert_eq!(found, id as f32 * f32::from(round), "sequence {id}, round {round}");
+            }
+        }
+    });
+    join_all(sequences).await;
+}

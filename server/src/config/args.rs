@@ -103,7 +103,8 @@ pub struct ServerArgs {
     )]
     pub max_request_bytes: Option<u64>,
     /// Bytes of all requests that are read and not answered yet, decompressed; more are refused with RESOURCE_EXHAUSTED
-    /// (429). Lower it where models need the memory [default: a quarter of the memory that this process may use]
+    /// (429). Lower it where models need the memory [default: a quarter of the memory
+    /// that this process may use; at least twice --max-request-bytes]
     #[arg(
         long,
         env = "SENSORIUM_MAX_INFLIGHT_BYTES",
@@ -142,8 +143,8 @@ pub struct ServerArgs {
         help_heading = "Security"
     )]
     pub tls_client_ca: Option<PathBuf>,
-    /// Tokens of clients, one line NAME TOKEN each: requests then need `authorization: Bearer TOKEN`; read again when it
-    /// changes
+    /// Tokens of clients, one line NAME TOKEN each, of at least 16 characters: requests then need `authorization: Bearer
+    /// TOKEN`; read again when it changes
     #[arg(long, env = "SENSORIUM_AUTH_TOKENS", value_name = "FILE", help_heading = "Security")]
     pub auth_tokens: Option<PathBuf>,
     /// Authorities of the servers of --remote-graph, PEM: these are called over TLS then, and see the certificate of
@@ -206,7 +207,7 @@ pub struct ServerArgs {
         help_heading = "Scheduling"
     )]
     pub engine_threads: Option<NonZeroUsize>,
-    /// What runs the graphs, where a model does not say: cpu, cuda or tensorrt, the last two with the index of a GPU where
+    /// What runs the graphs, where a model's instance_group does not say: cpu, cuda or tensorrt, the last two with the index of a GPU where
     /// it is not the first (cuda:1) [default: cpu]
     #[arg(long, env = "SENSORIUM_ENGINE_DEVICE", value_name = "DEVICE", help_heading = "Scheduling")]
     #[serde(deserialize_with = "text")]

@@ -344,7 +344,11 @@ mod tests {
         let settings = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(settings.path(), "max-batch-sise: 1").unwrap();
         let error = config(&["--settings", settings.path().to_str().unwrap()]).unwrap_err();
-        assert!(crate::error::chain(&error).contains("max-batch-sise"), "{}", crate::error::chain(&error));
+        assert!(
+            sensorium_telemetry::error_line(&error).contains("max-batch-sise"),
+            "{}",
+            sensorium_telemetry::error_line(&error)
+        );
     }
 
     #[test]

@@ -20,7 +20,7 @@ use futures::FutureExt as _;
 use http_body_util::Either;
 use hyper::body::Incoming;
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
     server::conn::auto,
 };
 use tokio::{
@@ -39,6 +39,7 @@ use super::{
     impatient::Impatient,
     metered::Metered,
     places::Places,
+    readers::{Reader, Readers},
     unary::{Answer, Unary},
 };
 use crate::{budget::Budget, rest, security::Tls};
@@ -182,10 +183,11 @@ async fn connection(
 ) {
     // Answers are small and complete: waiting to join them would only delay them.
     let _ = stream.set_nodelay(true);
+    let readers = Readers::new(STALL);
     match tls {
-        None => exchange(stream, inside, peer, finish).await,
+        None => readers.attend(exchange(stream, inside, peer, finish, readers.clone())).await,
         Some(tls) => match time::timeout(HANDSHAKE, tls.accept(stream)).await {
-            Ok(Ok(stream)) => exchange(stream, inside, peer, finish).await,
+            Ok(Ok(stream)) => readers.attend(exchange(stream, inside, peer, finish, readers.clone())).await,
             Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
             Err(_) => tracing::debug!("a TLS handshake took too long"),
         },
@@ -200,7 +202,7 @@ impl Inside {
         peer: Option<Arc<Peer>>,
         under_way: Arc<()>,
     ) -> Response<Going<Either<Answer, Body>>> {
-        self.handle(request, peer).await.map(|body| Going::new(body, &self.budget, under_way, STALL))
+        self.handle(request, peer).await.map(|body| Going::new(body, &self.budget, under_way, Reader::own()))
     }
 
     /// Answers a request. Its body is taken from the budget, and given back with the answer or when its client leaves; a
@@ -237,8 +239,13 @@ impl Inside {
     }
 }
 
-async fn exchange<S>(stream: S, inside: Arc<Inside>, peer: Option<Arc<Peer>>, finish: CancellationToken)
-where
+async fn exchange<S>(
+    stream: S,
+    inside: Arc<Inside>,
+    peer: Option<Arc<Peer>>,
+    finish: CancellationToken,
+    readers: Readers,
+) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let is_http2 = Arc::new(AtomicBool::new(false));
@@ -259,7 +266,7 @@ where
             Ok::<_, Infallible>(answer)
         }
     });
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+    let mut builder = auto::Builder::new(readers);
     builder.http1().timer(TokioTimer::new()).header_read_timeout(SILENCE);
     builder
         .http2()

@@ -67,24 +67,9 @@ impl<S: AsyncWrite + Unpin> Cork<S> {
     {
         let others = Arc::new(Others::default());
         loop {
-            let mut written = 0;
-            poll_fn(|context| {
-                let has_ended = connection.turn(context);
-                written = self.written();
-                if has_ended || written > 0 || !self.is_flushed() { Poll::Ready(()) } else { Poll::Pending }
-            })
-            .await;
+            let written = self.turn(connection).await;
             if written > 0 && gathers.load(Ordering::Relaxed) && !connection.has_ended() {
-                others.let_pass();
-                let mut turns = 1;
-                poll_fn(|context| {
-                    let passed = others.poll_passed(context);
-                    let (has_ended, before) = (connection.turn(context), written);
-                    written = self.written();
-                    turns += usize::from(written != before);
-                    if has_ended || turns >= GATHERED { Poll::Ready(()) } else { passed }
-                })
-                .await;
+                self.gather(connection, &others, written).await;
             }
             // A stream that is broken says so to the connection as well, when it is written to.
             let _ = poll_fn(|context| {
@@ -99,6 +84,35 @@ impl<S: AsyncWrite + Unpin> Cork<S> {
                 };
             }
         }
+    }
+
+    /// Runs `connection` until there is something to send, or it has ended: the bytes that wait.
+    async fn turn<C: Future + Unpin>(&self, connection: &mut Connection<C>) -> usize {
+        poll_fn(|context| {
+            let has_ended = connection.turn(context);
+            let written = self.written();
+            if has_ended || written > 0 || !self.is_flushed() { Poll::Ready(written) } else { Poll::Pending }
+        })
+        .await
+    }
+
+    /// Runs `connection`, of which `written` bytes wait, until all `others` that are ready now have run, or it is enough.
+    async fn gather<C: Future + Unpin>(
+        &self,
+        connection: &mut Connection<C>,
+        others: &Arc<Others>,
+        mut written: usize,
+    ) {
+        others.let_pass();
+        let mut turns = 1;
+        poll_fn(|context| {
+            let passed = others.poll_passed(context);
+            let (has_ended, before) = (connection.turn(context), written);
+            written = self.written();
+            turns += usize::from(written != before);
+            if has_ended || turns >= GATHERED { Poll::Ready(()) } else { passed }
+        })
+        .await;
     }
 }
 

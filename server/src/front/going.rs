@@ -1,24 +1,19 @@
-//! Answers on their way: what they hold of the budget, how long a client may leave one unread, and that their connection knows of
-//! them.
+//! Answers on their way: what they hold of the budget, that their connection knows of them, and that they are read.
 //!
 //! A client that asks and does not read costs more than one that sends and does not end: an answer can be much larger than its
 //! question, and HTTP/2 lets a client ask thousands of times before it reads anything.
 
 use std::{
     pin::Pin,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    task::{Context, Poll},
+    sync::Arc,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use tokio::time;
-use tokio_util::task::AbortOnDropHandle;
 
+use super::readers::Reader;
 use crate::budget::{Budget, Taken};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -31,84 +26,52 @@ const SLOWEST: u64 = 64 << 10;
 /// The body of an answer.
 #[derive(Debug)]
 pub(super) struct Going<B> {
-    body: Sending<B>,
-    /// Of one that is small; others hold theirs themselves.
-    _taken: Option<Taken>,
+    body: B,
+    /// What it yielded last and is not taken yet.
+    piece: Bytes,
+    reader: Option<Arc<Reader>>,
+    /// A large answer gives its reader more time, as the system may keep much of it before the connection has to ask for more.
+    longer: Duration,
+    holds: Holds,
     /// Its connection counts these.
     _under_way: Arc<()>,
 }
 
+/// What an answer holds of the budget.
 #[derive(Debug)]
-enum Sending<B> {
-    Small(B),
-    /// One that is large, or a stream.
-    Watched {
-        shared: Arc<Shared<B>>,
-        _watch: AbortOnDropHandle<()>,
-    },
-}
-
-#[derive(Debug)]
-struct Shared<B> {
-    /// `None` once it was given up.
-    rest: Mutex<Option<Rest<B>>>,
-    /// Whether the connection asked for more since the watch looked last.
-    has_moved: AtomicBool,
-    /// Whether it waits for what is not there yet: then nobody leaves anything unread.
-    waits: AtomicBool,
-}
-
-#[derive(Debug)]
-struct Rest<B> {
-    body: B,
-    /// What it yielded last and is not taken yet.
-    piece: Bytes,
-    _taken: Option<Taken>,
+enum Holds {
+    /// All that it will be.
+    Whole { _taken: Option<Taken> },
+    /// What it yielded last, of one that is made while it goes.
+    Last { budget: Budget, taken: Option<Taken> },
 }
 
 impl<B> Going<B>
 where
-    B: Body<Data = Bytes, Error: Into<Error>> + Send + Unpin + 'static,
+    B: Body<Data = Bytes, Error: Into<Error>> + Unpin,
 {
-    /// An answer, of which what is there already counts against `budget`. What is large, or a stream, and of which nobody takes
-    /// anything for `patience` is let go; a large one has more time, as the system may keep much of it before the connection
-    /// has to ask for more.
-    pub(super) fn new(body: B, budget: &Budget, under_way: Arc<()>, patience: Duration) -> Self {
+    /// An answer for `reader`, of which what is there already counts against `budget`.
+    pub(super) fn new(body: B, budget: &Budget, under_way: Arc<()>, reader: Option<Arc<Reader>>) -> Self {
         let bytes = body.size_hint().lower();
-        let taken = (bytes > 0).then(|| budget.overdraw(usize::try_from(bytes).unwrap_or(usize::MAX)));
-        if body.size_hint().exact().is_some_and(|bytes| bytes <= PIECE as u64) {
-            return Self { body: Sending::Small(body), _taken: taken, _under_way: under_way };
+        let overdraw = |bytes: u64| budget.overdraw(usize::try_from(bytes).unwrap_or(usize::MAX));
+        let holds = match body.size_hint().exact() {
+            Some(bytes) => Holds::Whole { _taken: (bytes > 0).then(|| overdraw(bytes)) },
+            None => Holds::Last { budget: budget.clone(), taken: None },
+        };
+        let longer = Duration::from_secs(bytes / SLOWEST);
+        if let Some(reader) = &reader {
+            reader.owes(longer);
         }
-        let rest = Mutex::new(Some(Rest { body, piece: Bytes::new(), _taken: taken }));
-        let (has_moved, waits) = (AtomicBool::new(false), AtomicBool::new(false));
-        let shared = Arc::new(Shared { rest, has_moved, waits });
-        let patience = patience + Duration::from_secs(bytes / SLOWEST);
-        let watch = AbortOnDropHandle::new(tokio::spawn(watch(shared.clone(), patience)));
-        Self { body: Sending::Watched { shared, _watch: watch }, _taken: None, _under_way: under_way }
+        Self { body, piece: Bytes::new(), reader, longer, holds, _under_way: under_way }
     }
-}
 
-async fn watch<B>(shared: Arc<Shared<B>>, patience: Duration) {
-    loop {
-        time::sleep(patience).await;
-        if !shared.has_moved.swap(false, Ordering::Relaxed) && !shared.waits.load(Ordering::Relaxed) {
-            drop(shared.lock().take());
-            return;
-        }
-    }
-}
-
-impl<B> Shared<B> {
-    /// Only this module's few lines run under the lock.
-    fn lock(&self) -> MutexGuard<'_, Option<Rest<B>>> {
-        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl<B: Body<Data = Bytes, Error: Into<Error>> + Unpin> Rest<B> {
-    fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+    fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         if self.piece.is_empty() {
-            let frame = match std::task::ready!(Pin::new(&mut self.body).poll_frame(context)) {
+            // Who asks for more has passed on what there was.
+            if let Holds::Last { taken, .. } = &mut self.holds {
+                *taken = None;
+            }
+            let frame = match ready!(Pin::new(&mut self.body).poll_frame(context)) {
                 None => return Poll::Ready(None),
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
                 Some(Ok(frame)) => frame,
@@ -116,6 +79,9 @@ impl<B: Body<Data = Bytes, Error: Into<Error>> + Unpin> Rest<B> {
             match frame.into_data() {
                 Ok(data) => self.piece = data,
                 Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+            }
+            if let Holds::Last { budget, taken } = &mut self.holds {
+                *taken = Some(budget.overdraw(self.piece.len()));
             }
         }
         let next = self.piece.split_to(self.piece.len().min(PIECE));
@@ -131,44 +97,34 @@ where
     type Error = Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        let shared = match &mut self.body {
-            Sending::Small(body) => {
-                return Pin::new(body).poll_frame(context).map(|frame| frame.map(|frame| frame.map_err(Into::into)));
-            }
-            Sending::Watched { shared, .. } => shared,
-        };
-        let polled = match &mut *shared.lock() {
-            Some(rest) => rest.poll_frame(context),
-            None => Poll::Ready(Some(Err("the answer was given up, as nobody read it".into()))),
-        };
-        shared.has_moved.store(true, Ordering::Relaxed);
-        shared.waits.store(polled.is_pending(), Ordering::Relaxed);
+        let polled = self.poll_piece(context);
+        if let Some(reader) = &self.reader {
+            // While it waits for what is not there yet, nobody leaves anything unread.
+            if polled.is_pending() { reader.rests() } else { reader.owes(self.longer) }
+        }
         polled
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.body {
-            Sending::Small(body) => body.is_end_stream(),
-            Sending::Watched { shared, .. } => {
-                shared.lock().as_ref().is_some_and(|rest| rest.piece.is_empty() && rest.body.is_end_stream())
-            }
-        }
+        self.piece.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        let shared = match &self.body {
-            Sending::Small(body) => return body.size_hint(),
-            Sending::Watched { shared, .. } => shared,
-        };
+        let (hint, more) = (self.body.size_hint(), self.piece.len() as u64);
         let mut all = SizeHint::new();
-        if let Some(Rest { body, piece, .. }) = &*shared.lock() {
-            let (hint, more) = (body.size_hint(), piece.len() as u64);
-            all.set_lower(hint.lower() + more);
-            if let Some(upper) = hint.upper() {
-                all.set_upper(upper + more);
-            }
+        all.set_lower(hint.lower() + more);
+        if let Some(upper) = hint.upper() {
+            all.set_upper(upper + more);
         }
         all
+    }
+}
+
+impl<B> Drop for Going<B> {
+    fn drop(&mut self) {
+        if let Some(reader) = &self.reader {
+            reader.rests();
+        }
     }
 }
 
@@ -183,15 +139,15 @@ mod tests {
         Budget::new(PIECE, Metrics::new().budget())
     }
 
-    fn going(bytes: usize, budget: &Budget, patience: Duration) -> Going<Full<Bytes>> {
+    fn going(bytes: usize, budget: &Budget) -> Going<Full<Bytes>> {
         let body = Full::new(Bytes::from((0..bytes).map(|at| at as u8).collect::<Vec<_>>()));
-        Going::new(body, budget, Arc::new(()), patience)
+        Going::new(body, budget, Arc::new(()), None)
     }
 
     #[tokio::test]
     async fn answers_come_out_as_they_went_in_and_large_ones_in_pieces() {
         for bytes in [0, 1, PIECE, PIECE + 1, 3 * PIECE, 3 * PIECE + 7] {
-            let mut body = going(bytes, &budget(), Duration::from_mins(1));
+            let mut body = going(bytes, &budget());
             let (mut found, mut left) = (Vec::new(), bytes as u64);
             loop {
                 assert_eq!(body.size_hint().exact(), Some(left), "{bytes}");
@@ -207,25 +163,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_that_nobody_reads_is_let_go_with_what_it_holds_and_a_stream_may_rest() {
-        const PATIENCE: Duration = Duration::from_millis(20);
+    async fn an_answer_holds_what_it_is_until_it_has_gone_and_a_stream_what_it_gave_last() {
         let budget = budget();
-        let mut body = going(PIECE + 1, &budget, PATIENCE);
-        budget.claim(PIECE).expect_err("it holds more than there is");
-        assert!(body.frame().await.unwrap().is_ok());
-        let is_gone = async {
-            while budget.claim(PIECE).is_err() {
-                time::sleep(PATIENCE).await;
-            }
-        };
-        time::timeout(Duration::from_mins(2), is_gone).await.unwrap();
-        assert!(body.frame().await.unwrap().is_err());
+        let body = going(PIECE, &budget);
+        budget.claim(1).expect_err("all of it is held");
+        drop(body);
+        drop(budget.claim(PIECE).unwrap());
 
-        let piece = futures::stream::once(async { Ok::<_, Error>(Frame::data(Bytes::from_static(b"7"))) });
-        let resting =
-            http_body_util::StreamBody::new(Box::pin(futures::StreamExt::chain(piece, futures::stream::pending())));
-        let mut body = Going::new(resting, &budget, Arc::new(()), PATIENCE);
+        let pieces = [PIECE, 1].map(|bytes| Ok::<_, Error>(Frame::data(Bytes::from(vec![0; bytes]))));
+        let stream = http_body_util::StreamBody::new(futures::stream::iter(pieces));
+        let mut body = Going::new(stream, &budget, Arc::new(()), None);
+        drop(budget.claim(PIECE).unwrap());
         assert!(body.frame().await.unwrap().is_ok());
-        assert!(time::timeout(PATIENCE * 10, body.frame()).await.is_err(), "it waits, and so does its client");
+        budget.claim(1).expect_err("its first piece is held");
+        assert!(body.frame().await.unwrap().is_ok());
+        drop(budget.claim(PIECE - 1).unwrap());
     }
 }

@@ -9,6 +9,7 @@ mod guard;
 mod impatient;
 mod metered;
 mod places;
+mod readers;
 mod unary;
 
 use std::sync::Arc;

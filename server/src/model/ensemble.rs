@@ -107,10 +107,7 @@ impl Ensemble {
             });
             let Some(done) = running.next().await else { break };
             let (step, response) = done?;
-            timings.queue += response.timings.queue;
-            timings.compute_input += response.timings.compute_input;
-            timings.compute_infer += response.timings.compute_infer;
-            timings.compute_output += response.timings.compute_output;
+            timings += Timings { cache_hit: false, ..response.timings };
             for (NamedTensor { tensor, .. }, (_, name)) in response.outputs.into_iter().zip(&step.outputs) {
                 tensors.insert(name, tensor);
             }

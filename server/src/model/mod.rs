@@ -25,7 +25,7 @@ use sensorium_artifact::TensorSpec;
 use sensorium_engine::RawTensor;
 use sensorium_proto::inference::{ModelConfig, ModelStatistics, model_config::SchedulingChoice};
 
-pub(crate) use self::sequence::Seated;
+pub(crate) use self::sequence::{Seated, Stateful};
 pub(crate) use self::{
     binding::{Binding, Bound, Reshape},
     ensemble::{Ensemble, Find},
@@ -313,7 +313,13 @@ impl ModelVersion {
                 let Fitted { inputs, rows, outputs: wanted } = fitted;
                 let turn = sequences.enter(request.sequence.as_ref(), rows)?;
                 let (inputs, mut outputs) = binding.bind(inputs, &wanted).map_err(unfit)?;
-                let (step, inputs) = turn.begin(inputs).await?;
+                let begun = turn.begin(inputs);
+                let (step, inputs) = match timeout {
+                    Some(timeout) => tokio::time::timeout(timeout, begun)
+                        .await
+                        .map_err(|_| ScheduleError::TimedOut { graph: self.name.clone() })??,
+                    None => begun.await?,
+                };
                 let waited = started.elapsed();
                 let stopped = || ScheduleError::Stopped { graph: self.name.clone() };
                 let graph = graphs.get(step.instance).ok_or_else(stopped)?;

@@ -88,8 +88,6 @@ pub struct Timings {
     pub compute_infer: Duration,
     /// Taking it apart.
     pub compute_output: Duration,
-    /// Rows of the batch that it was part of; 0 when nothing ran.
-    pub batch_size: usize,
     /// Whether the answer was known already.
     pub cache_hit: bool,
 }

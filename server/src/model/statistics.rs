@@ -209,7 +209,7 @@ mod tests {
     #[test]
     fn a_hit_is_a_success_without_inference_and_a_batch_counts_once() {
         let statistics = Statistics::default();
-        let ran = Timings { compute_infer: Duration::from_nanos(700), batch_size: 3, ..Timings::default() };
+        let ran = Timings { compute_infer: Duration::from_nanos(700), ..Timings::default() };
         statistics.executed(3, &ran);
         statistics.succeeded(Duration::from_nanos(900), 2, &ran);
         statistics.succeeded(Duration::from_nanos(900), 1, &ran);

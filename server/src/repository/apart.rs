@@ -4,10 +4,13 @@
 //! rows has one, too. Where nobody wrote that requests may be put together, two rows are run alone and together, and have to
 //! come out alike.
 
-use std::time::{Duration, Instant};
+use std::{
+    task::Poll,
+    time::{Duration, Instant},
+};
 
 use sensorium_artifact::DType;
-use sensorium_engine::{Engine, RawTensor};
+use sensorium_engine::{Engine, RawTensor, Waiters};
 
 use crate::model::guesses;
 
@@ -23,8 +26,8 @@ pub(super) fn entangled(engine: &mut dyn Engine) -> Option<String> {
     let outputs: Vec<usize> = (0..signature.outputs().len()).collect();
     let until = Instant::now() + LIMIT;
     let mut run = |inputs: &[RawTensor]| {
-        let rest = until.saturating_duration_since(Instant::now());
-        engine.run_within(inputs, &outputs, rest)
+        let waiters = Waiters { is_strict: true, deadline: Some(until), poll_gone: &mut |_| Poll::Pending };
+        engine.run_for(inputs, &outputs, waiters)
     };
     for guess in guesses(&signature) {
         // Sizes of two or more rows are for models that take no single one.

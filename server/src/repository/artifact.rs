@@ -8,10 +8,10 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 use sensorium_artifact::{Digest, MANIFEST_FILE, Manifest, Store};
 use sensorium_engine::{Engine, Pipeline, PipelineError, Signature, open_graph};
 use sensorium_proto::inference::{ModelConfig, ModelDynamicBatching, model_config::SchedulingChoice};
+use sensorium_telemetry::error_line;
 
 use super::{LoadError, Loaded, ModelSource, Opening, complete, remote};
 use crate::{
-    error::chain,
     model::{Binding, Graph, Interface, ModelVersion, Multimodal, Runs, Statistics},
     scheduler::{Policy, Reopen, Scheduler, Setup, Slots},
     security::Outgoing,
@@ -55,7 +55,7 @@ pub(super) fn is_artifact(folder: &Path) -> bool {
 pub(super) fn open_folder(name: &str, version: u64, folder: &Path, opening: &Opening) -> Result<Loaded, String> {
     let path = folder.join(MANIFEST_FILE);
     let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let manifest = Manifest::from_slice(&path.display().to_string(), &bytes).map_err(|error| chain(&error))?;
+    let manifest = Manifest::from_slice(&path.display().to_string(), &bytes).map_err(|error| error_line(&error))?;
     for file in &manifest.files {
         let (digest, _) = Digest::of_file(&folder.join(&file.path))
             .map_err(|error| format!("its file {} cannot be read: {error}", file.path))?;
@@ -63,7 +63,7 @@ pub(super) fn open_folder(name: &str, version: u64, folder: &Path, opening: &Ope
             return Err(format!("its file {} is not the one that its manifest names", file.path));
         }
     }
-    open(name, version, folder, &Digest::of(&bytes), &manifest, opening).map_err(|error| chain(&error))
+    open(name, version, folder, &Digest::of(&bytes), &manifest, opening).map_err(|error| error_line(&error))
 }
 
 /// Opens the graphs of an artifact whose files are in `folder`, all as the same version.
@@ -136,7 +136,7 @@ fn here(folder: &Path, graph: &sensorium_artifact::Graph, opening: &Opening) -> 
         let (folder, graph, options) = (folder.to_owned(), graph.clone(), opening.engine);
         Arc::new(move || match open_graph(&folder, &graph, options) {
             Ok(engine) => Ok(Box::new(engine)),
-            Err(error) => Err(chain(&error)),
+            Err(error) => Err(error_line(&error)),
         })
     };
     Ok(Engines {

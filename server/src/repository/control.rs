@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use sensorium_telemetry::error_line;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -14,7 +15,7 @@ use super::{
     RepositoryConfig, Slot, State, artifact, folder, poll, triton::Found,
 };
 use crate::{
-    error::{InferError, chain},
+    error::InferError,
     model::{Ensemble, Find, Graph, ModelVersion},
 };
 
@@ -62,7 +63,7 @@ impl Registry {
             if !is_asked_again || registry.look()?.is_empty() {
                 return Err(error);
             }
-            tracing::warn!(error = chain(&error), "the models are as they were fetched before");
+            tracing::warn!(error = error_line(&error), "the models are as they were fetched before");
         }
         let found = registry.look()?;
         let wanted = match registry.0.config.mode {
@@ -72,17 +73,22 @@ impl Registry {
             }
             ControlMode::Explicit => registry.0.config.load.clone(),
         };
+        // As they were before they were opened: what changes meanwhile is another.
+        let watched = match registry.0.config.mode {
+            ControlMode::Poll(interval) => Some((interval, poll::fingerprints(found))),
+            ControlMode::None | ControlMode::Explicit => None,
+        };
         for name in wanted {
             // An ensemble before it may have brought it already.
             if registry.ready(&name, "") {
                 continue;
             }
             if let Err(error) = registry.bring(&name, LoadParameters::default()).await {
-                tracing::error!(model = name, error = chain(&error), "not loaded");
+                tracing::error!(model = name, error = error_line(&error), "not loaded");
             }
         }
         drop(changing);
-        if let ControlMode::Poll(interval) = registry.0.config.mode {
+        if let Some((interval, found)) = watched {
             poll::spawn(&registry, interval, found);
         }
         Ok(registry)
@@ -143,7 +149,7 @@ impl Registry {
 
     async fn load_now(&self, name: &str, parameters: LoadParameters) -> Result<(), ControlError> {
         let _changing = self.0.changing.lock().await;
-        let failed = |error: LoadError| ControlError::Failed { name: name.to_owned(), reason: chain(&error) };
+        let failed = |error: LoadError| ControlError::Failed { name: name.to_owned(), reason: error_line(&error) };
         self.refresh_before(|repository| folder::is_model_name(name) && repository.join(name).is_dir())
             .await
             .map_err(failed)?;
@@ -158,14 +164,15 @@ impl Registry {
     /// As [`Registry::bring`], for ensembles `above`.
     async fn bring_below(&self, name: &str, parameters: LoadParameters, above: &[&str]) -> Result<(), ControlError> {
         let failed = |reason| ControlError::Failed { name: name.to_owned(), reason };
+        let origin = self.origin(name, &parameters);
+        if matches!(origin, Some(Origin::Artifact(_))) && parameters != LoadParameters::default() {
+            let reason = "an artifact is what its manifest says; load it without parameters".to_owned();
+            return Err(ControlError::Parameters { name: name.to_owned(), reason });
+        }
         self.loading(name);
-        let loaded = match self.origin(name, &parameters) {
-            Some(Origin::Artifact(_)) if parameters != LoadParameters::default() => {
-                let reason = "an artifact is what its manifest says; load it without parameters".to_owned();
-                return Err(ControlError::Parameters { name: name.to_owned(), reason });
-            }
+        let loaded = match origin {
             Some(Origin::Artifact(source)) => {
-                artifact::load(&source, &self.0.opening).await.map_err(|error| chain(&error))
+                artifact::load(&source, &self.0.opening).await.map_err(|error| error_line(&error))
             }
             Some(Origin::Folder(path)) => self.bring_folder(name, path, parameters, above).await,
             None => {
@@ -174,14 +181,17 @@ impl Registry {
             }
         };
         // Who takes the place of one that runs has to run.
-        let runs =
-            |model: &Arc<ModelVersion>| model.name() == name && model.graphs().iter().any(|graph| graph.is_proven());
-        let is_proof_needed = self.loaded().iter().any(runs);
+        let is_proof_needed =
+            self.read().of_unit(name).any(|model| model.graphs().iter().any(|graph| graph.is_proven()));
         let mut loaded = loaded.inspect_err(|reason| self.note_failure(name, 0, reason)).map_err(failed)?;
         // Proof that the engines run before they are asked: a model that comes must not make the server unready.
         loaded.prove(is_proof_needed).await;
         let broken = loaded.failed.clone();
-        self.install(name, loaded).map_err(|taken| failed(format!("another model is called {taken:?}")))?;
+        if let Err(taken) = self.install(name, loaded) {
+            let reason = format!("another model is called {taken:?}");
+            self.note_failure(name, 0, &reason);
+            return Err(failed(reason));
+        }
         let reasons: Vec<_> = broken.iter().map(|(version, reason)| format!("version {version}: {reason}")).collect();
         if reasons.is_empty() { Ok(()) } else { Err(failed(reasons.join("; "))) }
     }
@@ -206,7 +216,7 @@ impl Registry {
             self.check_below(step, &above)?;
             if !self.ready(step, "") {
                 let brought = Box::pin(self.bring_below(step, LoadParameters::default(), &above)).await;
-                brought.map_err(|error| format!("it needs model {step:?}: {}", chain(&error)))?;
+                brought.map_err(|error| format!("it needs model {step:?}: {}", error_line(&error)))?;
             }
         }
         let registry = Arc::downgrade(&self.0);
@@ -338,7 +348,7 @@ impl Registry {
         if let Some(model) = loaded.versions.iter().find(taken) {
             return Err(model.name().to_owned());
         }
-        let mut kept: BTreeSet<_> = loaded.failed.keys().map(|version| (unit.to_owned(), *version)).collect();
+        let mut kept = BTreeSet::new();
         let mut old = Vec::new();
         for model in loaded.versions {
             let version = model.version().parse().unwrap_or(0);
@@ -349,9 +359,11 @@ impl Registry {
             let slot = Slot { state: State::Ready, reason, model: Some(Arc::new(model)) };
             old.extend(entry.versions.insert(version, slot).and_then(|slot| slot.model));
         }
+        // What was there before goes when all that takes its place has come.
+        let is_whole = loaded.failed.is_empty();
         for (name, entry) in models.by_name.iter_mut().filter(|(_, entry)| entry.unit == unit) {
             entry.versions.remove(&0);
-            for (version, slot) in &mut entry.versions {
+            for (version, slot) in entry.versions.iter_mut().filter(|_| is_whole) {
                 if !kept.contains(&(name.clone(), *version)) {
                     old.extend(slot.unload());
                 }
@@ -359,7 +371,8 @@ impl Registry {
         }
         let multimodal = match loaded.multimodal {
             Some(new) => models.multimodal.insert(unit.to_owned(), new),
-            None => models.multimodal.remove(unit),
+            None if is_whole => models.multimodal.remove(unit),
+            None => None,
         };
         // What stands for the whole unit while it loads, and is no model itself.
         models.by_name.retain(|_, entry| !entry.versions.is_empty() || entry.unit != unit || !loaded.failed.is_empty());

@@ -9,10 +9,10 @@ use sensorium_proto::inference::{
     model_instance_group::Kind,
     model_warmup::{Input, input::InputDataType},
 };
+use sensorium_telemetry::error_line;
 
 use super::complete;
 use crate::{
-    error::chain,
     inside::inside,
     model::Binding,
     scheduler::{Padding, Reopen},
@@ -31,8 +31,10 @@ pub(super) fn instances(config: &ModelConfig, server: Options) -> Result<(usize,
                 .map_err(|_| format!("its instance_group has count {count}, it must be at least 1"))?,
         };
         let own = match group.kind() {
-            Kind::Gpu => accelerated(config, group.gpus.first().copied().unwrap_or(0)),
-            Kind::Auto | Kind::Cpu | Kind::Model => Device::Cpu,
+            // What is written without a kind.
+            Kind::Auto if group.gpus.is_empty() => server.device,
+            Kind::Auto | Kind::Gpu => accelerated(config, group.gpus.first().copied().unwrap_or(0)),
+            Kind::Cpu | Kind::Model => Device::Cpu,
         };
         if device.replace(own).is_some_and(|other| other != own) {
             return Err("its instance_group has instances on different devices; give it one group".to_owned());
@@ -169,7 +171,7 @@ pub(super) fn warm_up(
     for sample in &config.model_warmup {
         let unfit = |reason: String| format!("its model_warmup {:?} {reason}", sample.name);
         let inputs = inputs(sample, config, &signature, binding, folder).map_err(unfit)?;
-        signature.validate(&inputs).map_err(|error| unfit(chain(&error)))?;
+        signature.validate(&inputs).map_err(|error| unfit(error_line(&error)))?;
         samples.push((sample, inputs));
     }
     let outputs: Vec<usize> = (0..signature.outputs().len()).collect();
@@ -177,7 +179,7 @@ pub(super) fn warm_up(
         for (sample, inputs) in &samples {
             for _ in 0..sample.count.max(1) {
                 let ran = engine.run_raw(inputs, &outputs);
-                ran.map_err(|error| format!("its model_warmup {:?} {}", sample.name, chain(&error)))?;
+                ran.map_err(|error| format!("its model_warmup {:?} {}", sample.name, error_line(&error)))?;
             }
         }
         Ok(())
@@ -240,5 +242,36 @@ fn pattern(bytes: usize, dtype: DType) -> Vec<u8> {
         DType::Int32 | DType::Uint32 => (0..bytes / 4).flat_map(|index| ((index % 2) as u32).to_le_bytes()).collect(),
         DType::Int64 | DType::Uint64 => (0..bytes / 8).flat_map(|index| ((index % 2) as u64).to_le_bytes()).collect(),
         DType::Bytes => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sensorium_proto::inference::ModelInstanceGroup;
+
+    use super::*;
+
+    fn device(server: Device, groups: &[(Kind, &[i32])]) -> Result<(usize, Device), String> {
+        let group = |(kind, gpus): &(Kind, &[i32])| ModelInstanceGroup {
+            kind: (*kind).into(),
+            count: 2,
+            gpus: gpus.to_vec(),
+            ..ModelInstanceGroup::default()
+        };
+        let config = ModelConfig { instance_group: groups.iter().map(group).collect(), ..ModelConfig::default() };
+        let (count, options) = instances(&config, Options { device: server, ..Options::default() })?;
+        Ok((count, options.device))
+    }
+
+    #[test]
+    fn a_group_runs_where_it_says_and_else_where_the_server_does() {
+        let server = Device::Cuda(3);
+        assert_eq!(device(server, &[]), Ok((1, server)));
+        assert_eq!(device(server, &[(Kind::Auto, &[])]), Ok((2, server)));
+        assert_eq!(device(server, &[(Kind::Auto, &[1])]), Ok((2, Device::Cuda(1))));
+        assert_eq!(device(server, &[(Kind::Cpu, &[])]), Ok((2, Device::Cpu)));
+        assert_eq!(device(Device::Cpu, &[(Kind::Gpu, &[])]), Ok((2, Device::Cuda(0))));
+        assert_eq!(device(Device::Cpu, &[(Kind::Auto, &[]), (Kind::Cpu, &[])]), Ok((4, Device::Cpu)));
+        assert!(device(server, &[(Kind::Auto, &[]), (Kind::Cpu, &[])]).is_err());
     }
 }

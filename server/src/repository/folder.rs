@@ -38,8 +38,8 @@ pub(super) fn models(repository: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-/// Names of the files in a folder, sorted; none where it cannot be read.
-pub(super) fn files(folder: &Path) -> Vec<String> {
+/// Names of what lies in a folder, sorted; none where it cannot be read.
+pub(super) fn contents(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     names.sort();

@@ -192,6 +192,12 @@ struct Models {
 }
 
 impl Models {
+    /// What was loaded from `unit`.
+    fn of_unit(&self, unit: &str) -> impl Iterator<Item = &Arc<ModelVersion>> {
+        let entries = self.by_name.values().filter(move |entry| entry.unit == unit);
+        entries.flat_map(|entry| entry.versions.values()).filter_map(|slot| slot.model.as_ref())
+    }
+
     /// A model below `model` that is not loaded any more; none where it is no ensemble.
     fn missing(&self, model: &ModelVersion) -> Option<String> {
         let mut seen = model.steps();

@@ -93,7 +93,7 @@ impl Openers {
         if let Some(file) = self.model_file(path) {
             return format!("{lack}; it has {file}: rename it, or write default_model_filename: {file:?}");
         }
-        let found = folder::files(path);
+        let found = folder::contents(path);
         if let Some((.., file, advice)) = NOWHERE.iter().find(|(.., file, _)| found.iter().any(|found| found == file)) {
             return format!("{lack}; it has {file}: {advice}");
         }
@@ -105,8 +105,10 @@ impl Openers {
 
     /// The first file of a folder that an engine of this program may open, by its name.
     pub(super) fn model_file(&self, folder: &Path) -> Option<String> {
-        let is_one = |file: &String| self.0.iter().any(|opener| suffix(opener.file) == suffix(file));
-        folder::files(folder).into_iter().find(is_one)
+        let is_one = |name: &String| {
+            self.0.iter().any(|opener| suffix(opener.file) == suffix(name)) && folder.join(name).is_file()
+        };
+        folder::contents(folder).into_iter().find(is_one)
     }
 }
 
@@ -143,7 +145,10 @@ pub(super) fn declared(config: &ModelConfig) -> Declared {
         }
         for State { input_name, output_name, data_type, dims, .. } in &sequence.state {
             inputs.push(tensor(input_name, *data_type, shape(batches, dims, true)));
-            outputs.push(tensor(output_name, *data_type, shape(batches, dims, true)));
+            // Clients may see it, too.
+            if outputs.iter().all(|output| output.name != *output_name) {
+                outputs.push(tensor(output_name, *data_type, shape(batches, dims, true)));
+            }
         }
     }
     let parameters = config.parameters.iter();

@@ -7,20 +7,20 @@ use std::{
     time::Duration,
 };
 
+use sensorium_telemetry::error_line;
 use tokio::time;
 
 use super::{Inner, LoadParameters, Registry, folder};
-use crate::error::chain;
 
 /// Fingerprints of models that are loaded, or could not be, by name.
 type Loaded = BTreeMap<String, u64>;
 /// What a look at the repositories found: fingerprints by name, `None` for a folder that could not be read.
-type Look = BTreeMap<String, Option<u64>>;
+pub(super) type Look = BTreeMap<String, Option<u64>>;
 
-/// Watches the repositories of `registry` until it goes. `found` are the models that were loaded already.
-pub(super) fn spawn(registry: &Registry, interval: Duration, found: BTreeMap<String, PathBuf>) {
+/// Watches the repositories of `registry` until it goes. `found` are the models that it has tried to load, as they were then.
+pub(super) fn spawn(registry: &Registry, interval: Duration, found: Look) {
     let (weak, end) = (Arc::downgrade(&registry.0), registry.0.background.clone());
-    let loaded = fingerprints(found).into_iter().filter_map(|(name, found)| Some((name, found?))).collect();
+    let loaded = found.into_iter().filter_map(|(name, found)| Some((name, found?))).collect();
     // Ends with the registry, which cancels it.
     tokio::spawn(async move { end.run_until_cancelled(watch(weak, interval, loaded)).await });
 }
@@ -40,7 +40,7 @@ async fn watch(registry: Weak<Inner>, interval: Duration, mut loaded: Loaded) {
         time::sleep(next).await;
         let Some(registry) = registry.upgrade().map(Registry) else { return };
         if let Err(error) = registry.refresh().await {
-            tracing::warn!(error = chain(&error), "the models stay as they are");
+            tracing::warn!(error = error_line(&error), "the models stay as they are");
             continue;
         }
         let now = match tokio::task::spawn_blocking({
@@ -51,7 +51,7 @@ async fn watch(registry: Weak<Inner>, interval: Duration, mut loaded: Loaded) {
         {
             Ok(Ok(now)) => now,
             Ok(Err(error)) => {
-                tracing::warn!(error = chain(&error), "the models stay as they are");
+                tracing::warn!(error = error_line(&error), "the models stay as they are");
                 continue;
             }
             Err(_) => return,
@@ -64,13 +64,16 @@ async fn watch(registry: Weak<Inner>, interval: Duration, mut loaded: Loaded) {
         }
         if !stable.is_empty() {
             // Also after a failure: it is tried again when something changes.
-            let again = std::mem::take(&mut failed).into_iter().filter(|name| !stable.contains_key(name));
-            let again: Vec<String> = again.filter(|name| now.contains_key(name)).collect();
+            // Unless some version of it serves, and would have to begin anew.
+            let again = std::mem::take(&mut failed).into_iter();
+            let again =
+                again.filter(|name| !stable.contains_key(name) && now.contains_key(name) && !registry.ready(name, ""));
+            let again: Vec<String> = again.collect();
             let names = stable.keys().cloned().chain(again);
             for name in names {
                 let _changing = registry.0.changing.lock().await;
                 if let Err(error) = registry.bring(&name, LoadParameters::default()).await {
-                    tracing::error!(model = name, error = chain(&error), "not loaded");
+                    tracing::error!(model = name, error = error_line(&error), "not loaded");
                     failed.push(name);
                 }
             }
@@ -106,7 +109,8 @@ fn compare(loaded: &Loaded, before: &Look, now: &Look) -> Changes {
     }
 }
 
-fn fingerprints(found: BTreeMap<String, PathBuf>) -> Look {
+/// What the models' folders are like now.
+pub(super) fn fingerprints(found: BTreeMap<String, PathBuf>) -> Look {
     let fingerprint = |(name, path): (String, PathBuf)| {
         let found = folder::fingerprint(&path);
         if let Err(error) = &found {

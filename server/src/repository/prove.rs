@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use sensorium_telemetry::error_line;
+
 use super::Loaded;
-use crate::{error::chain, model::ModelVersion};
+use crate::model::ModelVersion;
 
 /// How long a new engine may take for its first row before it is served without that proof. Health goes on asking.
 const FIRST_PROBE: Duration = Duration::from_secs(10);
@@ -20,7 +22,7 @@ impl Loaded {
                     Ok(Err(error)) if error.is_of_the_input() => {
                         let reason = format!(
                             "{}; it fails at all that was tried, zeros of many shapes: write a model_warmup of what it takes",
-                            chain(&error)
+                            error_line(&error)
                         );
                         broken.push((number(model), reason));
                         break;
@@ -28,7 +30,7 @@ impl Loaded {
                     Ok(Err(error)) => {
                         tracing::warn!(
                             graph = graph.name(),
-                            error = chain(&error),
+                            error = error_line(&error),
                             "its engine did not answer at once"
                         );
                     }

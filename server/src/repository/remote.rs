@@ -24,7 +24,7 @@ use sensorium_proto::inference::{
     model_infer_request::{InferInputTensor, InferRequestedOutputTensor},
     model_infer_response::InferOutputTensor,
 };
-use sensorium_telemetry::Parent;
+use sensorium_telemetry::{Parent, error_line};
 use tokio::{runtime::Handle, time};
 use tonic::{Code, Request, Status};
 
@@ -33,7 +33,6 @@ use super::{
     peers::{Client, Peers},
 };
 use crate::{
-    error::chain,
     model::ARTIFACT_DIGEST,
     security::{Outgoing, OwnTokens, Reloaded},
     wire,
@@ -156,7 +155,7 @@ impl Engine for RemoteEngine {
     }
 
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
-        self.run_for(inputs, outputs, Waiters { deadline: None, poll_gone: &mut |_| Poll::Pending })
+        self.run_for(inputs, outputs, Waiters { is_strict: false, deadline: None, poll_gone: &mut |_| Poll::Pending })
     }
 
     fn run_for(
@@ -226,7 +225,7 @@ impl RemoteEngine {
             let Some(client) = self.peers.next() else { continue };
             match self.ask_one(client, request, deadline).await {
                 Ok(response) => return Ok(response),
-                Err(status) if is_absence(&status) => reason = chain(&status),
+                Err(status) if is_absence(&status) => reason = error_line(&status),
                 // Whoever says so goes by our own clock: the moment is here.
                 Err(status) if status.code() == Code::DeadlineExceeded => std::future::pending().await,
                 Err(status) => return Err(self.refused(&status)),

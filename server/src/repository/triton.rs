@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 use bytes::Bytes;
 use sensorium_engine::{Engine, RESET_METHOD, RawTensor};
 use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, model_config::SchedulingChoice};
+use sensorium_telemetry::error_line;
 
 use super::{
     LoadParameters, Loaded, Opening, apart, artifact,
@@ -15,9 +16,8 @@ use super::{
     iteration, openers,
 };
 use crate::{
-    error::chain,
     inside::inside,
-    model::{Ensemble, Find, Graph, Iteration, ModelVersion, Runs, Seated, Sequences, Statistics},
+    model::{Ensemble, Find, Graph, Iteration, ModelVersion, Runs, Seated, Sequences, Stateful, Statistics},
     scheduler::{Policy, Reopen, Scheduler, Setup},
 };
 
@@ -26,8 +26,8 @@ use crate::{
 pub(super) struct Found {
     folder: Folder,
     written: Written,
-    /// Keeps files that came with a request until the model is open.
-    _own: Option<tempfile::TempDir>,
+    /// Files that came with a request.
+    own: Option<Arc<tempfile::TempDir>>,
 }
 
 impl Found {
@@ -36,8 +36,8 @@ impl Found {
     /// # Errors
     /// Why it is no model.
     pub(super) fn read(name: &str, path: &Path, parameters: &LoadParameters) -> Result<Self, String> {
-        let own = if parameters.files.is_empty() { None } else { Some(materialise(&parameters.files)?) };
-        let path = own.as_ref().map_or(path, tempfile::TempDir::path);
+        let own = if parameters.files.is_empty() { None } else { Some(Arc::new(materialise(&parameters.files)?)) };
+        let path = own.as_ref().map_or(path, |own| own.path());
         let folder =
             Folder::read(path).map_err(|error| format!("its folder {} cannot be read: {error}", path.display()))?;
         let written = match (&parameters.config, &folder.config) {
@@ -53,7 +53,7 @@ impl Found {
                 written.config.name
             ));
         }
-        Ok(Self { folder, written, _own: own })
+        Ok(Self { folder, written, own })
     }
 
     /// The steps, where the model is made of others.
@@ -95,7 +95,7 @@ impl Found {
             let written = self.written.clone();
             let opened = match self.ensembling() {
                 Some(ensembling) => open_ensemble(name, version, written, ensembling, find.clone()),
-                None => open_version(name, version, &path, written, opening),
+                None => open_version(name, version, &path, written, self.own.clone(), opening),
             };
             let labelled =
                 |model: ModelVersion| Ok(model.with_labels(labels(&self.folder.path, &self.written.config)?));
@@ -156,6 +156,7 @@ fn open_version(
     version: u64,
     path: &Path,
     written: Written,
+    own: Option<Arc<tempfile::TempDir>>,
     opening: &Opening,
 ) -> Result<ModelVersion, String> {
     let opener = opening.openers.find(&written.config, path)?;
@@ -174,7 +175,11 @@ fn open_version(
     let (count, options) = engines::instances(&written.config, opening.engine)?;
     let reopen: Reopen = {
         let (file, declared) = (file.clone(), openers::declared(&written.config));
-        Arc::new(move || (opener.open)(&file, options, &declared).map_err(|error| chain(&error)))
+        Arc::new(move || {
+            // An engine that died is opened again from the same file, so that stays.
+            let _kept = &own;
+            (opener.open)(&file, options, &declared).map_err(|error| error_line(&error))
+        })
     };
     let mut engines = engines::open(count, &reopen)?;
     let signature = engines[0].signature().clone();
@@ -208,7 +213,8 @@ fn open_version(
     let statistics = Arc::new(Statistics::default());
     let sequences = match &config.scheduling_choice {
         Some(SchedulingChoice::SequenceBatching(sequence)) => {
-            Some(Sequences::new(name, sequence, &signature, count, interface.max_rows, folder)?)
+            let keeps_state = engines.iter().any(|engine| engine.keeps_state());
+            Some(Sequences::new(name, sequence, &signature, count, interface.max_rows, keeps_state, folder)?)
         }
         _ => None,
     };
@@ -237,9 +243,9 @@ fn open_version(
     let runs = match sequences {
         Some(sequences) => {
             let rows = interface.max_rows.unwrap_or(1);
-            let graphs = if sequences.room(0, rows).is_some() {
-                let seated = seated_engines(engines, &reopen, &sequences, rows);
-                seated.map(|(engine, reopen)| start(vec![engine], reopen)).collect::<Result<_, _>>()?
+            let graphs = if sequences.stays() {
+                let own = engines_of_their_own(engines, &reopen, &sequences, rows);
+                own.map(|(engine, reopen)| start(vec![engine], reopen)).collect::<Result<_, _>>()?
             } else {
                 vec![start(engines, reopen)?]
             };
@@ -256,20 +262,24 @@ fn open_version(
     Ok(ModelVersion::new(version.to_string(), config, interface, statistics, runs))
 }
 
-/// Engines in which sequences have seats: each with what replaces it.
-fn seated_engines(
+/// Engines with which sequences stay: each with what replaces it.
+fn engines_of_their_own(
     engines: Vec<Box<dyn Engine>>,
     reopen: &Reopen,
     sequences: &Arc<Sequences>,
     rows: usize,
 ) -> impl Iterator<Item = (Box<dyn Engine>, Reopen)> {
-    let seated = move |(instance, engine): (usize, Box<dyn Engine>)| {
-        let room = sequences.room(instance, rows)?;
-        let reopen: Reopen = {
-            let (reopen, room) = (reopen.clone(), room.clone());
-            Arc::new(move || Ok(Box::new(Seated::new(reopen()?, room.clone())) as Box<dyn Engine>))
+    let own = move |(instance, engine): (usize, Box<dyn Engine>)| {
+        let room = sequences.room(instance, rows);
+        let fit = move |engine: Box<dyn Engine>| -> Box<dyn Engine> {
+            let engine = if engine.keeps_state() { Box::new(Stateful(engine)) } else { engine };
+            match &room {
+                Some(room) => Box::new(Seated::new(engine, room.clone())),
+                None => engine,
+            }
         };
-        Some((Box::new(Seated::new(engine, room)) as Box<dyn Engine>, reopen))
+        let (fit, reopen) = (Arc::new(fit), reopen.clone());
+        (fit(engine), Arc::new(move || reopen().map(&*fit)) as Reopen)
     };
-    engines.into_iter().enumerate().filter_map(seated)
+    engines.into_iter().enumerate().map(own)
 }

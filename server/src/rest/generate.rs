@@ -131,6 +131,9 @@ fn input(
     request: &mut ModelInferRequest,
 ) -> Result<bool, JsonError> {
     let Some(spec) = model.inputs().iter().find(|spec| spec.name == key) else { return Ok(false) };
+    if request.inputs.iter().any(|input| input.name == key) {
+        return Err(reader.error("this input comes twice"));
+    }
     let (data, elements) = tensor::read_loose(reader, spec.dtype)?;
     if spec.shape.is_empty() && elements != 1 {
         return Err(reader.error("this input is a single element"));

@@ -64,7 +64,10 @@ pub(super) async fn infer(
 
 async fn answer(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<Response, Refusal> {
     let call = Call::new(headers);
+    // Until there is an answer.
+    let _held = body.tally();
     let body = body::read(headers, body, rest.max_bytes).await?;
+    let bytes = body.len();
     let length = headers.get(HEADER_LENGTH).map(|value| value.to_str().unwrap_or("?").to_owned());
     let (mut request, wanted) = if length.as_deref() == Some("0") {
         (raw(&*rest.service.model(&target.model, &target.version)?, body)?, Wanted::default())
@@ -74,6 +77,7 @@ async fn answer(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving
         let read = aside(text, move || request::read(&body, length.as_deref())).await;
         read.map_err(|error| Refusal::invalid(error.to_string()))?
     };
+    let _grown = body::claim_growth(&rest.service, bytes, &request)?;
     request.model_name = target.model;
     request.model_version = target.version;
     let answer = rest.service.infer(request, &call).await?;

@@ -13,32 +13,17 @@ use tokio::{runtime::Handle, sync::oneshot};
 use tracing::Span;
 
 use super::{
-    Done, Policy, ScheduleError, Work,
+    Policy, ScheduleError, Work,
     company::Company,
-    line::{Line, Next, Number, Refused, Ticket},
-    order::Order,
+    line::{Next, Number, Refused, Ticket},
     outbox::Outbox,
-    pace::{Pace, QUICK, Quick},
+    pace::QUICK,
     run::Ready,
     shape::Shapes,
     slots::{Held, Share},
+    state::{Job, Outcome, Reply, State},
 };
 use crate::{metrics::GraphMetrics, model::Statistics};
-
-pub(super) type Reply = oneshot::Sender<Outcome>;
-pub(super) type Outcome = Result<Done, ScheduleError>;
-
-/// Work that waits or runs.
-#[derive(Debug)]
-pub(super) struct Job {
-    pub(super) work: Work,
-    pub(super) reply: Reply,
-    /// The request's span, which the batch's span links to.
-    pub(super) span: Span,
-    pub(super) admitted: Instant,
-    /// Its place among answers, where they keep the order of requests; given when an engine takes it.
-    pub(super) place: Option<u64>,
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -61,23 +46,6 @@ pub(super) struct Queue {
     changed: Condvar,
     /// Signalled when the queue is closed, for those who pause: a signal that work is there must not end at them.
     ended: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    line: Line<Job>,
-    /// `None` stands for an answer that died with its engine.
-    order: Order<Option<(Reply, Outcome)>>,
-    closed: bool,
-    last_success: Option<Instant>,
-    pace: Pace,
-    quick: Quick,
-    /// Engines that run nothing.
-    resting: Vec<Ready>,
-    /// Engines that died in the hands of a caller, and are not replaced yet.
-    vacancies: usize,
-    /// Whether a caller is about to run the next batch.
-    is_promised: bool,
 }
 
 /// What a thread is to do.
@@ -186,9 +154,9 @@ impl Queue {
         let job = Job { work, reply, span: Span::current(), admitted: now, place: None };
         let number = state.line.push(&self.policy, ticket, job).map_err(|refused| self.refusal(refused))?;
         self.metrics.waiting(state.line.len());
-        let is_promised = self.promise(&mut state);
+        let is_promised = self.callers_may_run && state.promise();
         // Who makes an engine free looks at the line himself.
-        let is_told = !state.is_promised && !state.resting.is_empty();
+        let is_told = state.wants_a_thread();
         drop(state);
         if is_told {
             self.changed.notify_one();
@@ -289,15 +257,13 @@ impl Queue {
     }
 
     /// A caller has run a batch: whether it, or somebody in its place, promises to run another.
-    pub(super) fn give_back(&self, mut ready: Ready) -> bool {
+    pub(super) fn give_back(&self, ready: Ready) -> bool {
         let mut state = self.lock();
-        ready.was_busy = state.line.len() > 0;
-        state.resting.push(ready);
-        if !state.closed && state.line.len() > 0 && self.promise(&mut state) {
-            return true;
-        }
+        state.rest(ready);
+        // Once it is closed, the threads run what is left.
+        let is_promised = self.callers_may_run && !state.closed && state.line.len() > 0 && state.promise();
         self.tell(&state);
-        false
+        is_promised
     }
 
     /// The engine that a caller ran has died.
@@ -313,20 +279,11 @@ impl Queue {
         self.tell(&state);
     }
 
-    /// Whether a caller is to run the next batch: it may, an engine rests, and batches are quick. To wake a thread for one,
-    /// and to be woken by it, costs more than to run it. The caller lets others of this turn of the runtime come first, which
-    /// join the batch.
-    fn promise(&self, state: &mut State) -> bool {
-        let is_able = self.callers_may_run && !state.is_promised && state.quick.has_any() && !state.resting.is_empty();
-        state.is_promised |= is_able;
-        is_able
-    }
-
     /// Wakes who has something to do.
     fn tell(&self, state: &State) {
         if state.closed {
             self.changed.notify_all();
-        } else if state.line.len() > 0 && !state.resting.is_empty() && !state.is_promised {
+        } else if state.wants_a_thread() {
             self.changed.notify_one();
         }
     }
@@ -338,6 +295,7 @@ impl Queue {
         now: Instant,
         accepts: impl FnOnce(&mut dyn Iterator<Item = &Job>) -> bool,
     ) -> Next<(Vec<Job>, Ready)> {
+        let before = state.line.len();
         for job in state.line.expire(&self.policy, now) {
             let graph = self.graph.clone();
             let is_over = job.work.deadline.is_some_and(|deadline| deadline <= now);
@@ -346,35 +304,15 @@ impl Queue {
             // Its caller has most likely noticed by itself.
             let _ = job.reply.send(Err(error));
         }
-        // One that has just run something may have to wait for company.
-        let Some(index) =
-            state.resting.iter().rposition(|ready| !ready.was_busy).or(state.resting.len().checked_sub(1))
-        else {
-            return Next::Wait(None);
-        };
-        let was_busy = state.resting[index].was_busy;
-        let mut jobs = match state.line.next(&self.policy, now, was_busy, state.closed, accepts) {
-            Next::Run(jobs) => jobs,
-            Next::Wait(until) => {
-                if until.is_none() {
-                    state.resting[index].was_busy = false;
-                }
-                return Next::Wait(until);
-            }
-        };
-        if self.policy.preserve_ordering {
-            for job in &mut jobs {
-                job.place = Some(state.order.place());
-            }
+        let next = state.next(&self.policy, now, accepts);
+        if state.line.len() != before {
+            self.metrics.waiting(state.line.len());
         }
-        self.metrics.waiting(state.line.len());
-        if state.line.len() > 0 {
-            state.pace.leaves_behind(jobs.iter().map(|job| job.work.rows).sum());
+        if matches!(next, Next::Run(_)) {
+            // Another engine may begin with the rest.
+            self.tell(state);
         }
-        let ready = state.resting.swap_remove(index);
-        // Another engine may begin with the rest.
-        self.tell(state);
-        Next::Run((jobs, ready))
+        next
     }
 
     /// Puts the answers of a batch into `outbox`, and those that have to wait for others before them where these find them.
@@ -445,11 +383,17 @@ impl Queue {
         self.lock().last_success = Some(Instant::now());
     }
 
-    /// A batch of requests took so long, with whatever it waited for. Whether there is more to run.
-    pub(super) fn ran(&self, rows: usize, bytes: usize, took: Duration) -> bool {
+    /// A batch of requests took so long, with whatever it waited for, and whether any of them was answered. Whether there is more
+    /// to run.
+    pub(super) fn ran(&self, rows: usize, bytes: usize, took: Duration, is_answered: bool) -> bool {
         let mut state = self.lock();
-        state.pace.ran(rows, took);
-        state.quick.ran(bytes, took);
+        if is_answered {
+            state.pace.ran(rows, took);
+        }
+        // That a run which failed was over soon says nothing of those that do not fail.
+        if is_answered || took >= QUICK {
+            state.quick.ran(bytes, took);
+        }
         state.line.len() > 0
     }
 

@@ -185,7 +185,7 @@ impl<J> Line<J> {
             let expiry = self.expiries.first().map(|(at, _)| *at);
             return Next::Wait(Some(expiry.map_or(until, |expiry| expiry.min(until))));
         }
-        let keys = batch.sent(policy);
+        let keys = batch.sent(policy, now);
         if !accepts(&mut keys.iter().filter_map(|key| Some(&self.waiting.get(key)?.1))) {
             return Next::Wait(Some(now));
         }
@@ -282,9 +282,11 @@ impl Batch {
         sizes.filter(|(_, rows)| policy.preferred.contains(rows)).last().map(|(requests, _)| requests)
     }
 
-    /// Those that run now: a preferred size where there is one, else all.
-    fn sent(&self, policy: &Policy) -> Vec<Key> {
-        let count = self.preferred(policy).unwrap_or(self.keys.len());
+    /// Those that run now: a preferred size where there is one, else all; and all, as in Triton, once the oldest has waited for as
+    /// long as any has to.
+    fn sent(&self, policy: &Policy, now: Instant) -> Vec<Key> {
+        let is_overdue = matches!(policy.delay, Delay::Always(delay) if now >= self.oldest + delay);
+        let count = self.preferred(policy).filter(|_| !is_overdue).unwrap_or(self.keys.len());
         self.keys[..count].iter().map(|(key, _)| *key).collect()
     }
 }

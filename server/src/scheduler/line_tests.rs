@@ -7,6 +7,12 @@ use std::{
 
 use proptest::prelude::*;
 
+use sensorium_proto::inference::{
+    ModelConfig, ModelSequenceBatching,
+    model_config::SchedulingChoice,
+    model_sequence_batching::{StrategyChoice, StrategyDirect},
+};
+
 use super::{
     Batching, Delay, Policy, QueuePolicy,
     extent::Extent,
@@ -138,6 +144,34 @@ fn delay_waits_for_the_oldest_unless_more_would_not_help() {
     assert_eq!(bench.next(0), Ok(vec![0]), "a full batch does not wait");
     bench.come(1, 0, |ticket| ticket.is_alone = true);
     assert_eq!(bench.next(0), Ok(vec![1]), "and neither does who wants no company");
+    let mut bench = Bench::new(delayed());
+    for at in 0..5 {
+        bench.come(1, at, |_| {});
+    }
+    assert_eq!(bench.next(100), Ok(vec![0, 1, 2, 3, 4]), "after the delay a preferred size holds nobody back");
+}
+
+#[test]
+fn enough_seats_do_not_wait_and_more_of_them_go_along() {
+    let direct =
+        StrategyDirect { minimum_slot_utilization: 0.5, max_queue_delay_microseconds: 100_000, ..Default::default() };
+    let sequence =
+        ModelSequenceBatching { strategy_choice: Some(StrategyChoice::Direct(direct)), ..Default::default() };
+    let config = ModelConfig {
+        max_batch_size: 8,
+        scheduling_choice: Some(SchedulingChoice::SequenceBatching(sequence)),
+        ..ModelConfig::default()
+    };
+    let batching = Batching { max_rows: 8, max_waiting_rows: 1000, max_delay: Duration::ZERO };
+    let mut bench = Bench::new(Policy::of_model(&config, batching).unwrap());
+    for _ in 0..3 {
+        bench.come(1, 0, |_| {});
+    }
+    assert_eq!(bench.next(1), Err(Some(100)), "three of eight are not half of them");
+    for _ in 0..3 {
+        bench.come(1, 1, |_| {});
+    }
+    assert_eq!(bench.next(1), Ok(vec![0, 1, 2, 3, 4, 5]));
 }
 
 #[test]

@@ -22,6 +22,7 @@ mod run;
 mod serve;
 mod shape;
 mod slots;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -170,9 +171,10 @@ impl ScheduleError {
         matches!(self, Self::Engine { source, .. } if matches!(**source, EngineError::Unavailable { .. }))
     }
 
-    /// Whether each member of a batch that ended so would end so by itself, too.
+    /// Whether each member of a batch that ended so would end so by itself, too, or must not be tried again.
     fn is_of_the_whole_batch(&self) -> bool {
-        self.is_everybodys() || matches!(self, Self::DeadlineExceeded { .. })
+        let is_spoilt = matches!(self, Self::Engine { source, .. } if matches!(**source, EngineError::Spoilt { .. }));
+        is_spoilt || self.is_everybodys() || matches!(self, Self::DeadlineExceeded { .. })
     }
 }
 

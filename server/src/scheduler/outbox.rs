@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::admit::{Outcome, Reply};
+use super::state::{Outcome, Reply};
 
 /// Answers that wait for each other at most: more would leave those who asked with nothing to do.
 const TOGETHER: usize = 4;

@@ -63,11 +63,12 @@ impl Pace {
     }
 
     /// How long it takes until `rows` rows are run that come behind `ahead` others and one batch that is under way, on
-    /// `engines` engines whose batches have `max_rows` rows at most. Zero before anything has run.
+    /// `engines` engines whose batches have `max_rows` rows at most, or those of one request. Zero before anything has run.
     pub(super) fn expect(&self, ahead: usize, rows: usize, max_rows: usize, engines: usize) -> Duration {
         let Some((batch, row)) = self.costs() else { return Duration::ZERO };
         let all = (ahead + rows) as f64;
-        let full = self.full.unwrap_or(max_rows as f64).clamp(1.0, max_rows.max(1) as f64);
+        // A request may have more rows than a batch of several.
+        let full = self.full.unwrap_or(max_rows.max(rows) as f64).max(1.0);
         let queue = ((all / full).ceil() * batch + all * row) / engines.max(1) as f64;
         let under_way = self.seconds / self.runs;
         Duration::try_from_secs_f64((queue + under_way) * MARGIN).unwrap_or(Duration::MAX)
@@ -197,6 +198,17 @@ mod tests {
             pace.leaves_behind(1);
         }
         assert!(is_about(pace.expect(7, 1, 8, 1), 9.0 * 4.0), "until batches are seen that take no more");
+    }
+
+    #[test]
+    fn requests_of_several_rows_are_runs_of_their_own_where_nothing_is_put_together() {
+        let mut pace = Pace::default();
+        for _ in 0..100 {
+            pace.ran(8, ms(100.0));
+            pace.leaves_behind(8);
+        }
+        // One under way and one ahead.
+        assert!(is_about(pace.expect(8, 8, 1, 1), 300.0), "{:?}", pace.expect(8, 8, 1, 1));
     }
 
     #[test]

@@ -131,7 +131,8 @@ impl Policy {
                     // Only a batch of fewer seats than that waits.
                     let enough = (share * max_rows as f32).ceil() as usize;
                     let delay = if enough > 1 { base.waiting(direct.max_queue_delay_microseconds) } else { base.delay };
-                    Ok(Self { preferred: Vec::from_iter((enough > 1).then_some(enough)), delay, ..base })
+                    let preferred = if enough > 1 { (enough..=max_rows).collect() } else { Vec::new() };
+                    Ok(Self { preferred, delay, ..base })
                 }
                 None => Ok(base),
             },

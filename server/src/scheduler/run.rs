@@ -12,10 +12,11 @@ use sensorium_engine::{Engine, EngineError, RawTensor, Waiters};
 
 use super::{
     Done, ScheduleError, Work,
-    admit::{Job, Outcome, Queue},
+    admit::Queue,
     outbox::Outbox,
     shape::Shapes,
     slots::{Held, Share},
+    state::{Job, Outcome},
 };
 use crate::model::Timings;
 
@@ -33,7 +34,7 @@ pub(super) struct Runner {
 pub(super) struct Ready {
     pub(super) engine: Box<dyn Engine>,
     rooms: Rooms,
-    /// Whether it has run a batch while more came.
+    /// Whether it has run a batch since nothing waited.
     pub(super) was_busy: bool,
     /// How long its last batch took; zero before there was one.
     pub(super) took: Duration,
@@ -49,8 +50,7 @@ impl Ready {
 
 impl fmt::Debug for Ready {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { was_busy, took, .. } = self;
-        formatter.debug_struct("Ready").field("was_busy", was_busy).field("took", took).finish_non_exhaustive()
+        formatter.debug_struct("Ready").field("took", &self.took).finish_non_exhaustive()
     }
 }
 
@@ -105,7 +105,8 @@ impl Runner {
         let took = batch.taken.elapsed();
         (ready.was_busy, ready.took, ready.answered) = (true, took, jobs.len());
         let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
-        let more_waits = !batch.is_probe && queue.ran(batch.rows, bytes, took);
+        let is_answered = outcomes.iter().any(Result::is_ok);
+        let more_waits = !batch.is_probe && queue.ran(batch.rows, bytes, took, is_answered);
         queue.answer(jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome)), outbox);
         outbox.ran(took, more_waits);
     }
@@ -158,7 +159,7 @@ impl Runner {
         let joined = Instant::now();
         let deadline = last_deadline(jobs);
         let poll_gone = &mut |context: &mut Context<'_>| poll_gone(jobs, context);
-        let found = engine.run_for(&inputs, &wanted, Waiters { deadline, poll_gone });
+        let found = engine.run_for(&inputs, &wanted, Waiters { is_strict: false, deadline, poll_gone });
         let found = found.map_err(|error| failed(engine.signature().explain(&inputs, error)))?;
         let ran = Instant::now();
         let works = works_of(jobs);
@@ -167,7 +168,6 @@ impl Runner {
             compute_input: joined - started,
             compute_infer: ran - joined,
             compute_output: ran.elapsed(),
-            batch_size: rows,
             ..Timings::default()
         };
         if !is_probe {

@@ -12,10 +12,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Reopen,
-    admit::{Job, Task},
+    admit::Task,
     outbox::Outbox,
     run::{Ready, Runner},
     slots::Held,
+    state::Job,
 };
 
 /// First pause before a dead engine is replaced, and the longest; it doubles from one to the other.

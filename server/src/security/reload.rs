@@ -76,7 +76,9 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
                         seen = now;
                     }
                     // Perhaps half-written: tried again at the next look.
-                    Err(error) => tracing::warn!(error = crate::error::chain(&error), "the files before stay in use"),
+                    Err(error) => {
+                        tracing::warn!(error = sensorium_telemetry::error_line(&error), "the files before stay in use")
+                    }
                 }
             }
         });

@@ -137,7 +137,7 @@ mod tests {
         assert_eq!(headers, ["Bearer 0123456789abcdef", "Bearer fedcba9876543210"]);
         assert!(!format!("{own:?} {:?}", own.headers()).contains("0123456789abcdef"));
         std::fs::write(file.path(), "a 0123456789\u{7}abcdef").unwrap();
-        let error = crate::error::chain(&OwnTokens::read(file.path()).unwrap_err());
+        let error = sensorium_telemetry::error_line(&OwnTokens::read(file.path()).unwrap_err());
         assert!(error.contains("no header may have") && !error.contains("0123456789"), "{error}");
     }
 

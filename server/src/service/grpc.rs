@@ -51,7 +51,9 @@ impl GrpcInferenceService for Service {
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Answer<ModelInferResponse> {
         let call = Call::new(request.metadata().as_ref());
-        self.infer(request.into_inner(), &call).await.map(Response::new)
+        let request = request.into_inner();
+        let _grown = self.claim_growth(&request)?;
+        self.infer(request, &call).await.map(Response::new)
     }
 
     type ModelStreamInferStream = Pin<Box<dyn Stream<Item = Result<ModelStreamInferResponse, Status>> + Send>>;

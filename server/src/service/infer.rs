@@ -68,16 +68,17 @@ impl Service {
             let shared = shared.clone();
             // A stream may last for days: each of its messages gives its bytes back when it is answered.
             let message = tally.as_ref().filter(|_| request.is_ok()).and_then(Tally::claim_message);
+            let grown = request.as_ref().map_or(Ok(None), |request| shared.0.claim_growth(request));
             let found = request.as_ref().map(|request| {
                 let model = shared.0.model(&request.model_name, &request.model_version);
                 (model, request.id.clone(), request.model_name.clone())
             });
             let found = found.map_err(Status::clone);
             match (found, request) {
-                (Ok((Ok(model), id, name)), Ok(request)) if model.iterates() => {
+                (Ok((Ok(model), id, name)), Ok(request)) if model.iterates() && grown.is_ok() => {
                     let answers = shared.0.infer_many(model, request, shared.1.clone());
                     Begun::Many(answers.map(move |answer| {
-                        let _message = &message;
+                        let _held = (&message, &grown);
                         (Ok(in_band(answer, id.clone(), name.clone())), None)
                     }))
                 }
@@ -87,7 +88,10 @@ impl Service {
                         let (service, call) = &*shared;
                         // The connection, or what came over it, is broken: there is nothing to answer.
                         let (model, id, name) = found?;
-                        let answer = service.counted(model, request?, call, |_| Ok(())).await;
+                        let answer = match grown {
+                            Ok(_grown) => service.counted(model, request?, call, |_| Ok(())).await,
+                            Err(status) => Err(status),
+                        };
                         // It may wait for those before it, and for a client that does not read.
                         let bytes = answer.iter().flat_map(|answer| &answer.raw_output_contents).map(Bytes::len).sum();
                         Ok((in_band(answer, id, name), service.budget.overdraw(bytes)))

@@ -15,6 +15,7 @@ mod shared_memory;
 
 use std::sync::{Arc, OnceLock};
 
+use sensorium_proto::{codec, inference::ModelInferRequest};
 use sensorium_telemetry::{LogControl, TraceControl};
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -77,6 +78,14 @@ impl Service {
     /// [`Spent`].
     pub(crate) fn claim(&self, bytes: usize) -> Result<Option<Taken>, Spent> {
         if bytes == 0 { Ok(None) } else { self.budget.claim(bytes).map(Some) }
+    }
+
+    /// Claims what a request that was decoded takes beyond its bytes on the wire.
+    ///
+    /// # Errors
+    /// RESOURCE_EXHAUSTED.
+    fn claim_growth(&self, request: &ModelInferRequest) -> Result<Option<Taken>, Status> {
+        self.claim(codec::grown(request)).map_err(|spent| Status::resource_exhausted(spent.to_string()))
     }
 
     /// Ends streams of requests as soon as nothing happens on them.

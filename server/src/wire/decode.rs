@@ -30,8 +30,6 @@ pub struct Decoded {
 pub struct Reply {
     /// Outputs that do not go into the message as they are.
     pub outputs: Vec<(String, Form)>,
-    /// On a stream: that a decoupled model's last response is sent even when it is empty.
-    pub empty_final_response: bool,
 }
 
 /// The form of an output that is not sent as it is.
@@ -50,7 +48,7 @@ pub enum Form {
 pub fn decode(message: ModelInferRequest, memory: &SharedMemory) -> Result<Decoded, InvalidRequest> {
     let mut request = Request { id: message.id, ..Request::default() };
     let mut reply = Reply::default();
-    request_parameters(message.parameters, &mut request, &mut reply)?;
+    request_parameters(message.parameters, &mut request)?;
     for output in message.outputs {
         let form = form(&output.name, &output.parameters)?;
         reply.outputs.extend(form.map(|form| (output.name.clone(), form)));
@@ -100,7 +98,6 @@ const SHARED_MEMORY: &str = "shared_memory_region";
 fn request_parameters(
     parameters: HashMap<String, InferParameter>,
     request: &mut Request,
-    reply: &mut Reply,
 ) -> Result<(), InvalidRequest> {
     let (mut start, mut end, mut sequence) = (false, false, None);
     for (name, value) in parameters {
@@ -126,7 +123,8 @@ fn request_parameters(
                 request.timeout = (micros > 0).then_some(Duration::from_micros(micros));
             }
             "triton_enable_empty_final_response" => {
-                reply.empty_final_response = boolean(&value).ok_or_else(|| wrong("it must be a bool"))?;
+                // No answer of ours is empty, the last one neither.
+                boolean(&value).ok_or_else(|| wrong("it must be a bool"))?;
             }
             // About the way back, and read where the request came in.
             "binary_data_output" => {}

@@ -206,11 +206,10 @@ fn parameters_of_the_protocol_are_taken_and_the_others_are_the_models() {
         parameter("mine", ParameterChoice::DoubleParam(0.5)),
     ];
     let message = ModelInferRequest { id: "i".to_owned(), parameters: parameters.into(), ..Default::default() };
-    let Decoded { request, reply } = decode(message).unwrap();
+    let Decoded { request, .. } = decode(message).unwrap();
     assert_eq!(request.sequence, Some(Sequence { id: SequenceId::Number(7), start: true, end: false }));
     assert_eq!((request.priority, request.timeout), (3, Some(Duration::from_micros(1500))));
     assert_eq!(request.parameters, [("mine".to_owned(), Parameter::Double(0.5))].into());
-    assert!(reply.empty_final_response);
 
     let sequence = |id| {
         let message = ModelInferRequest { parameters: [parameter("sequence_id", id)].into(), ..Default::default() };

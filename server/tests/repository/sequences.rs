@@ -8,6 +8,7 @@ use sensorium_server::{
     error::InferError,
     model::{Request, Sequence, SequenceError, SequenceId},
     repository::Registry,
+    scheduler::ScheduleError,
 };
 
 use crate::bench::{Bench, f32s, infer, request};
@@ -112,7 +113,7 @@ async fn a_sequence_beyond_the_candidates_waits_for_an_end_or_an_idle_one() {
 }
 
 #[tokio::test]
-async fn a_start_that_is_refused_leaves_the_sequence_as_it_was() {
+async fn while_as_many_wait_as_may_a_sequence_begins_again_in_its_seat_and_no_other_begins() {
     let registry = serve("max_sequence_idle_microseconds: 60000000 oldest { max_candidate_sequences: 1 }").await;
     assert_eq!(total(&registry, step(1, 5.0, true, false)).await.unwrap(), 5.0);
     let waiting = (2..=33).map(|id| {
@@ -123,12 +124,25 @@ async fn a_start_that_is_refused_leaves_the_sequence_as_it_was() {
     for _ in 0..10 {
         tokio::task::yield_now().await;
     }
-    let error = total(&registry, step(1, 9.0, true, false)).await.unwrap_err();
+    let error = total(&registry, step(34, 1.0, true, false)).await.unwrap_err();
     assert!(matches!(error, InferError::Sequence(SequenceError::Overloaded { .. })), "{error}");
-    assert_eq!(total(&registry, step(1, 6.0, false, true)).await.unwrap(), 11.0);
+    assert_eq!(total(&registry, step(1, 6.0, false, false)).await.unwrap(), 11.0);
+    assert_eq!(total(&registry, step(1, 9.0, true, false)).await.unwrap(), 9.0);
+    assert_eq!(total(&registry, step(1, 6.0, false, true)).await.unwrap(), 15.0);
     for waited in join_all(waiting).await {
         assert_eq!(waited.unwrap().unwrap(), 1.0);
     }
+}
+
+#[tokio::test]
+async fn a_request_waits_for_a_place_no_longer_than_its_timeout() {
+    let registry = serve("max_sequence_idle_microseconds: 60000000 oldest { max_candidate_sequences: 1 }").await;
+    total(&registry, step(1, 5.0, true, false)).await.unwrap();
+    let impatient = Request { timeout: Some(Duration::from_millis(20)), ..step(2, 1.0, true, true) };
+    let error = total(&registry, impatient).await.unwrap_err();
+    assert!(matches!(error, InferError::Schedule(ScheduleError::TimedOut { .. })), "{error}");
+    assert_eq!(total(&registry, step(1, 6.0, false, true)).await.unwrap(), 11.0);
+    assert_eq!(total(&registry, step(2, 1.0, true, true)).await.unwrap(), 1.0);
 }
 
 #[tokio::test]

@@ -5,14 +5,16 @@
 //! number of sequences that are under way at a time is bounded; more of them wait for one to end.
 //!
 //! Both strategies of Triton's configuration are run so. They differ in what a place among those under way is: with
-//! `oldest` it is one of a number, and with `direct` it is a seat, the same row of the same instance's batch for all of a
-//! sequence's life, so that an engine can keep state by rows ([`seated`]).
+//! `oldest` it is one of a number, of one instance where engines keep state by the sequence's id, and with `direct` it is a
+//! seat, the same row of the same instance's batch for all of a sequence's life, so that an engine can keep state by rows
+//! ([`seated`]).
 //!
 //! What a request leaves, by what becomes of it. Refused, by the queue that it goes to, is also: failed, or left by its caller.
 //!
 //! | request | | entry in the table | seat | state |
 //! |---|---|---|---|---|
-//! | START | refused for want of a place | as it was | as it was | as it was |
+//! | START | refused for want of a place | none | none | none |
+//! | START | of an id that is under way | its own | that of the id, if it is not lost | the initial one |
 //! | START | gone before it sat | one of which nothing comes | none | none |
 //! | START | refused once it sat | its own | kept | the initial one |
 //! | START | answered | its own | kept | what the graph gave |
@@ -26,6 +28,7 @@ mod fill;
 mod own;
 mod seated;
 mod seats;
+mod stateful;
 
 use std::{
     collections::HashMap,
@@ -39,6 +42,7 @@ use tokio::sync::oneshot;
 
 pub(super) use self::own::Own;
 pub(crate) use self::seated::{Room, Seated};
+pub(crate) use self::stateful::Stateful;
 use self::{
     fill::Fills,
     seats::{Asked, Full, Seat, Seats},
@@ -58,6 +62,8 @@ pub struct Sequences {
     limit: usize,
     /// One for each sequence that may be under way.
     seats: Arc<Seats>,
+    /// Whether a sequence stays with one instance.
+    stays: bool,
     /// Where seats are rows of an instance's batch: whether that has a batch axis.
     seated: Option<bool>,
     table: Mutex<Table>,
@@ -138,7 +144,7 @@ pub enum SequenceError {
 
 impl Sequences {
     /// The sequences of a model with this configuration that has `instances` engines, whose batches have `rows` rows;
-    /// `None` for engines without a batch axis.
+    /// `None` for engines without a batch axis. `keeps_state` says that the engines may keep something of a sequence.
     ///
     /// # Errors
     /// The first option that does not fit the graph, as a sentence about the model.
@@ -148,13 +154,19 @@ impl Sequences {
         signature: &Signature,
         instances: usize,
         rows: Option<usize>,
+        keeps_state: bool,
         folder: &std::path::Path,
     ) -> Result<Arc<Self>, String> {
         let (instances, rows_each, seated) = match &config.strategy_choice {
-            // Any instance runs any of them, and each brings as many.
             Some(StrategyChoice::Oldest(oldest)) => {
                 let candidates = usize::try_from(oldest.max_candidate_sequences).ok().filter(|count| *count > 0);
-                (1, candidates.unwrap_or(rows.unwrap_or(1)).saturating_mul(instances), None)
+                let candidates = candidates.unwrap_or(rows.unwrap_or(1));
+                // Where all state is the server's any instance runs any of them, and each brings as many.
+                if keeps_state {
+                    (instances, candidates, None)
+                } else {
+                    (1, candidates.saturating_mul(instances), None)
+                }
             }
             Some(StrategyChoice::Direct(_)) | None => (instances, rows.unwrap_or(1), Some(rows.is_some())),
         };
@@ -169,9 +181,15 @@ impl Sequences {
             idle,
             limit: count.saturating_mul(1 + BACKLOG),
             seats: Seats::new(instances, rows_each, count.saturating_mul(BACKLOG)),
+            stays: keeps_state || seated.is_some(),
             seated,
             table: Mutex::default(),
         }))
+    }
+
+    /// Whether a sequence stays with one instance, so that each has a line of its own.
+    pub(crate) fn stays(&self) -> bool {
+        self.stays
     }
 
     /// Where the sequences of an instance sit; `None` where any instance may run any request.
@@ -204,11 +222,11 @@ impl Sequences {
         let (next, last) = oneshot::channel();
         let mut table = self.lock();
         self.sweep(&mut table);
-        // Before anything is let go of: who is told to try again later finds the sequence as it was.
-        let admission = sequence.start.then(|| self.ask()).transpose()?;
+        // One that begins again has a seat already, or will be given that of the request before it.
+        let is_new = sequence.start && !table.under_way.contains_key(&sequence.id);
+        let admission = is_new.then(|| self.ask()).transpose()?;
         let before = table.under_way.remove(&sequence.id);
         let before = if sequence.start {
-            // One that begins again lets go of what it was.
             before.map(|entry| (entry.last, entry.users))
         } else {
             let entry = before.ok_or_else(|| SequenceError::NotStarted {
@@ -296,9 +314,13 @@ impl Turn {
             None => None,
         };
         self.before = None;
-        if let Some(asked) = self.admission.take() {
-            drop(carried.take());
-            let seat = asked.seat().await;
+        if self.sequence.start {
+            let seat = match (carried, self.admission.take()) {
+                (Some(carried), _) => Some(carried.seat),
+                (None, Some(asked)) => asked.seat().await,
+                // The one before it had none, or lost it.
+                (None, None) => self.sequences.ask()?.seat().await,
+            };
             carried = seat.map(|seat| Carried { state: self.sequences.fills.initial.clone(), seat });
         }
         let Some(carried) = carried else {
@@ -323,9 +345,9 @@ impl Turn {
 }
 
 impl Drop for Turn {
-    /// Somebody who left before it was his turn must not cut the others off.
+    /// Somebody who left before it was his turn must not cut the others off, unless they wait for what he was to begin.
     fn drop(&mut self) {
-        if let (Some(before), Some(next), None) = (self.before.take(), self.next.take(), &self.admission)
+        if let (Some(before), Some(next), false) = (self.before.take(), self.next.take(), self.sequence.start)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
             self.put_back();
@@ -408,7 +430,7 @@ mod tests {
                 state: vec![state],
                 ..ModelSequenceBatching::default()
             };
-            Self(Sequences::new("m", &config, &signature, 1, Some(4), std::path::Path::new("")).unwrap())
+            Self(Sequences::new("m", &config, &signature, 1, Some(4), false, std::path::Path::new("")).unwrap())
         }
 
         fn enter(&self, start: bool, end: bool) -> Result<Turn, SequenceError> {
@@ -461,6 +483,19 @@ mod tests {
         drop(ending);
         assert_eq!(bench.step(false, true, 7.0).await, Ok(6.0));
         assert!(!bench.0.seats.is_any_taken(0), "both seats came back");
+    }
+
+    #[tokio::test]
+    async fn who_begins_again_keeps_the_seat_and_waits_behind_nobody() {
+        let bench = Bench::new();
+        bench.step(true, false, 5.0).await.unwrap();
+        let other = |id| Some(Sequence { id: SequenceId::Number(id), start: true, end: false });
+        let taken = bench.0.enter(other(2).as_ref(), 1).unwrap().begin(vec![None]).await.unwrap();
+        let waiting = bench.0.enter(other(3).as_ref(), 1).unwrap();
+        assert_eq!(bench.step(true, false, 6.0).await, Ok(0.0), "in the seat that it had");
+        assert_eq!(bench.step(false, true, 7.0).await, Ok(6.0));
+        waiting.begin(vec![None]).await.unwrap();
+        drop(taken);
     }
 
     #[tokio::test]

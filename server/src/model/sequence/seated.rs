@@ -4,7 +4,7 @@
 //! its rows become those of the whole batch: each in its seat, and in seats of which nothing came a row that says so. The
 //! model is run on all of them, and what it gives is taken out of the seats again.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use sensorium_artifact::{DType, TensorSpec};
 use sensorium_engine::{Engine, EngineError, RawTensor, Signature, Waiters};
@@ -181,10 +181,6 @@ impl Engine for Seated {
         self.run_by(inputs, outputs, |engine, inputs| engine.run_for(inputs, outputs, waiters))
     }
 
-    fn run_within(&mut self, inputs: &[RawTensor], outputs: &[usize], limit: Duration) -> Found {
-        self.run_by(inputs, outputs, |engine, inputs| engine.run_within(inputs, outputs, limit))
-    }
-
     fn runs_on_any_thread(&self) -> bool {
         self.engine.runs_on_any_thread()
     }
@@ -267,10 +263,6 @@ mod tests {
         fn run_for(&mut self, _: &[RawTensor], _: &[usize], _: Waiters<'_>) -> Found {
             Err(EngineError::CutShort)
         }
-
-        fn run_within(&mut self, _: &[RawTensor], _: &[usize], _: Duration) -> Found {
-            Err(EngineError::CutShort)
-        }
     }
 
     #[test]
@@ -279,9 +271,8 @@ mod tests {
         let mut engine = three_seats(Box::new(Cut(Signature::of_manifest(&x, &x))));
         let inputs = [f32s(&[5.0]), seat_input(Position { instance: 0, row: 1 }, true, true).unwrap()];
         assert_eq!(engine.run_raw(&inputs, &[0]).unwrap(), [f32s(&[5.0])]);
-        let waiters = Waiters { deadline: None, poll_gone: &mut |_| Poll::Pending };
+        let waiters = Waiters { is_strict: false, deadline: None, poll_gone: &mut |_| Poll::Pending };
         assert!(matches!(engine.run_for(&inputs, &[0], waiters), Err(EngineError::CutShort)));
-        assert!(matches!(engine.run_within(&inputs, &[0], Duration::ZERO), Err(EngineError::CutShort)));
     }
 
     #[test]

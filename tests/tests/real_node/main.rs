@@ -1,5 +1,5 @@
-//! The chain on a real node: Helm, pods, a bucket that the node reads for all of its pods, a client in a pod, what goes wrong in the life of a cluster, autoscaling, canaries,
-//! and GPUs as far as a node without any has them.
+//! The chain on a real node: Helm, pods, a bucket that the node reads for all of its pods, a client in a pod, what goes wrong in
+//! the life of a cluster, autoscaling, canaries, and GPUs as far as a node without any has them.
 //!
 //! One test, because a node takes a while to start and a model a while to learn; it reads as a story.
 //! Root only, as it makes namespaces and mounts; without root it says so and ends. `make test-node` runs it alone.

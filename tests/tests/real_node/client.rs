@@ -22,7 +22,7 @@ pub(crate) fn questions(bench: &Bench) -> Result<PathBuf> {
     }
     fs::write(folder.join("questions.json"), serde_json::to_vec(&list)?)?;
     for script in ["client.py", "hasty.py"] {
-        fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/node_lane").join(script), folder.join(script))?;
+        fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/real_node").join(script), folder.join(script))?;
     }
     Ok(folder)
 }
