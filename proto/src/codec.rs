@@ -146,9 +146,12 @@ pub fn grown(request: &ModelInferRequest) -> usize {
     request.inputs.iter().map(of_input).sum()
 }
 
+/// The number of a field and its content.
+type Field<'a> = (u32, &'a [u8]);
+
 /// All fields of a message with their content, which is empty for those that have no length. The fields inside a group are
 /// as if they stood beside it. What is no protobuf is the last field, of number 0, which no field has.
-fn fields(mut message: &[u8]) -> impl Iterator<Item = (u32, &[u8])> {
+fn fields(mut message: &[u8]) -> impl Iterator<Item = Field<'_>> {
     std::iter::from_fn(move || {
         if message.is_empty() {
             return None;
@@ -160,7 +163,7 @@ fn fields(mut message: &[u8]) -> impl Iterator<Item = (u32, &[u8])> {
 }
 
 /// The first field, and what follows it.
-fn split_field(mut message: &[u8]) -> Option<((u32, &[u8]), &[u8])> {
+fn split_field(mut message: &[u8]) -> Option<(Field<'_>, &[u8])> {
     let (field, wire_type) = decode_key(&mut message).ok()?;
     let mut varint = || decode_varint(&mut message).ok();
     let (has_content, length) = match wire_type {

@@ -153,8 +153,7 @@ fn delay_waits_for_the_oldest_unless_more_would_not_help() {
 
 #[test]
 fn enough_seats_do_not_wait_and_more_of_them_go_along() {
-    let direct =
-        StrategyDirect { minimum_slot_utilization: 0.5, max_queue_delay_microseconds: 100_000, ..Default::default() };
+    let direct = StrategyDirect { minimum_slot_utilization: 0.5, max_queue_delay_microseconds: 100_000 };
     let sequence =
         ModelSequenceBatching { strategy_choice: Some(StrategyChoice::Direct(direct)), ..Default::default() };
     let config = ModelConfig {

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use sensorium_telemetry::error_line;
 use tokio::sync::watch;
 
 /// How often files are looked at. Renewals leave days of overlap.
@@ -77,7 +78,7 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
                     }
                     // Perhaps half-written: tried again at the next look.
                     Err(error) => {
-                        tracing::warn!(error = sensorium_telemetry::error_line(&error), "the files before stay in use")
+                        tracing::warn!(error = error_line(&error), "the files before stay in use");
                     }
                 }
             }
