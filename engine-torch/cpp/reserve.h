@@ -118,6 +118,8 @@ class Reserve {
  private:
   // A piece that so many runs have not asked for is not kept.
   static constexpr uint64_t runs_kept = 64;
+  // So many times what runs had at a time may be kept.
+  static constexpr size_t pieces_kept = 4;
 
   // A piece that is free, the smallest that will do, and of these the one that was given back last, which may still be in a cache.
   Head* take(size_t bytes) {
@@ -130,9 +132,11 @@ class Reserve {
     return head;
   }
 
-  // What is kept is never more than runs had at a time, of late: requests of ever different sizes would leave a piece of each.
+  // What is kept is bounded by what runs had at a time of late: requests of ever different sizes would leave a piece of each. A
+  // run has pieces of several sizes one after the other, and would fetch all of them anew if it were bounded by the sum of those
+  // that it has together.
   void trim() {
-    const size_t most = std::max(most_lent_, most_lent_before_);
+    const size_t most = pieces_kept * std::max(most_lent_, most_lent_before_);
     while (lent_ + free_bytes_ > most) {
       Head* const head = oldest();
       if (head == nullptr) return;

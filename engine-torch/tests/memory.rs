@@ -5,14 +5,19 @@
 use sensorium_engine::{DType, Declared, DeclaredTensor, Engine as _, Options, RawTensor};
 use sensorium_engine_torch::{TorchScript, compile};
 
-/// Elements of each tensor: 48 MiB, more than glibc ever keeps of its own accord.
-const ELEMENTS: usize = 12 << 20;
-/// Those that a run makes, some of them at the same time.
+const MIB: u64 = 1 << 20;
+/// Bytes of a run's largest tensor: more than glibc ever keeps of its own accord.
+const LARGEST: u64 = 48 * MIB;
+/// Tensors of `x.shape[0]` times a MiB, two at a time, and smaller ones after them, which are too small to take their places.
 const SOURCE: &str = "def forward(self, x):
-    y = x.repeat(12 * 1024 * 1024)
-    z = y + 1
-    z = z * 2
-    return z.mean().reshape(1)
+    y = x.repeat(256 * 1024)
+    total = (y + 1).mean()
+    y = x.repeat(64 * 1024)
+    total = total + (y * 2).mean()
+    y = x.repeat(24 * 1024)
+    z = y + y
+    total = total + (y * z).mean()
+    return total.reshape(1)
 ";
 
 /// Pages of this thread that the kernel had to find for it.
@@ -29,35 +34,48 @@ fn resident() -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
 }
 
+fn run(engine: &mut TorchScript, mib: u64) {
+    let x = RawTensor::from_vec(DType::Fp32, vec![mib as i64], vec![3.0_f32; mib as usize]).unwrap();
+    let found = engine.run_raw(&[x], &[0]).unwrap();
+    let found = found[0].numbers::<f32>()[0];
+    assert!((found - 28.0).abs() < 0.1, "{found}");
+}
+
 #[test]
 fn what_a_run_leaves_is_what_the_next_one_takes_and_goes_with_the_module() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.pt");
     compile(SOURCE, &[], &path).unwrap();
     let tensor =
-        |name: &str| DeclaredTensor { name: name.to_owned(), dtype: Some(DType::Fp32), shape: Some(vec![Some(1)]) };
-    let declared = Declared { inputs: vec![tensor("x")], outputs: vec![tensor("OUTPUT__0")], ..Declared::default() };
-    let mut engine = TorchScript::open(&path, Options::default(), &declared).unwrap();
-    let x = RawTensor::from_vec(DType::Fp32, vec![1], vec![3.0_f32]).unwrap();
-    let mut run = || {
-        let found = engine.run_raw(std::slice::from_ref(&x), &[0]).unwrap();
-        let found = found[0].numbers::<f32>()[0];
-        assert!((found - 8.0).abs() < 0.1, "{found}");
+        |name: &str, size| DeclaredTensor { name: name.to_owned(), dtype: Some(DType::Fp32), shape: Some(vec![size]) };
+    let declared = Declared {
+        inputs: vec![tensor("x", None)],
+        outputs: vec![tensor("OUTPUT__0", Some(1))],
+        ..Declared::default()
     };
+    let mut engine = TorchScript::open(&path, Options::default(), &declared).unwrap();
+    let empty = resident();
     // Until the graph is as it will be.
     for _ in 0..5 {
-        run();
+        run(&mut engine, LARGEST / MIB);
     }
     let before = faults();
     for _ in 0..4 {
-        run();
+        run(&mut engine, LARGEST / MIB);
     }
-    let pages = (size_of::<f32>() * ELEMENTS / 4096) as u64;
+    // Less than a tenth of the smallest tensor of each run.
     let found = faults() - before;
-    assert!(found < pages, "{found} pages were new in four runs, where a tensor has {pages}");
+    assert!(found < 4 * (LARGEST * 24 / 256 / 4096) / 10, "{found} pages were new in four runs");
+
+    // Two of the largest and two of a quarter are what a run has need of, and ever other sizes must not add up.
+    for mib in (1..=LARGEST / MIB).rev() {
+        run(&mut engine, mib);
+    }
+    let kept = resident().saturating_sub(empty);
+    assert!(kept < 5 * LARGEST, "{} MiB are kept", kept / MIB);
 
     let kept = resident();
     drop(engine);
     let given_back = kept - resident();
-    assert!(given_back >= 48 << 20, "{given_back} bytes were given back");
+    assert!(given_back >= LARGEST, "{given_back} bytes were given back");
 }
