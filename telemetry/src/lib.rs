@@ -120,3 +120,20 @@ pub fn start(options: Options) -> Result<Telemetry, InitError> {
     let traces = TraceControl::new(exporter.is_some(), options.sampling);
     Ok(Telemetry { logs, traces, exporter })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::error_line;
+
+    #[test]
+    fn an_error_says_its_causes_once_each() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot read the file")]
+        struct Read(#[source] std::io::Error);
+        #[derive(Debug, thiserror::Error)]
+        #[error(transparent)]
+        struct Wrapped(Read);
+        let error = Wrapped(Read(std::io::Error::other("disk on fire")));
+        assert_eq!(error_line(&error), "cannot read the file: disk on fire");
+    }
+}
