@@ -8,12 +8,10 @@ pub(crate) struct Stateful(pub(crate) Box<dyn Engine>);
 
 type Found = Result<Vec<RawTensor>, EngineError>;
 
-impl Stateful {
-    fn run_by(&mut self, run: impl FnOnce(&mut dyn Engine) -> Found) -> Found {
-        run(self.0.as_mut()).map_err(|error| match error {
-            EngineError::Run { reason } => EngineError::Spoilt { reason },
-            error => error,
-        })
+fn spoilt(error: EngineError) -> EngineError {
+    match error {
+        EngineError::Run { reason } => EngineError::Spoilt { reason },
+        error => error,
     }
 }
 
@@ -23,11 +21,11 @@ impl Engine for Stateful {
     }
 
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Found {
-        self.run_by(|engine| engine.run_raw(inputs, outputs))
+        self.0.run_raw(inputs, outputs).map_err(spoilt)
     }
 
     fn run_for(&mut self, inputs: &[RawTensor], outputs: &[usize], waiters: Waiters<'_>) -> Found {
-        self.run_by(|engine| engine.run_for(inputs, outputs, waiters))
+        self.0.run_for(inputs, outputs, waiters).map_err(spoilt)
     }
 
     fn runs_on_any_thread(&self) -> bool {
