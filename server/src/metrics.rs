@@ -44,6 +44,7 @@ pub struct Metrics {
     queue_seconds: Histograms,
     queue_requests: Family<Labels<1>, Gauge>,
     batch_rows: Histograms,
+    batch_rows_limit: Family<Labels<1>, Gauge>,
     batch_cost: Histograms,
     padding: Histograms,
     run_seconds: Histograms,
@@ -77,6 +78,7 @@ impl Metrics {
             queue_seconds: histograms(Buckets::Seconds),
             queue_requests: Family::default(),
             batch_rows: histograms(Buckets::Rows),
+            batch_rows_limit: Family::default(),
             batch_cost: histograms(Buckets::Elements),
             padding: histograms(Buckets::Shares),
             run_seconds: histograms(Buckets::Seconds),
@@ -96,6 +98,7 @@ impl Metrics {
         names::SERVER_QUEUE_SECONDS.register(&mut registry, metrics.queue_seconds.clone());
         names::SERVER_QUEUE_REQUESTS.register(&mut registry, metrics.queue_requests.clone());
         names::SERVER_BATCH_ROWS.register(&mut registry, metrics.batch_rows.clone());
+        names::SERVER_BATCH_ROWS_LIMIT.register(&mut registry, metrics.batch_rows_limit.clone());
         names::SERVER_BATCH_COST.register(&mut registry, metrics.batch_cost.clone());
         names::SERVER_PADDING.register(&mut registry, metrics.padding.clone());
         names::SERVER_RUN_SECONDS.register(&mut registry, metrics.run_seconds.clone());
@@ -185,6 +188,7 @@ impl Metrics {
             queue_seconds: self.queue_seconds.get_or_create_owned(&own),
             queue_requests: self.queue_requests.get_or_create_owned(&own),
             batch_rows: self.batch_rows.get_or_create_owned(&own),
+            batch_rows_limit: self.batch_rows_limit.get_or_create_owned(&own),
             batch_cost: self.batch_cost.get_or_create_owned(&own),
             padding: self.padding.get_or_create_owned(&own),
             run_seconds: self.run_seconds.get_or_create_owned(&own),
@@ -273,6 +277,7 @@ pub struct GraphMetrics {
     queue_seconds: Histogram,
     queue_requests: Gauge,
     batch_rows: Histogram,
+    batch_rows_limit: Gauge,
     batch_cost: Histogram,
     padding: Histogram,
     run_seconds: Histogram,
@@ -303,6 +308,11 @@ impl GraphMetrics {
     pub fn ran(&self, rows: usize, took: Duration) {
         self.batch_rows.observe(rows as f64);
         self.run_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A batch may have so many rows from now on.
+    pub fn batch_rows_limit(&self, rows: usize) {
+        self.batch_rows_limit.set(rows as i64);
     }
 
     /// A batch was put together of `useful` input elements and `padding` beside them.
@@ -449,6 +459,7 @@ mod tests {
         graph.queued(Duration::from_millis(3));
         graph.abandoned();
         graph.ran(4, Duration::from_micros(70));
+        graph.batch_rows_limit(8);
         graph.padded(6, 2);
         graph.cache(true);
         metrics.request("m", "3", Code::Ok, Duration::from_micros(90));
@@ -479,6 +490,7 @@ mod tests {
             r#"nv_inference_request_failure{model="m",version="",reason="REJECTED"} 1"#,
             r#"nv_inference_first_response_histogram_ms_bucket{le="2000.0",model="m",version="3"} 1"#,
             r#"sensorium_server_padding_ratio_sum{model="m"} 0.25"#,
+            r#"sensorium_server_batch_rows_limit{model="m"} 8"#,
             r#"sensorium_server_requests_total{model="m",code="OK"} 1"#,
         ] {
             assert!(text.contains(&format!("\n{line}\n")), "{line} is not in\n{text}");

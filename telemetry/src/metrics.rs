@@ -79,6 +79,8 @@ metrics! {
         "Requests in the queue of a graph now";
     SERVER_BATCH_ROWS = Histogram "sensorium_server_batch_rows" ["model"]
         "Rows of one engine run";
+    SERVER_BATCH_ROWS_LIMIT = Gauge "sensorium_server_batch_rows_limit" ["model"]
+        "Rows that a batch may have now: its max_batch_size, or fewer where that was found to run more of them per second";
     SERVER_RUN_SECONDS = Histogram "sensorium_server_run_seconds" ["model"]
         "Time of one engine run";
     SERVER_ABANDONED = Counter "sensorium_server_abandoned_total" ["model"]

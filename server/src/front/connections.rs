@@ -258,13 +258,15 @@ async fn exchange<S>(
         speaks_http2.store(is_http2, Ordering::Relaxed);
         let ends = (!is_http2).then(|| ends.clone());
         let (inside, peer, request_under_way) = (inside.clone(), peer.clone(), requests.clone());
-        async move {
+        // Boxed, since hyper and tokio move it half a dozen times, and it has room for every step of a request: that was a tenth
+        // of what a small one costs.
+        Box::pin(async move {
             let mut answer = inside.answer(request, peer, request_under_way).await;
             if ends.is_some_and(|ends| ends.is_cancelled()) {
                 answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             Ok::<_, Infallible>(answer)
-        }
+        })
     });
     let mut builder = auto::Builder::new(readers);
     builder.http1().timer(TokioTimer::new()).header_read_timeout(SILENCE);

@@ -14,6 +14,7 @@ use tracing::Span;
 
 use super::{
     Policy, ScheduleError, Work,
+    aim::Aim,
     company::Company,
     line::{Next, Number, Refused, Ticket},
     outbox::Outbox,
@@ -89,7 +90,9 @@ impl Queue {
         let callers_may_run = runtime.is_some() && engines.iter().all(|engine| engine.runs_on_any_thread());
         let callers = runtime.as_ref().map_or(1, |runtime| runtime.metrics().num_workers() / 2).max(1);
         let resting = engines.into_iter().map(Ready::new).collect();
-        let state = Mutex::new(State { resting, ..State::default() });
+        let aim = policy.finds_size.then(|| Aim::at_most(policy.max_rows));
+        metrics.batch_rows_limit(policy.max_rows);
+        let state = Mutex::new(State { resting, aim, ..State::default() });
         let (changed, ended) = (Condvar::new(), Condvar::new());
         Self {
             graph,
@@ -181,10 +184,13 @@ impl Queue {
         let mut state = self.lock();
         state.resting.extend(back);
         let overhead = state.pace.overhead();
-        let mut company = last.map(|(answered, took)| Company::after(answered, took, overhead, Instant::now()));
+        let mut company = last.map(|(answered, took)| {
+            let expected = state.habit.expected();
+            Company::after(answered, took, overhead, Instant::now()).expecting(expected)
+        });
         loop {
             let waiting = state.line.len();
-            let has_room = !state.closed && (1..self.policy.max_rows).contains(&waiting);
+            let has_room = !state.closed && (1..state.max_rows(&self.policy)).contains(&waiting);
             if has_room && company.as_mut().is_some_and(|company| company.may_come(waiting, Instant::now())) {
                 drop(state);
                 self.deliver(outbox);
@@ -199,7 +205,12 @@ impl Queue {
             let now = Instant::now();
             let closing = state.closed;
             match self.next(&mut state, now, |_| true) {
-                Next::Run((jobs, ready)) => return Some(Task::Run(jobs, ready)),
+                Next::Run((jobs, ready)) => {
+                    if company.is_some_and(|company| company.was_asked()) {
+                        state.habit.came(waiting);
+                    }
+                    return Some(Task::Run(jobs, ready));
+                }
                 Next::Wait(_) if !outbox.is_empty() => {
                     drop(state);
                     self.deliver(outbox);
@@ -241,8 +252,10 @@ impl Queue {
         let mut state = self.lock();
         state.is_promised = false;
         let (quick, mut held) = (state.quick, None);
+        let mut left = state.line.len();
         let next = self.next(&mut state, Instant::now(), |jobs| {
-            if quick.expects(jobs.map(|job| job.work.bytes()).sum()) {
+            let bytes = jobs.inspect(|_| left = left.saturating_sub(1)).map(|job| job.work.bytes()).sum();
+            if quick.expects(bytes, left == 0) {
                 held = share.try_hold_here(self.callers);
             }
             held.is_some()
@@ -383,18 +396,24 @@ impl Queue {
         self.lock().last_success = Some(Instant::now());
     }
 
-    /// A batch of requests took so long, with whatever it waited for, and whether any of them was answered. Whether there is more
-    /// to run.
-    pub(super) fn ran(&self, rows: usize, bytes: usize, took: Duration, is_answered: bool) -> bool {
+    /// A batch of requests took so long, with whatever it waited for, and whether any of them was answered. How many wait
+    /// behind it.
+    pub(super) fn ran(&self, rows: usize, bytes: usize, took: Duration, is_answered: bool) -> usize {
         let mut state = self.lock();
         if is_answered {
             state.pace.ran(rows, took);
         }
-        // That a run which failed was over soon says nothing of those that do not fail.
-        if is_answered || took >= QUICK {
-            state.quick.ran(bytes, took);
+        state.quick.ran(bytes, took, is_answered);
+        state.line.len()
+    }
+
+    /// An engine ran a batch of requests, with so many bytes of inputs, in so long: what that says of the size of batches.
+    pub(super) fn learn(&self, rows: usize, bytes: usize, took: Duration) {
+        let found = self.lock().aim.as_mut().and_then(|aim| aim.ran(rows, bytes, took));
+        if let Some(rows) = found {
+            self.metrics.batch_rows_limit(rows);
+            tracing::info!(graph = self.graph, rows, "batches of so many rows run more of them per second");
         }
-        state.line.len() > 0
     }
 
     pub(super) fn last_success(&self) -> Option<Instant> {
@@ -404,7 +423,7 @@ impl Queue {
     /// Whether a batch with so many bytes of inputs would be run by a caller.
     #[cfg(test)]
     pub(super) fn is_quick(&self, bytes: usize) -> bool {
-        self.lock().quick.expects(bytes)
+        self.lock().quick.expects(bytes, false)
     }
 
     /// Only this module's few lines run under the lock, and none of them leaves the state half-changed, so a panic

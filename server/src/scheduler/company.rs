@@ -7,6 +7,9 @@
 //!
 //! Where nobody waits it does not sleep at once: a core that sleeps between two runs of 7 ms makes the second one 0.2 to 0.4 ms
 //! longer, as its caches are cold when it is woken.
+//!
+//! Nobody can tell whether those who wait are those who were answered, or others who came meanwhile, so that more may follow. That is
+//! learnt: as many are expected as came of late ([`Habit`]), and only now and then it is looked out for more.
 
 use std::time::{Duration, Instant};
 
@@ -20,11 +23,60 @@ const GAP_PART: u32 = 16;
 /// Nobody looks out for anybody for longer than this.
 const LONGEST_WATCH: Duration = Duration::from_micros(500);
 
+/// Times that are remembered.
+const REMEMBERED: usize = 8;
+/// Times until it is looked out for more than are expected: after it was worth it, and at most. Doubled where it was not. The most is
+/// more than a hundred, so that it does not show in the 99th percentile of requests that are alone.
+const PAUSE: u32 = 4;
+const LONGEST_PAUSE: u32 = 256;
+
+/// How many came of late when it was looked out for them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Habit {
+    /// How many waited in the end, the latest times.
+    latest: [usize; REMEMBERED],
+    next: usize,
+    /// Times until nothing is taken for granted, and how many it were the last time.
+    pause: u32,
+    last_pause: u32,
+}
+
+impl Default for Habit {
+    fn default() -> Self {
+        Self { latest: [0; REMEMBERED], next: 0, pause: 0, last_pause: PAUSE }
+    }
+}
+
+impl Habit {
+    /// How many will come at most, as far as is known.
+    pub(super) fn expected(&self) -> usize {
+        if self.pause == 0 { usize::MAX } else { self.most() }
+    }
+
+    /// So many waited in the end.
+    pub(super) fn came(&mut self, waiting: usize) {
+        if self.pause == 0 {
+            self.last_pause = if waiting > self.most() { PAUSE } else { (self.last_pause * 2).min(LONGEST_PAUSE) };
+            self.pause = self.last_pause;
+        } else {
+            self.pause -= 1;
+        }
+        self.latest[self.next] = waiting;
+        self.next = (self.next + 1) % REMEMBERED;
+    }
+
+    fn most(&self) -> usize {
+        self.latest.into_iter().max().unwrap_or(0)
+    }
+}
+
 /// See the module.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Company {
     /// Requests that the last batch answered.
     answered: usize,
+    /// Those who will come at most.
+    expected: usize,
     gap: Duration,
     /// When it ends in any case.
     end: Instant,
@@ -41,7 +93,17 @@ impl Company {
         let gap = (took / GAP_PART).min(overhead);
         let watch = if took < QUICK { Duration::ZERO } else { (took / GAP_PART).min(LONGEST_WATCH) };
         let (end, watch_end) = (now + (took / LONGEST_PART).min(overhead), now + watch);
-        Self { answered, gap, end, watch_end, seen: None }
+        Self { answered, expected: usize::MAX, gap, end, watch_end, seen: None }
+    }
+
+    /// Where no more than so many are likely to come.
+    pub(super) fn expecting(self, expected: usize) -> Self {
+        Self { expected, ..self }
+    }
+
+    /// Whether it was looked out for those who were answered.
+    pub(super) fn was_asked(&self) -> bool {
+        self.answered > 0 && self.seen.is_some()
     }
 
     /// Whether to stay awake at `now` although nobody waits.
@@ -60,7 +122,8 @@ impl Company {
         if has_grown {
             (*seen, *since) = (waiting, now);
         }
-        let is_hopeful = waiting < *first + self.answered && now.saturating_duration_since(*since) < self.gap;
+        let most = (*first + self.answered).min(self.expected);
+        let is_hopeful = waiting < most && now.saturating_duration_since(*since) < self.gap;
         (has_grown || is_hopeful) && now < self.end
     }
 }
@@ -80,6 +143,43 @@ mod tests {
         assert!(company.may_come(5, start + 5 * MS), "some came");
         assert!(company.may_come(5, start + 9 * MS));
         assert!(!company.may_come(5, start + 10 * MS));
+    }
+
+    /// How long one who came is kept waiting, the most of `times`, and the sum: `others` come a millisecond after it.
+    fn kept(habit: &mut Habit, times: u32, others: usize) -> Duration {
+        let mut all = Duration::ZERO;
+        for _ in 0..times {
+            let start = Instant::now();
+            let mut company = Company::after(1 + others, 80 * MS, 20 * MS, start).expecting(habit.expected());
+            let there = |step: u32| if step < 4 { 1 } else { 1 + others };
+            let step = Duration::from_micros(250);
+            let steps = (0..).take_while(|index| company.may_come(there(*index), start + step * *index)).count() as u32;
+            habit.came(there(steps));
+            all += step * steps;
+        }
+        all
+    }
+
+    #[test]
+    fn who_is_always_alone_is_kept_waiting_ever_more_rarely() {
+        let mut habit = Habit::default();
+        assert!(kept(&mut habit, 1, 0) >= 5 * MS, "nothing is known");
+        kept(&mut habit, 500, 0);
+        let (times, each) = (512, 5 * MS);
+        // One step of a quarter of a millisecond is for what has arrived and was not read yet.
+        let read = Duration::from_micros(250) * times;
+        assert!(kept(&mut habit, times, 0) <= read + 3 * each);
+    }
+
+    #[test]
+    fn who_has_company_waits_for_it_and_no_longer_than_until_it_is_there() {
+        let mut habit = Habit::default();
+        kept(&mut habit, 500, 0);
+        kept(&mut habit, 257, 3);
+        assert_eq!(habit.most(), 4, "found again, once it was looked out for more");
+        // A millisecond until they are there, and a step in which those who came could bring others.
+        let (times, with_others) = (100, MS + Duration::from_micros(500));
+        assert!(kept(&mut habit, times, 3) <= with_others * times + 10 * 5 * MS);
     }
 
     #[test]

@@ -85,6 +85,18 @@ pub(super) enum Next<R> {
     Wait(Option<Instant>),
 }
 
+/// An engine that looks for work.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Free {
+    pub(super) now: Instant,
+    /// Whether it has just run something.
+    pub(super) was_busy: bool,
+    /// Whether nothing more will come.
+    pub(super) closing: bool,
+    /// Rows of its next batch at most, where requests have not more by themselves.
+    pub(super) max_rows: usize,
+}
+
 impl<J> Default for Line<J> {
     fn default() -> Self {
         Self { waiting: BTreeMap::new(), expiries: BTreeSet::new(), by_level: BTreeMap::new(), rows: 0, arrivals: 0 }
@@ -170,31 +182,28 @@ impl<J> Line<J> {
         expired
     }
 
-    /// What an engine that is free at `now` does. `was_busy` says that it has just run something; `closing` that nothing
-    /// more will come. What `accepts` does not take stays. Call [`Line::expire`] first.
+    /// What an engine does that is `free`. What `accepts` does not take stays. Call [`Line::expire`] first.
     pub(super) fn next(
         &mut self,
         policy: &Policy,
-        now: Instant,
-        was_busy: bool,
-        closing: bool,
+        free: Free,
         accepts: impl FnOnce(&mut dyn Iterator<Item = &J>) -> bool,
     ) -> Next<Vec<J>> {
-        let Some(batch) = self.batch(policy) else { return Next::Wait(None) };
-        if !closing && let Some(until) = batch.waits(policy, was_busy).filter(|until| now < *until) {
+        let Some(batch) = self.batch(policy, free.max_rows) else { return Next::Wait(None) };
+        if let Some(until) = batch.waits(policy, free).filter(|until| free.now < *until) {
             let expiry = self.expiries.first().map(|(at, _)| *at);
             return Next::Wait(Some(expiry.map_or(until, |expiry| expiry.min(until))));
         }
-        let keys = batch.sent(policy, now);
+        let keys = batch.sent(policy, free.now);
         if !accepts(&mut keys.iter().filter_map(|key| Some(&self.waiting.get(key)?.1))) {
-            return Next::Wait(Some(now));
+            return Next::Wait(Some(free.now));
         }
         Next::Run(keys.into_iter().filter_map(|key| self.take(key)).collect())
     }
 
     /// The first request, and with it in order each that fits: of the same class, within the bounds. One that does not
     /// fit is not overtaken for long: it is the first soon.
-    fn batch(&self, policy: &Policy) -> Option<Batch> {
+    fn batch(&self, policy: &Policy, max_rows: usize) -> Option<Batch> {
         let (&first_key, (first, _)) = self.waiting.first_key_value()?;
         let mut batch = Batch {
             keys: vec![(first_key, first.rows)],
@@ -204,11 +213,11 @@ impl<J> Line<J> {
         };
         let mut extent = first.extent.clone();
         for (&key, (ticket, _)) in self.waiting.iter().skip(1) {
-            if batch.rows >= policy.max_rows {
+            if batch.rows >= max_rows {
                 break;
             }
             let rows = batch.rows.saturating_add(ticket.rows);
-            let fits = rows <= policy.max_rows && ticket.class == first.class;
+            let fits = rows <= max_rows && ticket.class == first.class;
             let within = || policy.max_elements == 0 || extent.with(&ticket.extent).cost(rows) <= policy.max_elements;
             if fits && within() {
                 batch.rows = rows;
@@ -262,13 +271,14 @@ struct Batch {
 
 impl Batch {
     /// Until when it waits for more; `None` for not at all.
-    fn waits(&self, policy: &Policy, was_busy: bool) -> Option<Instant> {
+    fn waits(&self, policy: &Policy, free: Free) -> Option<Instant> {
         let delay = match policy.delay {
-            Delay::WhenBusy(delay) if was_busy => delay,
+            _ if free.closing => return None,
+            Delay::WhenBusy(delay) if free.was_busy => delay,
             Delay::WhenBusy(_) => return None,
             Delay::Always(delay) => delay,
         };
-        let is_ready = self.rows >= policy.max_rows || self.is_stuck || self.preferred(policy).is_some();
+        let is_ready = self.rows >= free.max_rows || self.is_stuck || self.preferred(policy).is_some();
         (!is_ready).then(|| self.oldest + delay)
     }
 

@@ -16,7 +16,7 @@ use sensorium_proto::inference::{
 use super::{
     Batching, Delay, Policy, QueuePolicy,
     extent::Extent,
-    line::{Line, Next, Number, Refused, Ticket},
+    line::{Free, Line, Next, Number, Refused, Ticket},
 };
 
 fn policy(max_rows: usize) -> Policy {
@@ -53,6 +53,11 @@ impl Bench {
         Self { line: Line::default(), policy, start: Instant::now(), numbers: Vec::new() }
     }
 
+    fn find(&mut self, now: Instant, was_busy: bool, closing: bool) -> Next<Vec<usize>> {
+        let free = Free { now, was_busy, closing, max_rows: self.policy.max_rows };
+        self.line.next(&self.policy, free, |_| true)
+    }
+
     fn push(&mut self, ticket: Ticket) -> Result<(), Refused> {
         let number = self.line.push(&self.policy, ticket, self.numbers.len())?;
         self.numbers.push(number);
@@ -68,7 +73,7 @@ impl Bench {
 
     /// What an idle engine does `at` milliseconds after the start: the requests it runs, or when it asks again.
     fn next(&mut self, at: u64) -> Result<Vec<usize>, Option<u64>> {
-        match self.line.next(&self.policy, self.start + ms(at), false, false, |_| true) {
+        match self.find(self.start + ms(at), false, false) {
             Next::Run(jobs) => Ok(jobs),
             Next::Wait(until) => Err(until.map(|until| (until - self.start).as_millis() as u64)),
         }
@@ -178,12 +183,8 @@ fn behind_a_run_the_server_waits_for_company_and_in_front_of_none() {
     let mut bench = Bench::new(Policy { delay: Delay::WhenBusy(ms(5)), ..policy(8) });
     bench.come(1, 0, |_| {});
     let now = bench.start + ms(1);
-    assert_eq!(bench.line.next(&bench.policy, now, true, false, |_| true), Next::Wait(Some(bench.start + ms(5))));
-    assert_eq!(
-        bench.line.next(&bench.policy, now, true, true, |_| true),
-        Next::Run(vec![0]),
-        "nothing more comes at the end"
-    );
+    assert_eq!(bench.find(now, true, false), Next::Wait(Some(bench.start + ms(5))));
+    assert_eq!(bench.find(now, true, true), Next::Run(vec![0]), "nothing more comes at the end");
     bench.come(1, 0, |_| {});
     assert_eq!(bench.next(1), Ok(vec![1]));
 }
@@ -271,7 +272,7 @@ proptest! {
                 Event::Next { was_busy } => {
                     let now = bench.start + ms(clock);
                     settle(&mut fate, bench.line.expire(&bench.policy, now), "expired")?;
-                    match bench.line.next(&bench.policy, now, was_busy, false, |_| true) {
+                    match bench.find(now, was_busy, false) {
                         Next::Run(jobs) => {
                             prop_assert!(!jobs.is_empty());
                             prop_assert!(jobs.iter().map(|job| tickets[*job].rows).sum::<usize>() <= 8);
@@ -292,7 +293,7 @@ proptest! {
         // In the end everybody who still waits is served.
         let end = bench.start + ms(clock + 1000);
         settle(&mut fate, bench.line.expire(&bench.policy, end), "expired")?;
-        while let Next::Run(jobs) = bench.line.next(&bench.policy, end, false, false, |_| true) {
+        while let Next::Run(jobs) = bench.find(end, false, false) {
             settle(&mut fate, jobs, "ran")?;
         }
         prop_assert!(!fate.contains(&"waits"));

@@ -5,10 +5,11 @@
 //!       -> run: join, engine, split
 //! ```
 //!
-//! [`line`] decides and knows neither threads nor clocks; [`admit`] shares it; [`serve`] and [`run`] act on it. A request that its
+//! [`line`] decides and knows neither threads nor clocks ([`aim`] tells it how large batches should be); [`admit`] shares it; [`serve`] and [`run`] act on it. A request that its
 //! caller gives up (cancelled, deadline passed) leaves the line in that moment and never reaches an engine.
 
 mod admit;
+mod aim;
 mod company;
 mod extent;
 mod line;

@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 
 use super::state::{Outcome, Reply};
 
-/// Answers that wait for each other at most: more would leave those who asked with nothing to do.
-const TOGETHER: usize = 4;
+/// Answers that wait for each other: as many as still wait to be run, within these bounds. If more did, those who asked would have
+/// nothing to do, and the engine soon neither.
+const FEWEST: usize = 4;
+const MOST: usize = 16;
 /// How long the first of them waits at most, runs between them included.
-const PATIENCE: Duration = Duration::from_millis(1);
+const PATIENCE: Duration = Duration::from_millis(3);
 /// What a long run counts of itself one run later.
 const LASTS: f64 = 63.0 / 64.0;
 
@@ -23,8 +25,8 @@ pub(super) struct Outbox {
     since: Option<Instant>,
     /// How long the longest run of late took.
     took: Duration,
-    /// Whether another one follows at once.
-    more_waits: bool,
+    /// How many wait to be run.
+    waiting: usize,
 }
 
 impl Outbox {
@@ -33,10 +35,10 @@ impl Outbox {
         self.answers.push((reply, outcome));
     }
 
-    /// A run took so long, and `more_waits` for another one.
-    pub(super) fn ran(&mut self, took: Duration, more_waits: bool) {
+    /// A run took so long, and so many are `waiting` for others.
+    pub(super) fn ran(&mut self, took: Duration, waiting: usize) {
         // Where one was long, of which the inputs need not tell, another one may be: for some hundreds.
-        (self.took, self.more_waits) = (took.max(self.took.mul_f64(LASTS)), more_waits);
+        (self.took, self.waiting) = (took.max(self.took.mul_f64(LASTS)), waiting);
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -47,7 +49,7 @@ impl Outbox {
     pub(super) fn is_due(&self, now: Instant) -> bool {
         let is_due = |since| {
             let is_late = now.saturating_duration_since(since) + self.took > PATIENCE;
-            !self.more_waits || self.answers.len() >= TOGETHER || is_late
+            self.waiting == 0 || self.answers.len() >= self.waiting.clamp(FEWEST, MOST) || is_late
         };
         self.since.is_some_and(is_due)
     }
@@ -69,7 +71,7 @@ mod tests {
     use super::{super::ScheduleError, *};
 
     /// A box with so many answers, and where they arrive.
-    fn filled(count: usize, took: Duration, more_waits: bool) -> (Outbox, Vec<oneshot::Receiver<Outcome>>) {
+    fn filled(count: usize, took: Duration, waiting: usize) -> (Outbox, Vec<oneshot::Receiver<Outcome>>) {
         let mut outbox = Outbox::default();
         let answers = (0..count).map(|_| {
             let (reply, answer) = oneshot::channel();
@@ -77,28 +79,31 @@ mod tests {
             answer
         });
         let answers = answers.collect();
-        outbox.ran(took, more_waits);
+        outbox.ran(took, waiting);
         (outbox, answers)
     }
 
     #[test]
     fn answers_wait_for_each_other_while_there_are_few_and_runs_are_short() {
         let now = Instant::now();
-        assert!(!filled(0, Duration::ZERO, false).0.is_due(now + 2 * PATIENCE));
-        assert!(!filled(TOGETHER - 1, Duration::ZERO, true).0.is_due(now));
-        assert!(filled(TOGETHER, Duration::ZERO, true).0.is_due(now));
-        assert!(filled(1, Duration::ZERO, false).0.is_due(now), "there is nobody to wait for");
-        assert!(filled(1, 2 * PATIENCE, true).0.is_due(now), "another run would take too long");
-        let (mut outbox, _answers) = filled(1, 2 * PATIENCE, true);
-        outbox.ran(Duration::ZERO, true);
+        assert!(!filled(0, Duration::ZERO, 0).0.is_due(now + 2 * PATIENCE));
+        assert!(!filled(FEWEST - 1, Duration::ZERO, 1).0.is_due(now));
+        assert!(filled(FEWEST, Duration::ZERO, 1).0.is_due(now));
+        assert!(!filled(7, Duration::ZERO, 8).0.is_due(now), "the engine has enough to do");
+        assert!(filled(8, Duration::ZERO, 8).0.is_due(now));
+        assert!(filled(MOST, Duration::ZERO, 100).0.is_due(now));
+        assert!(filled(1, Duration::ZERO, 0).0.is_due(now), "there is nobody to wait for");
+        assert!(filled(1, 2 * PATIENCE, 1).0.is_due(now), "another run would take too long");
+        let (mut outbox, _answers) = filled(1, 2 * PATIENCE, 1);
+        outbox.ran(Duration::ZERO, 1);
         assert!(outbox.is_due(now), "another run may take as long as the one before the last");
-        let (outbox, _answers) = filled(1, Duration::ZERO, true);
+        let (outbox, _answers) = filled(1, Duration::ZERO, 1);
         assert!(outbox.is_due(Instant::now() + 2 * PATIENCE), "they have waited long enough");
     }
 
     #[test]
     fn what_is_delivered_arrives_and_is_no_longer_due() {
-        let (mut outbox, answers) = filled(TOGETHER, Duration::ZERO, true);
+        let (mut outbox, answers) = filled(FEWEST, Duration::ZERO, 1);
         outbox.deliver();
         assert!(outbox.is_empty() && !outbox.is_due(Instant::now()));
         assert!(answers.into_iter().all(|mut answer| answer.try_recv().is_ok()));

@@ -77,6 +77,8 @@ impl Pace {
 
 /// A batch that takes no longer than it takes to receive a few requests.
 pub(super) const QUICK: Duration = Duration::from_micros(200);
+/// One that takes no longer than that keeps nobody waiting for long, if nobody else waits for its engine.
+const BRIEF: Duration = Duration::from_micros(500);
 
 /// A batch that was expected to be quick and takes as long has kept everybody else on its thread waiting.
 const DISMAY: Duration = Duration::from_millis(10);
@@ -84,41 +86,77 @@ const DISMAY: Duration = Duration::from_millis(10);
 const AMENDS: u32 = 64;
 const MOST_AMENDS: u32 = 1 << 16;
 
-/// Which batches are quick, as far as the size of their inputs tells. Pure.
-#[derive(Clone, Copy, Debug, Default)]
+/// Which batches are quick enough for a caller to run them, as far as the size of their inputs tells. Pure.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Quick {
-    /// Bytes of the largest batch that was, of late.
+    /// Any batch.
+    any: Under,
+    /// One behind which nobody waits.
+    alone: Under,
+}
+
+impl Default for Quick {
+    fn default() -> Self {
+        let under = |limit| Under { limit, bytes: None, amends: 0, last_amends: 0 };
+        Self { any: under(QUICK), alone: under(BRIEF) }
+    }
+}
+
+impl Quick {
+    /// A batch with so many bytes of inputs took so long, and whether any of its requests was answered.
+    pub(super) fn ran(&mut self, bytes: usize, took: Duration, is_answered: bool) {
+        for under in [&mut self.any, &mut self.alone] {
+            // That a run which failed was over soon says nothing of those that do not fail.
+            if is_answered || took >= under.limit {
+                under.ran(bytes, took);
+            }
+        }
+    }
+
+    /// Whether any batch is; `is_alone` where nobody waits behind it.
+    pub(super) fn has_any(&self, is_alone: bool) -> bool {
+        self.any.has_any() || (is_alone && self.alone.has_any())
+    }
+
+    /// Whether one with so many bytes of inputs will be.
+    pub(super) fn expects(&self, bytes: usize, is_alone: bool) -> bool {
+        self.any.expects(bytes) || (is_alone && self.alone.expects(bytes))
+    }
+}
+
+/// Which batches take less than some time.
+#[derive(Clone, Copy, Debug)]
+struct Under {
+    limit: Duration,
+    /// Bytes of the largest batch that did, of late.
     bytes: Option<usize>,
-    /// Quick batches until that is trusted again.
+    /// Batches that do until that is trusted again.
     amends: u32,
     /// As many as the last dismay took.
     last_amends: u32,
 }
 
-impl Quick {
-    /// A batch with so many bytes of inputs took so long.
-    pub(super) fn ran(&mut self, bytes: usize, took: Duration) {
+impl Under {
+    fn ran(&mut self, bytes: usize, took: Duration) {
         if took >= DISMAY && self.bytes.is_some_and(|known| bytes <= known) {
             // What a batch takes depends on more than its size here.
             self.last_amends = self.last_amends.saturating_mul(4).clamp(AMENDS, MOST_AMENDS);
             self.amends = self.last_amends;
-        } else if took < QUICK {
+        } else if took < self.limit {
             self.amends = self.amends.saturating_sub(1);
         }
-        self.bytes = if took < QUICK {
+        self.bytes = if took < self.limit {
             Some(self.bytes.map_or(bytes, |known| known.max(bytes)))
         } else {
             self.bytes.and_then(|known| Some(known.min(bytes.checked_sub(1)?)))
         };
     }
 
-    /// Whether any batch is.
-    pub(super) fn has_any(self) -> bool {
+    fn has_any(&self) -> bool {
         self.bytes.is_some() && self.amends == 0
     }
 
-    /// Whether one with so many bytes of inputs will be.
-    pub(super) fn expects(self, bytes: usize) -> bool {
+    fn expects(&self, bytes: usize) -> bool {
         self.amends == 0 && self.bytes.is_some_and(|known| bytes <= known)
     }
 }
@@ -129,7 +167,7 @@ mod tests {
 
     #[test]
     fn what_is_no_larger_than_a_quick_batch_is_expected_to_be_quick_until_it_is_not() {
-        let mut quick = Quick::default();
+        let mut quick = Quick::default().any;
         assert!(!quick.has_any() && !quick.expects(0), "nothing is known");
         quick.ran(100, ms(50.0));
         assert!(!quick.expects(100));
@@ -146,7 +184,7 @@ mod tests {
 
     #[test]
     fn a_model_that_was_quick_and_is_not_at_the_same_size_has_to_be_it_many_times_again() {
-        let mut quick = Quick::default();
+        let mut quick = Quick::default().any;
         for wanted in [AMENDS, 4 * AMENDS] {
             quick.ran(8, ms(0.1));
             quick.ran(8, ms(500.0));
@@ -160,6 +198,28 @@ mod tests {
         quick.ran(8, ms(1.0));
         quick.ran(8, ms(0.1));
         assert!(quick.expects(8), "a millisecond more is forgiven at once");
+    }
+
+    #[test]
+    fn a_batch_behind_which_nobody_waits_may_take_longer() {
+        let mut quick = Quick::default();
+        quick.ran(100, ms(0.3), true);
+        assert!(quick.has_any(true) && quick.expects(100, true));
+        assert!(!quick.has_any(false) && !quick.expects(100, false));
+        quick.ran(50, ms(0.1), true);
+        assert!(quick.expects(50, false) && !quick.expects(100, false) && quick.expects(100, true));
+    }
+
+    #[test]
+    fn a_run_that_failed_soon_says_nothing_and_one_that_failed_late_does() {
+        let mut quick = Quick::default();
+        quick.ran(100, ms(0.1), false);
+        assert!(!quick.has_any(true));
+        quick.ran(100, ms(0.1), true);
+        quick.ran(100, ms(0.3), false);
+        assert!(!quick.expects(100, false) && quick.expects(100, true));
+        quick.ran(100, ms(0.6), false);
+        assert!(!quick.expects(100, true));
     }
 
     fn ms(milliseconds: f64) -> Duration {

@@ -14,6 +14,8 @@ use super::Batching;
 pub struct Policy {
     /// Rows of the largest batch; 1 where requests are never put together.
     pub max_rows: usize,
+    /// Whether batches may be of fewer rows where that runs more of them per second.
+    pub finds_size: bool,
     /// Batch sizes to aim at, ascending; empty means `max_rows` alone.
     pub preferred: Vec<usize>,
     /// How long the oldest request waits for company.
@@ -91,6 +93,7 @@ impl Policy {
     pub fn of_server(batching: Batching) -> Self {
         Self {
             max_rows: batching.max_rows,
+            finds_size: true,
             preferred: Vec::new(),
             delay: Delay::WhenBusy(batching.max_delay),
             preserve_ordering: false,
@@ -113,7 +116,7 @@ impl Policy {
         // Whoever writes a large batch size wants the queue to hold a few of them.
         let max_rows = usize::try_from(config.max_batch_size).unwrap_or(0).max(1);
         let max_waiting_rows = batching.max_waiting_rows.max(max_rows.saturating_mul(2));
-        let base = Self { max_rows, max_waiting_rows, ..Self::of_server(batching) };
+        let base = Self { max_rows, max_waiting_rows, finds_size: false, ..Self::of_server(batching) };
         match &config.scheduling_choice {
             Some(SchedulingChoice::DynamicBatching(dynamic)) => base.dynamic(dynamic),
             Some(SchedulingChoice::SequenceBatching(sequence)) => match &sequence.strategy_choice {
@@ -182,6 +185,8 @@ impl Policy {
             return Err("its dynamic_batching has preserve_ordering and priority_levels, which contradict".to_owned());
         }
         Ok(Self {
+            // Who names sizes wants these.
+            finds_size: dynamic.preferred_batch_size.is_empty(),
             preferred: self.preferred("dynamic_batching", &dynamic.preferred_batch_size)?,
             delay: self.waiting(dynamic.max_queue_delay_microseconds),
             preserve_ordering: dynamic.preserve_ordering,

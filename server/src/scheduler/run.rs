@@ -106,9 +106,9 @@ impl Runner {
         (ready.was_busy, ready.took, ready.answered) = (true, took, jobs.len());
         let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
         let is_answered = outcomes.iter().any(Result::is_ok);
-        let more_waits = !batch.is_probe && queue.ran(batch.rows, bytes, took, is_answered);
+        let waiting = if batch.is_probe { 0 } else { queue.ran(batch.rows, bytes, took, is_answered) };
         queue.answer(jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome)), outbox);
-        outbox.ran(took, more_waits);
+        outbox.ran(took, waiting);
     }
 
     /// What comes of each job. One member's values may fail all of them: then each half runs by itself, so that few runs show whose
@@ -170,14 +170,16 @@ impl Runner {
             compute_output: ran.elapsed(),
             ..Timings::default()
         };
+        queue.note_success();
         if !is_probe {
             queue.metrics.ran(rows, timings.compute_infer);
             queue.statistics.executed(rows, &timings);
             if let Some((useful, padding)) = queue.shapes.padded(&works) {
                 queue.metrics.padded(useful, padding);
             }
+            let bytes = inputs.iter().map(|input| input.data().len()).sum();
+            queue.learn(rows, bytes, started.elapsed());
         }
-        queue.note_success();
         let done = |(outputs, job): (Vec<_>, &Job)| Done {
             outputs,
             timings: Timings { queue: taken.saturating_duration_since(job.admitted), ..timings },

@@ -8,7 +8,9 @@ use tracing::Span;
 
 use super::{
     Done, Policy, ScheduleError, Work,
-    line::{Line, Next},
+    aim::Aim,
+    company::Habit,
+    line::{Free, Line, Next},
     order::Order,
     pace::{Pace, Quick},
     run::Ready,
@@ -39,6 +41,9 @@ pub(super) struct State {
     pub(super) last_success: Option<Instant>,
     pub(super) pace: Pace,
     pub(super) quick: Quick,
+    pub(super) habit: Habit,
+    /// `None` where batches are as large as the policy lets them be.
+    pub(super) aim: Option<Aim>,
     /// Engines that run nothing.
     pub(super) resting: Vec<Ready>,
     /// Engines that died in the hands of a caller, and are not replaced yet.
@@ -48,11 +53,16 @@ pub(super) struct State {
 }
 
 impl State {
+    /// Rows of the next batch at most.
+    pub(super) fn max_rows(&self, policy: &Policy) -> usize {
+        self.aim.as_ref().map_or(policy.max_rows, Aim::rows)
+    }
+
     /// Whether a caller that may is to run the next batch: nobody else is about to, an engine rests, and batches are quick. To
     /// wake a thread for one, and to be woken by it, costs more than to run it. The caller lets others of this turn of the
     /// runtime come first, which join the batch.
     pub(super) fn promise(&mut self) -> bool {
-        let is_able = !self.is_promised && self.quick.has_any() && !self.resting.is_empty();
+        let is_able = !self.is_promised && self.quick.has_any(self.line.len() == 1) && !self.resting.is_empty();
         self.is_promised |= is_able;
         is_able
     }
@@ -79,7 +89,8 @@ impl State {
         let rested = self.resting.iter().rposition(|ready| !ready.was_busy);
         let Some(index) = rested.or(self.resting.len().checked_sub(1)) else { return Next::Wait(None) };
         let was_busy = self.resting[index].was_busy;
-        let mut jobs = match self.line.next(policy, now, was_busy, self.closed, accepts) {
+        let free = Free { now, was_busy, closing: self.closed, max_rows: self.max_rows(policy) };
+        let mut jobs = match self.line.next(policy, free, accepts) {
             Next::Run(jobs) => jobs,
             Next::Wait(until) => {
                 if until.is_none() {
@@ -157,7 +168,7 @@ mod tests {
         come(&mut state, &policy, now);
         assert!(!state.promise(), "nobody knows whether its batches are quick");
         assert!(state.wants_a_thread());
-        state.quick.ran(1000, Duration::from_micros(10));
+        state.quick.ran(1000, Duration::from_micros(10), true);
         assert!(state.promise() && !state.promise());
         assert!(!state.wants_a_thread());
         // As a caller does that begins to keep its promise.
