@@ -28,6 +28,12 @@ pub struct Spent {
     pub limit: usize,
 }
 
+impl From<Spent> for tonic::Status {
+    fn from(spent: Spent) -> Self {
+        Self::resource_exhausted(spent.to_string())
+    }
+}
+
 /// What one call holds. Clones share it, and the last one gives everything back.
 #[derive(Clone, Debug)]
 pub struct Tally(Arc<Call>);

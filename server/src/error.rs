@@ -244,11 +244,13 @@ impl InferError {
 
     /// The status for a request to `model`: the message has the model and the whole chain of causes.
     pub fn into_status(self, model: &str) -> Status {
-        let mut message = match &self {
-            Self::UnknownModel { .. } | Self::UnknownVersion { .. } | Self::NotReady { .. } => String::new(),
-            _ => format!("model {:?}: ", crate::wire::excerpt(model)),
+        let (name, line) = (format!("{:?}", crate::wire::excerpt(model)), error_line(&self));
+        let message = match &self {
+            Self::UnknownModel { .. } | Self::UnknownVersion { .. } | Self::NotReady { .. } => line,
+            // As a graph does that is called as its model is.
+            _ if line.starts_with(&name) => format!("model {line}"),
+            _ => format!("model {name}: {line}"),
         };
-        message.push_str(&error_line(&self));
         Status::new(self.code(), shortened(message))
     }
 }

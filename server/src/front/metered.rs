@@ -18,13 +18,13 @@ use tonic::Status;
 
 use crate::{
     blocking::in_place,
-    budget::{Spent, Tally},
+    budget::Tally,
     coding::{Coding, InflateError},
 };
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// A body that takes what it yields from a budget. Its errors are [`Spent`], or a [`Status`] where it is gRPC's.
+/// A body that takes what it yields from a budget. Its errors are [`Spent`](crate::budget::Spent), or a [`Status`] where it is gRPC's.
 #[derive(Debug)]
 pub(super) struct Metered<B> {
     body: B,
@@ -150,7 +150,7 @@ where
                 this.tally.take(data.len())?;
                 return Poll::Ready(Some(Ok(Frame::data(data))));
             };
-            this.tally.take(data.len()).map_err(refused)?;
+            this.tally.take(data.len()).map_err(Status::from)?;
             messages.pass(&data, &this.tally, &mut this.ready)?;
             if messages.coding.is_none() {
                 // Nothing of it can be compressed: it passes in one piece.
@@ -214,7 +214,7 @@ impl Messages {
         let length = u32::from_be_bytes(length) as usize;
         // One that is too long for a message is refused as that, by whoever reads it.
         if length <= self.max {
-            tally.foresee(length.saturating_sub(here)).map_err(refused)?;
+            tally.foresee(length.saturating_sub(here)).map_err(Status::from)?;
         }
         if flag == 1 && self.coding.is_some() && length <= self.max {
             self.place = Place::Packed { left: length, packed: BytesMut::new() };
@@ -237,7 +237,7 @@ impl Messages {
         // A byte may become a thousand.
         let inflated = in_place(packed.len().saturating_mul(64), || coding.inflate(packed, self.max, Some(tally)));
         let message = inflated.map_err(|error| match error {
-            InflateError::Spent(spent) => refused(spent),
+            InflateError::Spent(spent) => spent.into(),
             InflateError::TooLarge => Status::resource_exhausted(format!(
                 "the message has more than {} bytes when it is decompressed, the limit of this server",
                 self.max
@@ -254,10 +254,6 @@ impl Messages {
         out.push_back(message);
         Ok(())
     }
-}
-
-fn refused(spent: Spent) -> Status {
-    Status::resource_exhausted(spent.to_string())
 }
 
 #[cfg(test)]

@@ -90,7 +90,7 @@ impl Unary {
             let message = message?;
             // What is about to be decoded may take more memory than it has taken to arrive.
             let growth = codec::growth(&message);
-            let _grown = self.service.claim(growth).map_err(|spent| Status::resource_exhausted(spent.to_string()))?;
+            let _grown = self.service.claim(growth)?;
             let request = in_place(growth, || codec::decode(message))?;
             let response = self.service.infer(request, &call).await?;
             Ok::<_, Status>(Answer { pieces: encode(response)?, trailers: Some(well()), _pass: pass })

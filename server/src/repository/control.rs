@@ -310,15 +310,18 @@ impl Registry {
         }
     }
 
-    /// Notes why a version could not be loaded, unless an older load of it still answers.
+    /// Notes why a version could not be loaded. Where an older load of it still answers, that is what the reason is about.
     fn note_failure(&self, name: &str, version: u64, reason: &str) {
         let mut models = self.write();
         let Some(entry) = models.by_name.get_mut(name) else { return };
         if version == 0 && entry.versions.values().any(|slot| slot.model.is_some()) {
+            entry.versions.values_mut().for_each(|slot| slot.outlive(reason));
             return;
         }
         let slot = entry.versions.entry(version).or_default();
-        if slot.model.is_none() {
+        if slot.model.is_some() {
+            slot.outlive(reason);
+        } else {
             *slot = Slot { state: State::Unavailable, reason: reason.to_owned(), model: None };
         }
     }
@@ -429,6 +432,13 @@ impl Registry {
 }
 
 impl Slot {
+    /// What should have taken its place could not be loaded.
+    fn outlive(&mut self, reason: &str) {
+        if self.model.is_some() {
+            self.reason = format!("it is as it was loaded before; loading it again failed: {reason}");
+        }
+    }
+
     /// Takes the model out.
     fn unload(&mut self) -> Option<Arc<ModelVersion>> {
         let model = self.model.take()?;

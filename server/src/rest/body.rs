@@ -90,13 +90,13 @@ pub(super) async fn read(headers: &HeaderMap, arriving: Arriving, max: usize) ->
         return Err(too_large());
     }
     if let Some(tally) = &tally {
-        tally.foresee(announced as usize).map_err(spent)?;
+        tally.foresee(announced as usize)?;
     }
     let header_length = headers.get(HEADER_LENGTH).and_then(|value| value.to_str().ok()?.trim().parse().ok());
     let body = gathered(body, max, header_length.unwrap_or(0)).await.map_err(|error| match error {
         None => too_large(),
         Some(error) => match cause::<Spent>(&error) {
-            Some(found) => spent(*found),
+            Some(found) => (*found).into(),
             None => Refusal::invalid(format!("the body did not arrive: {error}")),
         },
     })?;
@@ -110,7 +110,7 @@ pub(super) async fn read(headers: &HeaderMap, arriving: Arriving, max: usize) ->
     });
     inflated.await.map_err(|error| match error {
         InflateError::TooLarge => too_large(),
-        InflateError::Spent(found) => spent(found),
+        InflateError::Spent(found) => found.into(),
         InflateError::Broken(error) => Refusal::invalid(format!("the body is no {}: {error}", coding.name())),
     })
 }
@@ -149,11 +149,7 @@ pub(super) fn claim_growth(
     request: &ModelInferRequest,
 ) -> Result<Option<Taken>, Refusal> {
     let tensors: usize = request.raw_input_contents.iter().map(Bytes::len).sum();
-    service.claim(tensors.saturating_sub(bytes)).map_err(spent)
-}
-
-fn spent(found: Spent) -> Refusal {
-    Refusal::new(StatusCode::TOO_MANY_REQUESTS, found.to_string())
+    Ok(service.claim(tensors.saturating_sub(bytes))?)
 }
 
 /// The first error of this kind among an error and its causes.

@@ -8,6 +8,7 @@ use axum::{
 use tonic::{Code, Status};
 
 use super::json::JsonError;
+use crate::budget::Spent;
 
 /// A refusal of any kind.
 #[derive(Clone, Debug)]
@@ -33,6 +34,12 @@ impl Refusal {
 
     pub(super) fn message(&self) -> &str {
         &self.message
+    }
+}
+
+impl From<Spent> for Refusal {
+    fn from(spent: Spent) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, spent.to_string())
     }
 }
 

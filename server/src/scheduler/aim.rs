@@ -10,14 +10,16 @@ use std::time::Duration;
 
 /// Batches of each size in a trial, of which the median counts: one run says little, and the first of a size may be the first
 /// of its shape that the engine ever sees.
-const RUNS: usize = 7;
+const RUNS: usize = 5;
+/// Trials that have to be won in a row: on a restless machine chance wins one of twenty.
+const WINS: u32 = 2;
 /// Batches in which a trial has to come about. Where too few wait for the larger size it does not.
 const PATIENCE: usize = 4 * RUNS;
 /// The part of its time that a change has to save.
 const GAIN: f64 = 0.03;
-/// Batches that could have had the other size, until the next trial: at first, and at most. Doubled where the last one won
-/// nothing.
-const PAUSE: u32 = 8;
+/// Batches that could have had the other size, until the next trial: at first, and at most. Four times as many where the last one
+/// won nothing: trials show in the longest of the answers' times.
+const PAUSE: u32 = 16;
 const LONGEST_PAUSE: u32 = 1 << 12;
 /// Runs of less time than this are no more than what there is to do about their messages, which larger batches share.
 const SHORTEST: Duration = Duration::from_millis(1);
@@ -34,6 +36,8 @@ pub(super) struct Aim {
     pause: u32,
     last_pause: u32,
     trial: Option<Trial>,
+    /// Trials that the same neighbour has won.
+    wins: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +59,8 @@ struct Trial {
 impl Aim {
     /// Of batches of so many rows at most.
     pub(super) fn at_most(largest: usize) -> Self {
-        Self { largest, rows: largest, direction: Direction::Smaller, pause: PAUSE, last_pause: PAUSE, trial: None }
+        let direction = Direction::Smaller;
+        Self { largest, rows: largest, direction, pause: PAUSE, last_pause: PAUSE, trial: None, wins: 0 }
     }
 
     /// Rows of the next batch at most.
@@ -87,13 +92,19 @@ impl Aim {
             trial.with_other.push(seconds);
         }
         let is_better = trial.verdict()?;
+        let other = trial.other;
+        self.wins = if is_better { self.wins + 1 } else { 0 };
+        if (1..WINS).contains(&self.wins) {
+            self.trial = Some(Trial::with(other));
+            return None;
+        }
         if is_better {
-            (self.rows, self.last_pause) = (trial.other, PAUSE);
+            (self.rows, self.last_pause) = (other, PAUSE);
         } else {
-            self.last_pause = (self.last_pause * 2).min(LONGEST_PAUSE);
+            self.last_pause = (self.last_pause * 4).min(LONGEST_PAUSE);
             self.direction = self.direction.reversed();
         }
-        (self.pause, self.trial) = (self.last_pause, None);
+        (self.pause, self.trial, self.wins) = (self.last_pause, None, 0);
         is_better.then_some(self.rows)
     }
 

@@ -85,7 +85,7 @@ impl Service {
     /// # Errors
     /// RESOURCE_EXHAUSTED.
     fn claim_growth(&self, request: &ModelInferRequest) -> Result<Option<Taken>, Status> {
-        self.claim(codec::grown(request)).map_err(|spent| Status::resource_exhausted(spent.to_string()))
+        Ok(self.claim(codec::grown(request))?)
     }
 
     /// Ends streams of requests as soon as nothing happens on them.

@@ -94,6 +94,12 @@ async fn a_reload_that_fails_leaves_the_model_as_it_was() {
     bench.write("a", "config.pbtxt", "nonsense");
     registry.load("a", LoadParameters::default()).await.unwrap_err();
     assert_eq!(index(&registry), ["a 1 READY"]);
+    let reason = || registry.index(true)[0].reason.clone();
+    assert!(reason().starts_with("it is as it was loaded before; loading it again failed: "), "{}", reason());
+    std::fs::remove_file(bench.path().join("a/config.pbtxt")).unwrap();
+    bench.write("a", "1/model.onnx", scale(3.0, None));
+    registry.load("a", LoadParameters::default()).await.unwrap();
+    assert_eq!(reason(), "");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,7 +1,8 @@
 //! How fast the model server is: beside Triton and KServe's runtime, the same session in process, and a bare echo.
 //!
 //! Servers have the first core to themselves, the client has the second. All servers of a model run at the same time, and
-//! are asked in turn: a figure is the median over rounds, so that what disturbs the machine disturbs all of them.
+//! are asked in turn: what disturbs the machine disturbs all of them. Ours is the median over rounds; what stands beside it is that by the
+//! median of the rounds' ratios, since a machine's speed changes more from round to round than servers differ.
 
 mod cases;
 mod ceilings;
@@ -233,9 +234,24 @@ fn take_turns(
 }
 
 impl Turns {
-    fn median(&self, kind: Kind, figure: impl Fn(&Sample) -> f64) -> Option<f64> {
-        let samples = self.samples.iter().find_map(|(own, samples)| (*own == kind).then_some(samples))?;
-        Some(median(samples.iter().map(figure)))
+    /// What a server did, in the order of rounds; nothing where it was not asked.
+    fn of(&self, kind: Kind) -> &[Sample] {
+        self.samples.iter().find(|(own, _)| *own == kind).map_or(&[], |(_, samples)| samples)
+    }
+
+    fn ours(&self, figure: impl Fn(&Sample) -> f64) -> f64 {
+        median(self.of(Kind::Ours).iter().map(figure))
+    }
+
+    /// What stands beside ours, of which each round has one: ours by the median of the rounds' ratios.
+    fn beside(&self, others: impl Iterator<Item = f64>, figure: impl Fn(&Sample) -> f64) -> f64 {
+        let ratios = self.of(Kind::Ours).iter().zip(others).map(|(own, other)| figure(own) / other);
+        self.ours(&figure) / median(ratios)
+    }
+
+    fn peer(&self, kind: Kind, figure: impl Fn(&Sample) -> f64) -> Option<f64> {
+        let samples = self.of(kind);
+        (!samples.is_empty()).then(|| self.beside(samples.iter().map(&figure), &figure))
     }
 }
 
@@ -250,38 +266,41 @@ impl Place<'_> {
         let row = |what: &str| format!("{}/{}/c{}/{what}", self.case.name, self.protocol.name(), self.concurrency);
         let throughput = |sample: &Sample| sample.per_second;
         let p99 = |sample: &Sample| sample.latency(0.99) * 1e3;
-        let ours = turns.median(Kind::Ours, throughput).unwrap_or(f64::NAN);
-        let ours_p99 = turns.median(Kind::Ours, p99).unwrap_or(f64::NAN);
+        let (ours, ours_p99) = (turns.ours(throughput), turns.ours(p99));
         let heading = format!("  {} c{}", self.protocol.name(), self.concurrency);
         let mut figures = vec![format!("ours {ours:.0}/s p99 {ours_p99:.2} ms")];
         for kind in [Kind::Triton, Kind::Kserve] {
-            let (Some(peer), Some(peer_p99)) = (turns.median(kind, throughput), turns.median(kind, p99)) else {
+            let (Some(peer), Some(peer_p99)) = (turns.peer(kind, throughput), turns.peer(kind, p99)) else {
                 continue;
             };
             figures.push(format!("{} {peer:.0}/s p99 {peer_p99:.2} ms", kind.name()));
             report.row(row("throughput"), "requests/s", Better::Higher, ours, (kind.name(), peer));
             report.row(row("p99"), "ms", Better::Lower, ours_p99, (kind.name(), peer_p99));
         }
-        let in_process = median(turns.in_process.iter().map(|found| found.rows_per_second));
         if self.concurrency == 1 {
-            let model = median(turns.in_process.iter().map(|found| found.median));
-            let p50 = turns.median(Kind::Ours, |sample| sample.latency(0.5)).unwrap_or(f64::NAN);
-            let added = (p50 - model) * 1e6;
+            let alone = turns.of(Kind::Ours).iter().zip(&turns.in_process);
+            let added = median(alone.map(|(own, model)| (own.latency(0.5) - model.median) * 1e6));
             figures.push(format!("{added:.0} us more than in process"));
             let limit = ("limit", limits::ADDED_LATENCY * 1e6);
             report.row(row("added-latency-p50"), "us", Better::Lower, added, limit);
             // What the messages alone take, without a model and all that belongs to it.
-            let echo = turns.median(Kind::Echo, |sample| sample.latency(0.5)).unwrap_or(f64::NAN) * 1e6;
+            let echo = median(turns.of(Kind::Echo).iter().map(|sample| sample.latency(0.5) * 1e6));
             figures.push(format!("echo {echo:.0} us"));
             report.row(row("added-latency-p50"), "us", Better::Lower, added, ("echo", echo));
         }
         if self.concurrency >= SATURATED {
-            let echo = turns.median(Kind::Echo, throughput).unwrap_or(f64::NAN);
-            let (name, ceiling) = if self.is_tiny { ("echo", echo) } else { ("ceiling", in_process) };
+            let model = || turns.in_process.iter().map(|found| found.rows_per_second);
+            let echoes = || turns.of(Kind::Echo).iter().map(throughput);
+            let (name, ceiling) = if self.is_tiny {
+                ("echo", turns.beside(echoes(), throughput))
+            } else {
+                ("ceiling", turns.beside(model(), throughput))
+            };
             figures.push(format!("{name} {ceiling:.0}/s: {:.3} of it", ours / ceiling));
             report.row(row("throughput"), "requests/s", Better::Higher, ours, (name, ceiling));
             // One core does both: the model, and what there is to do about each message.
-            let both = 1.0 / (1.0 / echo + 1.0 / in_process);
+            let both = echoes().zip(model()).map(|(echo, model)| 1.0 / (1.0 / echo + 1.0 / model));
+            let both = turns.beside(both, throughput);
             figures.push(format!("echo and model {both:.0}/s: {:.3} of it", ours / both));
             report.row(row("throughput"), "requests/s", Better::Higher, ours, ("echo-and-model", both));
         }

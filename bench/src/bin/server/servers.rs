@@ -138,10 +138,10 @@ impl Drop for Server {
     }
 }
 
-/// `program` on the first core. The client has the second.
+/// `program` on the first core. The client has the second. It ends with this program, also where a signal ends that.
 pub(crate) fn on_first_core(program: &Path) -> Command {
     let mut command = Command::new("taskset");
-    command.args(["--cpu-list", "0"]).arg(program);
+    command.args(["--cpu-list", "0", "setpriv", "--pdeathsig", "KILL"]).arg(program);
     command
 }
 
