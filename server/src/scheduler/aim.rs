@@ -8,13 +8,13 @@
 
 use std::time::Duration;
 
-/// Batches of each size in a trial, of which the median counts: one run says little, and the first of a size may be the first
-/// of its shape that the engine ever sees.
-const RUNS: usize = 5;
-/// Trials that have to be won in a row: on a restless machine chance wins one of twenty.
-const WINS: u32 = 2;
-/// Batches in which a trial has to come about. Where too few wait for the larger size it does not.
-const PATIENCE: usize = 4 * RUNS;
+/// Batches of the larger size in a trial, and twice as many of the smaller one, of which the median counts: one run says little,
+/// and the first of a size may be the first of its shape that the engine ever sees.
+const RUNS: usize = 3;
+/// The same where a trial was won, which has to be shown once more: on a restless machine chance wins one of twenty.
+const RUNS_AGAIN: usize = 5;
+/// A trial has to come about in this many times as many batches. Where too few wait for the larger size it does not.
+const PATIENCE: usize = 4;
 /// The part of its time that a change has to save.
 const GAIN: f64 = 0.03;
 /// Batches that could have had the other size, until the next trial: at first, and at most. Four times as many where the last one
@@ -36,8 +36,6 @@ pub(super) struct Aim {
     pause: u32,
     last_pause: u32,
     trial: Option<Trial>,
-    /// Trials that the same neighbour has won.
-    wins: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,23 +48,25 @@ enum Direction {
 #[derive(Clone, Debug)]
 struct Trial {
     other: usize,
+    is_smaller: bool,
     with_own: Vec<f64>,
     with_other: Vec<f64>,
     /// Batches so far, of whatever size.
     batches: usize,
+    /// Batches of the larger size that it takes.
+    runs: usize,
 }
 
 impl Aim {
     /// Of batches of so many rows at most.
     pub(super) fn at_most(largest: usize) -> Self {
-        let direction = Direction::Smaller;
-        Self { largest, rows: largest, direction, pause: PAUSE, last_pause: PAUSE, trial: None, wins: 0 }
+        Self { largest, rows: largest, direction: Direction::Smaller, pause: PAUSE, last_pause: PAUSE, trial: None }
     }
 
     /// Rows of the next batch at most.
     pub(super) fn rows(&self) -> usize {
         match &self.trial {
-            Some(trial) if trial.with_other.len() < trial.with_own.len() => trial.other,
+            Some(trial) if trial.wants_other() => trial.other,
             _ => self.rows,
         }
     }
@@ -80,7 +80,7 @@ impl Aim {
                 self.pause = self.pause.saturating_sub(1);
             }
             if self.pause == 0 {
-                self.trial = self.neighbour().map(Trial::with);
+                self.trial = self.neighbour().map(|other| Trial::new(self.rows, other, RUNS));
             }
             return None;
         };
@@ -92,19 +92,17 @@ impl Aim {
             trial.with_other.push(seconds);
         }
         let is_better = trial.verdict()?;
-        let other = trial.other;
-        self.wins = if is_better { self.wins + 1 } else { 0 };
-        if (1..WINS).contains(&self.wins) {
-            self.trial = Some(Trial::with(other));
+        if is_better && trial.runs < RUNS_AGAIN {
+            *trial = Trial::new(self.rows, trial.other, RUNS_AGAIN);
             return None;
         }
         if is_better {
-            (self.rows, self.last_pause) = (other, PAUSE);
+            (self.rows, self.last_pause) = (trial.other, PAUSE);
         } else {
             self.last_pause = (self.last_pause * 4).min(LONGEST_PAUSE);
             self.direction = self.direction.reversed();
         }
-        (self.pause, self.trial, self.wins) = (self.last_pause, None, 0);
+        (self.pause, self.trial) = (self.last_pause, None);
         is_better.then_some(self.rows)
     }
 
@@ -148,16 +146,30 @@ impl Direction {
 }
 
 impl Trial {
-    fn with(other: usize) -> Self {
-        Self { other, with_own: Vec::new(), with_other: Vec::new(), batches: 0 }
+    fn new(own: usize, other: usize, runs: usize) -> Self {
+        Self { other, is_smaller: other < own, with_own: Vec::new(), with_other: Vec::new(), batches: 0, runs }
+    }
+
+    /// Batches of the smaller size so far, and of the larger one.
+    fn counts(&self) -> (usize, usize) {
+        let (own, other) = (self.with_own.len(), self.with_other.len());
+        if self.is_smaller { (other, own) } else { (own, other) }
+    }
+
+    /// Whether the next batch is to have the other size. Two small ones and a large one take turns: two halves instead of a whole, so
+    /// that those who take turns in two batches go on doing so.
+    fn wants_other(&self) -> bool {
+        let (small, large) = self.counts();
+        (small < 2 * (large + 1)) == self.is_smaller
     }
 
     /// Whether the other size is better; `None` while that is open.
     fn verdict(&mut self) -> Option<bool> {
-        if self.with_own.len() >= RUNS && self.with_other.len() >= RUNS {
+        let (small, large) = self.counts();
+        if large >= self.runs && small >= 2 * self.runs {
             return Some(median(&mut self.with_other) < (1.0 - GAIN) * median(&mut self.with_own));
         }
-        (self.batches >= PATIENCE).then_some(false)
+        (self.batches >= PATIENCE * 3 * self.runs).then_some(false)
     }
 }
 
@@ -179,8 +191,8 @@ mod tests {
     fn settled(aim: &mut Aim, waiting: usize, batches: usize, of_row: impl Fn(usize) -> f64) -> usize {
         for index in 0..batches {
             let rows = aim.rows().min(waiting);
-            // Every third run is disturbed.
-            let disturbed = if index % 3 == 0 { 1.4 } else { 1.0 };
+            // Every fifth run is disturbed.
+            let disturbed = if index % 5 == 0 { 1.4 } else { 1.0 };
             aim.ran(rows, rows, Duration::from_secs_f64(of_row(rows) * rows as f64 * disturbed));
         }
         aim.rows
