@@ -85,6 +85,9 @@ const DISMAY: Duration = Duration::from_millis(10);
 /// Quick batches that make up for the first of these, and for any at most: four times as many for each.
 const AMENDS: u32 = 64;
 const MOST_AMENDS: u32 = 1 << 16;
+/// So many times as many quick batches without another one forgive one of them: every machine stands still now and then, and that is not the
+/// model's fault.
+const CALM: u32 = 256;
 
 /// Which batches are quick enough for a caller to run them, as far as the size of their inputs tells. Pure.
 #[derive(Clone, Copy, Debug)]
@@ -97,7 +100,7 @@ pub(super) struct Quick {
 
 impl Default for Quick {
     fn default() -> Self {
-        let under = |limit| Under { limit, bytes: None, amends: 0, last_amends: 0 };
+        let under = |limit| Under { limit, bytes: None, amends: 0, last_amends: 0, calm: 0 };
         Self { any: under(QUICK), alone: under(BRIEF) }
     }
 }
@@ -134,6 +137,8 @@ struct Under {
     amends: u32,
     /// As many as the last dismay took.
     last_amends: u32,
+    /// Quick batches since it is trusted.
+    calm: u32,
 }
 
 impl Under {
@@ -141,9 +146,14 @@ impl Under {
         if took >= DISMAY && self.bytes.is_some_and(|known| bytes <= known) {
             // What a batch takes depends on more than its size here.
             self.last_amends = self.last_amends.saturating_mul(4).clamp(AMENDS, MOST_AMENDS);
-            self.amends = self.last_amends;
-        } else if took < self.limit {
-            self.amends = self.amends.saturating_sub(1);
+            (self.amends, self.calm) = (self.last_amends, 0);
+        } else if took < self.limit && self.amends > 0 {
+            self.amends -= 1;
+        } else if took < self.limit && self.last_amends > 0 {
+            self.calm += 1;
+            if self.calm >= CALM * self.last_amends {
+                (self.last_amends, self.calm) = (self.last_amends / 4, 0);
+            }
         }
         self.bytes = if took < self.limit {
             Some(self.bytes.map_or(bytes, |known| known.max(bytes)))
@@ -198,6 +208,24 @@ mod tests {
         quick.ran(8, ms(1.0));
         quick.ran(8, ms(0.1));
         assert!(quick.expects(8), "a millisecond more is forgiven at once");
+    }
+
+    #[test]
+    fn a_machine_that_stands_still_once_in_a_long_while_is_forgiven_each_time() {
+        let mut quick = Quick::default().any;
+        quick.ran(8, ms(0.1));
+        for _ in 0..5 {
+            quick.ran(8, ms(50.0));
+            // The size was forgotten as well, and is known again with the first of these.
+            for _ in 0..AMENDS {
+                assert!(!quick.expects(8));
+                quick.ran(8, ms(0.1));
+            }
+            assert!(quick.expects(8));
+            for _ in 0..CALM * AMENDS {
+                quick.ran(8, ms(0.1));
+            }
+        }
     }
 
     #[test]
