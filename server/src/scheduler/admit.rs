@@ -92,7 +92,7 @@ impl Queue {
         let resting = engines.into_iter().map(Ready::new).collect();
         let aim = policy.finds_size.then(|| Aim::at_most(policy.max_rows));
         metrics.batch_rows_limit(policy.max_rows);
-        let state = Mutex::new(State { resting, aim, ..State::default() });
+        let state = Mutex::new(State { aim, resting, ..State::default() });
         let (changed, ended) = (Condvar::new(), Condvar::new());
         Self {
             graph,

@@ -153,7 +153,8 @@ mod tests {
             let mut company = Company::after(1 + others, 80 * MS, 20 * MS, start).expecting(habit.expected());
             let there = |step: u32| if step < 4 { 1 } else { 1 + others };
             let step = Duration::from_micros(250);
-            let steps = (0..).take_while(|index| company.may_come(there(*index), start + step * *index)).count() as u32;
+            let steps =
+                (0..1000).take_while(|index| company.may_come(there(*index), start + step * *index)).count() as u32;
             habit.came(there(steps));
             all += step * steps;
         }
