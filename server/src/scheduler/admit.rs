@@ -407,9 +407,13 @@ impl Queue {
         state.line.len()
     }
 
-    /// An engine ran a batch of requests, with so many bytes of inputs, in so long: what that says of the size of batches.
-    pub(super) fn learn(&self, rows: usize, bytes: usize, took: Duration) {
-        let found = self.lock().aim.as_mut().and_then(|aim| aim.ran(rows, bytes, took));
+    /// As [`Queue::note_success`], of a batch of requests with so many bytes of inputs, which took an engine so long: that says
+    /// something of the size of batches, too.
+    pub(super) fn succeeded(&self, rows: usize, bytes: usize, took: Duration) {
+        let mut state = self.lock();
+        state.last_success = Some(Instant::now());
+        let found = state.aim.as_mut().and_then(|aim| aim.ran(rows, bytes, took));
+        drop(state);
         if let Some(rows) = found {
             self.metrics.batch_rows_limit(rows);
             tracing::info!(graph = self.graph, rows, "batches of so many rows run more of them per second");

@@ -8,6 +8,8 @@
 
 use std::time::Duration;
 
+use super::pause::Pause;
+
 /// Batches of the larger size in a trial, and twice as many of the smaller one, of which the median counts: one run says little,
 /// and the first of a size may be the first of its shape that the engine ever sees.
 const RUNS: usize = 3;
@@ -19,8 +21,7 @@ const PATIENCE: usize = 4;
 const GAIN: f64 = 0.03;
 /// Batches that could have had the other size, until the next trial: at first, and at most. Four times as many where the last one
 /// won nothing: trials show in the longest of the answers' times.
-const PAUSE: u32 = 16;
-const LONGEST_PAUSE: u32 = 1 << 12;
+const PAUSE: Pause = Pause::new(16, 1 << 12, 4);
 /// Runs of less time than this are no more than what there is to do about their messages, which larger batches share.
 const SHORTEST: Duration = Duration::from_millis(1);
 
@@ -33,8 +34,7 @@ pub(super) struct Aim {
     rows: usize,
     /// Which neighbour is tried next.
     direction: Direction,
-    pause: u32,
-    last_pause: u32,
+    pause: Pause,
     trial: Option<Trial>,
 }
 
@@ -60,7 +60,7 @@ struct Trial {
 impl Aim {
     /// Of batches of so many rows at most.
     pub(super) fn at_most(largest: usize) -> Self {
-        Self { largest, rows: largest, direction: Direction::Smaller, pause: PAUSE, last_pause: PAUSE, trial: None }
+        Self { largest, rows: largest, direction: Direction::Smaller, pause: PAUSE, trial: None }
     }
 
     /// Rows of the next batch at most.
@@ -77,9 +77,9 @@ impl Aim {
         let size = self.size_of(rows);
         let Some(trial) = &mut self.trial else {
             if size == self.rows && took >= SHORTEST {
-                self.pause = self.pause.saturating_sub(1);
+                self.pause.pass();
             }
-            if self.pause == 0 {
+            if self.pause.is_over() {
                 self.trial = self.neighbour().map(|other| Trial::new(self.rows, other, RUNS));
             }
             return None;
@@ -97,12 +97,12 @@ impl Aim {
             return None;
         }
         if is_better {
-            (self.rows, self.last_pause) = (trial.other, PAUSE);
+            self.rows = trial.other;
         } else {
-            self.last_pause = (self.last_pause * 4).min(LONGEST_PAUSE);
             self.direction = self.direction.reversed();
         }
-        (self.pause, self.trial) = (self.last_pause, None);
+        self.pause.begin(is_better);
+        self.trial = None;
         is_better.then_some(self.rows)
     }
 

@@ -13,7 +13,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::pace::QUICK;
+use super::{pace::QUICK, pause::Pause};
 
 /// Nobody looks out for longer than this part of the last batch's time,
 const LONGEST_PART: u32 = 4;
@@ -27,8 +27,7 @@ const LONGEST_WATCH: Duration = Duration::from_micros(500);
 const REMEMBERED: usize = 8;
 /// Times until it is looked out for more than are expected: after it was worth it, and at most. Doubled where it was not. The most is
 /// more than a hundred, so that it does not show in the 99th percentile of requests that are alone.
-const PAUSE: u32 = 4;
-const LONGEST_PAUSE: u32 = 256;
+const PAUSE: Pause = Pause::new(4, 256, 2);
 
 /// How many came of late when it was looked out for them.
 #[derive(Clone, Copy, Debug)]
@@ -36,30 +35,28 @@ pub(super) struct Habit {
     /// How many waited in the end, the latest times.
     latest: [usize; REMEMBERED],
     next: usize,
-    /// Times until nothing is taken for granted, and how many it were the last time.
-    pause: u32,
-    last_pause: u32,
+    /// Until nothing is taken for granted.
+    pause: Pause,
 }
 
 impl Default for Habit {
     fn default() -> Self {
-        Self { latest: [0; REMEMBERED], next: 0, pause: 0, last_pause: PAUSE }
+        Self { latest: [0; REMEMBERED], next: 0, pause: PAUSE.over() }
     }
 }
 
 impl Habit {
     /// How many will come at most, as far as is known.
     pub(super) fn expected(&self) -> usize {
-        if self.pause == 0 { usize::MAX } else { self.most() }
+        if self.pause.is_over() { usize::MAX } else { self.most() }
     }
 
     /// So many waited in the end.
     pub(super) fn came(&mut self, waiting: usize) {
-        if self.pause == 0 {
-            self.last_pause = if waiting > self.most() { PAUSE } else { (self.last_pause * 2).min(LONGEST_PAUSE) };
-            self.pause = self.last_pause;
+        if self.pause.is_over() {
+            self.pause.begin(waiting > self.most());
         } else {
-            self.pause -= 1;
+            self.pause.pass();
         }
         self.latest[self.next] = waiting;
         self.next = (self.next + 1) % REMEMBERED;

@@ -18,6 +18,7 @@ mod line_tests;
 mod order;
 mod outbox;
 mod pace;
+mod pause;
 mod policy;
 mod run;
 mod serve;

@@ -170,15 +170,16 @@ impl Runner {
             compute_output: ran.elapsed(),
             ..Timings::default()
         };
-        queue.note_success();
-        if !is_probe {
+        if is_probe {
+            queue.note_success();
+        } else {
             queue.metrics.ran(rows, timings.compute_infer);
             queue.statistics.executed(rows, &timings);
             if let Some((useful, padding)) = queue.shapes.padded(&works) {
                 queue.metrics.padded(useful, padding);
             }
             let bytes = inputs.iter().map(|input| input.data().len()).sum();
-            queue.learn(rows, bytes, started.elapsed());
+            queue.succeeded(rows, bytes, timings.compute_input + timings.compute_infer + timings.compute_output);
         }
         let done = |(outputs, job): (Vec<_>, &Job)| Done {
             outputs,
