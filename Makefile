@@ -10,7 +10,7 @@ CARGO_FLAGS := --release --locked
 DIST_FLAGS := --profile dist --locked
 BIN := target/release/sensorium
 
-.PHONY: help setup build dist quickstart test test-env test-node cluster-binaries images lint chart-lint fmt generate clean bench-operator bench-server bench-soak
+.PHONY: help setup build dist quickstart test test-env test-gpu test-node cluster-binaries images lint chart-lint fmt generate clean bench-operator bench-server bench-soak
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{ printf "  make %-16s %s\n", $$1, $$2 }'
@@ -41,6 +41,13 @@ test: test-env cluster-binaries ## Run everything that CI runs
 	@# there is no node; what goes wrong here that test says again.
 	@if [ "$$(id -u)" = 0 ]; then scripts/cluster-binaries node >target/cluster-binaries.log 2>&1 & fi
 	cargo test $(CARGO_FLAGS) --workspace
+
+test-gpu: test-env ## Run the tests that need a GPU, on a machine with one (SENSORIUM_ONNXRUNTIME: an onnxruntime for CUDA)
+	@# One loses the GPU to its process on purpose, and so has a process of its own.
+	cargo test $(CARGO_FLAGS) --package sensorium-engine --test onnxruntime -- --ignored gpu
+	cargo test $(CARGO_FLAGS) --package sensorium-engine-torch --test torchscript -- --ignored gpu --skip loses_it
+	cargo test $(CARGO_FLAGS) --package sensorium-engine-torch --test torchscript -- --ignored loses_it
+	cargo test $(CARGO_FLAGS) --package sensorium-server-torch --test torch -- --ignored gpu
 
 test-node: build test-env ## Run the tests on a real node alone (root; installs containerd on Debian)
 	cargo test $(CARGO_FLAGS) --workspace --test real_node -- --nocapture

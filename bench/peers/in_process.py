@@ -1,6 +1,6 @@
 """Runs a TorchScript model without a server, and prints what it did as `bench-server` does for ONNX.
 
-    python in_process.py MODEL.pt SECONDS < REQUEST
+    python in_process.py MODEL.pt SECONDS DEVICE < REQUEST
 
 A request is the header of an HTTP request, one line of JSON, and the bytes of its tensors.
 """
@@ -19,7 +19,7 @@ WARM_UP_RUNS = 4
 
 
 def main() -> None:
-    path, seconds = sys.argv[1], float(sys.argv[2])
+    path, seconds, device = sys.argv[1], float(sys.argv[2]), sys.argv[3]
     header = json.loads(sys.stdin.buffer.readline())
     types = {"FP32": np.float32, "INT64": np.int64}
     values = []
@@ -27,7 +27,7 @@ def main() -> None:
         dtype = np.dtype(types[tensor["datatype"]])
         data = bytearray(sys.stdin.buffer.read(math.prod(tensor["shape"]) * dtype.itemsize))
         values.append(np.frombuffer(data, dtype).reshape(tensor["shape"]))
-    session = open_session(path)
+    session = open_session(path, device)
 
     def once() -> float:
         started = time.perf_counter()

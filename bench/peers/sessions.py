@@ -30,13 +30,14 @@ class OnnxSession:
 class TorchScriptSession:
     """A module whose `forward` takes tensors and gives one tensor of FP32, as all do that are measured."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, device: str):
         import torch
 
         torch.set_num_threads(1)
         torch.set_num_interop_threads(1)
         self.torch = torch
-        self.module = torch.jit.load(path).eval()
+        self.device = device
+        self.module = torch.jit.load(path, map_location=device).eval()
         # The first is the module itself.
         self.inputs = [(argument.name, False) for argument in self.module.forward.schema.arguments[1:]]
         self.outputs = [("OUTPUT__0", "FP32")]
@@ -44,9 +45,10 @@ class TorchScriptSession:
     def run(self, values: list[np.ndarray]) -> list[np.ndarray]:
         # Without a copy; that arrays of a request cannot be written to is nothing to a model that does not.
         with self.torch.inference_mode():
-            found = self.module(*(self.torch.from_numpy(value) for value in values))
-        return [found.numpy()]
+            found = self.module(*(self.torch.from_numpy(value).to(self.device) for value in values))
+        return [found.cpu().numpy()]
 
 
-def open_session(path: str) -> OnnxSession | TorchScriptSession:
-    return TorchScriptSession(path) if path.endswith(".pt") else OnnxSession(path)
+def open_session(path: str, device: str = "cpu") -> OnnxSession | TorchScriptSession:
+    """A peer's session; `device`, in torch's words, is for TorchScript."""
+    return TorchScriptSession(path, device) if path.endswith(".pt") else OnnxSession(path)

@@ -48,6 +48,8 @@ pub struct Report {
     commit: String,
     cpu: String,
     cores: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu: Option<String>,
     command: String,
     rows: Vec<Row>,
 }
@@ -66,6 +68,7 @@ impl Report {
             commit: commit()?,
             cpu: cpu()?,
             cores: std::thread::available_parallelism()?.get(),
+            gpu: None,
             command,
             rows: Vec::new(),
         })
@@ -75,6 +78,14 @@ impl Report {
     #[must_use]
     pub fn named(self, name: &str) -> Self {
         Self { name: name.to_owned(), ..self }
+    }
+
+    /// The same, of what runs on this machine's first GPU.
+    ///
+    /// # Errors
+    /// When that cannot be told.
+    pub fn on_gpu(self) -> Result<Self> {
+        Ok(Self { gpu: Some(gpu()?), ..self })
     }
 
     /// Adds a figure `ours` beside that of the peer `(name, figure)`.
@@ -90,8 +101,9 @@ impl Report {
     pub fn finish(&self) -> Result<()> {
         print!("{}", self.table());
         self.save()?;
+        let gpu = self.gpu.as_ref().map_or_else(String::new, |gpu| format!(" and {gpu}"));
         println!(
-            "\n{} on {} ({} cores), written to bench/results/{}.json",
+            "\n{} on {} ({} cores){gpu}, written to bench/results/{}.json",
             self.commit, self.cpu, self.cores, self.name
         );
         Ok(())
@@ -174,6 +186,13 @@ fn cpu() -> Result<String> {
     let text = fs::read_to_string("/proc/cpuinfo").context("/proc/cpuinfo")?;
     let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     Ok(model.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, model)| model.to_owned()))
+}
+
+fn gpu() -> Result<String> {
+    let output = Command::new("nvidia-smi").args(["--query-gpu=name", "--format=csv,noheader"]).output();
+    let output = output.context("nvidia-smi, which tells the name of the GPU")?;
+    let names = String::from_utf8_lossy(&output.stdout).into_owned();
+    names.lines().next().map(str::to_owned).context("nvidia-smi names no GPU")
 }
 
 #[cfg(test)]

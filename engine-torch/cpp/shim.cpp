@@ -2,14 +2,22 @@
 
 #include "reserve.h"
 
+#include <dlfcn.h>
+#include <link.h>
+
 #include <cstring>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/csrc/jit/serialization/import.h>
@@ -18,6 +26,9 @@
 struct SensoriumModule {
   std::shared_ptr<sensorium::Reserve> reserve = std::make_shared<sensorium::Reserve>();
   torch::jit::Module module;
+  at::Device device = at::kCPU;
+  // On a GPU, modules run side by side, each in a stream of its own. The one that all share would put them in a row.
+  std::optional<c10::Stream> stream;
   std::vector<c10::Argument> arguments;
   std::vector<std::string> argument_types;
   c10::TypePtr result;
@@ -37,6 +48,16 @@ struct SensoriumTensor {
 namespace {
 
 using sensorium::guarded;
+
+// `body`, which uses a module. Where it fails on a GPU that does not even wait for what it was given any more, the process has
+// lost that GPU: what CUDA calls a sticky error.
+template <typename Body>
+int guarded_on(const at::Device device, Body&& body) {
+  const int status = guarded(std::forward<Body>(body));
+  if (status == SENSORIUM_OK || device.is_cpu()) return status;
+  const bool is_there = guarded([&] { c10::impl::VirtualGuardImpl(at::kCUDA).synchronizeDevice(device.index()); }) == SENSORIUM_OK;
+  return is_there ? status : SENSORIUM_LOST;
+}
 
 // By SensoriumView::dtype.
 constexpr at::ScalarType dtypes[] = {
@@ -61,6 +82,30 @@ void use_threads(int threads) {
     at::set_num_threads(threads);
     current = threads;
   }
+}
+
+// Where libtorch_cpu.so lies, with a slash at the end; empty where that is not known.
+std::string libtorch_folder() {
+  std::string folder;
+  if (void* const cpu = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD)) {
+    struct link_map* map = nullptr;
+    if (dlinfo(cpu, RTLD_DI_LINKMAP, &map) == 0) folder = map->l_name;
+    dlclose(cpu);
+  }
+  const size_t end = folder.rfind('/');
+  return end == std::string::npos ? "" : folder.substr(0, end + 1);
+}
+
+// libtorch's part for GPUs is a library that nothing here is linked with. It makes itself known when it is loaded, which has to
+// come before libtorch is first asked about GPUs: it remembers the answer. It stays for good.
+void load_gpu_part() {
+  static std::mutex mutex;
+  static bool is_loaded = false;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (is_loaded) return;
+  const std::string path = libtorch_folder() + "libtorch_cuda.so";
+  TORCH_CHECK(dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr, dlerror());
+  is_loaded = true;
 }
 
 // The value without a question whether there is one.
@@ -112,19 +157,25 @@ void encode(SensoriumTensor& tensor, const c10::IValue& value) {
 }
 
 // A copy: a module may keep its inputs or write to them, and the bytes are shared with other readers.
-at::Tensor copied(const SensoriumView& view) {
+at::Tensor copied(const SensoriumView& view, at::Device device = at::kCPU) {
   TORCH_CHECK(view.dtype >= 0 && view.dtype < texts_dtype, "texts came for a tensor");
   const at::IntArrayRef sizes(view.sizes, view.dims);
-  at::Tensor tensor = at::empty(sizes, at::TensorOptions().dtype(dtypes[view.dtype]));
+  at::Tensor tensor = at::empty(sizes, at::TensorOptions().dtype(dtypes[view.dtype]).device(device));
   TORCH_CHECK(tensor.nbytes() == view.bytes, view.bytes, " bytes came for a tensor of ", tensor.nbytes());
-  if (view.bytes > 0) std::memcpy(tensor.mutable_data_ptr(), view.data, view.bytes);
+  if (view.bytes == 0) return tensor;
+  if (device.is_cpu()) {
+    std::memcpy(tensor.mutable_data_ptr(), view.data, view.bytes);
+  } else {
+    // Read, and not written to; it waits until that is done.
+    tensor.copy_(at::from_blob(const_cast<uint8_t*>(view.data), sizes, at::TensorOptions().dtype(dtypes[view.dtype])));
+  }
   return tensor;
 }
 
-c10::IValue value_of(const SensoriumView& view, const c10::Argument& argument) {
+c10::IValue value_of(const SensoriumView& view, const c10::Argument& argument, at::Device device) {
   if (!view.is_there) return argument.default_value() ? *argument.default_value() : c10::IValue();
   switch (argument_kind(argument.type())) {
-    case SENSORIUM_ARGUMENT_TENSOR: return copied(view);
+    case SENSORIUM_ARGUMENT_TENSOR: return copied(view, device);
     case SENSORIUM_ARGUMENT_INT: return copied(view).item<int64_t>();
     case SENSORIUM_ARGUMENT_FLOAT: return copied(view).item<double>();
     case SENSORIUM_ARGUMENT_BOOL: return copied(view).item<bool>();
@@ -188,11 +239,26 @@ extern "C" {
 
 const char* sensorium_torch_last_error() { return sensorium::last_error; }
 
-int sensorium_torch_load(const char* path, SensoriumModule** out) {
+int sensorium_torch_need_gpu(int index) {
+  return guarded([&] {
+    load_gpu_part();
+    const auto count = c10::impl::hasDeviceGuardImpl(at::kCUDA) ? c10::impl::VirtualGuardImpl(at::kCUDA).deviceCount() : 0;
+    TORCH_CHECK(count > 0, "libtorch finds no GPU: is the driver there, and is it new enough?");
+    TORCH_CHECK(index < count, "GPU ", index, " was asked for, and there are ", static_cast<int>(count), ", counted from 0");
+    at::globalContext().lazyInitDevice(at::kCUDA);
+  });
+}
+
+int sensorium_torch_load(const char* path, int gpu, SensoriumModule** out) {
   return guarded([&] {
     sensorium::ReservingAllocator::install();
     auto made = std::make_unique<SensoriumModule>();
-    made->module = torch::jit::load(path, at::Device(at::kCPU));
+    if (gpu >= 0) {
+      made->device = at::Device(at::kCUDA, static_cast<at::DeviceIndex>(gpu));
+      made->stream = c10::impl::VirtualGuardImpl(at::kCUDA).getStreamFromGlobalPool(made->device);
+    }
+    const c10::OptionalStreamGuard stream(made->stream);
+    made->module = torch::jit::load(path, made->device);
     made->module.eval();
     const auto method = made->module.find_method("forward");
     TORCH_CHECK(method, "it has no method `forward`");
@@ -214,7 +280,14 @@ int sensorium_torch_load(const char* path, SensoriumModule** out) {
   });
 }
 
-void sensorium_torch_free(SensoriumModule* module) { delete module; }
+void sensorium_torch_free(SensoriumModule* module) {
+  const at::Device device = module->device;
+  delete module;
+  if (device.is_cpu()) return;
+  // What a GPU's tensors leave stays with libtorch otherwise, out of reach of other libraries and processes. There is nobody who
+  // could be told that it failed.
+  guarded([] { c10::getDeviceAllocator(at::kCUDA)->emptyCache(); });
+}
 
 size_t sensorium_torch_argument_count(const SensoriumModule* module) { return module->arguments.size(); }
 
@@ -266,16 +339,17 @@ int sensorium_torch_run(
     SensoriumTensor** tensors,
     size_t capacity,
     size_t* found) {
-  return guarded([&] {
+  return guarded_on(module->device, [&] {
     use_threads(threads);
     const sensorium::Using reserve(module->reserve);
+    const c10::OptionalStreamGuard stream(module->stream);
     const c10::InferenceMode inference;
     const torch::jit::GraphOptimizerEnabledGuard optimizer(optimize != 0);
     TORCH_CHECK(count == module->arguments.size(), count, " inputs came, it takes ", module->arguments.size());
     std::vector<c10::IValue> values;
     values.reserve(count);
     for (size_t index = 0; index < count; ++index) {
-      values.push_back(value_of(inputs[index], module->arguments[index]));
+      values.push_back(value_of(inputs[index], module->arguments[index], module->device));
     }
     Owned all = taken(module->module.forward(std::move(values)));
     TORCH_CHECK(all.size() <= capacity, "it gave ", all.size(), " outputs, ", capacity, " at most were expected");
@@ -286,8 +360,9 @@ int sensorium_torch_run(
 }
 
 int sensorium_torch_call(SensoriumModule* module, const char* method, int threads) {
-  return guarded([&] {
+  return guarded_on(module->device, [&] {
     use_threads(threads);
+    const c10::OptionalStreamGuard stream(module->stream);
     const c10::InferenceMode inference;
     module->module.get_method(method)(std::vector<c10::IValue>{});
   });

@@ -10,6 +10,10 @@
 
 #include "guarded.h"
 
+// Beside SENSORIUM_OK and SENSORIUM_FAILED, of what runs on a GPU: it failed, and nothing on that GPU will do otherwise in this
+// process.
+enum { SENSORIUM_LOST = 2 };
+
 // What an argument of `forward` is; for lists of text, elements are encoded as in the inference protocol.
 enum {
   SENSORIUM_ARGUMENT_TENSOR = 0,
@@ -77,7 +81,13 @@ extern "C" {
 // The text of this thread's last failure; valid until its next call of a function here.
 const char* sensorium_torch_last_error();
 
-int sensorium_torch_load(const char* path, SensoriumModule** out);
+// Makes the GPU of this index usable: loads libtorch's part for GPUs, which the process has from then on. Fails where there is
+// no such part, no driver or no such GPU.
+int sensorium_torch_need_gpu(int index);
+
+// Reads a module on to the GPU of index `gpu`, which sensorium_torch_need_gpu has found usable; on to the processor where it is
+// negative.
+int sensorium_torch_load(const char* path, int gpu, SensoriumModule** out);
 void sensorium_torch_free(SensoriumModule* module);
 
 size_t sensorium_torch_argument_count(const SensoriumModule* module);
@@ -89,7 +99,7 @@ const char* sensorium_torch_result_field(const SensoriumModule* module, size_t i
 int sensorium_torch_has_method(const SensoriumModule* module, const char* method);
 
 // Runs `forward` on `count` inputs, one for each argument, with `threads` threads of this thread's own pool. Inputs are
-// copied. `capacity` tensors at most are written to `tensors`, and how many there are to `found`: more than `capacity`
+// copied to where the module is, and what it gives to the processor's memory. `capacity` tensors at most are written to `tensors`, and how many there are to `found`: more than `capacity`
 // is a failure. Each belongs to the caller.
 int sensorium_torch_run(
     SensoriumModule* module,

@@ -19,6 +19,7 @@ macro_rules! opaque {
 opaque!(SensoriumModule, SensoriumTensor);
 
 const OK: c_int = 0;
+const LOST: c_int = 2;
 
 #[repr(C)]
 struct SensoriumArgument {
@@ -55,7 +56,8 @@ struct SensoriumAttribute {
 
 unsafe extern "C" {
     fn sensorium_torch_last_error() -> *const c_char;
-    fn sensorium_torch_load(path: *const c_char, out: *mut *mut SensoriumModule) -> c_int;
+    fn sensorium_torch_need_gpu(index: c_int) -> c_int;
+    fn sensorium_torch_load(path: *const c_char, gpu: c_int, out: *mut *mut SensoriumModule) -> c_int;
     fn sensorium_torch_free(module: *mut SensoriumModule);
     fn sensorium_torch_argument_count(module: *const SensoriumModule) -> usize;
     fn sensorium_torch_argument(module: *const SensoriumModule, index: usize, out: *mut SensoriumArgument);
@@ -92,9 +94,36 @@ fn check(status: c_int) -> Result<()> {
     if status == OK {
         return Ok(());
     }
+    Err(last_error())
+}
+
+fn last_error() -> String {
     // SAFETY: the shim hands out a buffer of this thread that ends with a zero, and nothing here calls it meanwhile.
     let text = unsafe { CStr::from_ptr(sensorium_torch_last_error()) };
-    Err(text.to_string_lossy().into_owned())
+    text.to_string_lossy().into_owned()
+}
+
+/// How a module's code failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// What was said; another run may do better.
+    Run(String),
+    /// What was said of the GPU, which this process cannot use any more.
+    DeviceLost(String),
+}
+
+impl From<String> for Failure {
+    fn from(said: String) -> Self {
+        Self::Run(said)
+    }
+}
+
+fn check_run(status: c_int) -> std::result::Result<(), Failure> {
+    match status {
+        OK => Ok(()),
+        LOST => Err(Failure::DeviceLost(last_error())),
+        _ => Err(Failure::Run(last_error())),
+    }
 }
 
 fn c_string(text: &str) -> Result<CString> {
@@ -147,6 +176,12 @@ pub(crate) enum Returned {
     Other(String),
 }
 
+/// Makes the GPU of this index usable, or says why it is not.
+pub(crate) fn need_gpu(index: i32) -> Result<()> {
+    // SAFETY: it takes a number, from any thread.
+    check(unsafe { sensorium_torch_need_gpu(index) })
+}
+
 /// A loaded module.
 #[derive(Debug)]
 pub(crate) struct Module(NonNull<SensoriumModule>);
@@ -156,11 +191,12 @@ pub(crate) struct Module(NonNull<SensoriumModule>);
 unsafe impl Send for Module {}
 
 impl Module {
-    pub(crate) fn load(path: &Path) -> Result<Self> {
+    /// On to the GPU of this index, which [`need_gpu`] has found usable, or on to the processor.
+    pub(crate) fn load(path: &Path, gpu: Option<i32>) -> Result<Self> {
         let path = c_string(&path.to_string_lossy())?;
         let mut out = ptr::null_mut();
         // SAFETY: `path` ends with a zero and lives through the call; `out` is written on success only.
-        check(unsafe { sensorium_torch_load(path.as_ptr(), &raw mut out) })?;
+        check(unsafe { sensorium_torch_load(path.as_ptr(), gpu.unwrap_or(-1), &raw mut out) })?;
         NonNull::new(out).map(Self).ok_or_else(|| "libtorch gave no module".to_owned())
     }
 
@@ -223,13 +259,13 @@ impl Module {
         threads: usize,
         optimize: bool,
         capacity: usize,
-    ) -> Result<Vec<Output>> {
+    ) -> std::result::Result<Vec<Output>, Failure> {
         let views: Vec<SensoriumView> = inputs.iter().map(|input| view(*input)).collect();
         let mut tensors = vec![ptr::null_mut(); capacity];
         let mut found = 0;
         // SAFETY: the handle is live and `&mut` keeps others out. The views point into `inputs`, which live through the
         // call, and the shim copies them. `tensors` has `capacity` places.
-        check(unsafe {
+        check_run(unsafe {
             sensorium_torch_run(
                 self.0.as_ptr(),
                 views.as_ptr(),
@@ -245,10 +281,10 @@ impl Module {
     }
 
     /// Runs a method that takes nothing.
-    pub(crate) fn call(&mut self, method: &str, threads: usize) -> Result<()> {
+    pub(crate) fn call(&mut self, method: &str, threads: usize) -> std::result::Result<(), Failure> {
         let method = c_string(method)?;
         // SAFETY: the handle is live, `&mut` keeps others out, and `method` ends with a zero.
-        check(unsafe { sensorium_torch_call(self.0.as_ptr(), method.as_ptr(), threads as c_int) })
+        check_run(unsafe { sensorium_torch_call(self.0.as_ptr(), method.as_ptr(), threads as c_int) })
     }
 }
 

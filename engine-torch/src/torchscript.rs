@@ -4,7 +4,7 @@ use sensorium_engine::{
     Declared, Device, Engine, EngineError, Optimization, Options, RESET_METHOD, RawTensor, Signature, dtype_name,
 };
 
-use crate::ffi::{self, Module, Output, Returned};
+use crate::ffi::{self, Failure, Module, Output, Returned};
 use crate::message::{brief, unreadable};
 use crate::ports::{Place, Ports};
 
@@ -15,6 +15,8 @@ const MOST_OUTPUTS: usize = 256;
 #[derive(Debug)]
 pub struct TorchScript {
     module: Module,
+    /// Where it is, unless on the processor.
+    gpu: Option<i32>,
     ports: Ports,
     threads: usize,
     /// Whether the graph is rewritten for the shapes that come.
@@ -29,15 +31,18 @@ impl TorchScript {
     /// tensors, and the names of outputs; without any inputs or outputs they are those of the file.
     ///
     /// # Errors
-    /// [`EngineError::Open`], with what is missing; [`EngineError::Setup`] for another device than the processor.
+    /// [`EngineError::Open`], with what is missing; [`EngineError::Setup`] for a GPU that cannot be used.
     pub fn open(path: &Path, options: Options, declared: &Declared) -> Result<Self, EngineError> {
-        if options.device != Device::Cpu {
-            let reason =
-                "TorchScript models run on the processor here; write instance_group { kind: KIND_CPU }".to_owned();
-            return Err(EngineError::Setup { reason });
+        let gpu = match options.device {
+            Device::Cpu => None,
+            // TensorRT runs nothing of TorchScript, and CUDA what that cannot run.
+            Device::Cuda(index) | Device::TensorRt(index) => Some(index),
+        };
+        if let Some(index) = gpu {
+            ffi::need_gpu(index).map_err(|said| EngineError::Setup { reason: without_gpu(&said) })?;
         }
         let unfit = |reason| EngineError::Open { origin: path.display().to_string(), reason };
-        let module = Module::load(path).map_err(|said| unfit(unreadable(&said)))?;
+        let module = Module::load(path, gpu).map_err(|said| unfit(unreadable(&said)))?;
         let returned = module.returned();
         let ports = Ports::new(declared, &module.arguments(), &returned).map_err(unfit)?;
         let reset_method = declared.parameters.get(RESET_METHOD).cloned();
@@ -51,7 +56,7 @@ impl TorchScript {
             Returned::List | Returned::Dict | Returned::Other(_) => MOST_OUTPUTS,
         };
         let optimize = options.optimization != Optimization::Basic;
-        Ok(Self { module, ports, threads: options.threads.get(), optimize, reset_method, capacity })
+        Ok(Self { module, gpu, ports, threads: options.threads.get(), optimize, reset_method, capacity })
     }
 }
 
@@ -100,8 +105,8 @@ impl Engine for TorchScript {
     }
 
     fn runs_on_any_thread(&self) -> bool {
-        // With more, each thread that calls has a pool of its own.
-        self.threads == 1
+        // With more, each thread that calls has a pool of its own; and for a GPU, libraries have handles for each.
+        self.threads == 1 && self.gpu.is_none()
     }
 
     fn keeps_state(&self) -> bool {
@@ -117,9 +122,18 @@ impl Engine for TorchScript {
     }
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "it is an argument of `map_err`")]
-fn failed(said: String) -> EngineError {
-    run(brief(&said))
+fn without_gpu(said: &str) -> String {
+    format!(
+        "TorchScript cannot use the GPU here: {}; it needs the whole of libtorch, with its CUDA libraries, and a GPU, or write instance_group {{ kind: KIND_CPU }}",
+        brief(said)
+    )
+}
+
+fn failed(failure: Failure) -> EngineError {
+    match failure {
+        Failure::Run(said) => run(brief(&said)),
+        Failure::DeviceLost(said) => EngineError::DeviceLost { reason: brief(&said) },
+    }
 }
 
 fn run(reason: String) -> EngineError {

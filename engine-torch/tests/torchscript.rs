@@ -184,6 +184,10 @@ fn a_tensor_takes_no_texts() {
 
 #[test]
 fn every_element_type_passes_through_unchanged() {
+    pass_every_element_type_through(Options::default());
+}
+
+fn pass_every_element_type_through(options: Options) {
     let file = file("def forward(self, x):\n    return x\n", &[]);
     let bytes = Bytes::from_static(&[9, 1, 0, 1, 0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 0]);
     for (dtype, size) in [
@@ -202,7 +206,7 @@ fn every_element_type_passes_through_unchanged() {
         (DType::Fp64, 8),
     ] {
         let declared = declared(&[tensor("x", dtype, &[-1, 1])], &[tensor("OUTPUT__0", dtype, &[-1, 1])]);
-        let mut engine = open(&file, &declared).unwrap();
+        let mut engine = TorchScript::open(&file.path, options, &declared).unwrap();
         // Also from an odd address.
         let x = RawTensor::new(dtype, vec![16 / size, 1], bytes.slice(1..)).unwrap();
         assert_eq!(engine.run_raw(std::slice::from_ref(&x), &[0]).unwrap(), [x], "{dtype:?}");
@@ -302,10 +306,15 @@ fn each_engine_has_its_own_number_of_threads() {
 }
 
 #[test]
-fn a_device_that_is_not_served_is_refused() {
+fn a_gpu_that_is_not_there_is_an_error_that_says_what_to_do_and_the_processor_goes_on() {
     let file = file("def forward(self, x):\n    return x\n", &[]);
-    let error = TorchScript::open(&file.path, Options { device: Device::Cuda(0), ..Options::default() }, &one());
-    assert!(error.unwrap_err().to_string().contains("KIND_CPU"));
+    for device in [Device::Cuda(77), Device::TensorRt(77)] {
+        let error = TorchScript::open(&file.path, Options { device, ..Options::default() }, &one()).unwrap_err();
+        assert!(matches!(error, EngineError::Setup { .. }), "{error:?}");
+        assert!(error.to_string().contains("KIND_CPU"), "{error}");
+    }
+    let mut engine = open(&file, &one()).unwrap();
+    assert_eq!(numbers(&engine.run_raw(&[f32s(&[1], &[3.0])], &[0]).unwrap()), [3.0]);
 }
 
 #[test]
@@ -320,4 +329,82 @@ fn modules_of_other_files_can_be_wrapped() {
     let mut engine = open(&outer, &declared).unwrap();
     let found = engine.run_raw(&[f32s(&[1], &[3.0]), f32s(&[1], &[1.0])], &[0, 1]).unwrap();
     assert_eq!(numbers(&found), [7.0, 7.0]);
+}
+
+/// What needs a GPU: `make test-gpu`, on a machine that has one.
+mod gpu {
+    use super::*;
+
+    fn on_gpu() -> Options {
+        Options { device: Device::Cuda(0), ..Options::default() }
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn a_module_gives_there_what_it_gives_on_the_processor() {
+        let weights: Vec<f32> = (0..64 * 64).map(|index| (index % 13) as f32 / 16.0 - 0.375).collect();
+        let source = "def forward(self, x, count: int):\n    y = torch.relu(torch.matmul(x, self.w))\n    return y * count, y.sum(1)\n";
+        let file = file(source, &[("w", Attribute::Tensor(f32s(&[64, 64], &weights)))]);
+        let declared = declared(
+            &[tensor("x", DType::Fp32, &[-1, 64]), tensor("count", DType::Int64, &[1])],
+            &[tensor("y__0", DType::Fp32, &[-1, 64]), tensor("sum__1", DType::Fp32, &[-1])],
+        );
+        // The processor first: what is found out about GPUs then must not be kept from those that come later.
+        let mut there = open(&file, &declared).unwrap();
+        let mut here = TorchScript::open(&file.path, on_gpu(), &declared).unwrap();
+        for rows in [1, 3, 32, 3] {
+            let x: Vec<f32> = (0..rows * 64).map(|index| (index % 7) as f32 / 8.0).collect();
+            let count = RawTensor::from_vec(DType::Int64, vec![1], vec![2_i64]).unwrap();
+            let inputs = [f32s(&[i64::from(rows), 64], &x), count];
+            let [wanted, found] = [&mut there, &mut here].map(|engine| engine.run_raw(&inputs, &[0, 1]).unwrap());
+            for (wanted, found) in wanted.iter().zip(&found) {
+                assert_eq!(wanted.shape(), found.shape());
+                for (wanted, found) in wanted.numbers::<f32>().iter().zip(found.numbers::<f32>().iter()) {
+                    assert!((wanted - found).abs() <= 1e-3 * wanted.abs().max(1.0), "{wanted} {found}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn every_element_type_passes_through_there_too() {
+        pass_every_element_type_through(on_gpu());
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn an_error_of_the_model_is_its_own_and_memory_that_does_not_suffice_passes() {
+        let file = file(
+            "def forward(self, x, n: int):\n    return torch.zeros([n, 1024, 1024, 1024], device=x.device).sum() + x\n",
+            &[],
+        );
+        let declared = declared(
+            &[tensor("x", DType::Fp32, &[-1]), tensor("n", DType::Int64, &[1])],
+            &[tensor("y__0", DType::Fp32, &[-1])],
+        );
+        let mut engine = TorchScript::open(&file.path, on_gpu(), &declared).unwrap();
+        let inputs = |n: i64| [f32s(&[1], &[3.0]), RawTensor::from_vec(DType::Int64, vec![1], vec![n]).unwrap()];
+        let error = engine.run_raw(&inputs(1000), &[0]).unwrap_err();
+        assert!(matches!(&error, EngineError::Run { reason } if reason.contains("out of memory")), "{error:?}");
+        assert_eq!(numbers(&engine.run_raw(&inputs(1), &[0]).unwrap()), [3.0]);
+    }
+
+    #[test]
+    #[ignore = "needs a GPU, and to be the last one in its process"]
+    fn an_assertion_on_the_gpu_loses_it() {
+        let file = file(
+            "def forward(self, x):\n    return torch.index_select(self.w, 0, x)\n",
+            &[("w", Attribute::Tensor(f32s(&[4], &[1.0, 2.0, 3.0, 4.0])))],
+        );
+        let declared = declared(&[tensor("x", DType::Int64, &[-1])], &[tensor("y__0", DType::Fp32, &[-1])]);
+        let mut engine = TorchScript::open(&file.path, on_gpu(), &declared).unwrap();
+        let mut at =
+            |index: i64| engine.run_raw(&[RawTensor::from_vec(DType::Int64, vec![1], vec![index]).unwrap()], &[0]);
+        assert_eq!(numbers(&at(2).unwrap()), [3.0]);
+        for index in [77, 2] {
+            let error = at(index).unwrap_err();
+            assert!(matches!(&error, EngineError::DeviceLost { reason } if reason.contains("assert")), "{error:?}");
+        }
+    }
 }

@@ -22,8 +22,8 @@ pub enum EngineError {
         /// The oldest version that works.
         minimum_minor: u32,
     },
-    /// The library refused a setting.
-    #[error("onnxruntime could not be set up: {reason}")]
+    /// The library refused a setting, or has not what it asks for.
+    #[error("the engine could not be set up: {reason}")]
     Setup {
         /// What it said.
         reason: String,
@@ -129,6 +129,13 @@ pub enum EngineError {
         /// What the last attempt failed with, or what was answered.
         reason: String,
     },
+    /// The GPU did what no process recovers from, such as a read beyond its memory: no engine of this process can use it any more,
+    /// opened anew or not. Another process can.
+    #[error("the GPU is lost to this process: {reason}")]
+    DeviceLost {
+        /// What was said of it.
+        reason: String,
+    },
     /// The run was given up, because nobody waited for it any more.
     #[error("the run was given up: nobody waited for it any more")]
     CutShort,
@@ -151,6 +158,7 @@ impl EngineError {
             | Self::Run { .. }
             | Self::Spoilt { .. }
             | Self::Unavailable { .. }
+            | Self::DeviceLost { .. }
             | Self::CutShort => false,
         }
     }

@@ -1,6 +1,7 @@
 //! The onnxruntime engine: sessions of the library that is loaded when it is first needed.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::env;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
@@ -13,15 +14,17 @@ use bytemuck::{AnyBitPattern, NoUninit};
 use bytes::Bytes;
 use half::{bf16, f16};
 use ort::environment::Environment;
-use ort::ep;
+use ort::ep::{self, ArbitrarilyConfigurableExecutionProvider as _};
 use ort::logging::LogLevel;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{OutputSelector, RunOptions, SelectedOutputMarker, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType};
 use sensorium_artifact::DType;
 
-use crate::EngineError;
+use crate::cuda;
 use crate::engine::{Engine, Waiters};
+use crate::error::EngineError;
+use crate::opener::Declared;
 use crate::options::{Device, Optimization, Options};
 use crate::raw::{RawTensor, RawTensorError};
 use crate::signature::{Dim, Shape, Signature};
@@ -102,7 +105,16 @@ impl OnnxRuntime {
     /// # Errors
     /// [`EngineError::Library`], or an error that names the file.
     pub fn open(path: &Path, options: Options) -> Result<Self, EngineError> {
-        Self::commit(&path.display().to_string(), options, |builder| builder.commit_from_file(path))
+        Self::open_declared(path, options, &Declared::default())
+    }
+
+    /// The same, of a model whose configuration says more: how CUDA runs it.
+    ///
+    /// # Errors
+    /// As [`OnnxRuntime::open`].
+    pub fn open_declared(path: &Path, options: Options, declared: &Declared) -> Result<Self, EngineError> {
+        let origin = path.display().to_string();
+        Self::commit(&origin, options, declared, |builder| builder.commit_from_file(path))
     }
 
     /// Opens a graph from the bytes of an ONNX file; `name` stands for it in errors.
@@ -110,20 +122,22 @@ impl OnnxRuntime {
     /// # Errors
     /// [`EngineError::Library`], or an error that has `name`.
     pub fn open_bytes(name: &str, bytes: &[u8], options: Options) -> Result<Self, EngineError> {
-        Self::commit(name, options, |builder| builder.commit_from_memory(bytes))
+        Self::commit(name, options, &Declared::default(), |builder| builder.commit_from_memory(bytes))
     }
 
     fn commit(
         origin: &str,
         options: Options,
+        declared: &Declared,
         commit: impl FnOnce(&mut SessionBuilder) -> ort::Result<Session>,
     ) -> Result<Self, EngineError> {
         let environment = environment(&library_path())?;
-        let mut builder = configure(&environment, options).map_err(setup)?;
+        let cuda = cuda::options(declared).map_err(|reason| EngineError::Open { origin: origin.to_owned(), reason })?;
+        let mut builder = configure(&environment, options, &cuda).map_err(setup)?;
         let session = commit(&mut builder)
             .map_err(|error| EngineError::Open { origin: origin.to_owned(), reason: error.message().to_owned() })?;
         let read =
-            |outlets: &[Outlet]| outlets.iter().map(|outlet| declared(origin, outlet)).collect::<Result<Vec<_>, _>>();
+            |outlets: &[Outlet]| outlets.iter().map(|outlet| tensor_of(origin, outlet)).collect::<Result<Vec<_>, _>>();
         let signature = Signature::new(read(session.inputs())?, read(session.outputs())?);
         Ok(Self {
             session,
@@ -135,7 +149,11 @@ impl OnnxRuntime {
     }
 }
 
-fn configure(environment: &Environment, options: Options) -> ort::Result<SessionBuilder> {
+fn configure(
+    environment: &Environment,
+    options: Options,
+    cuda_options: &BTreeMap<String, String>,
+) -> ort::Result<SessionBuilder> {
     let level = match options.optimization {
         Optimization::Basic => GraphOptimizationLevel::Level1,
         Optimization::Extended => GraphOptimizationLevel::Level2,
@@ -152,7 +170,10 @@ fn configure(environment: &Environment, options: Options) -> ort::Result<Session
         .with_intra_op_spinning(false)?
         .with_inter_op_spinning(false)?;
     // A device that was asked for and is not there is an error, not a reason to run a hundred times slower.
-    let cuda = |device| ep::CUDA::default().with_device_id(device).build().error_on_failure();
+    let cuda = |device| {
+        let set = |cuda: ep::CUDA, (name, value): (&String, &String)| cuda.with_arbitrary_config(name, value);
+        cuda_options.iter().fold(ep::CUDA::default(), set).with_device_id(device).build().error_on_failure()
+    };
     let mut providers = match options.device {
         Device::Cpu => Vec::new(),
         Device::Cuda(device) => vec![cuda(device)],
@@ -198,7 +219,11 @@ impl OnnxRuntime {
     fn run_options(&self) -> Result<RunOptions, EngineError> {
         let mut options = RunOptions::new().map_err(failed)?;
         if self.shrink_arena {
-            options.set("memory.enable_memory_arena_shrinkage", "cpu:0").map_err(failed)?;
+            let arenas = match self.device {
+                Device::Cpu => "cpu:0".to_owned(),
+                Device::Cuda(index) | Device::TensorRt(index) => format!("cpu:0;gpu:{index}"),
+            };
+            options.set("memory.enable_memory_arena_shrinkage", arenas).map_err(failed)?;
         }
         Ok(options)
     }
@@ -253,7 +278,7 @@ impl OnnxRuntime {
             values.push((Cow::Borrowed(spec.name.as_str()), to_value(&spec.name, tensor, copy)?));
         }
         let started = Instant::now();
-        let mut found = self.session.run_with_options(values, options).map_err(failed)?;
+        let mut found = self.session.run_with_options(values, options).map_err(failed_run)?;
         // Of those that came to their end: one that is cut short says nothing of the next.
         self.took = started.elapsed();
         let has_copies = copies.iter().any(Option::is_some);
@@ -378,7 +403,7 @@ impl<T: PrimitiveTensorElementType + NoUninit> AsRef<[u8]> for Output<T> {
     }
 }
 
-fn declared(origin: &str, outlet: &Outlet) -> Result<(String, DType, Shape), EngineError> {
+fn tensor_of(origin: &str, outlet: &Outlet) -> Result<(String, DType, Shape), EngineError> {
     let unsupported = || EngineError::UnsupportedType {
         origin: origin.to_owned(),
         tensor: outlet.name().to_owned(),
@@ -422,4 +447,38 @@ fn setup<R>(error: ort::Error<R>) -> EngineError {
 #[expect(clippy::needless_pass_by_value, reason = "it is an argument of `map_err`")]
 fn failed<R>(error: ort::Error<R>) -> EngineError {
     EngineError::Run { reason: error.message().to_owned() }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "it is an argument of `map_err`")]
+fn failed_run<R>(error: ort::Error<R>) -> EngineError {
+    let reason = error.message().to_owned();
+    if is_of_a_lost_device(&reason) { EngineError::DeviceLost { reason } } else { EngineError::Run { reason } }
+}
+
+/// Whether this is what onnxruntime says of an error of CUDA after which, as the documentation of its run-time library says, "the
+/// process must be terminated and relaunched".
+fn is_of_a_lost_device(said: &str) -> bool {
+    let code = said.split_once("CUDA failure ").and_then(|(_, rest)| {
+        let (code, _) = rest.split_once(|other: char| !other.is_ascii_digit())?;
+        code.parse::<u32>().ok()
+    });
+    // Memory that cannot be corrected; an illegal address, a timeout, a context destroyed, an assertion; what kernels do wrong.
+    code.is_some_and(|code| matches!(code, 214 | 700 | 702 | 709 | 710 | 714..=719 | 721))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_is_lost_by_errors_that_stay_and_not_by_those_that_pass() {
+        let said = |code: u32| format!("Non-zero status code: CUDA failure {code}: what it is ; GPU=0 ; expr=...");
+        for (code, is_lost) in
+            [(700, true), (710, true), (719, true), (214, true), (2, false), (701, false), (705, false)]
+        {
+            assert_eq!(is_of_a_lost_device(&said(code)), is_lost, "{code}");
+        }
+        assert!(!is_of_a_lost_device("CUDA failure "));
+        assert!(!is_of_a_lost_device("input 700 is missing"));
+    }
 }

@@ -38,6 +38,8 @@ pub struct Declared {
     pub outputs: Vec<DeclaredTensor>,
     /// Parameters of the configuration.
     pub parameters: BTreeMap<String, String>,
+    /// Parameters of its accelerator `cuda`: options of onnxruntime's CUDA provider.
+    pub cuda: BTreeMap<String, String>,
 }
 
 /// A tensor as far as a configuration describes it.
@@ -78,6 +80,6 @@ impl Opener {
         backend: "onnxruntime",
         platform: "onnxruntime_onnx",
         file: "model.onnx",
-        open: |path, options, _| Ok(Box::new(OnnxRuntime::open(path, options)?)),
+        open: |path, options, declared| Ok(Box::new(OnnxRuntime::open_declared(path, options, declared)?)),
     };
 }

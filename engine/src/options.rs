@@ -1,3 +1,4 @@
+use std::fmt;
 use std::num::NonZeroUsize;
 use std::str::FromStr;
 
@@ -70,6 +71,17 @@ impl FromStr for Device {
     }
 }
 
+impl fmt::Display for Device {
+    /// As it is read.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => formatter.write_str("cpu"),
+            Self::Cuda(index) => write!(formatter, "cuda:{index}"),
+            Self::TensorRt(index) => write!(formatter, "tensorrt:{index}"),
+        }
+    }
+}
+
 impl Default for Options {
     /// One thread on the processor, everything optimised.
     fn default() -> Self {
@@ -98,6 +110,7 @@ mod tests {
             ("tensorrt:3", Device::TensorRt(3)),
         ] {
             assert_eq!(text.parse(), Ok(device), "{text}");
+            assert_eq!(device.to_string().parse(), Ok(device), "{text}");
         }
         for text in ["", "gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:a"] {
             let error = text.parse::<Device>().unwrap_err();

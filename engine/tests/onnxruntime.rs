@@ -378,3 +378,43 @@ proptest! {
         }
     }
 }
+
+/// What needs a GPU: `make test-gpu`, on a machine that has one, with `SENSORIUM_ONNXRUNTIME` naming a library that can use it.
+mod gpu {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn a_graph_gives_there_what_it_gives_on_the_processor_with_every_setting() {
+        let device = Device::Cuda(0);
+        for options in [
+            Options { device, ..Options::default() },
+            Options { device, arena: false, ..Options::default() },
+            Options { device, shrink_arena: true, memory_pattern: false, ..Options::default() },
+        ] {
+            let mut engine = OnnxRuntime::open_bytes("linear", &linear().to_bytes(), options).unwrap();
+            for rows in [1, 3, 32, 3] {
+                let outputs = run(&mut engine, &[("x", f32s(&[rows, 3], &vec![1.0; rows * 3]))]).unwrap();
+                assert_eq!(outputs[0].1, f32s(&[rows, 2], &[19.0, 32.0].repeat(rows)), "{options:?}");
+            }
+        }
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn engines_run_there_side_by_side_on_threads_of_their_own() {
+        let options = Options { device: Device::Cuda(0), ..Options::default() };
+        std::thread::scope(|scope| {
+            for seed in 0..4 {
+                let mut engine = OnnxRuntime::open_bytes("linear", &linear().to_bytes(), options).unwrap();
+                scope.spawn(move || {
+                    for step in 0..200 {
+                        let x = (seed * 1000 + step) as f32;
+                        let outputs = run(&mut engine, &[("x", f32s(&[1, 3], &[x, 0.0, 0.0]))]).unwrap();
+                        assert_eq!(outputs[0].1, f32s(&[1, 2], &[x + 10.0, 2.0 * x + 20.0]));
+                    }
+                });
+            }
+        });
+    }
+}

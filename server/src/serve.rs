@@ -58,7 +58,7 @@ pub enum ServeError {
         /// Which one.
         task: &'static str,
     },
-    /// An engine's thread died.
+    /// An engine's thread died, or its GPU is of no more use to this process.
     #[error("an engine died; the log says which")]
     EngineLost,
 }
@@ -163,15 +163,16 @@ pub async fn serve(
     }
     let Addresses { grpc: address, http: http_address, metrics: scrape } = listeners.addresses;
     tracing::info!(grpc = %address, http = %http_address, metrics = %scrape, models = ?repository.names(), "serving");
-    tokio::select! {
-        () = &mut shutdown => {}
-        () = lost.cancelled() => return Err(ServeError::EngineLost),
+    let outcome = tokio::select! {
+        () = &mut shutdown => Ok(()),
+        // Requests are still told why they fail, and those of other models are answered.
+        () = lost.cancelled() => Err(ServeError::EngineLost),
         ended = grpc.ended() => return Err(ended),
         ended = http.ended() => return Err(ended),
         ended = scrapes.ended() => return Err(ended),
         never = health::watch(&repository, &ready, &metrics) => never,
         () = front::report(&reporter, is_ready.clone()) => return Err(ServeError::Ended { task: "the health report" }),
-    }
+    };
 
     tracing::info!(deadline_seconds = config.drain.as_secs(), "draining");
     ready.send_replace(false);
@@ -215,7 +216,7 @@ pub async fn serve(
     if time::timeout_at(deadline.max(Instant::now() + Duration::from_secs(1)), last_words).await.is_err() {
         tracing::debug!("connections of HTTP were cut");
     }
-    Ok(())
+    outcome
 }
 
 /// Loads the models of `config` as [`serve`] would, and returns the index of the repository instead.

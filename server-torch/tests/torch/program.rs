@@ -1,7 +1,8 @@
 //! The program itself, and what other people's clients make of it.
 
 use std::{
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::TcpStream,
     path::Path,
     process::{Child, Command, Stdio},
 };
@@ -39,6 +40,7 @@ fn it_checks_a_repository_and_goes_by_its_own_name() {
 struct Server {
     process: Child,
     grpc: String,
+    http: String,
 }
 
 impl Server {
@@ -51,8 +53,21 @@ impl Server {
         let mut lines = BufReader::new(process.stderr.take().unwrap()).lines().map_while(Result::ok);
         let serving = lines.find(|line| line.contains(r#""message":"serving""#)).expect("it serves");
         std::thread::spawn(move || lines.for_each(drop));
-        let address = serving.split(r#""grpc":""#).nth(1).and_then(|rest| rest.split('"').next());
-        Self { process, grpc: address.unwrap().to_owned() }
+        let address = |protocol: &str| {
+            let key = format!(r#""{protocol}":""#);
+            serving.split(&key).nth(1).and_then(|rest| rest.split('"').next()).unwrap().to_owned()
+        };
+        Self { process, grpc: address("grpc"), http: address("http") }
+    }
+
+    /// What it answers over REST, status line and all.
+    fn post(&self, path: &str, body: &str) -> String {
+        let mut stream = TcpStream::connect(&self.http).unwrap();
+        let head = format!("POST {path} HTTP/1.1\r\nhost: here\r\nconnection: close\r\ncontent-length: {}", body.len());
+        write!(stream, "{head}\r\n\r\n{body}").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
     }
 }
 
@@ -94,4 +109,29 @@ def forward(self, INPUT__0, start, ready):
     let output = Command::new(python()).args([script, &server.grpc]).output().unwrap();
     let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && said.ends_with("ok\n"), "{said}\n{complained}");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_that_is_lost_is_told_to_who_asked_and_ends_the_program() {
+    let bench = Bench::new();
+    let weights = Attribute::Tensor(f32s(&[4], &[1.0, 2.0, 3.0, 4.0]));
+    let config = r#"
+        input { name: "x" data_type: TYPE_INT64 dims: -1 }
+        output { name: "OUTPUT__0" data_type: TYPE_FP32 dims: -1 }
+        instance_group { kind: KIND_GPU }
+    "#;
+    bench.compile("pick", "def forward(self, x):\n    return torch.index_select(self.w, 0, x)\n", &[("w", weights)]);
+    bench.write("pick", "config.pbtxt", config);
+    let mut server = Server::start(bench.path());
+    let pick = |server: &Server, index: i64| {
+        let body = format!(r#"{{"inputs": [{{"name": "x", "datatype": "INT64", "shape": [1], "data": [{index}]}}]}}"#);
+        server.post("/v2/models/pick/infer", &body)
+    };
+    let answer = pick(&server, 2);
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains(r#""data":[3.0]"#), "{answer}");
+    let answer = pick(&server, 77);
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("the GPU is lost to this process"), "{answer}");
+    let status = server.process.wait().unwrap();
+    assert!(!status.success(), "who starts programs has to see that this one wants it: {status}");
 }

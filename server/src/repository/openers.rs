@@ -153,7 +153,10 @@ pub(super) fn declared(config: &ModelConfig) -> Declared {
     }
     let parameters = config.parameters.iter();
     let parameters = parameters.map(|(name, value)| (name.clone(), value.string_value.trim().to_owned())).collect();
-    Declared { inputs, outputs, parameters }
+    let accelerators = config.optimization.as_ref().and_then(|own| own.execution_accelerators.as_ref());
+    let gpu = accelerators.into_iter().flat_map(|accelerators| &accelerators.gpu_execution_accelerator);
+    let cuda = gpu.filter(|accelerator| accelerator.name == "cuda").flat_map(|cuda| cuda.parameters.clone()).collect();
+    Declared { inputs, outputs, parameters, cuda }
 }
 
 /// Sizes with the batch before them; `None` where there are none although some must be written.

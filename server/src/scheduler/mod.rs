@@ -170,7 +170,13 @@ pub enum ScheduleError {
 impl ScheduleError {
     /// Whether the engine is not there for anybody, so that other work would have the same answer.
     pub(crate) fn is_everybodys(&self) -> bool {
-        matches!(self, Self::Engine { source, .. } if matches!(**source, EngineError::Unavailable { .. }))
+        let is_elsewhere = |source: &EngineError| matches!(source, EngineError::Unavailable { .. });
+        self.is_device_lost() || matches!(self, Self::Engine { source, .. } if is_elsewhere(source))
+    }
+
+    /// Whether nothing but another process can run this work.
+    fn is_device_lost(&self) -> bool {
+        matches!(self, Self::Engine { source, .. } if matches!(**source, EngineError::DeviceLost { .. }))
     }
 
     /// Whether each member of a batch that ended so would end so by itself, too, or must not be tried again.
@@ -228,13 +234,12 @@ impl Scheduler {
         let Setup { graph, engines, reopen, policy, slots, threads, metrics, statistics, lost, batches: _ } = setup;
         let threads_wanted = engines.len();
         let queue = Arc::new(Queue::new(graph, policy, shapes, metrics, statistics, engines));
-        let runner = Arc::new(Runner { queue, share: slots.share(threads) });
+        let runner = Arc::new(Runner { queue, share: slots.share(threads), lost });
         let alive = Arc::new(());
         // If one thread cannot be started, dropping this ends those that were.
         let scheduler = Self { runner: runner.clone(), threads: Mutex::default() };
         for _ in 0..threads_wanted {
-            let server =
-                Server { runner: runner.clone(), reopen: reopen.clone(), lost: lost.clone(), alive: alive.clone() };
+            let server = Server { runner: runner.clone(), reopen: reopen.clone(), alive: alive.clone() };
             // Linux cuts thread names at 15 bytes.
             let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || server.serve())?;
             scheduler.lock().push(thread);

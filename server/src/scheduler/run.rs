@@ -9,6 +9,8 @@ use std::{
 
 use bytes::BytesMut;
 use sensorium_engine::{Engine, EngineError, RawTensor, Waiters};
+use sensorium_telemetry::error_line;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Done, ScheduleError, Work,
@@ -28,6 +30,8 @@ type Rooms = Vec<BytesMut>;
 pub(super) struct Runner {
     pub(super) queue: Arc<Queue>,
     pub(super) share: Share,
+    /// Cancelled when only another process can go on.
+    pub(super) lost: CancellationToken,
 }
 
 /// An engine that may run, and what goes with it.
@@ -106,6 +110,14 @@ impl Runner {
         (ready.was_busy, ready.took, ready.answered) = (true, took, jobs.len());
         let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
         let is_answered = outcomes.iter().any(Result::is_ok);
+        if let Some(error) = outcomes.iter().filter_map(|outcome| outcome.as_ref().err()).find(|e| e.is_device_lost()) {
+            tracing::error!(
+                graph = queue.graph,
+                error = error_line(error),
+                "this process has to end, so that another one begins anew"
+            );
+            self.lost.cancel();
+        }
         let waiting = if batch.is_probe { 0 } else { queue.ran(batch.rows, bytes, took, is_answered) };
         queue.answer(jobs.into_iter().zip(outcomes).map(|(job, outcome)| (job.place, job.reply, outcome)), outbox);
         outbox.ran(took, waiting);

@@ -8,7 +8,6 @@ use std::{
 };
 
 use sensorium_engine::Engine;
-use tokio_util::sync::CancellationToken;
 
 use super::{
     Reopen,
@@ -27,7 +26,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 pub(super) struct Server {
     pub(super) runner: Arc<Runner>,
     pub(super) reopen: Option<Reopen>,
-    pub(super) lost: CancellationToken,
     /// Held by every thread that may still run something.
     pub(super) alive: Arc<()>,
 }
@@ -57,7 +55,7 @@ impl Server {
                 // One thread fewer; the last one tells everybody.
                 if Arc::strong_count(&self.alive) == 1 && queue.abandon() {
                     tracing::error!(graph = queue.graph, "the last engine died");
-                    self.lost.cancel();
+                    self.runner.lost.cancel();
                 }
                 return;
             };
@@ -101,7 +99,7 @@ impl Turn {
 
     /// Runs the next batch, if it will be quick. While more comes, what brings it goes first.
     pub(super) async fn serve(mut self) {
-        let Runner { queue, share } = &*self.runner;
+        let Runner { queue, share, .. } = &*self.runner;
         let mut rows = queue.rows();
         loop {
             tokio::task::yield_now().await;

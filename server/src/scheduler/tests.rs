@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Batching, Done, Policy, Reopen, ScheduleError, Scheduler, Setup, Slots, Work, shape::Shapes};
 use crate::{metrics::Metrics, model::Statistics};
 
-/// Doubles `x`. Fails on a negative number, dies of a NaN, and says beforehand what it was given.
+/// Doubles `x`. Fails on a negative number, loses its GPU by an infinite one, dies of a NaN, and says beforehand what it was given.
 struct Doubler {
     runs: Arc<Mutex<Vec<Vec<f32>>>>,
     /// A run waits for one message; a closed channel lets all pass.
@@ -43,6 +43,9 @@ impl Engine for Doubler {
         assert!(values.iter().all(|value| !value.is_nan()), "on purpose");
         if values.iter().any(|value| *value < 0.0) {
             return Err(EngineError::Run { reason: "negative".to_owned() });
+        }
+        if values.iter().any(|value| value.is_infinite()) {
+            return Err(EngineError::DeviceLost { reason: "infinite".to_owned() });
         }
         let result = |output: &usize| {
             let factor = if *output == TWICE { 2.0 } else { 3.0 };
@@ -264,6 +267,21 @@ async fn a_member_whose_values_fail_the_batch_fails_alone() {
     let ScheduleError::Engine { source, .. } = error else { panic!("{error:?}") };
     assert!(matches!(*source, EngineError::Run { .. }), "{source:?}");
     assert!(!bench.lost.is_cancelled());
+}
+
+#[tokio::test]
+async fn a_gpu_that_is_lost_fails_the_batch_at_once_and_the_process_is_to_end() {
+    let mut bench = Bench::new(8, 100, Duration::ZERO);
+    let first = bench.occupy().await;
+    let members = [bench.send(rows(&[2.0])).await, bench.send(rows(&[f32::INFINITY])).await];
+    bench.open_gate();
+    first.await.unwrap().unwrap();
+    for member in members {
+        let error = member.await.unwrap().unwrap_err();
+        assert!(error.is_everybodys(), "another server may answer it: {error:?}");
+    }
+    assert_eq!(bench.runs.lock().unwrap().len(), 2, "there is nothing to find out by running halves");
+    assert!(bench.lost.is_cancelled());
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use sensorium_engine::{DType, RawTensor};
+use sensorium_engine::{DType, Device, RawTensor};
 
 /// What a request brings, by name.
 pub(crate) type Inputs = Vec<(&'static str, RawTensor)>;
@@ -179,12 +179,13 @@ impl Case {
         self.request(rows)?.into_iter().map(input).collect()
     }
 
-    /// A config.pbtxt for a server that runs up to `max_batch` rows at a time by `backend`.
-    pub(crate) fn config(&self, backend: &str, max_batch: usize) -> String {
+    /// A config.pbtxt for a server that runs up to `max_batch` rows at a time by `backend` on `device`.
+    pub(crate) fn config(&self, backend: &str, device: Device, max_batch: usize) -> String {
+        let kind = if device == Device::Cpu { "KIND_CPU" } else { "KIND_GPU" };
         let batching = if self.batches { "dynamic_batching { }" } else { "" };
         let max_batch = if self.batches { max_batch } else { 0 };
         format!(
-            "backend: {backend:?}\nmax_batch_size: {max_batch}\n{}\n{batching}\ninstance_group [ {{ kind: KIND_CPU count: 1 }} ]\n",
+            "backend: {backend:?}\nmax_batch_size: {max_batch}\n{}\n{batching}\ninstance_group [ {{ kind: {kind} count: 1 }} ]\n",
             self.interface
         )
     }

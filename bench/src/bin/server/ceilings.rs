@@ -15,7 +15,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message as _;
-use sensorium_engine::{Engine as _, OnnxRuntime, Options};
+use sensorium_engine::{Device, Engine as _, OnnxRuntime, Options};
 use sensorium_proto::inference::{ModelInferRequest, ModelInferResponse};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
@@ -25,10 +25,12 @@ use tonic_prost::ProstCodec;
 
 use crate::cases::Case;
 use crate::load::Message;
-use crate::servers::{Setting, on_first_core};
+use crate::servers::Setting;
 
 /// Batches that are tried to find the best.
-const BATCHES: [usize; 6] = [1, 2, 4, 8, 16, 32];
+const BATCHES: [usize; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
+/// The largest of them that a core is asked for.
+const LARGEST_ON_A_CORE: usize = 32;
 const WARM_UP: Duration = Duration::from_millis(200);
 
 /// What a session did in process.
@@ -42,8 +44,8 @@ pub(crate) struct InProcess {
 }
 
 /// Runs the model in this process and prints what it did.
-pub(crate) fn run(case: &Case, models: &Path, batch: usize, time: Duration) -> Result<()> {
-    let mut engine = OnnxRuntime::open(&case.path(models), Options::default())?;
+pub(crate) fn run(case: &Case, models: &Path, device: Device, batch: usize, time: Duration) -> Result<()> {
+    let mut engine = OnnxRuntime::open(&case.path(models), Options { device, ..Options::default() })?;
     let outputs: Vec<usize> = (0..engine.signature().outputs().len()).collect();
     let inputs = case.graph_inputs(batch)?;
     let mut once = || -> Result<f64> {
@@ -67,19 +69,21 @@ pub(crate) fn run(case: &Case, models: &Path, batch: usize, time: Duration) -> R
     Ok(())
 }
 
-/// The model without a server, in a process of its own on the first core: [`run`], or for TorchScript what a line of Python
+/// The model without a server, in a process of its own where servers are: [`run`], or for TorchScript what a line of Python
 /// calls, which needs no libtorch in this program.
 pub(crate) fn in_process(case: &Case, setting: &Setting, batch: usize, time: Duration) -> Result<InProcess> {
     let seconds = time.as_secs_f64().to_string();
     let (mut command, input);
     if case.is_torchscript() {
         input = Message::new(case.name, &case.request(batch)?).line_and_bytes();
-        command = on_first_core(&setting.python);
+        command = setting.cores.server(&setting.python);
         command.arg(setting.scripts.join("in_process.py")).arg(case.path(&setting.models)).arg(seconds);
+        command.arg(setting.device.to_string());
     } else {
         input = Vec::new();
-        command = on_first_core(&std::env::current_exe()?);
+        command = setting.cores.server(&std::env::current_exe()?);
         command.arg("in-process").arg(case.name).arg(&setting.models).args([batch.to_string(), seconds]);
+        command.arg(setting.device.to_string());
     }
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     if let Some(mut pipe) = child.stdin.take() {
@@ -97,7 +101,7 @@ pub(crate) fn best_batch(case: &Case, setting: &Setting, time: Duration) -> Resu
         return Ok(1);
     }
     let mut best: Option<InProcess> = None;
-    for batch in BATCHES {
+    for batch in BATCHES.into_iter().filter(|batch| setting.device != Device::Cpu || *batch <= LARGEST_ON_A_CORE) {
         let found = in_process(case, setting, batch, time)?;
         eprintln!("  in process, {batch} at a time: {:.0} rows/s", found.rows_per_second);
         if best.is_none_or(|best| found.rows_per_second > best.rows_per_second) {

@@ -16,14 +16,14 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use clap::{Parser, Subcommand};
 use prost::Message as _;
-use rustix::thread::{CpuSet, sched_setaffinity};
 use sensorium_bench::{Better, Report};
+use sensorium_engine::Device;
 use sensorium_proto::inference::ModelInferResponse;
 
 use crate::cases::{CASES, Case, LONGEST_TEXT, PADDING, texts};
 use crate::ceilings::InProcess;
 use crate::load::{Message, Protocol, Sample, closed_loop};
-use crate::servers::{Kind, Server, Setting};
+use crate::servers::{Cores, Kind, Server, Setting};
 
 /// Requests at a time.
 const CONCURRENCIES: [usize; 4] = [1, 8, 32, 128];
@@ -56,7 +56,7 @@ struct Options {
     #[arg(long, value_name = "MODEL")]
     model: Vec<String>,
     /// Only these peers
-    #[arg(long, value_name = "PEER", default_values = ["triton", "kserve"])]
+    #[arg(long, value_name = "PEER", num_args = 0.., default_values = ["triton", "kserve"])]
     peer: Vec<Kind>,
     /// Times that each figure is measured
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
@@ -64,6 +64,10 @@ struct Options {
     /// Seconds of each time, longer where a model is slow
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
+    /// Where our server and the session in process run the models: `cpu`, or `cuda` for a GPU, where the server has half of the cores
+    /// and the client the other half, and peers are to be left out (`--peer` without a value)
+    #[arg(long, default_value = "cpu")]
+    device: Device,
     /// Name of the file of results
     #[arg(long, default_value = "server")]
     name: String,
@@ -74,7 +78,7 @@ struct Options {
 enum Part {
     /// Run a model without a server
     #[command(hide = true)]
-    InProcess { model: String, models: PathBuf, batch: usize, seconds: f64 },
+    InProcess { model: String, models: PathBuf, batch: usize, seconds: f64, device: Device },
     /// Only send requests, to a server that a profiler looks at
     Load { model: String, port: u16, protocol: Protocol, concurrency: usize, seconds: f64 },
     /// Answer with the same messages
@@ -85,14 +89,14 @@ enum Part {
 fn main() -> Result<()> {
     let options = Options::parse();
     match options.part {
-        Some(Part::InProcess { model, models, batch, seconds }) => {
-            ceilings::run(case(&model)?, &models, batch, Duration::from_secs_f64(seconds))
+        Some(Part::InProcess { model, models, batch, seconds, device }) => {
+            ceilings::run(case(&model)?, &models, device, batch, Duration::from_secs_f64(seconds))
         }
         Some(Part::Load { model, port, protocol, concurrency, seconds }) => {
             let case = case(&model)?;
             let messages = [(1.0, Message::new(case.name, &case.request(1)?))];
             let time = (Duration::from_millis(300), Duration::from_secs_f64(seconds));
-            on_second_core()?;
+            Cores::of_this_machine(Device::Cpu)?.be_the_client()?;
             let sample = closed_loop(port, protocol, &messages, concurrency, time)?;
             let [p50, p99] = [0.5, 0.99].map(|share| sample.latency(share) * 1e3);
             println!("{:.0} requests/s, p50 {p50:.3} ms, p99 {p99:.3} ms", sample.per_second);
@@ -107,17 +111,12 @@ fn case(name: &str) -> Result<&'static Case> {
     CASES.iter().find(|case| case.name == name).with_context(|| format!("there is no model {name:?}"))
 }
 
-/// Where the client belongs.
-fn on_second_core() -> Result<()> {
-    let mut second = CpuSet::new();
-    second.set(1);
-    Ok(sched_setaffinity(None, &second)?)
-}
-
 fn measure(options: &Options) -> Result<()> {
-    let cores = std::thread::available_parallelism()?.get();
-    ensure!(cores >= 2, "the server and its client need a core each, this machine has {cores}");
+    let cores = Cores::of_this_machine(options.device)?;
     let mut report = Report::new("server")?.named(&options.name);
+    if options.device != Device::Cpu {
+        report = report.on_gpu()?;
+    }
     let work = tempfile::tempdir()?;
     let scripts = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/peers"));
     let setting = Setting {
@@ -125,8 +124,10 @@ fn measure(options: &Options) -> Result<()> {
         scripts,
         models: options.models.canonicalize().with_context(|| options.models.display().to_string())?,
         work: work.path().to_owned(),
+        device: options.device,
+        cores,
     };
-    on_second_core()?;
+    cores.be_the_client()?;
     let chosen = |case: &&Case| options.model.is_empty() || options.model.iter().any(|name| name == case.name);
     for case in CASES.iter().filter(chosen) {
         measure_case(case, &setting, options, &mut report)?;
@@ -153,7 +154,7 @@ fn measure_case(case: &Case, setting: &Setting, options: &Options, report: &mut 
             _ if case.is_torchscript() => "pytorch",
             _ => "onnxruntime",
         };
-        let server = Server::start(kind, setting, case, &case.config(backend, best), &message)?;
+        let server = Server::start(kind, setting, case, &case.config(backend, setting.device, best), &message)?;
         eprintln!("  {} answers after {:.2} s, {:.0} MiB", kind.name(), server.start_seconds, server.idle_mebibytes);
         servers.push(server);
     }
@@ -171,7 +172,7 @@ fn measure_case(case: &Case, setting: &Setting, options: &Options, report: &mut 
     servers.push(Server::echo(setting, &grpc, &http, &message)?);
     for protocol in [Protocol::Grpc, Protocol::Http] {
         for concurrency in CONCURRENCIES {
-            let place = Place { case, protocol, concurrency, best, is_tiny };
+            let place = Place { case, protocol, concurrency, best, is_tiny, device: setting.device };
             let turns = take_turns(&place, &servers, setting, options, alone.median, &message)?;
             place.report(&turns, report);
         }
@@ -194,6 +195,7 @@ struct Place<'a> {
     /// The batch that is best in process.
     best: usize,
     is_tiny: bool,
+    device: Device,
 }
 
 /// What came of it: samples of each server, in rounds, and of the session in process.
@@ -291,18 +293,22 @@ impl Place<'_> {
         if self.concurrency >= SATURATED {
             let model = || turns.in_process.iter().map(|found| found.rows_per_second);
             let echoes = || turns.of(Kind::Echo).iter().map(throughput);
-            let (name, ceiling) = if self.is_tiny {
-                ("echo", turns.beside(echoes(), throughput))
-            } else {
-                ("ceiling", turns.beside(model(), throughput))
-            };
-            figures.push(format!("{name} {ceiling:.0}/s: {:.3} of it", ours / ceiling));
-            report.row(row("throughput"), "requests/s", Better::Higher, ours, (name, ceiling));
+            let echo = || ("echo", turns.beside(echoes(), throughput));
+            let ceiling = || ("ceiling", turns.beside(model(), throughput));
             // One core does both: the model, and what there is to do about each message.
-            let both = echoes().zip(model()).map(|(echo, model)| 1.0 / (1.0 / echo + 1.0 / model));
-            let both = turns.beside(both, throughput);
-            figures.push(format!("echo and model {both:.0}/s: {:.3} of it", ours / both));
-            report.row(row("throughput"), "requests/s", Better::Higher, ours, ("echo-and-model", both));
+            let both = || {
+                let both = echoes().zip(model()).map(|(echo, model)| 1.0 / (1.0 / echo + 1.0 / model));
+                ("echo-and-model", turns.beside(both, throughput))
+            };
+            let limits = match self.device {
+                Device::Cpu if self.is_tiny => [echo(), both()],
+                Device::Cpu => [ceiling(), both()],
+                Device::Cuda(_) | Device::TensorRt(_) => [ceiling(), echo()],
+            };
+            for (name, limit) in limits {
+                figures.push(format!("{name} {limit:.0}/s: {:.3} of it", ours / limit));
+                report.row(row("throughput"), "requests/s", Better::Higher, ours, (name, limit));
+            }
         }
         eprintln!("{heading}: {}", figures.join(", "));
     }
@@ -315,7 +321,7 @@ fn measure_texts(case: &Case, setting: &Setting, options: &Options, report: &mut
         Ok(texts.iter().map(|(tokens, inputs)| (*tokens as f64, Message::new(case.name, inputs))).collect())
     };
     let (unequal, padded) = (as_messages(None)?, as_messages(Some(LONGEST_TEXT))?);
-    let config = case.config("onnxruntime", 32);
+    let config = case.config("onnxruntime", setting.device, 32);
     let time = (Duration::from_secs(2), Duration::from_secs_f64(options.seconds.max(4.0)));
     let (mut own, mut clients) = (Vec::new(), Vec::new());
     for _ in 0..options.rounds {

@@ -1,4 +1,4 @@
-//! The servers that are measured: each a tree of processes on the first core.
+//! The servers that are measured: each a tree of processes on the first core, or on the first half of them beside a GPU.
 
 use std::fs::{self, File};
 use std::net::TcpListener;
@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::thread::{CpuSet, sched_setaffinity};
+use sensorium_engine::Device;
 
 use crate::cases::Case;
 use crate::load::{Message, Protocol, ask_once};
@@ -51,6 +53,36 @@ pub(crate) struct Setting {
     pub(crate) models: PathBuf,
     /// Folder for repositories and logs.
     pub(crate) work: PathBuf,
+    /// Where models run.
+    pub(crate) device: Device,
+    pub(crate) cores: Cores,
+}
+
+/// How many cores a server has, from the first on, and its client, behind those.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cores(usize);
+
+impl Cores {
+    /// One each where models run on them, half each where they run on a GPU.
+    pub(crate) fn of_this_machine(device: Device) -> Result<Self> {
+        let cores = std::thread::available_parallelism()?.get();
+        ensure!(cores >= 2, "the server and its client need a core each, this machine has {cores}");
+        Ok(Self(if device == Device::Cpu { 1 } else { cores / 2 }))
+    }
+
+    /// Puts this thread, and those that it starts, where the client belongs.
+    pub(crate) fn be_the_client(self) -> Result<()> {
+        let mut own = CpuSet::new();
+        (self.0..2 * self.0).for_each(|core| own.set(core));
+        Ok(sched_setaffinity(None, &own)?)
+    }
+
+    /// `program` where servers belong. It ends with this program, also where a signal ends that.
+    pub(crate) fn server(self, program: &Path) -> Command {
+        let mut command = Command::new("taskset");
+        command.args(["--cpu-list", &format!("0-{}", self.0 - 1), "setpriv", "--pdeathsig", "KILL"]).arg(program);
+        command
+    }
 }
 
 /// A server that runs. Dropping it ends it with all its processes.
@@ -66,7 +98,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Starts a server with one model on the first core, and waits for its first answer.
+    /// Starts a server with one model, and waits for its first answer.
     pub(crate) fn start(kind: Kind, setting: &Setting, case: &Case, config: &str, message: &Message) -> Result<Self> {
         let folder = setting.work.join(kind.name());
         if folder.exists() {
@@ -90,7 +122,7 @@ impl Server {
         fs::write(folder.join("grpc"), grpc)?;
         fs::write(folder.join("http"), http)?;
         let ports = free_ports()?;
-        let mut command = on_first_core(&std::env::current_exe()?);
+        let mut command = setting.cores.server(&std::env::current_exe()?);
         command.arg("echo").arg(folder.join("grpc")).arg(folder.join("http"));
         command.args([ports[0].to_string(), ports[1].to_string()]);
         Self::wait(Kind::Echo, &mut command, &folder, ports, message)
@@ -138,20 +170,13 @@ impl Drop for Server {
     }
 }
 
-/// `program` on the first core. The client has the second. It ends with this program, also where a signal ends that.
-pub(crate) fn on_first_core(program: &Path) -> Command {
-    let mut command = Command::new("taskset");
-    command.args(["--cpu-list", "0", "setpriv", "--pdeathsig", "KILL"]).arg(program);
-    command
-}
-
 fn ours(folder: &Path, setting: &Setting, case: &Case, config: &str, ports: [u16; 3]) -> Result<Command> {
     let repository = folder.join("repository");
     fill(&repository, case, &setting.models, config)?;
     let program = if case.is_torchscript() { "sensorium-server-torch" } else { "sensorium-server" };
     let program = std::env::current_exe()?.with_file_name(program);
     ensure!(program.is_file(), "{} is not there: run `make build`", program.display());
-    let mut command = on_first_core(&program);
+    let mut command = setting.cores.server(&program);
     command.arg("--model-repository").arg(repository);
     for (flag, port) in ["--grpc-addr", "--http-addr", "--metrics-addr"].into_iter().zip(ports) {
         command.arg(format!("{flag}=127.0.0.1:{port}"));
@@ -177,7 +202,7 @@ fn triton(folder: &Path, setting: &Setting, case: &Case, config: &str, ports: [u
             symlink(entry.path(), backend.join(entry.file_name()))?;
         }
     }
-    let mut command = on_first_core(&triton.join("bin/tritonserver"));
+    let mut command = setting.cores.server(&triton.join("bin/tritonserver"));
     command.arg("--model-repository").arg(repository).arg("--backend-directory").arg(backends);
     for (flag, port) in ["--grpc-port", "--http-port", "--metrics-port"].into_iter().zip(ports) {
         command.arg(format!("{flag}={port}"));
@@ -188,7 +213,7 @@ fn triton(folder: &Path, setting: &Setting, case: &Case, config: &str, ports: [u
 }
 
 fn kserve(setting: &Setting, case: &Case, ports: [u16; 3]) -> Command {
-    let mut command = on_first_core(&setting.python);
+    let mut command = setting.cores.server(&setting.python);
     command.arg(setting.scripts.join("kserve_server.py")).arg(case.name).arg(case.path(&setting.models));
     command.args([ports[1].to_string(), ports[0].to_string()]);
     command
