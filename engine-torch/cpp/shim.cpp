@@ -96,8 +96,8 @@ std::string libtorch_folder() {
   return end == std::string::npos ? "" : folder.substr(0, end + 1);
 }
 
-// libtorch's part for GPUs is a library that nothing here is linked with. It makes itself known when it is loaded, which has to
-// come before libtorch is first asked about GPUs: it remembers the answer. It stays for good.
+// libtorch's part for GPUs is a library that nothing here is linked with. It makes itself known when it is loaded, and stays for
+// good.
 void load_gpu_part() {
   static std::mutex mutex;
   static bool is_loaded = false;
@@ -106,6 +106,16 @@ void load_gpu_part() {
   const std::string path = libtorch_folder() + "libtorch_cuda.so";
   TORCH_CHECK(dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr, dlerror());
   is_loaded = true;
+}
+
+// libtorch asks for that part once, which may be in a run on the processor, and remembers that it was not there. So it is loaded
+// before anything runs, where there is a driver for it. Who needs it is told what was wrong; others do not.
+void look_for_gpu_part() {
+  static const bool is_done = [] {
+    if (dlopen("libcuda.so.1", RTLD_LAZY) != nullptr) guarded([] { load_gpu_part(); });
+    return true;
+  }();
+  (void)is_done;
 }
 
 // The value without a question whether there is one.
@@ -252,6 +262,7 @@ int sensorium_torch_need_gpu(int index) {
 int sensorium_torch_load(const char* path, int gpu, SensoriumModule** out) {
   return guarded([&] {
     sensorium::ReservingAllocator::install();
+    look_for_gpu_part();
     auto made = std::make_unique<SensoriumModule>();
     if (gpu >= 0) {
       made->device = at::Device(at::kCUDA, static_cast<at::DeviceIndex>(gpu));

@@ -13,6 +13,7 @@
 //! What it is not: a scheduler. An engine belongs to one thread at a time; queues, batches and deadlines are the
 //! server's business.
 
+mod by_shape;
 mod cuda;
 mod engine;
 mod error;

@@ -21,6 +21,7 @@ use ort::session::{OutputSelector, RunOptions, SelectedOutputMarker, Session, Se
 use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType};
 use sensorium_artifact::DType;
 
+use crate::by_shape::ByShape;
 use crate::cuda;
 use crate::engine::{Engine, Waiters};
 use crate::error::EngineError;
@@ -88,6 +89,19 @@ fn environment(path: &Path) -> Result<Environment, EngineError> {
     Ok(environment)
 }
 
+/// Opens an ONNX file as an engine that is quick at inputs of varied shapes, also on a GPU. `declared` says how CUDA runs it.
+///
+/// # Errors
+/// As [`OnnxRuntime::open`].
+pub(crate) fn open(path: &Path, options: Options, declared: &Declared) -> Result<Box<dyn Engine>, EngineError> {
+    let (path, declared) = (path.to_owned(), declared.clone());
+    let open = move || Ok(Box::new(OnnxRuntime::open_declared(&path, options, &declared)?) as Box<dyn Engine>);
+    match options.device {
+        Device::Cpu => open(),
+        Device::Cuda(_) | Device::TensorRt(_) => Ok(Box::new(ByShape::new(open)?)),
+    }
+}
+
 /// A graph in onnxruntime.
 #[derive(Debug)]
 pub struct OnnxRuntime {
@@ -109,10 +123,7 @@ impl OnnxRuntime {
     }
 
     /// The same, of a model whose configuration says more: how CUDA runs it.
-    ///
-    /// # Errors
-    /// As [`OnnxRuntime::open`].
-    pub fn open_declared(path: &Path, options: Options, declared: &Declared) -> Result<Self, EngineError> {
+    fn open_declared(path: &Path, options: Options, declared: &Declared) -> Result<Self, EngineError> {
         let origin = path.display().to_string();
         Self::commit(&origin, options, declared, |builder| builder.commit_from_file(path))
     }
@@ -133,7 +144,17 @@ impl OnnxRuntime {
     ) -> Result<Self, EngineError> {
         let environment = environment(&library_path())?;
         let cuda = cuda::options(declared).map_err(|reason| EngineError::Open { origin: origin.to_owned(), reason })?;
-        let mut builder = configure(&environment, options, &cuda).map_err(setup)?;
+        let mut builder = configure(&environment, options, &cuda).map_err(|error| match options.device {
+            Device::Cpu => setup(error),
+            Device::Cuda(_) | Device::TensorRt(_) => EngineError::Setup {
+                reason: format!(
+                    "{}; {} needs a GPU, an onnxruntime that can use it (SENSORIUM_ONNXRUNTIME), and the libraries that this wants, or write \
+                     instance_group {{ kind: KIND_CPU }}",
+                    error.message(),
+                    options.device
+                ),
+            },
+        })?;
         let session = commit(&mut builder)
             .map_err(|error| EngineError::Open { origin: origin.to_owned(), reason: error.message().to_owned() })?;
         let read =

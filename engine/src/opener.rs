@@ -7,7 +7,7 @@ use sensorium_artifact::DType;
 
 use crate::engine::Engine;
 use crate::options::Options;
-use crate::{EngineError, OnnxRuntime};
+use crate::{EngineError, onnxruntime};
 
 /// An engine by the names of its models. Programs are given a list of them: which libraries a program links is decided
 /// where it is put together and nowhere else.
@@ -76,10 +76,6 @@ pub const ELSEWHERE: &[Elsewhere] = &[Elsewhere {
 
 impl Opener {
     /// ONNX models, by onnxruntime.
-    pub const ONNXRUNTIME: Self = Self {
-        backend: "onnxruntime",
-        platform: "onnxruntime_onnx",
-        file: "model.onnx",
-        open: |path, options, declared| Ok(Box::new(OnnxRuntime::open_declared(path, options, declared)?)),
-    };
+    pub const ONNXRUNTIME: Self =
+        Self { backend: "onnxruntime", platform: "onnxruntime_onnx", file: "model.onnx", open: onnxruntime::open };
 }

@@ -243,7 +243,7 @@ fn a_graph_that_cannot_be_opened_is_named_with_its_cause() {
     let tiny = Tiny::new();
     let mut graph = tiny.artifact.manifest.graphs[0].clone();
     graph.file = "graphs/nowhere.onnx".to_owned();
-    let error = open_graph(Path::new(&tiny.files), &graph, Options::default()).unwrap_err();
+    let error = open_graph(Path::new(&tiny.files), &graph, Options::default()).err().unwrap();
     let cause = std::error::Error::source(&error).unwrap().to_string();
     assert!(error.to_string().contains("text_encoder") && cause.contains("graphs/nowhere.onnx"), "{error}: {cause}");
 }

@@ -11,15 +11,16 @@ use sensorium_modality::{Limits, Tensor};
 use super::{GraphRunner, Pipeline, VqaAnswer};
 use crate::engine::{Engine, Named};
 use crate::error::{EngineError, PipelineError};
-use crate::onnxruntime::OnnxRuntime;
+use crate::onnxruntime;
+use crate::opener::Declared;
 use crate::options::Options;
 
 /// Opens one graph of an artifact and makes sure that it is what the manifest says.
 ///
 /// # Errors
 /// [`PipelineError::Engine`] and [`PipelineError::SignatureMismatch`], which name the graph.
-pub fn open_graph(artifact_dir: &Path, graph: &Graph, options: Options) -> Result<OnnxRuntime, PipelineError> {
-    let engine = OnnxRuntime::open(&artifact_dir.join(&graph.file), options)
+pub fn open_graph(artifact_dir: &Path, graph: &Graph, options: Options) -> Result<Box<dyn Engine>, PipelineError> {
+    let engine = onnxruntime::open(&artifact_dir.join(&graph.file), options, &Declared::default())
         .map_err(|source| PipelineError::Engine { graph: graph.name.clone(), source })?;
     match engine.signature().difference(&graph.inputs, &graph.outputs) {
         Some(reason) => Err(PipelineError::SignatureMismatch { graph: graph.name.clone(), reason }),
@@ -45,10 +46,7 @@ impl LocalPipeline {
     /// As [`Pipeline::new`] and [`open_graph`].
     pub fn open(artifact_dir: &Path, manifest: &Manifest, options: Options) -> Result<Self, PipelineError> {
         let pipeline = Pipeline::new(artifact_dir, manifest, Limits::default())?;
-        let open = |graph: &Graph| {
-            let engine: Box<dyn Engine> = Box::new(open_graph(artifact_dir, graph, options)?);
-            Ok((graph.name.clone(), Mutex::new(engine)))
-        };
+        let open = |graph: &Graph| Ok((graph.name.clone(), Mutex::new(open_graph(artifact_dir, graph, options)?)));
         let graphs = LocalGraphs(pipeline.graphs().map(open).collect::<Result<_, PipelineError>>()?);
         Ok(Self { pipeline, graphs })
     }

@@ -6,11 +6,11 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use sensorium_artifact::{Digest, MANIFEST_FILE, Manifest, Store};
-use sensorium_engine::{Engine, Pipeline, PipelineError, Signature, open_graph};
+use sensorium_engine::{Device, Engine, Pipeline, PipelineError, Signature, open_graph};
 use sensorium_proto::inference::{ModelConfig, ModelDynamicBatching, model_config::SchedulingChoice};
 use sensorium_telemetry::error_line;
 
-use super::{LoadError, Loaded, ModelSource, Opening, complete, remote};
+use super::{LoadError, Loaded, ModelSource, Opening, complete, engines, remote};
 use crate::{
     model::{Binding, Graph, Interface, ModelVersion, Multimodal, Runs, Statistics},
     scheduler::{Policy, Reopen, Scheduler, Setup, Slots},
@@ -127,6 +127,8 @@ struct Engines {
     slots: Slots,
     /// Threads of each, as far as they compute here.
     threads: usize,
+    /// Whether they run on a GPU of this machine.
+    on_gpu: bool,
 }
 
 /// One engine of this process.
@@ -134,17 +136,15 @@ fn here(folder: &Path, graph: &sensorium_artifact::Graph, opening: &Opening) -> 
     let engine = open_graph(folder, graph, opening.engine)?;
     let reopen: Reopen = {
         let (folder, graph, options) = (folder.to_owned(), graph.clone(), opening.engine);
-        Arc::new(move || match open_graph(&folder, &graph, options) {
-            Ok(engine) => Ok(Box::new(engine)),
-            Err(error) => Err(error_line(&error)),
-        })
+        Arc::new(move || open_graph(&folder, &graph, options).map_err(|error| error_line(&error)))
     };
     Ok(Engines {
         signature: engine.signature().clone(),
-        all: vec![Box::new(engine)],
+        all: vec![engine],
         reopen: Some(reopen),
         slots: opening.slots.clone(),
         threads: opening.engine.threads.get(),
+        on_gpu: opening.engine.device != Device::Cpu,
     })
 }
 
@@ -161,12 +161,12 @@ fn elsewhere(
     // A call waits and computes nothing.
     let slots = Slots::new(calls.len());
     let all = calls.into_iter().map(|call| Box::new(call) as Box<dyn Engine>).collect();
-    Engines { signature, all, reopen: None, slots, threads: 1 }
+    Engines { signature, all, reopen: None, slots, threads: 1, on_gpu: false }
 }
 
 /// One graph as a model of its own.
 fn open_one(name: &str, version: u64, engines: Engines, opening: &Opening) -> std::io::Result<ModelVersion> {
-    let Engines { signature, all, reopen, slots, threads } = engines;
+    let Engines { signature, mut all, reopen, slots, threads, on_gpu } = engines;
     let mut batching = opening.batching;
     // A graph exported for one batch size takes exactly that.
     if let Some(rows) = signature.inputs().iter().find_map(|input| input.shape.first().copied().flatten()) {
@@ -185,12 +185,17 @@ fn open_one(name: &str, version: u64, engines: Engines, opening: &Opening) -> st
         ..complete::config(&interface)
     };
     let binding = Binding::identity(signature.inputs().len(), signature.outputs().len());
+    let mut policy = Policy::of_server(batching);
+    if on_gpu {
+        policy = policy.in_steps();
+        engines::rehearse(&mut all, &policy.steps);
+    }
     let statistics = Arc::new(Statistics::default());
     let setup = Setup {
         graph: name.to_owned(),
         engines: all,
         reopen,
-        policy: Policy::of_server(batching),
+        policy,
         batches: true,
         slots,
         threads,

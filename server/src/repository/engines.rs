@@ -14,7 +14,7 @@ use sensorium_telemetry::error_line;
 use super::complete;
 use crate::{
     inside::inside,
-    model::Binding,
+    model::{Binding, guesses},
     scheduler::{Padding, Reopen},
 };
 
@@ -186,6 +186,34 @@ pub(super) fn warm_up(
     };
     side_by_side(engines.iter_mut().collect(), run)?;
     Ok(samples.into_iter().next().map(|(_, inputs)| inputs))
+}
+
+/// Runs batches of all sizes in `steps` before anybody asks: an engine on a GPU plans for each when it first comes, and is to find out
+/// what it costs to go from one to another. Nothing comes of it where the model takes nothing that is tried.
+pub(super) fn rehearse(engines: &mut [Box<dyn Engine>], steps: &[usize]) {
+    let (Some(&least), Some(&most)) = (steps.first(), steps.last()) else { return };
+    let changes = [least, least, most, most].repeat(2);
+    // A plan is made in the first run, a module of TorchScript compiled in the second.
+    let all = steps.iter().flat_map(|step| [*step; 3]);
+    let order: Vec<usize> = changes.into_iter().chain(all).collect();
+    let run = |engine: &mut Box<dyn Engine>| {
+        let signature = engine.signature().clone();
+        let outputs: Vec<usize> = (0..signature.outputs().len()).collect();
+        let mut takes = |row: &Vec<RawTensor>| {
+            row.iter().all(|tensor| tensor.row_count() == Some(1)) && engine.run_raw(row, &outputs).is_ok()
+        };
+        let Some(row) = guesses(&signature).find(&mut takes) else { return Ok(()) };
+        for &rows in &order {
+            let batch = row.iter().map(|tensor| RawTensor::concat(&vec![tensor; rows])).collect::<Result<Vec<_>, _>>();
+            if let Some(error) = batch.ok().and_then(|batch| engine.run_raw(&batch, &outputs).err()) {
+                tracing::warn!(rows, error = error_line(&error), "a batch of zeros failed before anybody asked");
+                return Ok(());
+            }
+        }
+        Ok(())
+    };
+    // None of them fails.
+    let _ = side_by_side(engines.iter_mut().collect(), run);
 }
 
 fn inputs(

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
 use bytes::Bytes;
-use sensorium_engine::{Engine, RESET_METHOD, RawTensor};
+use sensorium_engine::{Device, Engine, RESET_METHOD, RawTensor};
 use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, model_config::SchedulingChoice};
 use sensorium_telemetry::error_line;
 
@@ -208,6 +208,13 @@ fn open_version(
     }
     policy.max_elements = engines::max_elements(&config)?;
     policy.joins = binding.ragged.joins();
+    // What a sequence keeps is a row of the batch, and what is ragged no rows at all.
+    let is_of_rows =
+        policy.joins.is_empty() && !matches!(&config.scheduling_choice, Some(SchedulingChoice::SequenceBatching(_)));
+    if options.device != Device::Cpu && is_of_rows {
+        policy = policy.in_steps();
+        engines::rehearse(&mut engines, &policy.steps);
+    }
     let bounds = iteration::bounds(&config, &signature)?;
     let sample = sample.or_else(|| binding.ragged.sample(&interface, &signature));
     let statistics = Arc::new(Statistics::default());

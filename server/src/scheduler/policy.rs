@@ -39,6 +39,9 @@ pub struct Policy {
     pub max_elements: usize,
     /// How inputs are put together that are no rows, by their index in the graph.
     pub joins: BTreeMap<usize, Join>,
+    /// Rows that batches are filled up to, ascending, for engines to which every other number is something new; empty for those
+    /// that take any.
+    pub steps: Vec<usize>,
 }
 
 /// When a batch that is not full waits for more.
@@ -105,7 +108,31 @@ impl Policy {
             padding: None,
             max_elements: 0,
             joins: BTreeMap::new(),
+            steps: Vec::new(),
         }
+    }
+
+    /// The same, with few sizes of batches: those that the model's configuration prefers, or else powers of two.
+    #[must_use]
+    pub fn in_steps(mut self) -> Self {
+        // With fewer rows than are preferred runs who is alone.
+        let mut steps = if self.preferred.is_empty() {
+            std::iter::successors(Some(1_usize), |step| step.checked_mul(2))
+                .take_while(|step| *step < self.max_rows)
+                .collect()
+        } else {
+            [&[1], self.preferred.as_slice()].concat()
+        };
+        steps.push(self.max_rows);
+        steps.sort_unstable();
+        steps.dedup();
+        self.steps = steps;
+        self
+    }
+
+    /// Rows that a batch of `rows` is filled up with.
+    pub(super) fn filling(&self, rows: usize) -> usize {
+        self.steps.iter().find(|step| **step >= rows).map_or(0, |step| step - rows)
     }
 
     /// The policy that a complete configuration states; `batching` has what it leaves to the server.
@@ -213,5 +240,30 @@ impl From<&ModelQueuePolicy> for QueuePolicy {
             allow_override: policy.allow_timeout_override,
             delay_timed_out: policy.timeout_action() == TimeoutAction::Delay,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_powers_of_two_or_what_is_preferred_and_always_hold_one_row_and_all() {
+        let policy = |max_rows, preferred: &[usize]| {
+            let batching = Batching { max_rows, max_waiting_rows: 100, max_delay: Duration::ZERO };
+            Policy { preferred: preferred.to_vec(), ..Policy::of_server(batching) }
+        };
+        for (max_rows, preferred, steps) in [
+            (1, &[][..], &[1][..]),
+            (8, &[], &[1, 2, 4, 8]),
+            (12, &[], &[1, 2, 4, 8, 12]),
+            (32, &[8, 16], &[1, 8, 16, 32]),
+            (16, &[1, 16], &[1, 16]),
+        ] {
+            assert_eq!(policy(max_rows, preferred).in_steps().steps, steps, "{max_rows}");
+        }
+        let stepped = policy(12, &[]).in_steps();
+        assert_eq!([1, 2, 3, 5, 9, 12, 13].map(|rows| stepped.filling(rows)), [0, 0, 1, 3, 3, 0, 0]);
+        assert_eq!(policy(12, &[]).filling(3), 0, "there are no steps");
     }
 }

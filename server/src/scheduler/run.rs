@@ -167,7 +167,8 @@ impl Runner {
         }
         let _entered = span.entered();
         let started = Instant::now();
-        let (inputs, wanted) = self.join(&works_of(jobs), rooms).ok_or_else(unfit)?;
+        let filling = queue.policy.filling(rows);
+        let (inputs, wanted) = self.join(&works_of(jobs), filling, rooms).ok_or_else(unfit)?;
         let joined = Instant::now();
         let deadline = last_deadline(jobs);
         let poll_gone = &mut |context: &mut Context<'_>| poll_gone(jobs, context);
@@ -175,6 +176,7 @@ impl Runner {
         let found = found.map_err(|error| failed(engine.signature().explain(&inputs, error)))?;
         let ran = Instant::now();
         let works = works_of(jobs);
+        let found = if filling == 0 { found } else { without(&found, filling).ok_or_else(unfit)? };
         let outputs = self.split(&works, &wanted, &found).ok_or_else(unfit)?;
         let timings = Timings {
             compute_input: joined - started,
@@ -187,7 +189,8 @@ impl Runner {
         } else {
             queue.metrics.ran(rows, timings.compute_infer);
             queue.statistics.executed(rows, &timings);
-            if let Some((useful, padding)) = queue.shapes.padded(&works) {
+            let in_rows = (!queue.policy.steps.is_empty()).then_some((rows, filling));
+            if let Some((useful, padding)) = queue.shapes.padded(&works).or(in_rows) {
                 queue.metrics.padded(useful, padding);
             }
             let bytes = inputs.iter().map(|input| input.data().len()).sum();
@@ -200,12 +203,15 @@ impl Runner {
         Ok(outputs.into_iter().zip(&*jobs).map(done).collect())
     }
 
-    /// The rows of all, one after the other, and every output that any of them wants, ascending.
-    fn join(&self, works: &[&Work], rooms: &mut Rooms) -> Option<(Vec<RawTensor>, Vec<usize>)> {
+    /// The rows of all, one after the other, the last one `filling` times more, and every output that any of them wants, ascending.
+    fn join(&self, works: &[&Work], filling: usize, rooms: &mut Rooms) -> Option<(Vec<RawTensor>, Vec<usize>)> {
         let inputs = works.first()?.inputs.len();
         rooms.resize(inputs, BytesMut::new());
         let column = |(index, room): (usize, &mut BytesMut)| {
-            let parts: Vec<_> = works.iter().map(|work| &work.inputs[index]).collect();
+            let mut parts: Vec<_> = works.iter().map(|work| &work.inputs[index]).collect();
+            // What a client has sent is what the model takes, which zeros need not be.
+            let last = if filling > 0 { Some(last_row(parts.last()?)?) } else { None };
+            parts.extend(std::iter::repeat_n(last.as_ref(), filling).flatten());
             self.queue.shapes.join(index, &parts, room).ok()
         };
         let mut outputs: Vec<usize> = works.iter().flat_map(|work| &work.outputs).copied().collect();
@@ -237,6 +243,17 @@ impl Runner {
         };
         works.iter().enumerate().map(answer).collect()
     }
+}
+
+fn last_row(tensor: &RawTensor) -> Option<RawTensor> {
+    tensor.split([tensor.row_count()?.checked_sub(1)?, 1])?.pop()
+}
+
+/// Outputs without their last `filling` rows.
+fn without(found: &[RawTensor], filling: usize) -> Option<Vec<RawTensor>> {
+    let cut =
+        |tensor: &RawTensor| Some(tensor.split([tensor.row_count()?.checked_sub(filling)?, filling])?.swap_remove(0));
+    found.iter().map(cut).collect()
 }
 
 fn works_of(jobs: &[Job]) -> Vec<&Work> {

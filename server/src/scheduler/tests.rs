@@ -280,8 +280,25 @@ async fn a_gpu_that_is_lost_fails_the_batch_at_once_and_the_process_is_to_end() 
         let error = member.await.unwrap().unwrap_err();
         assert!(error.is_everybodys(), "another server may answer it: {error:?}");
     }
-    assert_eq!(bench.runs.lock().unwrap().len(), 2, "there is nothing to find out by running halves");
+    assert_eq!(bench.runs().len(), 2, "there is nothing to find out by running halves");
     assert!(bench.lost.is_cancelled());
+}
+
+#[tokio::test]
+async fn a_batch_between_two_steps_is_filled_up_and_nobody_sees_what_with() {
+    let batching = Batching { max_rows: 8, max_waiting_rows: 100, max_delay: Duration::ZERO };
+    let mut bench = Bench::with(Policy::of_server(batching).in_steps(), None);
+    let first = bench.occupy().await;
+    let pair = bench.send(rows(&[2.0, 3.0])).await;
+    let single = bench.send(rows(&[4.0])).await;
+    bench.open_gate();
+    first.await.unwrap().unwrap();
+    assert_eq!(values(&pair.await.unwrap().unwrap()), [vec![4.0, 6.0]]);
+    assert_eq!(values(&single.await.unwrap().unwrap()), [vec![8.0]]);
+    assert_eq!(bench.runs()[1], [2.0, 3.0, 4.0, 4.0]);
+    let alone = bench.send(rows(&[1.0, 2.0, 5.0])).await;
+    assert_eq!(values(&alone.await.unwrap().unwrap()), [vec![2.0, 4.0, 10.0]]);
+    assert_eq!(bench.runs()[2], [1.0, 2.0, 5.0, 5.0]);
 }
 
 #[tokio::test]

@@ -12,6 +12,7 @@ mod control;
 mod counter;
 mod ensembles;
 mod fairness;
+mod gpu;
 mod iteration;
 mod loading;
 mod overload;

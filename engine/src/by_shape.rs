@@ -1,0 +1,246 @@
+//! For engines that take long over inputs of another shape than the last run's.
+//!
+//! onnxruntime's CUDA provider plans each convolution for the shape that comes, and keeps the last plan alone. A network of fifty
+//! convolutions ran in 5 ms on an H200 after a run of the same shape, and in 540 ms after one of another, however often both had
+//! been there (bench/RESULTS.md). So there is an engine for each shape, once it is found that they cost so much; engines that
+//! plan nothing stay one.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use crate::engine::{Engine, Waiters};
+use crate::error::EngineError;
+use crate::raw::RawTensor;
+use crate::signature::Signature;
+
+/// Engines at most: each has the weights once more.
+const MOST: usize = 12;
+
+/// Makes an engine like the others.
+type Open = dyn Fn() -> Result<Box<dyn Engine>, EngineError> + Send;
+
+/// Sizes of all inputs.
+type Shapes = Vec<Vec<i64>>;
+
+/// One engine to its caller: one for all shapes, and as soon as changes of shape are found to be dear one for each.
+pub(crate) struct ByShape {
+    open: Box<Open>,
+    signature: Signature,
+    /// The one that ran last is the last; never empty.
+    engines: Vec<Owned>,
+    /// How many there may be.
+    most: usize,
+    changes: Changes,
+}
+
+/// An engine, and what it ran last.
+struct Owned {
+    engine: Box<dyn Engine>,
+    shapes: Shapes,
+}
+
+impl ByShape {
+    /// With what makes the engines, of which the first is made.
+    ///
+    /// # Errors
+    /// Its.
+    pub(crate) fn new(
+        open: impl Fn() -> Result<Box<dyn Engine>, EngineError> + Send + 'static,
+    ) -> Result<Self, EngineError> {
+        let engine = open()?;
+        let signature = engine.signature().clone();
+        let engines = vec![Owned { engine, shapes: Shapes::new() }];
+        Ok(Self { open: Box::new(open), signature, engines, most: MOST, changes: Changes::default() })
+    }
+
+    /// The engine for these shapes: the one that ran them last, else a new one, else the one that has not run for the longest.
+    fn engine_for(&mut self, shapes: &Shapes) -> &mut Owned {
+        let mut index = self.engines.iter().position(|own| own.shapes == *shapes);
+        if index.is_none() && self.changes.are_dear() && self.engines.len() < self.most {
+            match (self.open)() {
+                Ok(engine) => {
+                    index = Some(self.engines.len());
+                    self.engines.push(Owned { engine, shapes: Shapes::new() });
+                }
+                // Most likely memory is short, which another attempt would not mend.
+                Err(error) => {
+                    self.most = self.engines.len();
+                    tracing::warn!(%error, engines = self.most, "shapes that are new get no engine of their own any more");
+                }
+            }
+        }
+        let mut own = self.engines.remove(index.unwrap_or(0));
+        own.shapes.clone_from(shapes);
+        self.engines.push(own);
+        let last = self.engines.len() - 1;
+        &mut self.engines[last]
+    }
+
+    fn run_on<T>(
+        &mut self,
+        inputs: &[RawTensor],
+        run: impl FnOnce(&mut dyn Engine) -> Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
+        let shapes: Shapes = inputs.iter().map(|input| input.shape().to_vec()).collect();
+        let engine = &mut self.engine_for(&shapes).engine;
+        let started = Instant::now();
+        let found = run(engine.as_mut())?;
+        if !self.changes.are_dear() {
+            self.changes.ran(shapes, started.elapsed());
+            if self.changes.are_dear() {
+                tracing::info!("shapes of inputs get engines of their own: a change of shape costs many runs");
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl Engine for ByShape {
+    fn signature(&self) -> &Signature {
+        &self.signature
+    }
+
+    fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
+        self.run_on(inputs, |engine| engine.run_raw(inputs, outputs))
+    }
+
+    fn run_for(
+        &mut self,
+        inputs: &[RawTensor],
+        outputs: &[usize],
+        waiters: Waiters<'_>,
+    ) -> Result<Vec<RawTensor>, EngineError> {
+        self.run_on(inputs, |engine| engine.run_for(inputs, outputs, waiters))
+    }
+
+    fn runs_on_any_thread(&self) -> bool {
+        self.engines.iter().all(|own| own.engine.runs_on_any_thread())
+    }
+}
+
+/// What runs say of a change of shape.
+#[derive(Debug, Default)]
+struct Changes {
+    last: Shapes,
+    /// The quickest run of each shape right after another one of it.
+    steady: BTreeMap<Shapes, Duration>,
+    /// Changes in a row that were dear.
+    dear: u32,
+}
+
+impl Changes {
+    /// So many times a run makes a change dear, if it is also so much.
+    const TIMES: u32 = 4;
+    const LEAST: Duration = Duration::from_millis(10);
+    /// So many dear changes in a row are no accident.
+    const ENOUGH: u32 = 2;
+    /// Shapes to know of.
+    const KNOWN: usize = 64;
+
+    fn are_dear(&self) -> bool {
+        self.dear >= Self::ENOUGH
+    }
+
+    /// Notes a run. Only a shape that is known says something: the first run of any may well take long.
+    fn ran(&mut self, shapes: Shapes, took: Duration) {
+        if shapes == self.last {
+            if self.steady.len() >= Self::KNOWN && !self.steady.contains_key(&shapes) {
+                self.steady.clear();
+            }
+            self.steady.entry(shapes).and_modify(|least| *least = took.min(*least)).or_insert(took);
+            return;
+        }
+        if let Some(steady) = self.steady.get(&shapes) {
+            let is_dear = took > *steady * Self::TIMES && took > Self::LEAST;
+            self.dear = if is_dear { self.dear + 1 } else { 0 };
+        }
+        self.last = shapes;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use sensorium_artifact::DType;
+
+    use super::*;
+
+    const fn ms(count: u64) -> Duration {
+        Duration::from_millis(count)
+    }
+
+    /// After runs of so many rows, that took so many milliseconds.
+    fn after(runs: &[(i64, u64)]) -> bool {
+        let mut changes = Changes::default();
+        for &(rows, took) in runs {
+            changes.ran(vec![vec![rows, 3]], ms(took));
+        }
+        changes.are_dear()
+    }
+
+    #[test]
+    fn changes_are_dear_where_shapes_that_are_known_take_long_again_and_again() {
+        // Each twice, then each again.
+        let known = [(1, 900), (1, 2), (8, 800), (8, 4)];
+        assert!(!after(&known), "the first runs of a shape say nothing");
+        assert!(after(&[&known[..], &[(1, 500), (8, 500)]].concat()));
+        assert!(after(&[&known[..], &[(1, 500), (1, 2), (8, 500)]].concat()));
+        assert!(!after(&[&known[..], &[(1, 500), (8, 5)]].concat()), "once may be an accident");
+        assert!(!after(&[&known[..], &[(1, 9), (8, 9), (1, 9)]].concat()), "that is nothing");
+        assert!(!after(&[(1, 100), (1, 100), (8, 300), (8, 300), (1, 300), (8, 300), (1, 300)]));
+    }
+
+    /// Says what it is asked, and takes its time over every change.
+    struct Planner {
+        id: usize,
+        last: Option<i64>,
+        asked: Arc<Mutex<Vec<(usize, i64)>>>,
+        signature: Signature,
+    }
+
+    impl Engine for Planner {
+        fn signature(&self) -> &Signature {
+            &self.signature
+        }
+
+        fn run_raw(&mut self, inputs: &[RawTensor], _: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
+            let rows = inputs[0].shape()[0];
+            self.asked.lock().unwrap().push((self.id, rows));
+            if self.last.replace(rows) != Some(rows) {
+                std::thread::sleep(ms(40));
+            }
+            Ok(inputs.to_vec())
+        }
+    }
+
+    #[test]
+    fn shapes_get_engines_of_their_own_as_far_as_there_are_any() {
+        let asked: Arc<Mutex<Vec<_>>> = Arc::default();
+        let made = Arc::new(Mutex::new(0));
+        let open = {
+            let asked = asked.clone();
+            move || {
+                let mut made = made.lock().unwrap();
+                *made += 1;
+                if *made > 3 {
+                    return Err(EngineError::Setup { reason: "there is no more memory".to_owned() });
+                }
+                let signature = Signature::of_manifest(&[], &[]);
+                Ok(Box::new(Planner { id: *made, last: None, asked: asked.clone(), signature }) as Box<dyn Engine>)
+            }
+        };
+        let mut engine = ByShape::new(open).unwrap();
+        let mut run =
+            |rows: i64| engine.run_raw(&[RawTensor::zeros(DType::Fp32, vec![rows, 2]).unwrap()], &[]).unwrap();
+        for rows in [1, 1, 8, 8, 1, 8] {
+            run(rows);
+        }
+        asked.lock().unwrap().clear();
+        for rows in [1, 8, 1, 4, 8, 1, 2, 8] {
+            assert_eq!(run(rows)[0].shape(), [rows, 2]);
+        }
+        let found = asked.lock().unwrap().clone();
+        assert_eq!(found, [(2, 1), (1, 8), (2, 1), (3, 4), (1, 8), (2, 1), (3, 2), (1, 8)], "there is no fourth");
+    }
+}
