@@ -18,7 +18,10 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/ir/ir.h>
+#include <torch/csrc/jit/passes/inliner.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/csrc/jit/serialization/import.h>
 #include <torch/script.h>
@@ -27,13 +30,18 @@ struct SensoriumModule {
   std::shared_ptr<sensorium::Reserve> reserve = std::make_shared<sensorium::Reserve>();
   torch::jit::Module module;
   at::Device device = at::kCPU;
-  // On a GPU, modules run side by side, each in a stream of its own. The one that all share would put them in a row.
+  // Where it is on a GPU, that on which all of it runs.
   std::optional<c10::Stream> stream;
   std::vector<c10::Argument> arguments;
   std::vector<std::string> argument_types;
   c10::TypePtr result;
   std::string result_type;
   std::vector<std::string> fields;
+
+  SensoriumModule() = default;
+  SensoriumModule(const SensoriumModule&) = delete;
+  SensoriumModule& operator=(const SensoriumModule&) = delete;
+  ~SensoriumModule();
 };
 
 struct SensoriumTensor {
@@ -52,12 +60,57 @@ using sensorium::guarded;
 // `body`, which uses a module. Where it fails on a GPU that does not even wait for what it was given any more, the process has
 // lost that GPU: what CUDA calls a sticky error.
 template <typename Body>
-int guarded_on(const at::Device device, Body&& body) {
+int guarded_on(const std::optional<c10::Stream>& stream, Body&& body) {
   const int status = guarded(std::forward<Body>(body));
-  if (status == SENSORIUM_OK || device.is_cpu()) return status;
-  const bool is_there = guarded([&] { c10::impl::VirtualGuardImpl(at::kCUDA).synchronizeDevice(device.index()); }) == SENSORIUM_OK;
+  if (status == SENSORIUM_OK || !stream) return status;
+  const bool is_there = guarded([&] { stream->synchronize(); }) == SENSORIUM_OK;
   return is_there ? status : SENSORIUM_LOST;
 }
+
+// Whether a part of it runs on threads of libtorch's own.
+bool forks(const torch::jit::Block* block) {
+  for (const torch::jit::Node* node : block->nodes()) {
+    if (node->kind() == c10::prim::fork || node->kind() == c10::prim::awaitable) return true;
+    for (const torch::jit::Block* inner : node->blocks()) {
+      if (forks(inner)) return true;
+    }
+  }
+  return false;
+}
+
+bool forks(const torch::jit::Method& method) {
+  const auto graph = torch::jit::toGraphFunction(method.function()).graph()->copy();
+  torch::jit::Inline(*graph);
+  return forks(graph->block());
+}
+
+// Streams of GPUs for one module each: modules run side by side, where the stream that all share would put them in a row. They are
+// used again, since libraries keep memory for each stream that they have ever been called on.
+class Streams {
+ public:
+  static c10::Stream take(at::Device device) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (auto stream = free.begin(); stream != free.end(); ++stream) {
+      if (stream->device() == device) {
+        const c10::Stream taken = *stream;
+        free.erase(stream);
+        return taken;
+      }
+    }
+    return c10::impl::VirtualGuardImpl(at::kCUDA).getStreamFromGlobalPool(device);
+  }
+
+  static void give_back(c10::Stream stream) {
+    // The one that all share is nobody's.
+    if (stream.id() == 0) return;
+    const std::lock_guard<std::mutex> lock(mutex);
+    free.push_back(stream);
+  }
+
+ private:
+  inline static std::mutex mutex;
+  inline static std::vector<c10::Stream> free;
+};
 
 // By SensoriumView::dtype.
 constexpr at::ScalarType dtypes[] = {
@@ -245,16 +298,28 @@ void settle(SensoriumTensor& made) {
 
 }  // namespace
 
+SensoriumModule::~SensoriumModule() {
+  if (!stream) return;
+  module = torch::jit::Module();
+  // What a GPU's tensors leave stays with libtorch otherwise, out of reach of other libraries and processes. There is nobody who
+  // could be told that it failed.
+  guarded([&] {
+    c10::getDeviceAllocator(at::kCUDA)->emptyCache();
+    Streams::give_back(*stream);
+  });
+}
+
 extern "C" {
 
 const char* sensorium_torch_last_error() { return sensorium::last_error; }
 
 int sensorium_torch_need_gpu(int index) {
   return guarded([&] {
+    TORCH_CHECK(dlopen("libcuda.so.1", RTLD_LAZY) != nullptr, "there is no driver: ", dlerror());
     load_gpu_part();
     const auto count = c10::impl::hasDeviceGuardImpl(at::kCUDA) ? c10::impl::VirtualGuardImpl(at::kCUDA).deviceCount() : 0;
     TORCH_CHECK(count > 0, "libtorch finds no GPU: is the driver there, and is it new enough?");
-    TORCH_CHECK(index < count, "GPU ", index, " was asked for, and there are ", static_cast<int>(count), ", counted from 0");
+    TORCH_CHECK(index >= 0 && index < count, "GPU ", index, " was asked for, and there are ", static_cast<int>(count), ", counted from 0");
     at::globalContext().lazyInitDevice(at::kCUDA);
   });
 }
@@ -266,13 +331,19 @@ int sensorium_torch_load(const char* path, int gpu, SensoriumModule** out) {
     auto made = std::make_unique<SensoriumModule>();
     if (gpu >= 0) {
       made->device = at::Device(at::kCUDA, static_cast<at::DeviceIndex>(gpu));
-      made->stream = c10::impl::VirtualGuardImpl(at::kCUDA).getStreamFromGlobalPool(made->device);
+      made->stream = Streams::take(made->device);
     }
     const c10::OptionalStreamGuard stream(made->stream);
     made->module = torch::jit::load(path, made->device);
     made->module.eval();
     const auto method = made->module.find_method("forward");
     TORCH_CHECK(method, "it has no method `forward`");
+    if (made->stream && forks(*method)) {
+      // Those threads know of no stream but the one that all share.
+      made->stream->synchronize();
+      Streams::give_back(*made->stream);
+      made->stream = c10::impl::VirtualGuardImpl(at::kCUDA).getDefaultStream(made->device);
+    }
     const auto& schema = method->function().getSchema();
     // The first is the module itself.
     for (size_t index = 1; index < schema.arguments().size(); ++index) {
@@ -291,14 +362,7 @@ int sensorium_torch_load(const char* path, int gpu, SensoriumModule** out) {
   });
 }
 
-void sensorium_torch_free(SensoriumModule* module) {
-  const at::Device device = module->device;
-  delete module;
-  if (device.is_cpu()) return;
-  // What a GPU's tensors leave stays with libtorch otherwise, out of reach of other libraries and processes. There is nobody who
-  // could be told that it failed.
-  guarded([] { c10::getDeviceAllocator(at::kCUDA)->emptyCache(); });
-}
+void sensorium_torch_free(SensoriumModule* module) { delete module; }
 
 size_t sensorium_torch_argument_count(const SensoriumModule* module) { return module->arguments.size(); }
 
@@ -350,7 +414,7 @@ int sensorium_torch_run(
     SensoriumTensor** tensors,
     size_t capacity,
     size_t* found) {
-  return guarded_on(module->device, [&] {
+  return guarded_on(module->stream, [&] {
     use_threads(threads);
     const sensorium::Using reserve(module->reserve);
     const c10::OptionalStreamGuard stream(module->stream);
@@ -371,7 +435,7 @@ int sensorium_torch_run(
 }
 
 int sensorium_torch_call(SensoriumModule* module, const char* method, int threads) {
-  return guarded_on(module->device, [&] {
+  return guarded_on(module->stream, [&] {
     use_threads(threads);
     const c10::OptionalStreamGuard stream(module->stream);
     const c10::InferenceMode inference;

@@ -5,7 +5,7 @@
 //! been there (bench/RESULTS.md). So there is an engine for each shape, once it is found that they cost so much; engines that
 //! plan nothing stay one.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::engine::{Engine, Waiters};
@@ -53,45 +53,64 @@ impl ByShape {
         Ok(Self { open: Box::new(open), signature, engines, most: MOST, changes: Changes::default() })
     }
 
-    /// The engine for these shapes: the one that ran them last, else a new one, else the one that has not run for the longest.
-    fn engine_for(&mut self, shapes: &Shapes) -> &mut Owned {
-        let mut index = self.engines.iter().position(|own| own.shapes == *shapes);
-        if index.is_none() && self.changes.are_dear() && self.engines.len() < self.most {
-            match (self.open)() {
-                Ok(engine) => {
-                    index = Some(self.engines.len());
-                    self.engines.push(Owned { engine, shapes: Shapes::new() });
-                }
-                // Most likely memory is short, which another attempt would not mend.
-                Err(error) => {
-                    self.most = self.engines.len();
-                    tracing::warn!(%error, engines = self.most, "shapes that are new get no engine of their own any more");
-                }
+    /// The place of the engine for these shapes: the one that ran them last, else a new one, else the one that has not run for the
+    /// longest.
+    fn place_for(&mut self, shapes: &Shapes) -> usize {
+        if let Some(place) = self.engines.iter().position(|own| own.shapes == *shapes) {
+            return place;
+        }
+        if !self.changes.are_dear() || self.engines.len() >= self.most {
+            return 0;
+        }
+        match (self.open)() {
+            Ok(engine) => {
+                self.engines.push(Owned { engine, shapes: Shapes::new() });
+                self.engines.len() - 1
+            }
+            Err(error) => {
+                self.be_content(self.engines.len(), &error);
+                0
             }
         }
-        let mut own = self.engines.remove(index.unwrap_or(0));
-        own.shapes.clone_from(shapes);
-        self.engines.push(own);
-        let last = self.engines.len() - 1;
-        &mut self.engines[last]
+    }
+
+    /// Makes do with so many engines: most likely memory is short, which another attempt would not mend.
+    fn be_content(&mut self, engines: usize, error: &EngineError) {
+        self.most = engines;
+        tracing::warn!(%error, engines, "shapes that are new get no engine of their own any more");
     }
 
     fn run_on<T>(
         &mut self,
         inputs: &[RawTensor],
-        run: impl FnOnce(&mut dyn Engine) -> Result<T, EngineError>,
+        mut run: impl FnMut(&mut dyn Engine) -> Result<T, EngineError>,
     ) -> Result<T, EngineError> {
         let shapes: Shapes = inputs.iter().map(|input| input.shape().to_vec()).collect();
-        let engine = &mut self.engine_for(&shapes).engine;
+        let place = self.place_for(&shapes);
+        let mut own = self.engines.remove(place);
+        let is_new = own.shapes.is_empty() && !self.engines.is_empty();
         let started = Instant::now();
-        let found = run(engine.as_mut())?;
-        if !self.changes.are_dear() {
+        let mut found = run(own.engine.as_mut());
+        if let Err(error @ EngineError::Run { .. }) = &found
+            && is_new
+        {
+            // It may be that the weights had room and the run had not. Then one that has room already can do it.
+            let mut other = self.engines.remove(0);
+            let again = run(other.engine.as_mut());
+            if again.is_ok() {
+                self.be_content(self.engines.len() + 1, error);
+            }
+            (own, found) = (other, again);
+        }
+        own.shapes.clone_from(&shapes);
+        self.engines.push(own);
+        if found.is_ok() && !self.changes.are_dear() {
             self.changes.ran(shapes, started.elapsed());
             if self.changes.are_dear() {
                 tracing::info!("shapes of inputs get engines of their own: a change of shape costs many runs");
             }
         }
-        Ok(found)
+        found
     }
 }
 
@@ -110,7 +129,10 @@ impl Engine for ByShape {
         outputs: &[usize],
         waiters: Waiters<'_>,
     ) -> Result<Vec<RawTensor>, EngineError> {
-        self.run_on(inputs, |engine| engine.run_for(inputs, outputs, waiters))
+        let Waiters { is_strict, deadline, poll_gone } = waiters;
+        self.run_on(inputs, |engine| {
+            engine.run_for(inputs, outputs, Waiters { is_strict, deadline, poll_gone: &mut *poll_gone })
+        })
     }
 
     fn runs_on_any_thread(&self) -> bool {
@@ -121,21 +143,22 @@ impl Engine for ByShape {
 /// What runs say of a change of shape.
 #[derive(Debug, Default)]
 struct Changes {
+    known: BTreeSet<Shapes>,
     last: Shapes,
-    /// The quickest run of each shape right after another one of it.
-    steady: BTreeMap<Shapes, Duration>,
+    /// How long the last change took, until it is followed by a run of the same shape.
+    change: Option<Duration>,
     /// Changes in a row that were dear.
     dear: u32,
 }
 
 impl Changes {
-    /// So many times a run makes a change dear, if it is also so much.
+    /// So many times the run after it makes a change dear, if it is also so much. What else the machine does weighs on both.
     const TIMES: u32 = 4;
     const LEAST: Duration = Duration::from_millis(10);
     /// So many dear changes in a row are no accident.
     const ENOUGH: u32 = 2;
     /// Shapes to know of.
-    const KNOWN: usize = 64;
+    const MOST_KNOWN: usize = 64;
 
     fn are_dear(&self) -> bool {
         self.dear >= Self::ENOUGH
@@ -144,16 +167,17 @@ impl Changes {
     /// Notes a run. Only a shape that is known says something: the first run of any may well take long.
     fn ran(&mut self, shapes: Shapes, took: Duration) {
         if shapes == self.last {
-            if self.steady.len() >= Self::KNOWN && !self.steady.contains_key(&shapes) {
-                self.steady.clear();
+            if let Some(change) = self.change.take() {
+                let is_dear = change > took * Self::TIMES && change > Self::LEAST;
+                self.dear = if is_dear { self.dear + 1 } else { 0 };
             }
-            self.steady.entry(shapes).and_modify(|least| *least = took.min(*least)).or_insert(took);
             return;
         }
-        if let Some(steady) = self.steady.get(&shapes) {
-            let is_dear = took > *steady * Self::TIMES && took > Self::LEAST;
-            self.dear = if is_dear { self.dear + 1 } else { 0 };
+        let is_known = self.known.contains(&shapes);
+        if !is_known && self.known.len() < Self::MOST_KNOWN {
+            self.known.insert(shapes.clone());
         }
+        self.change = is_known.then_some(took);
         self.last = shapes;
     }
 }
@@ -181,14 +205,15 @@ mod tests {
 
     #[test]
     fn changes_are_dear_where_shapes_that_are_known_take_long_again_and_again() {
-        // Each twice, then each again.
         let known = [(1, 900), (1, 2), (8, 800), (8, 4)];
         assert!(!after(&known), "the first runs of a shape say nothing");
-        assert!(after(&[&known[..], &[(1, 500), (8, 500)]].concat()));
-        assert!(after(&[&known[..], &[(1, 500), (1, 2), (8, 500)]].concat()));
-        assert!(!after(&[&known[..], &[(1, 500), (8, 5)]].concat()), "once may be an accident");
-        assert!(!after(&[&known[..], &[(1, 9), (8, 9), (1, 9)]].concat()), "that is nothing");
-        assert!(!after(&[(1, 100), (1, 100), (8, 300), (8, 300), (1, 300), (8, 300), (1, 300)]));
+        assert!(!after(&[&known[..], &[(1, 500), (1, 2), (8, 500)]].concat()));
+        assert!(after(&[&known[..], &[(1, 500), (1, 2), (8, 500), (8, 4)]].concat()));
+        assert!(after(&[&known[..], &[(1, 500), (1, 2), (8, 500), (1, 500), (8, 500), (8, 5)]].concat()));
+        assert!(!after(&[&known[..], &[(1, 500), (1, 2), (8, 5), (8, 4)]].concat()), "once may be an accident");
+        assert!(!after(&[&known[..], &[(1, 9), (1, 2), (8, 9), (8, 2)]].concat()), "that is nothing");
+        let slow = [(1, 90), (1, 85), (8, 300), (8, 280)];
+        assert!(!after(&[&known[..], &slow[..], &slow[..]].concat()), "the machine has become slow, changes have not");
     }
 
     /// Says what it is asked, and takes its time over every change.
@@ -233,7 +258,7 @@ mod tests {
         let mut engine = ByShape::new(open).unwrap();
         let mut run =
             |rows: i64| engine.run_raw(&[RawTensor::zeros(DType::Fp32, vec![rows, 2]).unwrap()], &[]).unwrap();
-        for rows in [1, 1, 8, 8, 1, 8] {
+        for rows in [1, 1, 8, 8, 1, 1, 8, 8] {
             run(rows);
         }
         asked.lock().unwrap().clear();

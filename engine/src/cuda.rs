@@ -13,11 +13,22 @@ const NUMBERED: [(&str, &[&str]); 2] = [
 /// Those that the provider reads as they are.
 const PLAIN: [&str; 2] = ["gpu_mem_limit", "do_copy_in_default_stream"];
 
+/// Options that are addresses in this process, or that want of its callers what these do not do.
+const REFUSED: [&str; 7] = [
+    "has_user_compute_stream",
+    "user_compute_stream",
+    "gpu_external_alloc",
+    "gpu_external_free",
+    "gpu_external_empty_cache",
+    "default_memory_arena_cfg",
+    "enable_cuda_graph",
+];
+
 /// Options of the provider, by name. What the accelerator `cuda` has goes as it is, and wins over the parameters of the model that
 /// Triton had for it before.
 ///
 /// # Errors
-/// A number that stands for nothing, as a sentence about the model.
+/// A number that stands for nothing, or an option that nobody may set, as a sentence about the model.
 pub(crate) fn options(declared: &Declared) -> Result<BTreeMap<String, String>, String> {
     // Batches come in all sizes. To try every way of a convolution for each new one takes seconds, in the middle of serving.
     let mut options = BTreeMap::from([("cudnn_conv_algo_search".to_owned(), "HEURISTIC".to_owned())]);
@@ -30,6 +41,9 @@ pub(crate) fn options(declared: &Declared) -> Result<BTreeMap<String, String>, S
     }
     for name in PLAIN {
         options.extend(declared.parameters.get(name).map(|value| (name.to_owned(), value.clone())));
+    }
+    if let Some(name) = REFUSED.iter().find(|name| declared.cuda.contains_key(**name)) {
+        return Err(format!("its accelerator cuda has {name}, which a program can set and a configuration cannot"));
     }
     options.extend(declared.cuda.clone());
     Ok(options)
@@ -59,5 +73,7 @@ mod tests {
         assert_eq!(found(&parameters[..1], &cuda), Ok(strings(&cuda)));
         let error = found(&[("cudnn_conv_algo_search", "3")], &[]).unwrap_err();
         assert!(error.contains("cudnn_conv_algo_search") && error.contains("0 to 2"), "{error}");
+        let error = found(&[], &[("user_compute_stream", "4096")]).unwrap_err();
+        assert!(error.contains("user_compute_stream"), "{error}");
     }
 }

@@ -299,7 +299,11 @@ impl OnnxRuntime {
             values.push((Cow::Borrowed(spec.name.as_str()), to_value(&spec.name, tensor, copy)?));
         }
         let started = Instant::now();
-        let mut found = self.session.run_with_options(values, options).map_err(failed_run)?;
+        let mut found = self.session.run_with_options(values, options).map_err(|error| {
+            let reason = error.message().to_owned();
+            let is_lost = self.device != Device::Cpu && is_of_a_lost_device(&reason);
+            if is_lost { EngineError::DeviceLost { reason } } else { EngineError::Run { reason } }
+        })?;
         // Of those that came to their end: one that is cut short says nothing of the next.
         self.took = started.elapsed();
         let has_copies = copies.iter().any(Option::is_some);
@@ -470,12 +474,6 @@ fn failed<R>(error: ort::Error<R>) -> EngineError {
     EngineError::Run { reason: error.message().to_owned() }
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "it is an argument of `map_err`")]
-fn failed_run<R>(error: ort::Error<R>) -> EngineError {
-    let reason = error.message().to_owned();
-    if is_of_a_lost_device(&reason) { EngineError::DeviceLost { reason } } else { EngineError::Run { reason } }
-}
-
 /// Whether this is what onnxruntime says of an error of CUDA after which, as the documentation of its run-time library says, "the
 /// process must be terminated and relaunched".
 fn is_of_a_lost_device(said: &str) -> bool {
@@ -484,7 +482,7 @@ fn is_of_a_lost_device(said: &str) -> bool {
         code.parse::<u32>().ok()
     });
     // Memory that cannot be corrected; an illegal address, a timeout, a context destroyed, an assertion; what kernels do wrong.
-    code.is_some_and(|code| matches!(code, 214 | 700 | 702 | 709 | 710 | 714..=719 | 721))
+    code.is_some_and(|code| matches!(code, 214 | 226 | 700 | 702 | 709 | 710 | 714..=719 | 721 | 810 | 911))
 }
 
 #[cfg(test)]

@@ -188,7 +188,7 @@ fn open_one(name: &str, version: u64, engines: Engines, opening: &Opening) -> st
     let mut policy = Policy::of_server(batching);
     if on_gpu {
         policy = policy.in_steps();
-        engines::rehearse(&mut all, &policy.steps);
+        engines::rehearse(&mut all, None, &policy.steps);
     }
     let statistics = Arc::new(Statistics::default());
     let setup = Setup {

@@ -1,6 +1,10 @@
 //! How many engines a model has, how each of them runs, and what they run before anybody asks.
 
-use std::{num::NonZeroUsize, path::Path};
+use std::{
+    num::NonZeroUsize,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use sensorium_artifact::TensorSpec;
 use sensorium_engine::{DType, Device, Engine, Optimization, Options, RawTensor, Signature};
@@ -18,6 +22,9 @@ use crate::{
     scheduler::{Padding, Reopen},
 };
 
+/// How long batches are run before anybody asks, at most.
+const REHEARSAL: Duration = Duration::from_mins(1);
+
 /// How many engines a model has, and how each of them runs: the cores are shared among them unless it says otherwise.
 ///
 /// # Errors
@@ -33,7 +40,10 @@ pub(super) fn instances(config: &ModelConfig, server: Options) -> Result<(usize,
         let own = match group.kind() {
             // What is written without a kind.
             Kind::Auto if group.gpus.is_empty() => server.device,
-            Kind::Auto | Kind::Gpu => accelerated(config, group.gpus.first().copied().unwrap_or(0)),
+            Kind::Auto | Kind::Gpu => match group.gpus.first().copied().unwrap_or(0) {
+                gpu @ 0.. => accelerated(config, gpu),
+                gpu => return Err(format!("its instance_group has gpus {gpu}, they are counted from 0")),
+            },
             Kind::Cpu | Kind::Model => Device::Cpu,
         };
         if device.replace(own).is_some_and(|other| other != own) {
@@ -189,31 +199,42 @@ pub(super) fn warm_up(
 }
 
 /// Runs batches of all sizes in `steps` before anybody asks: an engine on a GPU plans for each when it first comes, and is to find out
-/// what it costs to go from one to another. Nothing comes of it where the model takes nothing that is tried.
-pub(super) fn rehearse(engines: &mut [Box<dyn Engine>], steps: &[usize]) {
-    let (Some(&least), Some(&most)) = (steps.first(), steps.last()) else { return };
-    let changes = [least, least, most, most].repeat(2);
-    // A plan is made in the first run, a module of TorchScript compiled in the second.
-    let all = steps.iter().flat_map(|step| [*step; 3]);
-    let order: Vec<usize> = changes.into_iter().chain(all).collect();
-    let run = |engine: &mut Box<dyn Engine>| {
+/// what it costs to go from one to another. Rows are like `sample`, inputs that are known to be good, or zeros. Where those are not
+/// taken, a size is too large, or time runs out, the rest is left to who asks.
+pub(super) fn rehearse(engines: &mut [Box<dyn Engine>], sample: Option<&[RawTensor]>, steps: &[usize]) {
+    let Some(&least) = steps.first() else { return };
+    let until = Instant::now() + REHEARSAL;
+    let rehearse = |engine: &mut Box<dyn Engine>| {
         let signature = engine.signature().clone();
         let outputs: Vec<usize> = (0..signature.outputs().len()).collect();
-        let mut takes = |row: &Vec<RawTensor>| {
-            row.iter().all(|tensor| tensor.row_count() == Some(1)) && engine.run_raw(row, &outputs).is_ok()
-        };
-        let Some(row) = guesses(&signature).find(&mut takes) else { return Ok(()) };
-        for &rows in &order {
-            let batch = row.iter().map(|tensor| RawTensor::concat(&vec![tensor; rows])).collect::<Result<Vec<_>, _>>();
-            if let Some(error) = batch.ok().and_then(|batch| engine.run_raw(&batch, &outputs).err()) {
-                tracing::warn!(rows, error = error_line(&error), "a batch of zeros failed before anybody asked");
-                return Ok(());
+        let mut run = |row: &[RawTensor], rows: usize| {
+            if Instant::now() >= until {
+                return Err("it took too long".to_owned());
             }
-        }
+            let batch = row.iter().map(|tensor| RawTensor::concat(&vec![tensor; rows])).collect::<Result<Vec<_>, _>>();
+            let batch = batch.map_err(|error| error.to_string())?;
+            engine.run_raw(&batch, &outputs).map(drop).map_err(|error| error_line(&error))
+        };
+        let first_of =
+            |tensor: &RawTensor| Some(tensor.split([1, tensor.row_count()?.checked_sub(1)?])?.swap_remove(0));
+        let sample = sample.and_then(|sample| sample.iter().map(first_of).collect::<Option<Vec<_>>>());
+        let is_one_row = |row: &Vec<RawTensor>| row.iter().all(|tensor| tensor.row_count() == Some(1));
+        let mut rows = sample.into_iter().chain(guesses(&signature).filter(is_one_row));
+        let Some(row) = rows.find(|row| run(row, least).is_ok()) else { return Ok(()) };
+        let mut run = |rows: usize| {
+            let ran = run(&row, rows);
+            ran.inspect_err(|error| tracing::warn!(rows, error, "larger batches did not run before anybody asked"))
+        };
+        // A plan is made in the first run, and a module of TorchScript compiled in the second.
+        let taken = steps.iter().take_while(|rows| (0..3).all(|_| run(**rows).is_ok())).count();
+        let Some(&most) = steps[..taken].last() else { return Ok(()) };
+        // There and back, twice; by then engines that are to be several are, and each step has its own.
+        let there_and_back = [least, least, most, most].repeat(2);
+        let _ = there_and_back.iter().chain(&steps[..taken]).try_for_each(|rows| run(*rows));
         Ok(())
     };
     // None of them fails.
-    let _ = side_by_side(engines.iter_mut().collect(), run);
+    let _ = side_by_side(engines.iter_mut().collect(), rehearse);
 }
 
 fn inputs(
@@ -301,5 +322,6 @@ mod tests {
         assert_eq!(device(Device::Cpu, &[(Kind::Gpu, &[])]), Ok((2, Device::Cuda(0))));
         assert_eq!(device(Device::Cpu, &[(Kind::Auto, &[]), (Kind::Cpu, &[])]), Ok((4, Device::Cpu)));
         assert!(device(server, &[(Kind::Auto, &[]), (Kind::Cpu, &[])]).is_err());
+        assert!(device(server, &[(Kind::Gpu, &[-1])]).is_err());
     }
 }

@@ -208,12 +208,14 @@ fn open_version(
     }
     policy.max_elements = engines::max_elements(&config)?;
     policy.joins = binding.ragged.joins();
-    // What a sequence keeps is a row of the batch, and what is ragged no rows at all.
-    let is_of_rows =
-        policy.joins.is_empty() && !matches!(&config.scheduling_choice, Some(SchedulingChoice::SequenceBatching(_)));
+    // What a sequence keeps is a row of the batch, and what is ragged no rows at all. Who bounds elements has other sizes that vary.
+    let is_of_rows = policy.joins.is_empty()
+        && config.batch_output.is_empty()
+        && policy.max_elements == 0
+        && !matches!(&config.scheduling_choice, Some(SchedulingChoice::SequenceBatching(_)));
     if options.device != Device::Cpu && is_of_rows {
         policy = policy.in_steps();
-        engines::rehearse(&mut engines, &policy.steps);
+        engines::rehearse(&mut engines, sample.as_deref(), &policy.steps);
     }
     let bounds = iteration::bounds(&config, &signature)?;
     let sample = sample.or_else(|| binding.ragged.sample(&interface, &signature));

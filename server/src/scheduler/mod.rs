@@ -29,7 +29,7 @@ mod state;
 mod tests;
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -234,7 +234,7 @@ impl Scheduler {
         let Setup { graph, engines, reopen, policy, slots, threads, metrics, statistics, lost, batches: _ } = setup;
         let threads_wanted = engines.len();
         let queue = Arc::new(Queue::new(graph, policy, shapes, metrics, statistics, engines));
-        let runner = Arc::new(Runner { queue, share: slots.share(threads), lost });
+        let runner = Arc::new(Runner { queue, share: slots.share(threads), lost, never_fills: AtomicBool::new(false) });
         let alive = Arc::new(());
         // If one thread cannot be started, dropping this ends those that were.
         let scheduler = Self { runner: runner.clone(), threads: Mutex::default() };

@@ -112,17 +112,13 @@ impl Policy {
         }
     }
 
-    /// The same, with few sizes of batches: those that the model's configuration prefers, or else powers of two.
+    /// The same, with few sizes of batches: those that the model's configuration prefers, and powers of two up to the least of them or
+    /// to all rows.
     #[must_use]
     pub fn in_steps(mut self) -> Self {
-        // With fewer rows than are preferred runs who is alone.
-        let mut steps = if self.preferred.is_empty() {
-            std::iter::successors(Some(1_usize), |step| step.checked_mul(2))
-                .take_while(|step| *step < self.max_rows)
-                .collect()
-        } else {
-            [&[1], self.preferred.as_slice()].concat()
-        };
+        let least = self.preferred.first().copied().unwrap_or(self.max_rows);
+        let powers = std::iter::successors(Some(1_usize), |step| step.checked_mul(2)).take_while(|step| *step < least);
+        let mut steps: Vec<usize> = powers.chain(self.preferred.iter().copied()).collect();
         steps.push(self.max_rows);
         steps.sort_unstable();
         steps.dedup();
@@ -257,7 +253,7 @@ mod tests {
             (1, &[][..], &[1][..]),
             (8, &[], &[1, 2, 4, 8]),
             (12, &[], &[1, 2, 4, 8, 12]),
-            (32, &[8, 16], &[1, 8, 16, 32]),
+            (32, &[8, 16], &[1, 2, 4, 8, 16, 32]),
             (16, &[1, 16], &[1, 16]),
         ] {
             assert_eq!(policy(max_rows, preferred).in_steps().steps, steps, "{max_rows}");

@@ -2,7 +2,10 @@
 
 use std::{
     fmt,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -32,6 +35,8 @@ pub(super) struct Runner {
     pub(super) share: Share,
     /// Cancelled when only another process can go on.
     pub(super) lost: CancellationToken,
+    /// Whether batches are not filled up, since outputs were found that have no row for each of the inputs'.
+    pub(super) never_fills: AtomicBool,
 }
 
 /// An engine that may run, and what goes with it.
@@ -111,11 +116,10 @@ impl Runner {
         let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
         let is_answered = outcomes.iter().any(Result::is_ok);
         if let Some(error) = outcomes.iter().filter_map(|outcome| outcome.as_ref().err()).find(|e| e.is_device_lost()) {
-            tracing::error!(
-                graph = queue.graph,
-                error = error_line(error),
-                "this process has to end, so that another one begins anew"
-            );
+            if !self.lost.is_cancelled() {
+                let error = error_line(error);
+                tracing::error!(graph = queue.graph, error, "this process has to end, so that another one begins anew");
+            }
             self.lost.cancel();
         }
         let waiting = if batch.is_probe { 0 } else { queue.ran(batch.rows, bytes, took, is_answered) };
@@ -167,7 +171,8 @@ impl Runner {
         }
         let _entered = span.entered();
         let started = Instant::now();
-        let filling = queue.policy.filling(rows);
+        let never_fills = self.never_fills.load(Ordering::Relaxed);
+        let filling = if never_fills { 0 } else { queue.policy.filling(rows) };
         let (inputs, wanted) = self.join(&works_of(jobs), filling, rooms).ok_or_else(unfit)?;
         let joined = Instant::now();
         let deadline = last_deadline(jobs);
@@ -176,7 +181,15 @@ impl Runner {
         let found = found.map_err(|error| failed(engine.signature().explain(&inputs, error)))?;
         let ran = Instant::now();
         let works = works_of(jobs);
-        let found = if filling == 0 { found } else { without(&found, filling).ok_or_else(unfit)? };
+        let found = if filling == 0 {
+            found
+        } else if let Some(found) = without(&found, rows, filling) {
+            found
+        } else {
+            // One of them lies otherwise, and what was filled in is somewhere in it.
+            self.never_fills.store(true, Ordering::Relaxed);
+            return self.run_together(engine, jobs, batch, rooms);
+        };
         let outputs = self.split(&works, &wanted, &found).ok_or_else(unfit)?;
         let timings = Timings {
             compute_input: joined - started,
@@ -189,7 +202,7 @@ impl Runner {
         } else {
             queue.metrics.ran(rows, timings.compute_infer);
             queue.statistics.executed(rows, &timings);
-            let in_rows = (!queue.policy.steps.is_empty()).then_some((rows, filling));
+            let in_rows = (!queue.policy.steps.is_empty() && !never_fills).then_some((rows, filling));
             if let Some((useful, padding)) = queue.shapes.padded(&works).or(in_rows) {
                 queue.metrics.padded(useful, padding);
             }
@@ -249,10 +262,9 @@ fn last_row(tensor: &RawTensor) -> Option<RawTensor> {
     tensor.split([tensor.row_count()?.checked_sub(1)?, 1])?.pop()
 }
 
-/// Outputs without their last `filling` rows.
-fn without(found: &[RawTensor], filling: usize) -> Option<Vec<RawTensor>> {
-    let cut =
-        |tensor: &RawTensor| Some(tensor.split([tensor.row_count()?.checked_sub(filling)?, filling])?.swap_remove(0));
+/// Outputs without their last `filling` rows; `None` where one does not have as many and `rows` before them.
+fn without(found: &[RawTensor], rows: usize, filling: usize) -> Option<Vec<RawTensor>> {
+    let cut = |tensor: &RawTensor| Some(tensor.split([rows, filling])?.swap_remove(0));
     found.iter().map(cut).collect()
 }
 

@@ -83,6 +83,23 @@ fn setup(engine: Box<dyn Engine>, policy: Policy, reopen: Option<Reopen>, lost: 
     }
 }
 
+/// Sums up all rows: its output has one row, whatever comes in.
+struct Summing {
+    runs: Arc<Mutex<Vec<Vec<f32>>>>,
+}
+
+impl Engine for Summing {
+    fn signature(&self) -> &Signature {
+        &UNKNOWN
+    }
+
+    fn run_raw(&mut self, inputs: &[RawTensor], _: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
+        let values = inputs[0].numbers::<f32>().into_owned();
+        self.runs.lock().unwrap().push(values.clone());
+        Ok(vec![RawTensor::from_vec(DType::Fp32, vec![1, 1], vec![values.iter().sum::<f32>()]).unwrap()])
+    }
+}
+
 /// Runs until nobody waits any more, having said how long anybody would.
 struct Endless {
     runtime: Handle,
@@ -299,6 +316,19 @@ async fn a_batch_between_two_steps_is_filled_up_and_nobody_sees_what_with() {
     let alone = bench.send(rows(&[1.0, 2.0, 5.0])).await;
     assert_eq!(values(&alone.await.unwrap().unwrap()), [vec![2.0, 4.0, 10.0]]);
     assert_eq!(bench.runs()[2], [1.0, 2.0, 5.0, 5.0]);
+}
+
+#[tokio::test]
+async fn outputs_that_are_no_rows_show_that_nothing_may_be_filled_in() {
+    let (runs, lost) = (Arc::<Mutex<Vec<_>>>::default(), CancellationToken::new());
+    let batching = Batching { max_rows: 8, max_waiting_rows: 100, max_delay: Duration::ZERO };
+    let setup = setup(Box::new(Summing { runs: runs.clone() }), Policy::of_server(batching).in_steps(), None, &lost);
+    let scheduler = Scheduler::start_with(setup, Shapes::tail(1)).unwrap();
+    for _ in 0..2 {
+        assert_eq!(values(&scheduler.run(rows(&[1.0, 2.0, 3.0])).await.unwrap()), [vec![6.0]]);
+    }
+    let found = runs.lock().unwrap().clone();
+    assert_eq!(found, [vec![1.0, 2.0, 3.0, 3.0], vec![1.0, 2.0, 3.0], vec![1.0, 2.0, 3.0]]);
 }
 
 #[tokio::test]
