@@ -25,7 +25,7 @@ use crate::ceilings::InProcess;
 use crate::load::{Message, Protocol, Sample, closed_loop};
 use crate::servers::{Cores, Kind, Server, Setting};
 
-/// Requests at a time.
+/// Requests at a time, unless others are asked for.
 const CONCURRENCIES: [usize; 4] = [1, 8, 32, 128];
 /// From here on a server has enough to do to come near its limit.
 const SATURATED: usize = 32;
@@ -58,6 +58,9 @@ struct Options {
     /// Only these peers
     #[arg(long, value_name = "PEER", num_args = 0.., default_values = ["triton", "kserve"])]
     peer: Vec<Kind>,
+    /// Requests at a time
+    #[arg(long, value_name = "REQUESTS", default_values_t = CONCURRENCIES)]
+    concurrency: Vec<usize>,
     /// Times that each figure is measured
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
@@ -131,7 +134,7 @@ fn measure(options: &Options) -> Result<()> {
     let chosen = |case: &&Case| options.model.is_empty() || options.model.iter().any(|name| name == case.name);
     for case in CASES.iter().filter(chosen) {
         measure_case(case, &setting, options, &mut report)?;
-        if case.name == "minilm-int8" {
+        if case.name == "minilm-int8" && options.concurrency.contains(&TEXTS_AT_A_TIME) {
             measure_texts(case, &setting, options, &mut report)?;
         }
         // After each, so that what was measured is kept if another one fails.
@@ -171,7 +174,7 @@ fn measure_case(case: &Case, setting: &Setting, options: &Options, report: &mut 
     check(&grpc)?;
     servers.push(Server::echo(setting, &grpc, &http, &message)?);
     for protocol in [Protocol::Grpc, Protocol::Http] {
-        for concurrency in CONCURRENCIES {
+        for &concurrency in &options.concurrency {
             let place = Place { case, protocol, concurrency, best, is_tiny, device: setting.device };
             let turns = take_turns(&place, &servers, setting, options, alone.median, &message)?;
             place.report(&turns, report);
