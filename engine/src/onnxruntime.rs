@@ -143,7 +143,12 @@ impl OnnxRuntime {
         commit: impl FnOnce(&mut SessionBuilder) -> ort::Result<Session>,
     ) -> Result<Self, EngineError> {
         let environment = environment(&library_path())?;
-        let cuda = cuda::options(declared).map_err(|reason| EngineError::Open { origin: origin.to_owned(), reason })?;
+        let cuda = match options.device {
+            Device::Cpu => BTreeMap::new(),
+            Device::Cuda(_) | Device::TensorRt(_) => {
+                cuda::options(declared).map_err(|reason| EngineError::Open { origin: origin.to_owned(), reason })?
+            }
+        };
         let mut builder = configure(&environment, options, &cuda).map_err(|error| match options.device {
             Device::Cpu => setup(error),
             Device::Cuda(_) | Device::TensorRt(_) => EngineError::Setup {
