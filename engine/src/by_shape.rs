@@ -270,10 +270,14 @@ mod tests {
         };
         // A machine that stands still for a moment makes it take longer.
         while !engine.changes.are_dear() {
-            [1, 1, 8, 8].into_iter().for_each(|rows| run(&mut engine, rows));
+            for rows in [1, 1, 8, 8] {
+                run(&mut engine, rows);
+            }
         }
         asked.lock().unwrap().clear();
-        rows.iter().for_each(|rows| run(&mut engine, *rows));
+        for rows in rows {
+            run(&mut engine, *rows);
+        }
         asked.lock().unwrap().clone()
     }
 
