@@ -148,7 +148,9 @@ pub async fn serve(
     // Health is asked for over HTTP until the end, by connections that are made meanwhile.
     let mut http = Task::spawn("HTTP", door(listeners.http, &app, &drain, &close));
     let measured = App::from(scrape::metrics(metrics.clone(), service.clone()).merge(rest::health(service.clone())));
-    let scrapes = Door { tls: None, places: None, ..door(listeners.metrics, &measured, &close, &close) };
+    // Who looks on takes nothing from those whom it looks at: two answers of metrics at a time refused a request that had room.
+    let budget = Budget::new(config.max_inflight_bytes, Metrics::new().budget());
+    let scrapes = Door { tls: None, places: None, budget, ..door(listeners.metrics, &measured, &close, &close) };
     let mut scrapes = Task::spawn("the metrics endpoint", scrapes);
 
     let opening = opening(&config, &metrics, &lost)?;
