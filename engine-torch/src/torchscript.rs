@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use sensorium_engine::{
-    Declared, Device, Engine, EngineError, Optimization, Options, RESET_METHOD, RawTensor, Signature, dtype_name,
+    Declared, Engine, EngineError, Optimization, Options, RESET_METHOD, RawTensor, Signature, dtype_name,
 };
 
 use crate::ffi::{self, Failure, Module, Output, Returned};
@@ -33,11 +33,8 @@ impl TorchScript {
     /// # Errors
     /// [`EngineError::Open`], with what is missing; [`EngineError::Setup`] for a GPU that cannot be used.
     pub fn open(path: &Path, options: Options, declared: &Declared) -> Result<Self, EngineError> {
-        let gpu = match options.device {
-            Device::Cpu => None,
-            // TensorRT runs nothing of TorchScript, and CUDA what that cannot run.
-            Device::Cuda(index) | Device::TensorRt(index) => Some(index),
-        };
+        // TensorRT runs nothing of TorchScript, and CUDA what that cannot run.
+        let gpu = options.device.gpu();
         if let Some(index) = gpu {
             ffi::need_gpu(index).map_err(|said| EngineError::Setup { reason: without_gpu(&said) })?;
         }

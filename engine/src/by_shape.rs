@@ -68,16 +68,16 @@ impl ByShape {
                 self.engines.len() - 1
             }
             Err(error) => {
-                self.be_content(self.engines.len(), &error);
+                self.be_content(&error);
                 0
             }
         }
     }
 
-    /// Makes do with so many engines: memory is short, most likely, which another attempt would not mend.
-    fn be_content(&mut self, engines: usize, error: &EngineError) {
-        self.most = engines;
-        tracing::warn!(%error, engines, "shapes that are new get no engine of their own any more");
+    /// Makes do with the engines that there are: memory is short, most likely, which another attempt would not mend.
+    fn be_content(&mut self, error: &EngineError) {
+        self.most = self.engines.len();
+        tracing::warn!(%error, engines = self.most, "shapes that are new get no engine of their own any more");
     }
 
     fn run_on<T>(
@@ -96,7 +96,7 @@ impl ByShape {
         {
             // The weights had room and the run had not. What it has goes, and who has room already runs.
             self.engines.pop();
-            self.be_content(self.engines.len(), error);
+            self.be_content(error);
             place = 0;
             found = run(self.engines[place].engine.as_mut());
         }

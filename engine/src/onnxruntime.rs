@@ -96,10 +96,7 @@ fn environment(path: &Path) -> Result<Environment, EngineError> {
 pub(crate) fn open(path: &Path, options: Options, declared: &Declared) -> Result<Box<dyn Engine>, EngineError> {
     let (path, declared) = (path.to_owned(), declared.clone());
     let open = move || Ok(Box::new(OnnxRuntime::open_declared(&path, options, &declared)?) as Box<dyn Engine>);
-    match options.device {
-        Device::Cpu => open(),
-        Device::Cuda(_) | Device::TensorRt(_) => Ok(Box::new(ByShape::new(open)?)),
-    }
+    if options.device.gpu().is_none() { open() } else { Ok(Box::new(ByShape::new(open)?)) }
 }
 
 /// A graph in onnxruntime.
@@ -143,15 +140,15 @@ impl OnnxRuntime {
         commit: impl FnOnce(&mut SessionBuilder) -> ort::Result<Session>,
     ) -> Result<Self, EngineError> {
         let environment = environment(&library_path())?;
-        let cuda = match options.device {
-            Device::Cpu => BTreeMap::new(),
-            Device::Cuda(_) | Device::TensorRt(_) => {
+        let cuda = match options.device.gpu() {
+            None => BTreeMap::new(),
+            Some(_) => {
                 cuda::options(declared).map_err(|reason| EngineError::Open { origin: origin.to_owned(), reason })?
             }
         };
-        let mut builder = configure(&environment, options, &cuda).map_err(|error| match options.device {
-            Device::Cpu => setup(error),
-            Device::Cuda(_) | Device::TensorRt(_) => EngineError::Setup {
+        let mut builder = configure(&environment, options, &cuda).map_err(|error| match options.device.gpu() {
+            None => setup(error),
+            Some(_) => EngineError::Setup {
                 reason: format!(
                     "{}; {} needs a GPU, an onnxruntime that can use it (SENSORIUM_ONNXRUNTIME), and the libraries that this wants, or write \
                      instance_group {{ kind: KIND_CPU }}",
@@ -237,7 +234,7 @@ impl Engine for OnnxRuntime {
 
     fn runs_on_any_thread(&self) -> bool {
         // On a GPU, onnxruntime has handles for each thread that calls it.
-        self.device == Device::Cpu
+        self.device.gpu().is_none()
     }
 }
 
@@ -245,10 +242,7 @@ impl OnnxRuntime {
     fn run_options(&self) -> Result<RunOptions, EngineError> {
         let mut options = RunOptions::new().map_err(failed)?;
         if self.shrink_arena {
-            let arenas = match self.device {
-                Device::Cpu => "cpu:0".to_owned(),
-                Device::Cuda(index) | Device::TensorRt(index) => format!("cpu:0;gpu:{index}"),
-            };
+            let arenas = self.device.gpu().map_or("cpu:0".to_owned(), |index| format!("cpu:0;gpu:{index}"));
             options.set("memory.enable_memory_arena_shrinkage", arenas).map_err(failed)?;
         }
         Ok(options)
@@ -306,7 +300,7 @@ impl OnnxRuntime {
         let started = Instant::now();
         let mut found = self.session.run_with_options(values, options).map_err(|error| {
             let reason = error.message().to_owned();
-            let is_lost = self.device != Device::Cpu && is_of_a_lost_device(&reason);
+            let is_lost = self.device.gpu().is_some() && is_of_a_lost_device(&reason);
             if is_lost { EngineError::DeviceLost { reason } } else { EngineError::Run { reason } }
         })?;
         // Of those that came to their end: one that is cut short says nothing of the next.

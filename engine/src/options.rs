@@ -71,6 +71,16 @@ impl FromStr for Device {
     }
 }
 
+impl Device {
+    /// The index of the GPU, where it is one.
+    pub fn gpu(self) -> Option<i32> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(index) | Self::TensorRt(index) => Some(index),
+        }
+    }
+}
+
 impl fmt::Display for Device {
     /// As it is read.
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use sensorium_artifact::{Digest, MANIFEST_FILE, Manifest, Store};
-use sensorium_engine::{Device, Engine, Pipeline, PipelineError, Signature, open_graph};
+use sensorium_engine::{Engine, Pipeline, PipelineError, Signature, open_graph};
 use sensorium_proto::inference::{ModelConfig, ModelDynamicBatching, model_config::SchedulingChoice};
 use sensorium_telemetry::error_line;
 
@@ -144,7 +144,7 @@ fn here(folder: &Path, graph: &sensorium_artifact::Graph, opening: &Opening) -> 
         reopen: Some(reopen),
         slots: opening.slots.clone(),
         threads: opening.engine.threads.get(),
-        on_gpu: opening.engine.device != Device::Cpu,
+        on_gpu: opening.engine.device.gpu().is_some(),
     })
 }
 

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
 use bytes::Bytes;
-use sensorium_engine::{Device, Engine, RESET_METHOD, RawTensor};
+use sensorium_engine::{Engine, RESET_METHOD, RawTensor};
 use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, model_config::SchedulingChoice};
 use sensorium_telemetry::error_line;
 
@@ -213,7 +213,7 @@ fn open_version(
         && config.batch_output.is_empty()
         && policy.max_elements == 0
         && !matches!(&config.scheduling_choice, Some(SchedulingChoice::SequenceBatching(_)));
-    if options.device != Device::Cpu && is_of_rows {
+    if options.device.gpu().is_some() && is_of_rows {
         policy = policy.in_steps();
         engines::rehearse(&mut engines, sample.as_deref(), &policy.steps);
     }

@@ -170,8 +170,8 @@ pub enum ScheduleError {
 impl ScheduleError {
     /// Whether the engine is not there for anybody, so that other work would have the same answer.
     pub(crate) fn is_everybodys(&self) -> bool {
-        let is_elsewhere = |source: &EngineError| matches!(source, EngineError::Unavailable { .. });
-        self.is_device_lost() || matches!(self, Self::Engine { source, .. } if is_elsewhere(source))
+        use EngineError::{DeviceLost, Unavailable};
+        matches!(self, Self::Engine { source, .. } if matches!(**source, Unavailable { .. } | DeviceLost { .. }))
     }
 
     /// Whether nothing but another process can run this work.

@@ -78,13 +78,12 @@ pub(crate) fn in_process(case: &Case, setting: &Setting, batch: usize, time: Dur
         input = Message::new(case.name, &case.request(batch)?).line_and_bytes();
         command = setting.cores.server(&setting.python);
         command.arg(setting.scripts.join("in_process.py")).arg(case.path(&setting.models)).arg(seconds);
-        command.arg(setting.device.to_string());
     } else {
         input = Vec::new();
         command = setting.cores.server(&std::env::current_exe()?);
         command.arg("in-process").arg(case.name).arg(&setting.models).args([batch.to_string(), seconds]);
-        command.arg(setting.device.to_string());
     }
+    command.arg(setting.device.to_string());
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     if let Some(mut pipe) = child.stdin.take() {
         // One that ends before it has read everything says why.
