@@ -1,8 +1,9 @@
-"""Runs a TorchScript model without a server, and prints what it did as `bench-server` does for ONNX.
+"""Runs a TorchScript model without a server, as often as it is told to, and prints what it did as `bench-server` does for ONNX.
 
-    python in_process.py MODEL.pt SECONDS DEVICE < REQUEST
+    python in_process.py MODEL.pt DEVICE < REQUEST-AND-ORDERS
 
-A request is the header of an HTTP request, one line of JSON, and the bytes of its tensors.
+A request of one row is the header of an HTTP request, one line of JSON, and the bytes of its tensors. An order is a line,
+`BATCH SECONDS`.
 """
 
 import json
@@ -13,21 +14,28 @@ import time
 import numpy as np
 from sessions import open_session
 
-WARM_UP = 0.2
+WARM_UP = 0.05
 # TorchScript looks at its first runs before it settles.
 WARM_UP_RUNS = 4
 
 
 def main() -> None:
-    path, seconds, device = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+    path, device = sys.argv[1:]
     header = json.loads(sys.stdin.buffer.readline())
     types = {"FP32": np.float32, "INT64": np.int64}
-    values = []
+    row = []
     for tensor in header["inputs"]:
         dtype = np.dtype(types[tensor["datatype"]])
-        data = bytearray(sys.stdin.buffer.read(math.prod(tensor["shape"]) * dtype.itemsize))
-        values.append(np.frombuffer(data, dtype).reshape(tensor["shape"]))
+        data = sys.stdin.buffer.read(math.prod(tensor["shape"]) * dtype.itemsize)
+        row.append(np.frombuffer(data, dtype).reshape(tensor["shape"]))
     session = open_session(path, device)
+    for order in sys.stdin.buffer:
+        batch, seconds = order.split()
+        print(json.dumps(run(session, row, int(batch), float(seconds))), flush=True)
+
+
+def run(session, row: list[np.ndarray], batch: int, seconds: float) -> dict[str, float]:
+    values = [np.repeat(value, batch, axis=0) for value in row]
 
     def once() -> float:
         started = time.perf_counter()
@@ -41,9 +49,8 @@ def main() -> None:
     started, runs = time.perf_counter(), []
     while time.perf_counter() - started < seconds:
         runs.append(once())
-    batch = header["inputs"][0]["shape"][0]
     rows_per_second = len(runs) * batch / (time.perf_counter() - started)
-    print(json.dumps({"batch": batch, "rows_per_second": rows_per_second, "median": sorted(runs)[len(runs) // 2]}))
+    return {"rows_per_second": rows_per_second, "median": sorted(runs)[len(runs) // 2]}
 
 
 if __name__ == "__main__":

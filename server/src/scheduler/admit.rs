@@ -228,10 +228,13 @@ impl Queue {
                     state = self.lock();
                 }
                 Next::Wait(None) => {
-                    // A quick model wakes for each request, and that costs more than to run it.
-                    let quick = last.filter(|(_, took)| *took < QUICK);
-                    company = quick.map(|(_, took)| Company::after(0, took, overhead, Instant::now()));
                     state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                    company = match last {
+                        // A quick model wakes for each request, and that costs more than to run it.
+                        Some((_, took)) if took < QUICK => Some(Company::after(0, took, overhead, now)),
+                        // Who comes now may be the first of those who were answered.
+                        _ => company.filter(|company| company.is_open(Instant::now())),
+                    };
                 }
                 Next::Wait(Some(until)) => {
                     let rest = until.saturating_duration_since(now);

@@ -3,25 +3,32 @@
 //! Rows share what a run costs whatever its size, so that more of them are better, up to where what they need does not fit into
 //! a cache any more: many a model runs more rows per second with fewer than its `max_batch_size`. Where that is depends on the
 //! model and the machine, so it is measured while it serves. Sizes are the largest one, halved again and again. Now and then
-//! the neighbour of the size in use is tried, in turn with it, so that what disturbs the machine disturbs both. Who tries and
-//! wins nothing tries ever more rarely.
+//! another one is tried, in turn with the size that batches have, so that what disturbs the machine disturbs both. Each size has its
+//! turn, since its neighbour may win too little where a distant one wins enough. Who tries and wins nothing tries ever more rarely.
 
 use std::time::Duration;
 
 use super::pause::Pause;
 
-/// Batches of the larger size in a trial, and twice as many of the smaller one, of which the median counts: one run says little,
-/// and the first of a size may be the first of its shape that the engine ever sees.
-const RUNS: usize = 3;
-/// The same where a trial was won, which has to be shown once more: on a restless machine chance wins one of twenty.
-const RUNS_AGAIN: usize = 5;
-/// A trial has to come about in this many times as many batches. Where too few wait for the larger size it does not.
+/// Comparisons in a trial, of which the median counts: one says little.
+const RUNS: usize = 5;
+/// The same where a trial was won, which has to be shown once more: on a restless machine chance wins some.
+const RUNS_AGAIN: usize = 7;
+/// Batches of a comparison: three of the smaller size, then two of the larger one. The first of each says nothing: while it runs, what was
+/// answered before comes back, and that was of the other size.
+const STEPS: usize = 5;
+/// Which of them is the first larger one.
+const LARGE_STEP: usize = 3;
+/// A trial has to come about in this many times as many batches as it needs. Where too few wait for the larger size it does not.
 const PATIENCE: usize = 4;
 /// The part of its time that a change has to save.
-const GAIN: f64 = 0.03;
-/// Batches that could have had the other size, until the next trial: at first, and at most. Four times as many where the last one
+const GAIN: f64 = 0.02;
+/// Batches that could have had another size, until the next trial: at first, and at most. Twice as many where the last one
 /// won nothing: trials show in the longest of the answers' times.
-const PAUSE: Pause = Pause::new(16, 1 << 12, 4);
+const PAUSE: Pause = Pause::new(16, 1 << 12, 2);
+/// A trial is lost at once while the other size took more time by this part in each comparison: a trial costs those who wait the
+/// more, the worse the other size is.
+const LOSS: f64 = 0.1;
 /// Runs of less time than this are no more than what there is to do about their messages, which larger batches share.
 const SHORTEST: Duration = Duration::from_millis(1);
 
@@ -32,43 +39,40 @@ pub(super) struct Aim {
     largest: usize,
     /// Rows of the best one, as far as is known.
     rows: usize,
-    /// Which neighbour is tried next.
-    direction: Direction,
+    /// The size of the last batch. Smaller than `rows` where fewer wait, as when clients that wait for their answers take turns in two
+    /// batches.
+    last: usize,
+    /// Trials that were lost since one was won.
+    lost: usize,
     pause: Pause,
     trial: Option<Trial>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Direction {
-    Smaller,
-    Larger,
-}
-
-/// Seconds for each byte of inputs, by the size in use and by the other one.
+/// Compares the size that batches have with another one.
 #[derive(Clone, Debug)]
 struct Trial {
+    own: usize,
     other: usize,
-    is_smaller: bool,
-    with_own: Vec<f64>,
-    with_other: Vec<f64>,
+    /// Batches of the comparison under way, and seconds for each byte of inputs in those of the smaller size that count.
+    step: usize,
+    small: f64,
+    /// The other size's time in parts of the own one's, each of runs that followed each other, since the speed of a machine changes.
+    ratios: Vec<f64>,
     /// Batches so far, of whatever size.
     batches: usize,
-    /// Batches of the larger size that it takes.
+    /// Comparisons that it takes.
     runs: usize,
 }
 
 impl Aim {
     /// Of batches of so many rows at most.
     pub(super) fn at_most(largest: usize) -> Self {
-        Self { largest, rows: largest, direction: Direction::Smaller, pause: PAUSE, trial: None }
+        Self { largest, rows: largest, last: largest, lost: 0, pause: PAUSE, trial: None }
     }
 
     /// Rows of the next batch at most.
     pub(super) fn rows(&self) -> usize {
-        match &self.trial {
-            Some(trial) if trial.wants_other() => trial.other,
-            _ => self.rows,
-        }
+        self.trial.as_ref().map_or(self.rows, Trial::rows)
     }
 
     /// A batch of so many rows, whose inputs have so many bytes, took an engine so long. The size, where that was the last run
@@ -76,105 +80,88 @@ impl Aim {
     pub(super) fn ran(&mut self, rows: usize, bytes: usize, took: Duration) -> Option<usize> {
         let size = self.size_of(rows);
         let Some(trial) = &mut self.trial else {
-            if size == self.rows && took >= SHORTEST {
+            let is_usual = std::mem::replace(&mut self.last, size) == size;
+            if is_usual && took >= SHORTEST {
                 self.pause.pass();
-            }
-            if self.pause.is_over() {
-                self.trial = self.neighbour().map(|other| Trial::new(self.rows, other, RUNS));
+                self.trial =
+                    self.candidate(size).filter(|_| self.pause.is_over()).map(|other| Trial::new(size, other, RUNS));
             }
             return None;
         };
-        let seconds = took.as_secs_f64() / bytes.max(1) as f64;
-        trial.batches += 1;
-        if size == self.rows {
-            trial.with_own.push(seconds);
-        } else if size == trial.other {
-            trial.with_other.push(seconds);
-        }
+        trial.ran(size, took.as_secs_f64() / bytes.max(1) as f64);
         let is_better = trial.verdict()?;
         if is_better && trial.runs < RUNS_AGAIN {
-            *trial = Trial::new(self.rows, trial.other, RUNS_AGAIN);
+            *trial = Trial::new(trial.own, trial.other, RUNS_AGAIN);
             return None;
         }
         if is_better {
-            self.rows = trial.other;
+            (self.rows, self.lost) = (trial.other, 0);
         } else {
-            self.direction = self.direction.reversed();
+            self.lost += 1;
         }
         self.pause.begin(is_better);
         self.trial = None;
         is_better.then_some(self.rows)
     }
 
+    /// The largest size, halved again and again.
+    fn sizes(&self) -> impl Iterator<Item = usize> + use<> {
+        std::iter::successors(Some(self.largest), |size| (*size > 1).then(|| size.div_ceil(2)))
+    }
+
     /// The smallest size that holds so many rows.
     fn size_of(&self, rows: usize) -> usize {
-        let mut size = self.largest;
-        while size > 1 && rows <= half(size) {
-            size = half(size);
-        }
-        size
+        self.sizes().take_while(|size| *size >= rows).last().unwrap_or(self.largest)
     }
 
-    /// The size to try: the one in the direction, or the other one at an end.
-    fn neighbour(&mut self) -> Option<usize> {
-        let find = |direction| match direction {
-            Direction::Smaller => (self.rows > 1).then(|| half(self.rows)),
-            // By halving the largest one, since odd sizes cannot be doubled.
-            Direction::Larger => (self.rows < self.largest).then(|| {
-                let mut size = self.largest;
-                while half(size) > self.rows {
-                    size = half(size);
-                }
-                size
-            }),
-        };
-        let found = find(self.direction);
-        if found.is_none() {
-            self.direction = self.direction.reversed();
-        }
-        found.or_else(|| find(self.direction))
-    }
-}
-
-impl Direction {
-    fn reversed(self) -> Self {
-        match self {
-            Self::Smaller => Self::Larger,
-            Self::Larger => Self::Smaller,
-        }
+    /// What to try where batches have the size `own`: each smaller size in turn, from the next one on, and, if they would have more rows
+    /// if they were let, each larger one.
+    fn candidate(&self, own: usize) -> Option<usize> {
+        let smaller = self.sizes().filter(|size| *size < own);
+        let mut larger: Vec<usize> = self.sizes().filter(|size| *size > own && own == self.rows).collect();
+        larger.reverse();
+        let all: Vec<usize> = smaller.chain(larger).collect();
+        let index = self.lost.checked_rem(all.len())?;
+        all.get(index).copied()
     }
 }
 
 impl Trial {
     fn new(own: usize, other: usize, runs: usize) -> Self {
-        Self { other, is_smaller: other < own, with_own: Vec::new(), with_other: Vec::new(), batches: 0, runs }
+        Self { own, other, step: 0, small: 0.0, ratios: Vec::new(), batches: 0, runs }
     }
 
-    /// Batches of the smaller size so far, and of the larger one.
-    fn counts(&self) -> (usize, usize) {
-        let (own, other) = (self.with_own.len(), self.with_other.len());
-        if self.is_smaller { (other, own) } else { (own, other) }
+    /// Rows of the next batch.
+    fn rows(&self) -> usize {
+        if self.step < LARGE_STEP { self.own.min(self.other) } else { self.own.max(self.other) }
     }
 
-    /// Whether the next batch is to have the other size. Two small ones and a large one take turns: two halves instead of a whole, so
-    /// that those who take turns in two batches go on doing so.
-    fn wants_other(&self) -> bool {
-        let (small, large) = self.counts();
-        (small < 2 * (large + 1)) == self.is_smaller
+    /// A batch of `size` took so long for each byte.
+    fn ran(&mut self, size: usize, seconds: f64) {
+        self.batches += 1;
+        if size != self.rows() {
+            return;
+        }
+        if (1..LARGE_STEP).contains(&self.step) {
+            self.small += seconds / (LARGE_STEP - 1) as f64;
+        }
+        self.step += 1;
+        if self.step == STEPS {
+            let ratio = self.small / seconds;
+            self.ratios.push(if self.other < self.own { ratio } else { ratio.recip() });
+            (self.step, self.small) = (0, 0.0);
+        }
     }
 
     /// Whether the other size is better; `None` while that is open.
     fn verdict(&mut self) -> Option<bool> {
-        let (small, large) = self.counts();
-        if large >= self.runs && small >= 2 * self.runs {
-            return Some(median(&mut self.with_other) < (1.0 - GAIN) * median(&mut self.with_own));
+        if self.ratios.len() >= self.runs {
+            return Some(median(&mut self.ratios) < 1.0 - GAIN);
         }
-        (self.batches >= PATIENCE * 3 * self.runs).then_some(false)
+        let is_hopeless = !self.ratios.is_empty() && self.ratios.iter().all(|ratio| *ratio > 1.0 + LOSS);
+        let is_too_rare = self.batches >= PATIENCE * STEPS * self.runs;
+        (is_hopeless || is_too_rare).then_some(false)
     }
-}
-
-fn half(size: usize) -> usize {
-    size.div_ceil(2)
 }
 
 fn median(values: &mut [f64]) -> f64 {
@@ -191,8 +178,8 @@ mod tests {
     fn settled(aim: &mut Aim, waiting: usize, batches: usize, of_row: impl Fn(usize) -> f64) -> usize {
         for index in 0..batches {
             let rows = aim.rows().min(waiting);
-            // Every fifth run is disturbed.
-            let disturbed = if index % 5 == 0 { 1.4 } else { 1.0 };
+            // Every seventh run is disturbed.
+            let disturbed = if index % 7 == 0 { 1.4 } else { 1.0 };
             aim.ran(rows, rows, Duration::from_secs_f64(of_row(rows) * rows as f64 * disturbed));
         }
         aim.rows
@@ -202,14 +189,14 @@ mod tests {
     fn the_size_of_most_rows_per_second_is_found_from_the_largest_one() {
         for best in [1, 2, 4, 8, 16, 32, 64] {
             let of_row = |rows: usize| 0.01 * (1.0 + 0.1 * (rows as f64 / best as f64).log2().abs());
-            assert_eq!(settled(&mut Aim::at_most(64), 200, 400, of_row), best);
+            assert_eq!(settled(&mut Aim::at_most(64), 200, 1000, of_row), best);
         }
     }
 
     #[test]
     fn sizes_that_are_no_power_of_two_are_halved_to_one_and_found_again() {
         let mut aim = Aim::at_most(50);
-        assert_eq!(settled(&mut aim, 200, 400, |rows| 0.01 + 0.001 * rows as f64), 1);
+        assert_eq!(settled(&mut aim, 200, 1000, |rows| 0.01 + 0.001 * rows as f64), 1);
         assert_eq!(
             settled(&mut aim, 200, 20_000, |rows| 0.01 + 0.1 / rows as f64),
             50,
@@ -218,8 +205,36 @@ mod tests {
     }
 
     #[test]
+    fn a_distant_size_is_found_where_its_neighbours_win_too_little() {
+        let of_row = |rows: usize| 0.01 * (1.0 + 0.02 * (rows as f64).log2());
+        let found = settled(&mut Aim::at_most(32), 200, 2000, of_row);
+        assert!(found <= 2, "{found}");
+    }
+
+    #[test]
+    fn a_size_is_compared_with_what_runs_where_fewer_wait_than_a_batch_could_have() {
+        let of_row = |rows: usize| 0.01 * (rows as f64 / 4.0).max(1.0).powf(0.2);
+        let mut aim = Aim::at_most(32);
+        assert_eq!(settled(&mut aim, 16, 400, of_row), 4, "two batches of 16 take turns");
+        assert_eq!(settled(&mut Aim::at_most(32), 16, 400, |_| 0.01), 32, "nothing is won by another size");
+    }
+
+    #[test]
+    fn it_is_found_on_a_machine_whose_speed_changes_more_than_sizes_differ() {
+        for best in [2, 8, 32] {
+            let batches = std::cell::Cell::new(0);
+            let of_row = |rows: usize| {
+                batches.set(batches.get() + 1);
+                let machine = if batches.get() / 20 % 2 == 0 { 1.0 } else { 1.35 };
+                0.01 * machine * (1.0 + 0.06 * (rows as f64 / f64::from(best)).log2().abs())
+            };
+            assert_eq!(settled(&mut Aim::at_most(32), 200, 5000, of_row), best as usize);
+        }
+    }
+
+    #[test]
     fn what_wins_little_changes_nothing() {
-        let of_row = |rows: usize| 0.01 + 0.0001 * (rows as f64).log2();
+        let of_row = |rows: usize| 0.01 + 0.00005 * (rows as f64).log2();
         assert_eq!(settled(&mut Aim::at_most(32), 200, 10_000, of_row), 32);
     }
 
@@ -242,7 +257,7 @@ mod tests {
             aim.ran(rows, rows, Duration::from_secs_f64(0.01 + 0.001 * rows as f64));
         }
         assert_eq!(aim.rows, 32);
-        assert!(tried < 100, "{tried} of 10,000 were smaller than they should have been");
+        assert!(tried < 40, "{tried} of 10,000 were smaller than they should have been");
     }
 
     #[test]

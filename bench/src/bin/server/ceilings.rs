@@ -2,20 +2,21 @@
 
 use std::convert::Infallible;
 use std::fs;
-use std::io::Write as _;
+use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message as _;
-use sensorium_engine::{Device, Engine as _, OnnxRuntime, Options};
+use sensorium_engine::{Device, Engine as _, OnnxRuntime, Options, RawTensor};
 use sensorium_proto::inference::{ModelInferRequest, ModelInferResponse};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
@@ -25,124 +26,192 @@ use tonic_prost::ProstCodec;
 
 use crate::cases::Case;
 use crate::load::Message;
+use crate::median;
 use crate::servers::Setting;
 
 /// Batches that are tried to find the best.
 const BATCHES: [usize; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
 /// The largest of them that a core is asked for.
 const LARGEST_ON_A_CORE: usize = 32;
-const WARM_UP: Duration = Duration::from_millis(200);
+const WARM_UP: Duration = Duration::from_millis(50);
+/// TorchScript looks at its first runs before it settles.
+const WARM_UP_RUNS: usize = 4;
+/// Times that each batch is tried, in turn.
+const TRIALS: usize = 3;
 
 /// What a session did in process.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
-pub(crate) struct InProcess {
-    /// Rows of a batch.
-    pub(crate) batch: usize,
+pub(crate) struct Runs {
     pub(crate) rows_per_second: f64,
     /// Seconds of a run, in the middle.
     pub(crate) median: f64,
 }
 
-/// Runs the model in this process and prints what it did.
-pub(crate) fn run(case: &Case, models: &Path, device: Device, batch: usize, time: Duration) -> Result<()> {
+/// Runs the model in this process each time that a line of the standard input says so, `BATCH SECONDS`, and prints what it did.
+pub(crate) fn run(case: &Case, models: &Path, device: Device) -> Result<()> {
     let mut engine = OnnxRuntime::open(&case.path(models), Options { device, ..Options::default() })?;
     let outputs: Vec<usize> = (0..engine.signature().outputs().len()).collect();
-    let inputs = case.graph_inputs(batch)?;
-    let mut once = || -> Result<f64> {
+    for line in io::stdin().lines() {
+        let line = line?;
+        let (batch, seconds) = line.split_once(' ').context("a batch and seconds")?;
+        let (batch, seconds): (usize, f64) = (batch.parse()?, seconds.parse()?);
+        let inputs = case.graph_inputs(batch)?;
+        let mut once = || -> Result<f64> {
+            let started = Instant::now();
+            engine.run_raw(&inputs, &outputs)?;
+            Ok(started.elapsed().as_secs_f64())
+        };
+        let warm = Instant::now();
+        for runs in 0.. {
+            if runs >= WARM_UP_RUNS && warm.elapsed() >= WARM_UP {
+                break;
+            }
+            once()?;
+        }
         let started = Instant::now();
-        engine.run_raw(&inputs, &outputs)?;
-        Ok(started.elapsed().as_secs_f64())
-    };
-    let warm = Instant::now();
-    while warm.elapsed() < WARM_UP {
-        once()?;
+        let mut runs = Vec::new();
+        while started.elapsed().as_secs_f64() < seconds {
+            runs.push(once()?);
+        }
+        let rows_per_second = (runs.len() * batch) as f64 / started.elapsed().as_secs_f64();
+        runs.sort_by(f64::total_cmp);
+        println!("{}", serde_json::to_string(&Runs { rows_per_second, median: runs[runs.len() / 2] })?);
     }
-    let started = Instant::now();
-    let mut runs = Vec::new();
-    while started.elapsed() < time {
-        runs.push(once()?);
-    }
-    let rows_per_second = (runs.len() * batch) as f64 / started.elapsed().as_secs_f64();
-    runs.sort_by(f64::total_cmp);
-    let found = InProcess { batch, rows_per_second, median: runs[runs.len() / 2] };
-    println!("{}", serde_json::to_string(&found)?);
     Ok(())
 }
 
-/// The model without a server, in a process of its own where servers are: [`run`], or for TorchScript what a line of Python
-/// calls, which needs no libtorch in this program.
-pub(crate) fn in_process(case: &Case, setting: &Setting, batch: usize, time: Duration) -> Result<InProcess> {
-    let seconds = time.as_secs_f64().to_string();
-    let (mut command, input);
-    if case.is_torchscript() {
-        input = Message::new(case.name, &case.request(batch)?).line_and_bytes();
-        command = setting.cores.server(&setting.python);
-        command.arg(setting.scripts.join("in_process.py")).arg(case.path(&setting.models)).arg(seconds);
-    } else {
-        input = Vec::new();
-        command = setting.cores.server(&std::env::current_exe()?);
-        command.arg("in-process").arg(case.name).arg(&setting.models).args([batch.to_string(), seconds]);
-    }
-    command.arg(setting.device.to_string());
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    if let Some(mut pipe) = child.stdin.take() {
-        // One that ends before it has read everything says why.
-        let _ = pipe.write_all(&input);
-    }
-    let output = child.wait_with_output()?;
-    ensure!(output.status.success(), "in process: {}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).context("in process")
+/// The model without a server, in a process of its own where servers are: [`run`], or for TorchScript what a line of Python calls,
+/// which needs no libtorch in this program. It ends when this is dropped.
+pub(crate) struct InProcess {
+    child: Child,
+    orders: ChildStdin,
+    answers: BufReader<ChildStdout>,
 }
 
-/// The batch of the most rows per second.
-pub(crate) fn best_batch(case: &Case, setting: &Setting, time: Duration) -> Result<usize> {
-    if !case.batches {
-        return Ok(1);
-    }
-    let mut best: Option<InProcess> = None;
-    for batch in BATCHES.into_iter().filter(|batch| setting.device != Device::Cpu || *batch <= LARGEST_ON_A_CORE) {
-        let found = in_process(case, setting, batch, time)?;
-        eprintln!("  in process, {batch} at a time: {:.0} rows/s", found.rows_per_second);
-        if best.is_none_or(|best| found.rows_per_second > best.rows_per_second) {
-            best = Some(found);
+impl InProcess {
+    /// Loads the model of `case`.
+    pub(crate) fn start(case: &Case, setting: &Setting) -> Result<Self> {
+        let mut command;
+        if case.is_torchscript() {
+            command = setting.cores.server(&setting.python);
+            command.arg(setting.scripts.join("in_process.py")).arg(case.path(&setting.models));
+        } else {
+            command = setting.cores.server(&std::env::current_exe()?);
+            command.arg("in-process").arg(case.name).arg(&setting.models);
         }
+        command.arg(setting.device.to_string());
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let mut orders = child.stdin.take().context("its standard input")?;
+        let answers = BufReader::new(child.stdout.take().context("its standard output")?);
+        if case.is_torchscript() {
+            // One that ends before it has read everything says why.
+            let _ = orders.write_all(&Message::new(case.name, &case.request(1)?).line_and_bytes());
+        }
+        Ok(Self { child, orders, answers })
     }
-    Ok(best.map_or(1, |best| best.batch))
+
+    /// Runs batches of `batch` rows for `time`.
+    pub(crate) fn run(&mut self, batch: usize, time: Duration) -> Result<Runs> {
+        writeln!(self.orders, "{batch} {}", time.as_secs_f64()).context("in process")?;
+        let mut line = String::new();
+        self.answers.read_line(&mut line)?;
+        serde_json::from_str(&line).with_context(|| format!("in process: {line:?}"))
+    }
+
+    /// The batch of the most rows per second.
+    pub(crate) fn best_batch(&mut self, case: &Case, device: Device, time: Duration) -> Result<usize> {
+        let is_tried = |batch: &usize| {
+            if case.batches { device != Device::Cpu || *batch <= LARGEST_ON_A_CORE } else { *batch == 1 }
+        };
+        let mut trials: Vec<(usize, Vec<f64>)> =
+            BATCHES.into_iter().filter(is_tried).map(|batch| (batch, Vec::new())).collect();
+        for _ in 0..TRIALS {
+            for (batch, found) in &mut trials {
+                found.push(self.run(*batch, time)?.rows_per_second);
+            }
+        }
+        let found: Vec<_> = trials.into_iter().map(|(batch, found)| (batch, median(found.into_iter()))).collect();
+        for (batch, rows_per_second) in &found {
+            eprintln!("  in process, {batch} at a time: {rows_per_second:.0} rows/s");
+        }
+        Ok(found.into_iter().max_by(|one, other| one.1.total_cmp(&other.1)).map_or(1, |(batch, _)| batch))
+    }
 }
 
-/// Answers every request with the same message: gRPC with that of file `grpc`, HTTP with that of file `http`.
-pub(crate) fn echo(grpc: &Path, http: &Path, grpc_port: u16, http_port: u16) -> Result<()> {
-    let answer = ModelInferResponse::decode(&*fs::read(grpc)?)?;
-    let body = Bytes::from(fs::read(http)?);
+impl Drop for InProcess {
+    fn drop(&mut self) {
+        // Fails where it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What an echo answers, and what it runs before, if anything.
+#[derive(Clone)]
+struct Echo {
+    grpc: ModelInferResponse,
+    http: Bytes,
+    model: Option<Arc<Mutex<Model>>>,
+}
+
+/// A session with what it is run with.
+struct Model {
+    engine: OnnxRuntime,
+    inputs: Vec<RawTensor>,
+    outputs: Vec<usize>,
+}
+
+impl Echo {
+    /// Runs the model on the thread that reads and writes: nothing is handed over, and nobody waits for anybody else.
+    fn run(&self) -> Result<()> {
+        let Some(model) = &self.model else { return Ok(()) };
+        let mut model = model.lock().unwrap_or_else(PoisonError::into_inner);
+        let Model { engine, inputs, outputs } = &mut *model;
+        engine.run_raw(inputs, outputs)?;
+        Ok(())
+    }
+}
+
+/// Answers every request with the same message: gRPC with that of file `grpc`, HTTP with that of file `http`. With a model it runs
+/// one row of that each time before it answers: what no server can beat whose model has a request alone.
+pub(crate) fn echo(grpc: &Path, http: &Path, ports: [u16; 2], model: Option<(&Case, &Path)>) -> Result<()> {
+    let model = model.map(|(case, models)| -> Result<_> {
+        let engine = OnnxRuntime::open(&case.path(models), Options::default())?;
+        let outputs = (0..engine.signature().outputs().len()).collect();
+        Ok(Arc::new(Mutex::new(Model { engine, inputs: case.graph_inputs(1)?, outputs })))
+    });
+    let model = model.transpose()?;
+    let echo = Echo { grpc: ModelInferResponse::decode(&*fs::read(grpc)?)?, http: fs::read(http)?.into(), model };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let grpc = serve(grpc_port, move |request| {
-            let answer = answer.clone();
+        let own = echo.clone();
+        let grpc = serve(ports[0], move |request| {
+            let echo = own.clone();
             async move {
                 let codec = ProstCodec::<ModelInferResponse, ModelInferRequest>::default();
                 let mut grpc = Grpc::new(codec).max_decoding_message_size(64 << 20);
-                Ok::<_, Infallible>(grpc.unary(Answer(answer), request).await)
+                Ok::<_, Infallible>(grpc.unary(echo, request).await)
             }
         });
-        let http = serve(http_port, move |request: hyper::Request<Incoming>| {
-            let body = body.clone();
+        let http = serve(ports[1], move |request: hyper::Request<Incoming>| {
+            let echo = echo.clone();
             async move {
                 request.into_body().collect().await?;
-                Ok::<_, hyper::Error>(hyper::Response::new(Full::new(body)))
+                echo.run()?;
+                Ok::<_, anyhow::Error>(hyper::Response::new(Full::new(echo.http)))
             }
         });
         tokio::try_join!(grpc, http).map(|_| ())
     })
 }
 
-struct Answer(ModelInferResponse);
-
-impl UnaryService<ModelInferRequest> for Answer {
+impl UnaryService<ModelInferRequest> for Echo {
     type Response = ModelInferResponse;
     type Future = std::future::Ready<Result<Response<ModelInferResponse>, Status>>;
 
     fn call(&mut self, _: tonic::Request<ModelInferRequest>) -> Self::Future {
-        std::future::ready(Ok(Response::new(self.0.clone())))
+        let ran = self.run().map_err(|error| Status::internal(error.to_string()));
+        std::future::ready(ran.map(|()| Response::new(self.grpc.clone())))
     }
 }
 

@@ -110,9 +110,21 @@ pub(crate) struct Sample {
 impl Sample {
     /// The latency that `share` of the requests do not exceed, in seconds.
     pub(crate) fn latency(&self, share: f64) -> f64 {
-        let last = self.latencies.len().saturating_sub(1);
-        self.latencies.get((last as f64 * share).round() as usize).copied().unwrap_or(f64::NAN)
+        quantile(&self.latencies, share)
     }
+
+    /// The same for all requests of several samples: one alone may have too few for its slowest to say anything.
+    pub(crate) fn latency_of_all(samples: &[Self], share: f64) -> f64 {
+        let mut all: Vec<f64> = samples.iter().flat_map(|sample| &sample.latencies).copied().collect();
+        all.sort_by(f64::total_cmp);
+        quantile(&all, share)
+    }
+}
+
+/// What `share` of `ascending` figures do not exceed.
+fn quantile(ascending: &[f64], share: f64) -> f64 {
+    let last = ascending.len().saturating_sub(1);
+    ascending.get((last as f64 * share).round() as usize).copied().unwrap_or(f64::NAN)
 }
 
 /// Sends `messages`, each with its weight, in turn to a port of this machine, and counts what is answered from `warm_up`

@@ -1,8 +1,9 @@
 //! How fast the model server is: beside Triton and KServe's runtime, the same session in process, and a bare echo.
 //!
 //! Servers have the first core to themselves, the client has the second. All servers of a model run at the same time, and
-//! are asked in turn: what disturbs the machine disturbs all of them. Ours is the median over rounds; what stands beside it is that by the
-//! median of the rounds' ratios, since a machine's speed changes more from round to round than servers differ.
+//! are asked in turn, as the session in process is: what disturbs the machine disturbs all of them. Ours is the median over rounds; what
+//! stands beside it is that by the median of the rounds' ratios, since a machine's speed changes more from round to round than servers
+//! differ. p99 is that of all requests of all rounds.
 
 mod cases;
 mod ceilings;
@@ -21,7 +22,7 @@ use sensorium_engine::Device;
 use sensorium_proto::inference::ModelInferResponse;
 
 use crate::cases::{CASES, Case, LONGEST_TEXT, PADDING, texts};
-use crate::ceilings::InProcess;
+use crate::ceilings::{InProcess, Runs};
 use crate::load::{Message, Protocol, Sample, closed_loop};
 use crate::servers::{Cores, Kind, Server, Setting};
 
@@ -62,10 +63,10 @@ struct Options {
     #[arg(long, value_name = "REQUESTS", default_values_t = CONCURRENCIES)]
     concurrency: Vec<usize>,
     /// Times that each figure is measured
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
     /// Seconds of each time, longer where a model is slow
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 0.4)]
     seconds: f64,
     /// Where our server and the session in process run the models: `cpu`, or `cuda` for a GPU, where the server has half of the cores
     /// and the client the other half, and peers are to be left out (`--peer` without a value)
@@ -79,22 +80,28 @@ struct Options {
 /// What the program does in processes of its own.
 #[derive(Debug, Subcommand)]
 enum Part {
-    /// Run a model without a server
+    /// Run a model without a server, as the standard input says
     #[command(hide = true)]
-    InProcess { model: String, models: PathBuf, batch: usize, seconds: f64, device: Device },
+    InProcess { model: String, models: PathBuf, device: Device },
     /// Only send requests, to a server that a profiler looks at
     Load { model: String, port: u16, protocol: Protocol, concurrency: usize, seconds: f64 },
-    /// Answer with the same messages
+    /// Answer with the same messages, after a run of the model if there is one
     #[command(hide = true)]
-    Echo { grpc: PathBuf, http: PathBuf, grpc_port: u16, http_port: u16 },
+    Echo {
+        grpc: PathBuf,
+        http: PathBuf,
+        grpc_port: u16,
+        http_port: u16,
+        #[arg(requires = "models")]
+        model: Option<String>,
+        models: Option<PathBuf>,
+    },
 }
 
 fn main() -> Result<()> {
     let options = Options::parse();
     match options.part {
-        Some(Part::InProcess { model, models, batch, seconds, device }) => {
-            ceilings::run(case(&model)?, &models, device, batch, Duration::from_secs_f64(seconds))
-        }
+        Some(Part::InProcess { model, models, device }) => ceilings::run(case(&model)?, &models, device),
         Some(Part::Load { model, port, protocol, concurrency, seconds }) => {
             let case = case(&model)?;
             let messages = [(1.0, Message::new(case.name, &case.request(1)?))];
@@ -105,7 +112,10 @@ fn main() -> Result<()> {
             println!("{:.0} requests/s, p50 {p50:.3} ms, p99 {p99:.3} ms", sample.per_second);
             Ok(())
         }
-        Some(Part::Echo { grpc, http, grpc_port, http_port }) => ceilings::echo(&grpc, &http, grpc_port, http_port),
+        Some(Part::Echo { grpc, http, grpc_port, http_port, model, models }) => {
+            let model = model.as_deref().map(case).transpose()?.zip(models.as_deref());
+            ceilings::echo(&grpc, &http, [grpc_port, http_port], model)
+        }
         None => measure(&options),
     }
 }
@@ -146,8 +156,9 @@ fn measure(options: &Options) -> Result<()> {
 fn measure_case(case: &Case, setting: &Setting, options: &Options, report: &mut Report) -> Result<()> {
     eprintln!("{}", case.name);
     let time = Duration::from_secs_f64(options.seconds);
-    let best = ceilings::best_batch(case, setting, time)?;
-    let alone = ceilings::in_process(case, setting, 1, time)?;
+    let mut session = InProcess::start(case, setting)?;
+    let best = session.best_batch(case, setting.device, time)?;
+    let alone = session.run(1, time)?;
     let message = Message::new(case.name, &case.request(1)?);
     let kinds: Vec<Kind> = std::iter::once(Kind::Ours).chain(options.peer.iter().copied()).collect();
     let mut servers = Vec::new();
@@ -172,11 +183,15 @@ fn measure_case(case: &Case, setting: &Setting, options: &Options, report: &mut 
     let grpc = load::ask_once(ours.port(Protocol::Grpc), Protocol::Grpc, &message)?;
     let http = load::ask_once(ours.port(Protocol::Http), Protocol::Http, &message)?;
     check(&grpc)?;
-    servers.push(Server::echo(setting, &grpc, &http, &message)?);
+    let answers: (&[u8], &[u8]) = (&grpc, &http);
+    servers.push(Server::echo(setting, answers, &message, None)?);
+    if setting.device == Device::Cpu && !case.is_torchscript() {
+        servers.push(Server::echo(setting, answers, &message, Some(case))?);
+    }
     for protocol in [Protocol::Grpc, Protocol::Http] {
         for &concurrency in &options.concurrency {
             let place = Place { case, protocol, concurrency, best, is_tiny, device: setting.device };
-            let turns = take_turns(&place, &servers, setting, options, alone.median, &message)?;
+            let turns = take_turns(&place, &servers, &mut session, options, alone.median, &message)?;
             place.report(&turns, report);
         }
     }
@@ -204,36 +219,40 @@ struct Place<'a> {
 /// What came of it: samples of each server, in rounds, and of the session in process.
 struct Turns {
     samples: Vec<(Kind, Vec<Sample>)>,
-    in_process: Vec<InProcess>,
+    in_process: Vec<Runs>,
 }
 
 fn take_turns(
     place: &Place<'_>,
     servers: &[Server],
-    setting: &Setting,
+    session: &mut InProcess,
     options: &Options,
     row_seconds: f64,
     message: &Message,
 ) -> Result<Turns> {
     // As long as all requests at a time take one after the other: the slowest server answers each twice.
     let round = row_seconds * place.concurrency as f64;
-    let warm_up = Duration::from_secs_f64(round.max(0.3));
+    let warm_up = Duration::from_secs_f64(round.max(0.1));
     let time = Duration::from_secs_f64((2.0 * round).max(options.seconds));
+    // One request at a time is all that it is for.
+    let asked: Vec<_> = servers.iter().filter(|server| server.kind != Kind::Inline || place.concurrency == 1).collect();
     let mut turns =
-        Turns { samples: servers.iter().map(|server| (server.kind, Vec::new())).collect(), in_process: Vec::new() };
+        Turns { samples: asked.iter().map(|server| (server.kind, Vec::new())).collect(), in_process: Vec::new() };
     let messages = [(1.0, message.clone())];
     for round in 0..options.rounds as usize {
-        for turn in 0..servers.len() {
+        for turn in 0..asked.len() {
             // Each round begins with another one.
-            let index = (round + turn) % servers.len();
-            let port = servers[index].port(place.protocol);
-            let sample = closed_loop(port, place.protocol, &messages, place.concurrency, (warm_up, time))
-                .with_context(|| servers[index].kind.name())?;
+            let index = (round + turn) % asked.len();
+            let server = asked[index];
+            let sample =
+                closed_loop(server.port(place.protocol), place.protocol, &messages, place.concurrency, (warm_up, time))
+                    .with_context(|| server.kind.name())?;
             turns.samples[index].1.push(sample);
+            if server.kind == Kind::Ours {
+                let batch = if place.concurrency == 1 { 1 } else { place.best };
+                turns.in_process.push(session.run(batch, Duration::from_secs_f64(options.seconds))?);
+            }
         }
-        let batch = if place.concurrency == 1 { 1 } else { place.best };
-        let time = Duration::from_secs_f64(options.seconds);
-        turns.in_process.push(ceilings::in_process(place.case, setting, batch, time)?);
     }
     Ok(turns)
 }
@@ -258,6 +277,17 @@ impl Turns {
         let samples = self.of(kind);
         (!samples.is_empty()).then(|| self.beside(samples.iter().map(&figure), &figure))
     }
+
+    /// Milliseconds that one request of a hundred exceeds.
+    fn p99(&self, kind: Kind) -> f64 {
+        Sample::latency_of_all(self.of(kind), 0.99) * 1e3
+    }
+
+    /// Microseconds that a request takes longer than the model in process.
+    fn added(&self, kind: Kind) -> f64 {
+        let alone = self.of(kind).iter().zip(&self.in_process);
+        median(alone.map(|(own, model)| (own.latency(0.5) - model.median) * 1e6))
+    }
 }
 
 fn median(figures: impl Iterator<Item = f64>) -> f64 {
@@ -270,21 +300,18 @@ impl Place<'_> {
     fn report(&self, turns: &Turns, report: &mut Report) {
         let row = |what: &str| format!("{}/{}/c{}/{what}", self.case.name, self.protocol.name(), self.concurrency);
         let throughput = |sample: &Sample| sample.per_second;
-        let p99 = |sample: &Sample| sample.latency(0.99) * 1e3;
-        let (ours, ours_p99) = (turns.ours(throughput), turns.ours(p99));
+        let (ours, ours_p99) = (turns.ours(throughput), turns.p99(Kind::Ours));
         let heading = format!("  {} c{}", self.protocol.name(), self.concurrency);
         let mut figures = vec![format!("ours {ours:.0}/s p99 {ours_p99:.2} ms")];
         for kind in [Kind::Triton, Kind::Kserve] {
-            let (Some(peer), Some(peer_p99)) = (turns.peer(kind, throughput), turns.peer(kind, p99)) else {
-                continue;
-            };
+            let Some(peer) = turns.peer(kind, throughput) else { continue };
+            let peer_p99 = turns.p99(kind);
             figures.push(format!("{} {peer:.0}/s p99 {peer_p99:.2} ms", kind.name()));
             report.row(row("throughput"), "requests/s", Better::Higher, ours, (kind.name(), peer));
             report.row(row("p99"), "ms", Better::Lower, ours_p99, (kind.name(), peer_p99));
         }
         if self.concurrency == 1 {
-            let alone = turns.of(Kind::Ours).iter().zip(&turns.in_process);
-            let added = median(alone.map(|(own, model)| (own.latency(0.5) - model.median) * 1e6));
+            let added = turns.added(Kind::Ours);
             figures.push(format!("{added:.0} us more than in process"));
             let limit = ("limit", limits::ADDED_LATENCY * 1e6);
             report.row(row("added-latency-p50"), "us", Better::Lower, added, limit);
@@ -292,6 +319,11 @@ impl Place<'_> {
             let echo = median(turns.of(Kind::Echo).iter().map(|sample| sample.latency(0.5) * 1e6));
             figures.push(format!("echo {echo:.0} us"));
             report.row(row("added-latency-p50"), "us", Better::Lower, added, ("echo", echo));
+            if !turns.of(Kind::Inline).is_empty() {
+                let inline = turns.added(Kind::Inline);
+                figures.push(format!("one thread that does all {inline:.0} us"));
+                report.row(row("added-latency-p50"), "us", Better::Lower, added, ("inline", inline));
+            }
         }
         if self.concurrency >= SATURATED {
             let model = || turns.in_process.iter().map(|found| found.rows_per_second);

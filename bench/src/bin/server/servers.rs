@@ -30,6 +30,8 @@ pub(crate) enum Kind {
     Kserve,
     /// The messages and nothing else.
     Echo,
+    /// The same, but the model is run in between, by the thread that reads and writes.
+    Inline,
 }
 
 impl Kind {
@@ -39,6 +41,7 @@ impl Kind {
             Self::Triton => "triton",
             Self::Kserve => "kserve",
             Self::Echo => "echo",
+            Self::Inline => "inline",
         }
     }
 }
@@ -110,14 +113,20 @@ impl Server {
             Kind::Ours => ours(&folder, setting, case, config, ports)?,
             Kind::Triton => triton(&folder, setting, case, config, ports)?,
             Kind::Kserve => kserve(setting, case, ports),
-            Kind::Echo => bail!("an echo is started with the answer that it gives"),
+            Kind::Echo | Kind::Inline => bail!("an echo is started with the answer that it gives"),
         };
         Self::wait(kind, &mut command, &folder, ports, message)
     }
 
-    /// Starts a server that answers everything with `grpc` or `http`.
-    pub(crate) fn echo(setting: &Setting, grpc: &[u8], http: &[u8], message: &Message) -> Result<Self> {
-        let folder = setting.work.join("echo");
+    /// Starts a server that answers everything with what `grpc` and `http` have answered; with `runs` it runs the model, too.
+    pub(crate) fn echo(
+        setting: &Setting,
+        (grpc, http): (&[u8], &[u8]),
+        message: &Message,
+        runs: Option<&Case>,
+    ) -> Result<Self> {
+        let kind = if runs.is_some() { Kind::Inline } else { Kind::Echo };
+        let folder = setting.work.join(kind.name());
         fs::create_dir_all(&folder)?;
         fs::write(folder.join("grpc"), grpc)?;
         fs::write(folder.join("http"), http)?;
@@ -125,7 +134,10 @@ impl Server {
         let mut command = setting.cores.server(&std::env::current_exe()?);
         command.arg("echo").arg(folder.join("grpc")).arg(folder.join("http"));
         command.args([ports[0].to_string(), ports[1].to_string()]);
-        Self::wait(Kind::Echo, &mut command, &folder, ports, message)
+        if let Some(case) = runs {
+            command.arg(case.name).arg(&setting.models);
+        }
+        Self::wait(kind, &mut command, &folder, ports, message)
     }
 
     fn wait(kind: Kind, command: &mut Command, folder: &Path, ports: [u16; 3], message: &Message) -> Result<Self> {
