@@ -47,10 +47,28 @@ pub(crate) struct Runs {
     pub(crate) median: f64,
 }
 
+/// A session that gives all outputs.
+struct Model {
+    engine: OnnxRuntime,
+    outputs: Vec<usize>,
+}
+
+impl Model {
+    fn open(case: &Case, models: &Path, device: Device) -> Result<Self> {
+        let engine = OnnxRuntime::open(&case.path(models), Options { device, ..Options::default() })?;
+        let outputs = (0..engine.signature().outputs().len()).collect();
+        Ok(Self { engine, outputs })
+    }
+
+    fn run(&mut self, inputs: &[RawTensor]) -> Result<()> {
+        self.engine.run_raw(inputs, &self.outputs)?;
+        Ok(())
+    }
+}
+
 /// Runs the model in this process each time that a line of the standard input says so, `BATCH SECONDS`, and prints what it did.
 pub(crate) fn run(case: &Case, models: &Path, device: Device) -> Result<()> {
-    let mut engine = OnnxRuntime::open(&case.path(models), Options { device, ..Options::default() })?;
-    let outputs: Vec<usize> = (0..engine.signature().outputs().len()).collect();
+    let mut model = Model::open(case, models, device)?;
     for line in io::stdin().lines() {
         let line = line?;
         let (batch, seconds) = line.split_once(' ').context("a batch and seconds")?;
@@ -58,15 +76,13 @@ pub(crate) fn run(case: &Case, models: &Path, device: Device) -> Result<()> {
         let inputs = case.graph_inputs(batch)?;
         let mut once = || -> Result<f64> {
             let started = Instant::now();
-            engine.run_raw(&inputs, &outputs)?;
+            model.run(&inputs)?;
             Ok(started.elapsed().as_secs_f64())
         };
-        let warm = Instant::now();
-        for runs in 0.. {
-            if runs >= WARM_UP_RUNS && warm.elapsed() >= WARM_UP {
-                break;
-            }
+        let (warm, mut runs) = (Instant::now(), 0);
+        while warm.elapsed() < WARM_UP || runs < WARM_UP_RUNS {
             once()?;
+            runs += 1;
         }
         let started = Instant::now();
         let mut runs = Vec::new();
@@ -152,36 +168,31 @@ struct Echo {
     grpc: ModelInferResponse,
     http: Bytes,
     model: Option<Arc<Mutex<Model>>>,
-}
-
-/// A session with what it is run with.
-struct Model {
-    engine: OnnxRuntime,
-    inputs: Vec<RawTensor>,
-    outputs: Vec<usize>,
+    /// Those of the model.
+    inputs: Arc<[RawTensor]>,
 }
 
 impl Echo {
     /// Runs the model on the thread that reads and writes: nothing is handed over, and nobody waits for anybody else.
     fn run(&self) -> Result<()> {
         let Some(model) = &self.model else { return Ok(()) };
-        let mut model = model.lock().unwrap_or_else(PoisonError::into_inner);
-        let Model { engine, inputs, outputs } = &mut *model;
-        engine.run_raw(inputs, outputs)?;
-        Ok(())
+        model.lock().unwrap_or_else(PoisonError::into_inner).run(&self.inputs)
     }
 }
 
 /// Answers every request with the same message: gRPC with that of file `grpc`, HTTP with that of file `http`. With a model it runs
 /// one row of that each time before it answers: what no server can beat whose model has a request alone.
 pub(crate) fn echo(grpc: &Path, http: &Path, ports: [u16; 2], model: Option<(&Case, &Path)>) -> Result<()> {
-    let model = model.map(|(case, models)| -> Result<_> {
-        let engine = OnnxRuntime::open(&case.path(models), Options::default())?;
-        let outputs = (0..engine.signature().outputs().len()).collect();
-        Ok(Arc::new(Mutex::new(Model { engine, inputs: case.graph_inputs(1)?, outputs })))
-    });
-    let model = model.transpose()?;
-    let echo = Echo { grpc: ModelInferResponse::decode(&*fs::read(grpc)?)?, http: fs::read(http)?.into(), model };
+    let mut echo = Echo {
+        grpc: ModelInferResponse::decode(&*fs::read(grpc)?)?,
+        http: fs::read(http)?.into(),
+        model: None,
+        inputs: Arc::new([]),
+    };
+    if let Some((case, models)) = model {
+        echo.model = Some(Arc::new(Mutex::new(Model::open(case, models, Device::Cpu)?)));
+        echo.inputs = case.graph_inputs(1)?.into();
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let own = echo.clone();
