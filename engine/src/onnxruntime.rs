@@ -28,6 +28,7 @@ use crate::error::EngineError;
 use crate::opener::Declared;
 use crate::options::{Device, Optimization, Options};
 use crate::raw::{RawTensor, RawTensorError};
+use crate::same_file::SameFile;
 use crate::signature::{Dim, Shape, Signature};
 
 /// Environment variable with the path of the library; read when it is loaded, and at build time for a default.
@@ -94,8 +95,11 @@ fn environment(path: &Path) -> Result<Environment, EngineError> {
 /// # Errors
 /// As [`OnnxRuntime::open`].
 pub(crate) fn open(path: &Path, options: Options, declared: &Declared) -> Result<Box<dyn Engine>, EngineError> {
-    let (path, declared) = (path.to_owned(), declared.clone());
-    let open = move || Ok(Box::new(OnnxRuntime::open_declared(&path, options, &declared)?) as Box<dyn Engine>);
+    let (path, declared, file) = (path.to_owned(), declared.clone(), SameFile::at(path));
+    let open = move || {
+        file.check()?;
+        Ok(Box::new(OnnxRuntime::open_declared(&path, options, &declared)?) as Box<dyn Engine>)
+    };
     if options.device.gpu().is_none() { open() } else { Ok(Box::new(ByShape::new(open)?)) }
 }
 
@@ -275,10 +279,12 @@ impl OnnxRuntime {
                     }
                 }
             });
-            let watch = watch.map_err(|error| EngineError::Setup { reason: error.to_string() })?;
+            if let Err(error) = &watch {
+                tracing::warn!(%error, "nobody looks whether this run is still waited for");
+            }
             let found = self.run_by(&options, inputs, outputs);
             drop(ended);
-            let is_cut_short = watch.join().unwrap_or(false);
+            let is_cut_short = watch.is_ok_and(|watch| watch.join().unwrap_or(false));
             // It may have come to its end all the same.
             found.map_err(|error| if is_cut_short { EngineError::CutShort } else { error })
         })

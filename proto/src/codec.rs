@@ -94,10 +94,22 @@ impl<U: Message + Default + 'static> Decoder for BoundedDecoder<U> {
 /// RESOURCE_EXHAUSTED for more fields, INTERNAL for what is no such message.
 pub fn decode<M: Message + Default + 'static>(message: Bytes) -> Result<M, Status> {
     check::<M>(&message)?;
+    decode_checked(message)
+}
+
+/// As [`decode`], of a message that [`check`] has nothing against.
+///
+/// # Errors
+/// INTERNAL.
+pub fn decode_checked<M: Message + Default>(message: Bytes) -> Result<M, Status> {
     M::decode(message).map_err(|error| Status::internal(error.to_string()))
 }
 
-fn check<M: 'static>(message: &[u8]) -> Result<(), Status> {
+/// That a message has at most [`MAX_FIELDS`] fields: the time of whatever reads it is bounded by that.
+///
+/// # Errors
+/// RESOURCE_EXHAUSTED.
+pub fn check<M: 'static>(message: &[u8]) -> Result<(), Status> {
     let kind = TypeId::of::<M>();
     let nests = if kind == TypeId::of::<ModelInferRequest>() {
         NESTS_OF_REQUEST
@@ -118,7 +130,8 @@ fn check<M: 'static>(message: &[u8]) -> Result<(), Status> {
 const SIZES: usize = 64;
 
 /// Bytes by which a request's tensors may grow when they are decoded: a whole number in a packed field, of
-/// `InferTensorContents` or a shape, is a byte at least on the wire, and four or eight in memory.
+/// `InferTensorContents` or a shape, is a byte at least on the wire, and four or eight in memory. Of a message that [`check`] has nothing
+/// against.
 pub fn growth(request: &[u8]) -> usize {
     let of_contents = |(field, packed): (u32, &[u8])| match field {
         2 | 4 => packed.len().saturating_mul(3),

@@ -8,7 +8,7 @@ use std::{
     fmt,
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -271,6 +271,30 @@ impl ConnectionMetrics {
     }
 }
 
+/// What one queue has in the gauges of what waits, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    gauges: [Gauge; 2],
+    shown: AtomicI64,
+}
+
+impl Waiting {
+    /// This many requests wait in it now.
+    pub(crate) fn set(&self, requests: usize) {
+        let now = requests as i64;
+        let change = now - self.shown.swap(now, Ordering::Relaxed);
+        for gauge in &self.gauges {
+            gauge.inc_by(change);
+        }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.set(0);
+    }
+}
+
 /// The metrics of one graph's queue and engine, looked up once.
 #[derive(Clone, Debug)]
 pub struct GraphMetrics {
@@ -288,10 +312,9 @@ pub struct GraphMetrics {
 }
 
 impl GraphMetrics {
-    /// This many requests wait now.
-    pub fn waiting(&self, requests: usize) {
-        self.queue_requests.set(requests as i64);
-        self.pending.set(requests as i64);
+    /// For one of the queues that the gauges of what waits are the sum of: versions, instances and loads of a model have one each.
+    pub(crate) fn waiting(&self) -> Waiting {
+        Waiting { gauges: [self.queue_requests.clone(), self.pending.clone()], shown: AtomicI64::new(0) }
     }
 
     /// A request left the queue for the engine.
@@ -455,7 +478,11 @@ mod tests {
         let metrics = Metrics::new();
         let graph = metrics.graph("m", "3");
         metrics.set_ready(true);
-        graph.waiting(1);
+        let (one, other) = (graph.waiting(), graph.waiting());
+        one.set(7);
+        other.set(2);
+        one.set(1);
+        drop(other);
         graph.queued(Duration::from_millis(3));
         graph.abandoned();
         graph.ran(4, Duration::from_micros(70));
@@ -490,6 +517,7 @@ mod tests {
             r#"nv_inference_request_failure{model="m",version="",reason="REJECTED"} 1"#,
             r#"nv_inference_first_response_histogram_ms_bucket{le="2000.0",model="m",version="3"} 1"#,
             r#"sensorium_server_padding_ratio_sum{model="m"} 0.25"#,
+            r#"sensorium_server_queue_requests{model="m"} 1"#,
             r#"sensorium_server_batch_rows_limit{model="m"} 8"#,
             r#"sensorium_server_requests_total{model="m",code="OK"} 1"#,
         ] {

@@ -223,6 +223,8 @@ impl TryFrom<ServerArgs> for ServerConfig {
                  that limit (ulimit -Hn, systemd's LimitNOFILE, default-ulimits of the container runtime), or let fewer connect"
             )
         })?;
+        let drain = args.drain_seconds.unwrap_or(25);
+        check("--drain-seconds", drain, drain <= LONGEST_DRAIN, || format!("at most {LONGEST_DRAIN}, a week"))?;
         let poll = Duration::from_secs(args.repository_poll_secs.map_or(15, NonZeroU32::get).into());
         let mode = match args.model_control_mode.unwrap_or_default() {
             ControlModeName::None => ControlMode::None,
@@ -265,10 +267,13 @@ impl TryFrom<ServerArgs> for ServerConfig {
             openers: Openers::default(),
             prepare_threads: args.prepare_threads.unwrap_or(cores),
             response_cache_bytes: args.response_cache_bytes.unwrap_or(64 << 20),
-            drain: Duration::from_secs(args.drain_seconds.unwrap_or(25)),
+            drain: Duration::from_secs(drain),
         })
     }
 }
+
+/// Seconds that a drain may take at most.
+const LONGEST_DRAIN: u64 = 7 * 24 * 60 * 60;
 
 fn check(setting: &'static str, value: u64, holds: bool, wanted: impl FnOnce() -> String) -> Result<(), ConfigError> {
     if holds { Ok(()) } else { Err(ConfigError::OutOfRange { setting, value, wanted: wanted() }) }
@@ -314,6 +319,14 @@ mod tests {
         let config = config(&["--config", path, "--max-batch-size", "4", "--grpc-addr", "0.0.0.0:1"]).unwrap();
         assert_eq!(config.batching.max_rows, 4);
         assert_eq!(config.addresses.grpc, "0.0.0.0:1".parse().unwrap());
+    }
+
+    #[test]
+    fn a_drain_without_end_is_refused() {
+        let drain = |seconds: &str| config(&["--model-repository", "/models", "--drain-seconds", seconds]);
+        assert_eq!(drain("604800").unwrap().drain, Duration::from_secs(LONGEST_DRAIN));
+        let error = drain("18446744073709551615").unwrap_err().to_string();
+        assert!(error.contains("--drain-seconds") && error.contains("604800"), "{error}");
     }
 
     #[test]

@@ -10,12 +10,13 @@ use std::{
     time::Duration,
 };
 
-use axum::http::{HeaderMap, header};
+use axum::http::HeaderMap;
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::{self, Sleep};
 use tonic::Status;
 
+use super::is_grpc;
 use crate::{
     blocking::in_place,
     budget::Tally,
@@ -82,10 +83,9 @@ impl<B> Metered<B> {
     /// The body of a call with these headers, whose messages have at most `max` bytes and do not rest for longer than
     /// `patience` while they arrive.
     pub(super) fn new(body: B, headers: &HeaderMap, tally: Tally, max: usize, patience: Duration) -> Self {
-        let is_grpc =
-            headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
         let coding = || headers.get("grpc-encoding").and_then(|name| name.to_str().ok()).and_then(Coding::parse);
-        let messages = is_grpc.then(|| Messages { coding: coding(), max, head: [0; HEAD], place: Place::Head(0) });
+        let messages =
+            is_grpc(headers).then(|| Messages { coding: coding(), max, head: [0; HEAD], place: Place::Head(0) });
         Self { body, tally, messages, ready: VecDeque::new(), is_stream: false, patience, until: None, since: 0 }
     }
 
@@ -260,6 +260,7 @@ impl Messages {
 mod tests {
     use std::io::Write as _;
 
+    use axum::http::header;
     use flate2::{Compression, write::GzEncoder, write::ZlibEncoder};
     use futures::StreamExt as _;
     use http_body_util::{BodyExt as _, StreamBody};

@@ -124,7 +124,7 @@ fn as_this_server_says(response: axum::response::Response) -> axum::response::Re
     }
 }
 
-/// Whether a request with these headers is gRPC's, and wants to be refused in its way.
+/// Whether a request with these headers is gRPC's: its body is messages, and it wants to be refused in its way.
 fn is_grpc(headers: &HeaderMap) -> bool {
     let kind = headers.get(axum::http::header::CONTENT_TYPE);
     kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))

@@ -19,7 +19,10 @@ use prost::{
     Message as _,
     encoding::{WireType, decode_key, decode_varint, encode_key, encode_varint, encoded_len_varint, key_len},
 };
-use sensorium_proto::{codec, inference::ModelInferResponse};
+use sensorium_proto::{
+    codec,
+    inference::{ModelInferRequest, ModelInferResponse},
+};
 use tokio::time;
 use tonic::Status;
 
@@ -80,7 +83,7 @@ impl Unary {
         B: Body<Data = Bytes, Error = Box<dyn std::error::Error + Send + Sync>> + Unpin,
     {
         let call = Call::new(headers);
-        let answer = async {
+        let read = async {
             let pass = pass?;
             let message = message(&mut body, self.max);
             let message = match call.deadline {
@@ -89,9 +92,14 @@ impl Unary {
             };
             let message = message?;
             // What is about to be decoded may take more memory than it has taken to arrive.
+            codec::check::<ModelInferRequest>(&message)?;
             let growth = codec::growth(&message);
-            let _grown = self.service.claim(growth)?;
-            let request = in_place(growth, || codec::decode(message))?;
+            let grown = self.service.claim(growth)?;
+            Ok::<_, Status>((in_place(growth, || codec::decode_checked(message))?, grown, pass))
+        };
+        let answer = async {
+            let read = read.await.inspect_err(|status| self.service.refused(status.code()));
+            let (request, _grown, pass) = read?;
             let response = self.service.infer(request, &call).await?;
             Ok::<_, Status>(Answer { pieces: encode(response)?, trailers: Some(well()), _pass: pass })
         };
@@ -289,9 +297,7 @@ impl Body for Answer {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use sensorium_proto::inference::{
-        ModelInferRequest, model_infer_request::InferInputTensor, model_infer_response::InferOutputTensor,
-    };
+    use sensorium_proto::inference::{model_infer_request::InferInputTensor, model_infer_response::InferOutputTensor};
     use tonic::Code;
 
     use super::*;

@@ -4,8 +4,13 @@
 //! shape and bytes, the outputs asked for, and the parameters. 256 bits of BLAKE3: two questions do not share one. Equal
 //! questions that come at the same time are run once.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, resume_unwind},
+    sync::Arc,
+};
 
+use futures::FutureExt as _;
 use moka::future::Cache;
 use sensorium_engine::{RawTensor, dtype_name};
 
@@ -54,10 +59,13 @@ impl ResponseCache {
                 // A row of a large batch must not keep the whole of it alive.
                 Ok(Arc::new(run().await?.iter().map(RawTensor::detached).collect::<Vec<_>>()))
             };
-            match self.0.try_get_with::<_, InferError>(key, keep).await {
-                Ok(answer) => return Ok(answer.as_ref().clone()),
-                Err(error) if is_own || !error.is_one_callers() => return Err(InferError::Shared(error)),
-                Err(_) => {}
+            // Whoever has waited for two hundred others, each of which had begun to run it and left, is given up by a panic.
+            let answer = AssertUnwindSafe(self.0.try_get_with::<_, InferError>(key, keep)).catch_unwind().await;
+            match answer {
+                Ok(Ok(answer)) => return Ok(answer.as_ref().clone()),
+                Ok(Err(error)) if is_own || !error.is_one_callers() => return Err(InferError::Shared(error)),
+                Err(panic) if is_own => resume_unwind(panic),
+                Ok(Err(_)) | Err(_) => {}
             }
         }
     }
@@ -98,7 +106,10 @@ pub(super) fn key(loads: &[u64], request: &Fitted, parameters: &BTreeMap<String,
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        task::Poll,
+    };
 
     use sensorium_engine::DType;
 
@@ -172,6 +183,30 @@ mod tests {
         let patient = async || Ok(vec![tensor(DType::Fp32, &[1])]);
         let (a, b) = tokio::join!(cache.answer([1; 32], hasty), cache.answer([1; 32], patient));
         assert!(a.is_err() && b.is_ok());
+    }
+
+    #[tokio::test]
+    async fn who_waits_behind_hundreds_who_leave_is_answered() {
+        let cache = ResponseCache::new(1 << 20);
+        let never = async || std::future::pending().await;
+        let mut leavers: Vec<_> = (0..300).map(|_| Box::pin(cache.answer([1; 32], never))).collect();
+        let mut patient = Box::pin(cache.answer([1; 32], async || Ok(vec![tensor(DType::Fp32, &[1])])));
+        for leaver in &mut leavers {
+            assert!(futures::poll!(leaver).is_pending());
+        }
+        assert!(futures::poll!(&mut patient).is_pending(), "the first one runs it");
+        let mut answer = None;
+        while answer.is_none() && !leavers.is_empty() {
+            drop(leavers.remove(0));
+            if let Some(next) = leavers.first_mut() {
+                assert!(futures::poll!(next).is_pending(), "it runs it now");
+            }
+            if let Poll::Ready(ready) = futures::poll!(&mut patient) {
+                answer = Some(ready);
+            }
+        }
+        let answer = if let Some(answer) = answer { answer } else { patient.await };
+        assert!(answer.is_ok());
     }
 
     #[tokio::test]

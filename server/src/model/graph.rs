@@ -1,7 +1,10 @@
 //! One graph behind its queue.
 
 use std::{
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -24,6 +27,8 @@ pub struct Graph {
     sample: Option<Vec<RawTensor>>,
     /// Inputs that a probe has succeeded with.
     proven: OnceLock<Vec<RawTensor>>,
+    /// Whether it was asked with all that could be thought of, and took nothing.
+    takes_no_guess: AtomicBool,
 }
 
 impl Graph {
@@ -34,7 +39,8 @@ impl Graph {
         scheduler: Scheduler,
         sample: Option<Vec<RawTensor>>,
     ) -> Arc<Self> {
-        Arc::new(Self { name, signature, scheduler, sample, proven: OnceLock::new() })
+        let (proven, takes_no_guess) = (OnceLock::new(), AtomicBool::new(false));
+        Arc::new(Self { name, signature, scheduler, sample, proven, takes_no_guess })
     }
 
     /// Its name, that of the model it is or is part of.
@@ -114,7 +120,9 @@ impl Graph {
             return self.run(self.probing(inputs.clone())).await.map(drop);
         }
         let mut refusal = None;
-        for inputs in self.sample.iter().cloned().chain(guesses(&self.signature)) {
+        // One that took none of them takes none of them later either.
+        let count = if self.takes_no_guess.load(Ordering::Relaxed) { 1 } else { usize::MAX };
+        for inputs in self.sample.iter().cloned().chain(guesses(&self.signature)).take(count) {
             match self.run(self.probing(inputs.clone())).await {
                 Ok(_) => {
                     // Another probe may have found one before.
@@ -125,6 +133,7 @@ impl Graph {
                 Err(error) => return Err(error),
             }
         }
+        self.takes_no_guess.store(true, Ordering::Relaxed);
         refusal.map_or(Ok(()), Err)
     }
 

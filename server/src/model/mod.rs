@@ -10,13 +10,14 @@ mod multimodal;
 mod ragged;
 mod request;
 mod sequence;
+mod sizes;
 mod statistics;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -26,6 +27,7 @@ use sensorium_engine::RawTensor;
 use sensorium_proto::inference::{ModelConfig, ModelStatistics, model_config::SchedulingChoice};
 
 pub(crate) use self::sequence::{Seated, Stateful};
+use self::sizes::Sizes;
 pub(crate) use self::{
     binding::{Binding, Bound, Reshape},
     ensemble::{Ensemble, Find},
@@ -65,12 +67,11 @@ pub struct ModelVersion {
     cache: Option<(ResponseCache, GraphMetrics)>,
     /// Which load of which model this is, among all of the process.
     load: u64,
-    /// Bytes of a row of the largest answer of late.
-    row_bytes: AtomicUsize,
+    sizes: Sizes,
     runs: Runs,
 }
 
-/// Parameter of a request: the digest of the artifact that it is meant for. A model of another one refuses it.
+/// Parameter of a request: the digest of the artifact that it is meant for. A model of another one, or of none, refuses it.
 pub const ARTIFACT_DIGEST: &str = "artifact_digest";
 
 /// Outputs in the order in which they were asked for, and where the time went.
@@ -100,8 +101,8 @@ impl ModelVersion {
         static LOADS: AtomicU64 = AtomicU64::new(0);
         let load = LOADS.fetch_add(1, Ordering::Relaxed);
         let (labels, artifact, cache) = (BTreeMap::new(), None, None);
-        let (name, row_bytes) = (config.name.clone(), AtomicUsize::new(0));
-        Self { name, version, config, interface, statistics, labels, artifact, cache, load, row_bytes, runs }
+        let (name, sizes) = (config.name.clone(), Sizes::new(interface.outputs.len()));
+        Self { name, version, config, interface, statistics, labels, artifact, cache, load, sizes, runs }
     }
 
     /// With names for the classes of some outputs.
@@ -229,42 +230,33 @@ impl ModelVersion {
             None => self.run(fitted, &request).await?,
         };
         counted.is_answered = true;
-        self.note_answer(outputs.iter().map(|tensor| tensor.data().len()).sum::<usize>() / rows.max(1));
+        for (output, tensor) in wanted.iter().zip(&outputs) {
+            self.sizes.note(*output, tensor.data().len() / rows.max(1));
+        }
         self.statistics.succeeded(counted.started.elapsed(), rows, &timings);
         let named = wanted.into_iter().zip(outputs);
         let named = named.map(|(output, tensor)| NamedTensor { name: self.outputs()[output].name.clone(), tensor });
         Ok(Response { outputs: named.collect(), timings })
     }
 
-    /// Bytes of the answer to a request, by the largest answers of late; 0 before there was one.
+    /// Bytes of the answer to a request, by the largest of its outputs of late; 0 before there was one.
     pub(crate) fn expected_answer(&self, request: &Request) -> usize {
         let first = request.inputs.first().filter(|_| self.interface.max_rows.is_some());
         let rows = first.and_then(|input| input.tensor.row_count()).unwrap_or(1);
         // More of them are refused later on.
         let rows = rows.min(self.interface.max_rows.unwrap_or(rows));
-        self.row_bytes.load(Ordering::Relaxed).saturating_mul(rows)
-    }
-
-    /// Larger ones are forgotten after some hundreds.
-    fn note_answer(&self, row_bytes: usize) {
-        let known = self.row_bytes.load(Ordering::Relaxed);
-        let now = row_bytes.max(known - known / 64);
-        if now != known {
-            // What others note meanwhile is as good.
-            self.row_bytes.store(now, Ordering::Relaxed);
-        }
+        let is_wanted = |spec: &TensorSpec| request.outputs.is_empty() || request.outputs.contains(&spec.name);
+        let outputs = self.outputs().iter().enumerate().filter(|(_, spec)| is_wanted(spec)).map(|(index, _)| index);
+        self.sizes.of(outputs).saturating_mul(rows)
     }
 
     fn check_artifact(&self, request: &Request) -> Result<(), InferError> {
-        let (Some(served), Some(Parameter::Text(wanted))) = (&self.artifact, request.parameters.get(ARTIFACT_DIGEST))
-        else {
-            return Ok(());
-        };
-        if served == wanted {
+        let Some(Parameter::Text(wanted)) = request.parameters.get(ARTIFACT_DIGEST) else { return Ok(()) };
+        if self.artifact.as_ref() == Some(wanted) {
             return Ok(());
         }
-        let (model, served, wanted) = (self.name.clone(), served.clone(), wanted.clone());
-        Err(InferError::OtherArtifact { model, served, wanted })
+        let served = self.artifact.clone().unwrap_or_else(|| "(none)".to_owned());
+        Err(InferError::OtherArtifact { model: self.name.clone(), served, wanted: wanted.clone() })
     }
 
     /// Runs a request whose answer nobody knows.

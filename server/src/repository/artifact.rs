@@ -3,12 +3,17 @@
 //! An artifact gives several models: each of its graphs as `NAME.GRAPH`, which takes tensors, and, where it answers
 //! questions, the whole of it as `NAME`, which takes encoded images and texts.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use sensorium_artifact::{Digest, MANIFEST_FILE, Manifest, Store};
 use sensorium_engine::{Engine, Pipeline, PipelineError, Signature, open_graph};
 use sensorium_proto::inference::{ModelConfig, ModelDynamicBatching, model_config::SchedulingChoice};
 use sensorium_telemetry::error_line;
+use tempfile::TempDir;
 
 use super::{LoadError, Loaded, ModelSource, Opening, complete, engines, remote};
 use crate::{
@@ -33,6 +38,7 @@ pub(super) async fn load(source: &ModelSource, opening: &Opening) -> Result<Load
         let (name, opening, artifact) = (source.name.clone(), opening.clone(), artifact.clone());
         // Opening a graph reads and optimises it: seconds of CPU for a large one.
         tokio::task::spawn_blocking(move || {
+            let folder = Folder { path: folder, _kept: None };
             open(&name, VERSION, &folder, &artifact.digest, &artifact.manifest, &opening)
         })
         .await
@@ -52,7 +58,13 @@ pub(super) fn is_artifact(folder: &Path) -> bool {
 ///
 /// # Errors
 /// The first thing that is not what the manifest says, as a sentence about the model.
-pub(super) fn open_folder(name: &str, version: u64, folder: &Path, opening: &Opening) -> Result<Loaded, String> {
+pub(super) fn open_folder(
+    name: &str,
+    version: u64,
+    folder: &Path,
+    own: Option<Arc<TempDir>>,
+    opening: &Opening,
+) -> Result<Loaded, String> {
     let path = folder.join(MANIFEST_FILE);
     let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let manifest = Manifest::from_slice(&path.display().to_string(), &bytes).map_err(|error| error_line(&error))?;
@@ -63,14 +75,23 @@ pub(super) fn open_folder(name: &str, version: u64, folder: &Path, opening: &Ope
             return Err(format!("its file {} is not the one that its manifest names", file.path));
         }
     }
-    open(name, version, folder, &Digest::of(&bytes), &manifest, opening).map_err(|error| error_line(&error))
+    open(name, version, &Folder { path: folder.to_owned(), _kept: own }, &Digest::of(&bytes), &manifest, opening)
+        .map_err(|error| error_line(&error))
+}
+
+/// Where an artifact's files are.
+#[derive(Clone)]
+struct Folder {
+    path: PathBuf,
+    /// A folder that is there for as long as somebody may open something in it.
+    _kept: Option<Arc<TempDir>>,
 }
 
 /// Opens the graphs of an artifact whose files are in `folder`, all as the same version.
 fn open(
     name: &str,
     version: u64,
-    folder: &Path,
+    folder: &Folder,
     digest: &Digest,
     manifest: &Manifest,
     opening: &Opening,
@@ -100,7 +121,7 @@ fn open(
         return Ok(loaded);
     }
     if manifest.pipeline.is_some() {
-        let pipeline = Pipeline::new(folder, manifest, opening.limits).map_err(failed)?;
+        let pipeline = Pipeline::new(&folder.path, manifest, opening.limits).map_err(failed)?;
         let (digest, pool) = (digest.to_string(), opening.pool.clone());
         let max_rows = opening.batching.max_rows;
         let multimodal = Arc::new(Multimodal::new(name.to_owned(), digest, pipeline, graphs, pool, max_rows));
@@ -132,11 +153,11 @@ struct Engines {
 }
 
 /// One engine of this process.
-fn here(folder: &Path, graph: &sensorium_artifact::Graph, opening: &Opening) -> Result<Engines, PipelineError> {
-    let engine = open_graph(folder, graph, opening.engine)?;
+fn here(folder: &Folder, graph: &sensorium_artifact::Graph, opening: &Opening) -> Result<Engines, PipelineError> {
+    let engine = open_graph(&folder.path, graph, opening.engine)?;
     let reopen: Reopen = {
-        let (folder, graph, options) = (folder.to_owned(), graph.clone(), opening.engine);
-        Arc::new(move || open_graph(&folder, &graph, options).map_err(|error| error_line(&error)))
+        let (folder, graph, options) = (folder.clone(), graph.clone(), opening.engine);
+        Arc::new(move || open_graph(&folder.path, &graph, options).map_err(|error| error_line(&error)))
     };
     Ok(Engines {
         signature: engine.signature().clone(),

@@ -8,7 +8,8 @@ use std::{
 };
 
 use sensorium_telemetry::error_line;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::OwnedMutexGuard;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     ControlError, ControlMode, LoadError, LoadParameters, Loaded, ModelSource, Opening, Place, Registry,
@@ -45,8 +46,9 @@ impl Registry {
             places,
             opening,
             models: RwLock::default(),
-            changing: tokio::sync::Mutex::default(),
+            changing: Arc::default(),
             background: CancellationToken::new(),
+            retiring: TaskTracker::new(),
         }));
         let changing = registry.0.changing.lock().await;
         for source in &registry.0.config.models {
@@ -78,15 +80,7 @@ impl Registry {
             ControlMode::Poll(interval) => Some((interval, poll::fingerprints(found))),
             ControlMode::None | ControlMode::Explicit => None,
         };
-        for name in wanted {
-            // An ensemble before it may have brought it already.
-            if registry.ready(&name, "") {
-                continue;
-            }
-            if let Err(error) = registry.bring(&name, LoadParameters::default()).await {
-                tracing::error!(model = name, error = error_line(&error), "not loaded");
-            }
-        }
+        registry.bring_all(wanted).await;
         drop(changing);
         if let Some((interval, found)) = watched {
             poll::spawn(&registry, interval, found);
@@ -132,14 +126,15 @@ impl Registry {
     }
 
     /// Loads a model, or loads it again: what is in flight finishes on the old one. A load that has begun ends, whether or not
-    /// anybody waits for that.
+    /// anybody waits for that; one that waits for others to end goes with who asked for it.
     ///
     /// # Errors
     /// [`ControlError`]; a model that was loaded before stays as it was.
     pub async fn load(&self, name: &str, parameters: LoadParameters) -> Result<(), ControlError> {
         self.may_change()?;
+        let changing = self.0.changing.clone().lock_owned().await;
         let (registry, own) = (self.clone(), name.to_owned());
-        let load = tokio::spawn(async move { registry.load_now(&own, parameters).await });
+        let load = tokio::spawn(async move { registry.load_now(&own, parameters, changing).await });
         load.await.unwrap_or_else(|_| {
             let reason = "loading it was cut short".to_owned();
             self.note_failure(name, 0, &reason);
@@ -147,22 +142,46 @@ impl Registry {
         })
     }
 
-    async fn load_now(&self, name: &str, parameters: LoadParameters) -> Result<(), ControlError> {
-        let _changing = self.0.changing.lock().await;
+    async fn load_now(
+        &self,
+        name: &str,
+        parameters: LoadParameters,
+        _changing: OwnedMutexGuard<()>,
+    ) -> Result<(), ControlError> {
         let failed = |error: LoadError| ControlError::Failed { name: name.to_owned(), reason: error_line(&error) };
+        if self.0.background.is_cancelled() {
+            return Err(ControlError::Failed { name: name.to_owned(), reason: "this server ends".to_owned() });
+        }
         self.refresh_before(|repository| folder::is_model_name(name) && repository.join(name).is_dir())
             .await
             .map_err(failed)?;
-        self.bring(name, parameters).await
+        self.bring(name, parameters, &[], &mut BTreeSet::new()).await
     }
 
-    /// As [`Registry::load`], by whoever holds `changing`.
-    pub(super) async fn bring(&self, name: &str, parameters: LoadParameters) -> Result<(), ControlError> {
-        self.bring_below(name, parameters, &[]).await
+    /// Loads models, or loads them again, by whoever holds `changing`: those that could not be.
+    pub(super) async fn bring_all(&self, names: Vec<String>) -> Vec<String> {
+        let (mut brought, mut failed) = (BTreeSet::new(), Vec::new());
+        for name in names {
+            // An ensemble before it may have brought it already.
+            if brought.contains(&name) {
+                continue;
+            }
+            if let Err(error) = self.bring(&name, LoadParameters::default(), &[], &mut brought).await {
+                tracing::error!(model = name, error = error_line(&error), "not loaded");
+                failed.push(name);
+            }
+        }
+        failed
     }
 
-    /// As [`Registry::bring`], for ensembles `above`.
-    async fn bring_below(&self, name: &str, parameters: LoadParameters, above: &[&str]) -> Result<(), ControlError> {
+    /// As [`Registry::load`], by whoever holds `changing`, for ensembles `above`. What was loaded is added to `brought`.
+    async fn bring(
+        &self,
+        name: &str,
+        parameters: LoadParameters,
+        above: &[&str],
+        brought: &mut BTreeSet<String>,
+    ) -> Result<(), ControlError> {
         let failed = |reason| ControlError::Failed { name: name.to_owned(), reason };
         let origin = self.origin(name, &parameters);
         if matches!(origin, Some(Origin::Artifact(_))) && parameters != LoadParameters::default() {
@@ -174,7 +193,7 @@ impl Registry {
             Some(Origin::Artifact(source)) => {
                 artifact::load(&source, &self.0.opening).await.map_err(|error| error_line(&error))
             }
-            Some(Origin::Folder(path)) => self.bring_folder(name, path, parameters, above).await,
+            Some(Origin::Folder(path)) => self.bring_folder(name, path, parameters, above, brought).await,
             None => {
                 self.forget(name);
                 return Err(ControlError::NotFound { name: name.to_owned() });
@@ -192,6 +211,7 @@ impl Registry {
             self.note_failure(name, 0, &reason);
             return Err(failed(reason));
         }
+        brought.insert(name.to_owned());
         let reasons: Vec<_> = broken.iter().map(|(version, reason)| format!("version {version}: {reason}")).collect();
         if reasons.is_empty() { Ok(()) } else { Err(failed(reasons.join("; "))) }
     }
@@ -203,6 +223,7 @@ impl Registry {
         path: PathBuf,
         parameters: LoadParameters,
         above: &[&str],
+        brought: &mut BTreeSet<String>,
     ) -> Result<Loaded, String> {
         let cut_short = |_| "opening it was cut short".to_owned();
         let own = name.to_owned();
@@ -215,8 +236,8 @@ impl Registry {
             }
             self.check_below(step, &above)?;
             if !self.ready(step, "") {
-                let brought = Box::pin(self.bring_below(step, LoadParameters::default(), &above)).await;
-                brought.map_err(|error| format!("it needs model {step:?}: {}", error_line(&error)))?;
+                let step_brought = Box::pin(self.bring(step, LoadParameters::default(), &above, brought)).await;
+                step_brought.map_err(|error| format!("it needs model {step:?}: {}", error_line(&error)))?;
             }
         }
         let registry = Arc::downgrade(&self.0);
@@ -292,7 +313,7 @@ impl Registry {
     fn loading(&self, name: &str) {
         let mut models = self.write();
         let entry = models.by_name.entry(name.to_owned()).or_default();
-        if entry.unit.is_empty() {
+        if entry.is_free() {
             name.clone_into(&mut entry.unit);
         }
         if entry.versions.is_empty() {
@@ -326,11 +347,15 @@ impl Registry {
         }
     }
 
-    /// Runs what waits and closes every engine. Nothing is admitted any more.
+    /// Runs what waits and closes every engine. Nothing is admitted any more, and no model comes.
     pub async fn stop(&self) {
+        self.0.background.cancel();
+        let _changing = self.0.changing.lock().await;
         for graph in self.graphs() {
             graph.stop().await;
         }
+        self.0.retiring.close();
+        self.0.retiring.wait().await;
     }
 
     /// That clients may load and unload models.
@@ -347,7 +372,8 @@ impl Registry {
     /// Puts the models of a unit in the place of those that it had. The error is a name that another unit has taken.
     fn install(&self, unit: &str, loaded: Loaded) -> Result<(), String> {
         let mut models = self.write();
-        let taken = |model: &&ModelVersion| models.by_name.get(model.name()).is_some_and(|entry| entry.unit != unit);
+        let is_taken = |entry: &super::Entry| entry.unit != unit && !entry.is_free();
+        let taken = |model: &&ModelVersion| models.by_name.get(model.name()).is_some_and(is_taken);
         if let Some(model) = loaded.versions.iter().find(taken) {
             return Err(model.name().to_owned());
         }
@@ -405,7 +431,7 @@ impl Registry {
         }
         let registry = self.clone();
         // Ends with the last request in flight, so nobody has to wait for it.
-        tokio::spawn(async move {
+        self.0.retiring.spawn(async move {
             let names: Vec<(String, u64)> =
                 old.iter().map(|model| (model.name().to_owned(), model.version().parse().unwrap_or(0))).collect();
             let graphs: Vec<Arc<Graph>> = old.iter().flat_map(|model| model.graphs().to_vec()).collect();

@@ -30,7 +30,7 @@ use sensorium_artifact::Volumes;
 use sensorium_engine::Options;
 use sensorium_modality::Limits;
 use sensorium_proto::inference::ModelStatistics;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::place::Place;
 pub use self::{
@@ -179,9 +179,11 @@ struct Inner {
     opening: Opening,
     models: RwLock<Models>,
     /// Held while models come or go, so that one change happens at a time.
-    changing: tokio::sync::Mutex<()>,
+    changing: Arc<tokio::sync::Mutex<()>>,
     /// Ends what runs beside requests when the last handle goes.
     background: CancellationToken,
+    /// Models that are gone, until their last requests and their engines have ended.
+    retiring: TaskTracker,
 }
 
 /// Read for every request, written when a model comes or goes.
@@ -217,6 +219,13 @@ struct Entry {
     /// What it was loaded from: an artifact gives several models, which come and go together.
     unit: String,
     versions: BTreeMap<u64, Slot>,
+}
+
+impl Entry {
+    /// Whether another unit may have the name: nothing of this one is loaded.
+    fn is_free(&self) -> bool {
+        self.versions.values().all(|slot| slot.model.is_none())
+    }
 }
 
 /// One version of a model.

@@ -10,7 +10,7 @@ use std::{
 use sensorium_telemetry::error_line;
 use tokio::time;
 
-use super::{Inner, LoadParameters, Registry, folder};
+use super::{Inner, Registry, folder};
 
 /// Fingerprints of models that are loaded, or could not be, by name.
 type Loaded = BTreeMap<String, u64>;
@@ -70,13 +70,8 @@ async fn watch(registry: Weak<Inner>, interval: Duration, mut loaded: Loaded) {
                 again.filter(|name| !stable.contains_key(name) && now.contains_key(name) && !registry.ready(name, ""));
             let again: Vec<String> = again.collect();
             let names = stable.keys().cloned().chain(again);
-            for name in names {
-                let _changing = registry.0.changing.lock().await;
-                if let Err(error) = registry.bring(&name, LoadParameters::default()).await {
-                    tracing::error!(model = name, error = error_line(&error), "not loaded");
-                    failed.push(name);
-                }
-            }
+            let _changing = registry.0.changing.lock().await;
+            failed = registry.bring_all(names.collect()).await;
             loaded.extend(stable);
         }
         // A change is taken as soon as it stands still, which need not last a whole interval.

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
 use bytes::Bytes;
-use sensorium_engine::{Engine, RESET_METHOD, RawTensor};
+use sensorium_engine::{Engine, RESET_METHOD, RawTensor, SameFile};
 use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, model_config::SchedulingChoice};
 use sensorium_telemetry::error_line;
 
@@ -82,7 +82,7 @@ impl Found {
         let mut loaded = Loaded::default();
         for (version, path) in versions {
             if artifact::is_artifact(&path) {
-                match artifact::open_folder(name, version, &path, opening) {
+                match artifact::open_folder(name, version, &path, self.own.clone(), opening) {
                     Ok(found) => {
                         loaded.versions.extend(found.versions);
                         // The newest speaks for all: typed parts come without a version.
@@ -174,10 +174,11 @@ fn open_version(
     }
     let (count, options) = engines::instances(&written.config, opening.engine)?;
     let reopen: Reopen = {
-        let (file, declared) = (file.clone(), openers::declared(&written.config));
+        let (file, declared, same) = (file.clone(), openers::declared(&written.config), SameFile::at(&file));
         Arc::new(move || {
             // An engine that died is opened again from the same file, so that stays.
             let _kept = &own;
+            same.check().map_err(|error| error_line(&error))?;
             (opener.open)(&file, options, &declared).map_err(|error| error_line(&error))
         })
     };

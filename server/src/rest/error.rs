@@ -32,6 +32,19 @@ impl Refusal {
         self.status
     }
 
+    /// The code of gRPC closest to it.
+    pub(super) fn code(&self) -> Code {
+        match self.status {
+            StatusCode::UNAUTHORIZED => Code::Unauthenticated,
+            StatusCode::NOT_FOUND => Code::NotFound,
+            StatusCode::PAYLOAD_TOO_LARGE | StatusCode::TOO_MANY_REQUESTS => Code::ResourceExhausted,
+            StatusCode::SERVICE_UNAVAILABLE => Code::Unavailable,
+            StatusCode::GATEWAY_TIMEOUT => Code::DeadlineExceeded,
+            status if status.is_client_error() => Code::InvalidArgument,
+            _ => Code::Internal,
+        }
+    }
+
     pub(super) fn message(&self) -> &str {
         &self.message
     }

@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     blocking::{aside, in_place},
+    budget::Taken,
     model::ModelVersion,
     service::{Call, mark},
 };
@@ -36,9 +37,12 @@ pub(super) async fn generate(
     headers: HeaderMap,
     body: Arriving,
 ) -> Result<Response, Refusal> {
-    let (_, request) = read(&rest, target, &headers, body).await?;
+    // Until there is an answer.
+    let held = body.tally();
+    let Asked { request, grown, .. } = read(&rest, target, &headers, body).await?;
     let answer = rest.service.infer(request, &Call::new(&headers)).await?;
     let size = answer.raw_output_contents.iter().map(Bytes::len).sum();
+    drop((held, grown));
     let text = aside(size, move || answer_object(answer)).await?;
     Ok(([(CONTENT_TYPE, "application/json")], text).into_response())
 }
@@ -53,7 +57,7 @@ pub(super) async fn generate_stream(
 ) -> Result<Response, Refusal> {
     let call = Call::new(&headers);
     let held = body.tally();
-    let (model, request) = read(&rest, target, &headers, body).await?;
+    let Asked { model, request, grown } = read(&rest, target, &headers, body).await?;
     if !model.iterates() {
         let is_decoupled = model.is_decoupled();
         let mut answer = rest.service.infer_one(model, request, &call).await?;
@@ -67,7 +71,7 @@ pub(super) async fn generate_stream(
     let all = tokio_stream::once(Ok(first)).chain(answers);
     // The request's tensors are there until its last step.
     Ok(events(all.map(move |answer| {
-        let _held = &held;
+        let _held = (&held, &grown);
         answer
     })))
 }
@@ -85,12 +89,18 @@ fn events(answers: impl Stream<Item = Result<ModelInferResponse, Status>> + Send
 }
 
 /// The model that is asked, and what.
-async fn read(
-    rest: &Rest,
-    target: Target,
-    headers: &HeaderMap,
-    body: Arriving,
-) -> Result<(Arc<ModelVersion>, ModelInferRequest), Refusal> {
+struct Asked {
+    model: Arc<ModelVersion>,
+    request: ModelInferRequest,
+    /// What it takes beyond its bytes on the wire.
+    grown: Option<Taken>,
+}
+
+async fn read(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<Asked, Refusal> {
+    try_read(rest, target, headers, body).await.inspect_err(|refusal| rest.service.refused(refusal.code()))
+}
+
+async fn try_read(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<Asked, Refusal> {
     let body = body::read(headers, body, rest.max_bytes).await?;
     let model = rest.service.model(&target.model, &target.version)?;
     let (own, length) = (model.clone(), body.len());
@@ -98,7 +108,8 @@ async fn read(
     let mut request = read.map_err(|error| Refusal::invalid(error.to_string()))?;
     request.model_name = target.model;
     request.model_version = target.version;
-    Ok((model, request))
+    let grown = body::claim_growth(&rest.service, length, &request)?;
+    Ok(Asked { model, request, grown })
 }
 
 /// Fields that are named like inputs are those, wherever they are, `id` is itself, and the rest are parameters.

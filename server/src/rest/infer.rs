@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     blocking::aside,
-    budget::Tally,
+    budget::{Taken, Tally},
     model::ModelVersion,
     service::{Call, Service},
     wire,
@@ -66,6 +66,23 @@ async fn answer(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving
     let call = Call::new(headers);
     // Until there is an answer.
     let _held = body.tally();
+    let read = read(rest, target, headers, body).await;
+    let Asked { request, wanted, _grown } = read.inspect_err(|refusal| rest.service.refused(refusal.code()))?;
+    let answer = rest.service.infer(request, &call).await?;
+    let size = answer.raw_output_contents.iter().map(Bytes::len).sum();
+    let written = aside(size, move || response::write(answer, &wanted)).await.map_err(Refusal::invalid)?;
+    Ok(body::respond(headers, written).await)
+}
+
+/// A request that has arrived.
+struct Asked {
+    request: ModelInferRequest,
+    wanted: Wanted,
+    /// What it takes beyond its bytes on the wire.
+    _grown: Option<Taken>,
+}
+
+async fn read(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<Asked, Refusal> {
     let body = body::read(headers, body, rest.max_bytes).await?;
     let bytes = body.len();
     let length = headers.get(HEADER_LENGTH).map(|value| value.to_str().unwrap_or("?").to_owned());
@@ -77,13 +94,10 @@ async fn answer(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving
         let read = aside(text, move || request::read(&body, length.as_deref())).await;
         read.map_err(|error| Refusal::invalid(error.to_string()))?
     };
-    let _grown = body::claim_growth(&rest.service, bytes, &request)?;
+    let grown = body::claim_growth(&rest.service, bytes, &request)?;
     request.model_name = target.model;
     request.model_version = target.version;
-    let answer = rest.service.infer(request, &call).await?;
-    let size = answer.raw_output_contents.iter().map(Bytes::len).sum();
-    let written = aside(size, move || response::write(answer, &wanted)).await.map_err(Refusal::invalid)?;
-    Ok(body::respond(headers, written).await)
+    Ok(Asked { request, wanted, _grown: grown })
 }
 
 /// A body that is nothing but the one input of a model, whose shape the model's configuration gives up to one size. A

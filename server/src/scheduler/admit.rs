@@ -24,7 +24,10 @@ use super::{
     slots::{Held, Share},
     state::{Job, Outcome, Reply, State},
 };
-use crate::{metrics::GraphMetrics, model::Statistics};
+use crate::{
+    metrics::{GraphMetrics, Waiting},
+    model::Statistics,
+};
 
 /// See the module.
 #[derive(Debug)]
@@ -33,6 +36,8 @@ pub(super) struct Queue {
     pub(super) policy: Policy,
     pub(super) shapes: Shapes,
     pub(super) metrics: GraphMetrics,
+    /// How many wait, as it is shown.
+    waiting: Waiting,
     pub(super) statistics: Arc<Statistics>,
     /// Where the callers are, if there is one.
     pub(super) runtime: Option<Handle>,
@@ -92,6 +97,7 @@ impl Queue {
         let resting = engines.into_iter().map(Ready::new).collect();
         let aim = policy.finds_size.then(|| Aim::at_most(policy.max_rows));
         metrics.batch_rows_limit(policy.max_rows);
+        let waiting = metrics.waiting();
         let state = Mutex::new(State { aim, resting, ..State::default() });
         let (changed, ended) = (Condvar::new(), Condvar::new());
         Self {
@@ -99,6 +105,7 @@ impl Queue {
             policy,
             shapes,
             metrics,
+            waiting,
             statistics,
             runtime,
             threads,
@@ -156,10 +163,10 @@ impl Queue {
         }
         let job = Job { work, reply, span: Span::current(), admitted: now, place: None };
         let number = state.line.push(&self.policy, ticket, job).map_err(|refused| self.refusal(refused))?;
-        self.metrics.waiting(state.line.len());
-        let is_promised = self.callers_may_run && state.promise();
+        self.waiting.set(state.line.len());
+        let is_promised = self.callers_may_run && state.promise(now);
         // Who makes an engine free looks at the line himself.
-        let is_told = state.wants_a_thread();
+        let is_told = state.wants_a_thread(now);
         drop(state);
         if is_told {
             self.changed.notify_one();
@@ -177,8 +184,8 @@ impl Queue {
     }
 
     /// What one of the scheduler's threads does next, as soon as there is something, having run `back`; `None` when the
-    /// queue is closed and empty, and the thread's engine with it. The answers in `outbox` go before it rests, and before it looks
-    /// out for [`Company`]. Meanwhile those who share this thread's core do what they have to.
+    /// queue is closed and empty, and the thread's engine with it. The answers in `outbox` go before it rests, before it looks
+    /// out for [`Company`], and before what may take long. Meanwhile those who share this thread's core do what they have to.
     pub(super) fn take(&self, back: Option<Ready>, outbox: &mut Outbox) -> Option<Task> {
         let last = back.as_ref().map(|back| (back.answered, back.took));
         let mut state = self.lock();
@@ -208,6 +215,12 @@ impl Queue {
                 Next::Run((jobs, ready)) => {
                     if company.is_some_and(|company| company.was_asked()) {
                         state.habit.came(waiting);
+                    }
+                    let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
+                    let is_short = state.quick.is_short(bytes);
+                    drop(state);
+                    if !is_short {
+                        self.deliver(outbox);
                     }
                     return Some(Task::Run(jobs, ready));
                 }
@@ -253,7 +266,7 @@ impl Queue {
     /// told.
     pub(super) fn take_now<'a>(&self, share: &'a Share) -> Option<(Vec<Job>, Ready, Held<'a>)> {
         let mut state = self.lock();
-        state.is_promised = false;
+        state.promised = None;
         let (quick, mut held) = (state.quick, None);
         let mut left = state.line.len();
         let next = self.next(&mut state, Instant::now(), |jobs| {
@@ -277,7 +290,8 @@ impl Queue {
         let mut state = self.lock();
         state.rest(ready);
         // Once it is closed, the threads run what is left.
-        let is_promised = self.callers_may_run && !state.closed && state.line.len() > 0 && state.promise();
+        let is_promised =
+            self.callers_may_run && !state.closed && state.line.len() > 0 && state.promise(Instant::now());
         self.tell(&state);
         is_promised
     }
@@ -291,7 +305,7 @@ impl Queue {
     /// A caller that had promised to run a batch does not.
     pub(super) fn break_promise(&self) {
         let mut state = self.lock();
-        state.is_promised = false;
+        state.promised = None;
         self.tell(&state);
     }
 
@@ -299,7 +313,7 @@ impl Queue {
     fn tell(&self, state: &State) {
         if state.closed {
             self.changed.notify_all();
-        } else if state.wants_a_thread() {
+        } else if state.wants_a_thread(Instant::now()) {
             self.changed.notify_one();
         }
     }
@@ -322,7 +336,7 @@ impl Queue {
         }
         let next = state.next(&self.policy, now, accepts);
         if state.line.len() != before {
-            self.metrics.waiting(state.line.len());
+            self.waiting.set(state.line.len());
         }
         if matches!(next, Next::Run(_)) {
             // Another engine may begin with the rest.
@@ -391,7 +405,7 @@ impl Queue {
         let was_open = !std::mem::replace(&mut state.closed, true);
         // Dropping the replies tells the callers.
         drop(state.line.clear());
-        self.metrics.waiting(0);
+        self.waiting.set(0);
         was_open
     }
 
@@ -452,7 +466,7 @@ impl Place {
         let mut state = self.queue.lock();
         let job = state.line.remove(number);
         if job.is_some() {
-            self.queue.metrics.waiting(state.line.len());
+            self.queue.waiting.set(state.line.len());
         }
         drop(state);
         job.is_some()

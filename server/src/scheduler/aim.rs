@@ -118,10 +118,8 @@ impl Aim {
         }
         let is_beyond = |size: &&usize| if other < own { **size < other } else { **size > other };
         let beyond = if verdict == Verdict::Hopeless { self.sizes.iter().filter(is_beyond).count() } else { 0 };
-        for _ in 0..=beyond {
-            self.lost += 1;
-            self.pause.begin(false);
-        }
+        self.lost += 1 + beyond;
+        (0..=beyond).for_each(|_| self.pause.begin(false));
         None
     }
 

@@ -20,6 +20,8 @@ const LONGEST_PART: u32 = 4;
 /// nor for longer than this one without anybody coming. Requests of one HTTP/2 connection arrive a piece of each in turn, and are
 /// complete nearly all at once, after a while without any.
 const GAP_PART: u32 = 16;
+/// Nor for longer than this, which is as long as others are kept from a core, too.
+const LONGEST_GAP: Duration = Duration::from_millis(25);
 /// Nobody looks out for anybody for longer than this.
 const LONGEST_WATCH: Duration = Duration::from_micros(500);
 
@@ -87,7 +89,7 @@ impl Company {
     /// Of a thread that has answered so many requests at once at `now`, by a run that `took` so long, `overhead` of it whatever
     /// its size.
     pub(super) fn after(answered: usize, took: Duration, overhead: Duration, now: Instant) -> Self {
-        let gap = (took / GAP_PART).min(overhead);
+        let gap = (took / GAP_PART).min(overhead).min(LONGEST_GAP);
         let watch = if took < QUICK { Duration::ZERO } else { (took / GAP_PART).min(LONGEST_WATCH) };
         let (end, watch_end) = (now + (took / LONGEST_PART).min(overhead), now + watch);
         Self { answered, expected: usize::MAX, gap, end, watch_end, seen: None }

@@ -6,14 +6,17 @@
 
 use std::time::{Duration, Instant};
 
-use super::state::{Outcome, Reply};
+use super::{
+    pace::SHORT,
+    state::{Outcome, Reply},
+};
 
 /// Answers that wait for each other: as many as still wait to be run, within these bounds. If more did, those who asked would have
 /// nothing to do, and the engine soon neither.
 const FEWEST: usize = 4;
 const MOST: usize = 16;
 /// How long the first of them waits at most, runs between them included.
-const PATIENCE: Duration = Duration::from_millis(3);
+const PATIENCE: Duration = SHORT;
 /// What a long run counts of itself one run later.
 const LASTS: f64 = 63.0 / 64.0;
 

@@ -81,13 +81,16 @@ pub(super) const QUICK: Duration = Duration::from_micros(200);
 const BRIEF: Duration = Duration::from_micros(500);
 
 /// A batch that was expected to be quick and takes as long has kept everybody else on its thread waiting.
-const DISMAY: Duration = Duration::from_millis(10);
+pub(super) const DISMAY: Duration = Duration::from_millis(10);
 /// Quick batches that make up for the first of these, and for any at most: four times as many for each.
 const AMENDS: u32 = 64;
 const MOST_AMENDS: u32 = 1 << 16;
 /// So many times as many quick batches without another one forgive one of them: every machine stands still now and then, and that is not the
 /// model's fault.
 const CALM: u32 = 256;
+
+/// One for which the answers of those before it may wait.
+pub(super) const SHORT: Duration = Duration::from_millis(3);
 
 /// Which batches are quick enough for a caller to run them, as far as the size of their inputs tells. Pure.
 #[derive(Clone, Copy, Debug)]
@@ -96,19 +99,21 @@ pub(super) struct Quick {
     any: Under,
     /// One behind which nobody waits.
     alone: Under,
+    /// One that answers may wait for.
+    short: Under,
 }
 
 impl Default for Quick {
     fn default() -> Self {
         let under = |limit| Under { limit, bytes: None, amends: 0, last_amends: 0, calm: 0 };
-        Self { any: under(QUICK), alone: under(BRIEF) }
+        Self { any: under(QUICK), alone: under(BRIEF), short: under(SHORT) }
     }
 }
 
 impl Quick {
     /// A batch with so many bytes of inputs took so long, and whether any of its requests was answered.
     pub(super) fn ran(&mut self, bytes: usize, took: Duration, is_answered: bool) {
-        for under in [&mut self.any, &mut self.alone] {
+        for under in [&mut self.any, &mut self.alone, &mut self.short] {
             // That a run which failed was over soon says nothing of those that do not fail.
             if is_answered || took >= under.limit {
                 under.ran(bytes, took);
@@ -124,6 +129,11 @@ impl Quick {
     /// Whether one with so many bytes of inputs will be.
     pub(super) fn expects(&self, bytes: usize, is_alone: bool) -> bool {
         self.any.expects(bytes) || (is_alone && self.alone.expects(bytes))
+    }
+
+    /// Whether answers may wait for one with so many bytes of inputs.
+    pub(super) fn is_short(&self, bytes: usize) -> bool {
+        self.short.expects(bytes)
     }
 }
 

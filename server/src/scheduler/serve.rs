@@ -11,7 +11,7 @@ use sensorium_engine::Engine;
 
 use super::{
     Reopen,
-    admit::Task,
+    admit::{Queue, Task},
     outbox::Outbox,
     run::{Ready, Runner},
     slots::Held,
@@ -34,12 +34,13 @@ impl Server {
     /// Runs batches until the queue is closed and empty. An engine that dies is replaced after a pause; the requests that
     /// died with it are told.
     pub(super) fn serve(self) {
-        let queue = &self.runner.queue;
+        let Self { runner, reopen, alive } = self;
+        let queue = &runner.queue;
         let (mut back, mut outbox) = (None, Outbox::default());
         let (mut pause, mut replaced) = (FIRST_PAUSE, Instant::now());
         while let Some(task) = queue.take(back.take(), &mut outbox) {
             if let Task::Run(jobs, ready) = task {
-                back = self.runner.survive(ready, jobs, None, &mut outbox);
+                back = runner.survive(ready, jobs, None, &mut outbox);
                 if outbox.is_due(Instant::now()) {
                     queue.deliver(&mut outbox);
                 }
@@ -51,36 +52,35 @@ impl Server {
             if replaced.elapsed() > LONGEST_PAUSE {
                 pause = FIRST_PAUSE;
             }
-            let Some(engine) = self.replace(&mut pause) else {
+            let Some(engine) = reopen.as_ref().and_then(|reopen| replace(queue, reopen, &mut pause)) else {
                 // One thread fewer; the last one tells everybody.
-                if Arc::strong_count(&self.alive) == 1 && queue.abandon() {
+                if Arc::into_inner(alive).is_some() && queue.abandon() {
                     tracing::error!(graph = queue.graph, "the last engine died");
-                    self.runner.lost.cancel();
+                    runner.lost.cancel();
                 }
                 return;
             };
             (back, replaced) = (Some(Ready::new(engine)), Instant::now());
         }
     }
+}
 
-    fn replace(&self, pause: &mut Duration) -> Option<Box<dyn Engine>> {
-        let queue = &self.runner.queue;
-        let reopen = self.reopen.as_ref()?;
-        loop {
-            tracing::error!(
-                graph = queue.graph,
-                pause_seconds = pause.as_secs_f64(),
-                "an engine died and is replaced after a pause"
-            );
-            let is_open = queue.pause(Instant::now() + *pause);
-            *pause = (*pause * 2).min(LONGEST_PAUSE);
-            if !is_open {
-                return None;
-            }
-            match reopen() {
-                Ok(engine) => return Some(engine),
-                Err(error) => tracing::error!(graph = queue.graph, error, "the engine could not be opened again"),
-            }
+/// An engine in the place of one that died, after a pause; `None` where the queue was closed meanwhile.
+fn replace(queue: &Queue, reopen: &Reopen, pause: &mut Duration) -> Option<Box<dyn Engine>> {
+    loop {
+        tracing::error!(
+            graph = queue.graph,
+            pause_seconds = pause.as_secs_f64(),
+            "an engine died and is replaced after a pause"
+        );
+        let is_open = queue.pause(Instant::now() + *pause);
+        *pause = (*pause * 2).min(LONGEST_PAUSE);
+        if !is_open {
+            return None;
+        }
+        match reopen() {
+            Ok(engine) => return Some(engine),
+            Err(error) => tracing::error!(graph = queue.graph, error, "the engine could not be opened again"),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What is known of one model's line and its engines, and what is to be done next. No lock, no thread, no clock: what has
 //! them is `admit`.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 use tracing::Span;
@@ -12,12 +12,16 @@ use super::{
     company::Habit,
     line::{Free, Line, Next},
     order::Order,
-    pace::{Pace, Quick},
+    pace::{DISMAY, Pace, Quick},
     run::Ready,
 };
 
 pub(super) type Reply = oneshot::Sender<Outcome>;
 pub(super) type Outcome = Result<Done, ScheduleError>;
+
+/// A caller that has promised to run the next batch does so as soon as those have had their turn that are ready on its thread. Where one of
+/// them runs a batch of another model there, which takes longer than anybody expected, somebody else has to come in.
+pub(super) const KEPT_WITHIN: Duration = DISMAY;
 
 /// Work that waits or runs.
 #[derive(Debug)]
@@ -48,8 +52,8 @@ pub(super) struct State {
     pub(super) resting: Vec<Ready>,
     /// Engines that died in the hands of a caller, and are not replaced yet.
     pub(super) vacancies: usize,
-    /// Whether a caller is about to run the next batch.
-    pub(super) is_promised: bool,
+    /// When a caller promised to run the next batch.
+    pub(super) promised: Option<Instant>,
 }
 
 impl State {
@@ -61,15 +65,22 @@ impl State {
     /// Whether a caller that may is to run the next batch: nobody else is about to, an engine rests, and batches are quick. To
     /// wake a thread for one, and to be woken by it, costs more than to run it. The caller lets others of this turn of the
     /// runtime come first, which join the batch.
-    pub(super) fn promise(&mut self) -> bool {
-        let is_able = !self.is_promised && self.quick.has_any(self.line.len() == 1) && !self.resting.is_empty();
-        self.is_promised |= is_able;
+    pub(super) fn promise(&mut self, now: Instant) -> bool {
+        let is_able = !self.is_promised(now) && self.quick.has_any(self.line.len() == 1) && !self.resting.is_empty();
+        if is_able {
+            self.promised = Some(now);
+        }
         is_able
     }
 
+    /// Whether a caller is about to run the next batch.
+    fn is_promised(&self, now: Instant) -> bool {
+        self.promised.is_some_and(|promised| now.saturating_duration_since(promised) < KEPT_WITHIN)
+    }
+
     /// Whether a thread has something to do, and nobody else will do it.
-    pub(super) fn wants_a_thread(&self) -> bool {
-        self.line.len() > 0 && !self.resting.is_empty() && !self.is_promised
+    pub(super) fn wants_a_thread(&self, now: Instant) -> bool {
+        self.line.len() > 0 && !self.resting.is_empty() && !self.is_promised(now)
     }
 
     /// A caller has run a batch on `ready`.
@@ -164,21 +175,34 @@ mod tests {
     fn one_caller_at_a_time_promises_to_run_a_batch_and_no_thread_is_wanted_meanwhile() {
         let (policy, now) = (policy(), Instant::now());
         let mut state = State { resting: vec![engine()], ..State::default() };
-        assert!(!state.wants_a_thread(), "nothing waits");
+        assert!(!state.wants_a_thread(now), "nothing waits");
         come(&mut state, &policy, now);
-        assert!(!state.promise(), "nobody knows whether its batches are quick");
-        assert!(state.wants_a_thread());
+        assert!(!state.promise(now), "nobody knows whether its batches are quick");
+        assert!(state.wants_a_thread(now));
         state.quick.ran(1000, Duration::from_micros(10), true);
-        assert!(state.promise() && !state.promise());
-        assert!(!state.wants_a_thread());
+        assert!(state.promise(now) && !state.promise(now));
+        assert!(!state.wants_a_thread(now));
         // As a caller does that begins to keep its promise.
-        state.is_promised = false;
+        state.promised = None;
         let Next::Run((jobs, ready)) = state.next(&policy, now, |_| true) else { panic!("it is time") };
         assert_eq!(jobs.len(), 1);
         come(&mut state, &policy, now);
-        assert!(!state.promise() && !state.wants_a_thread(), "no engine rests");
+        assert!(!state.promise(now) && !state.wants_a_thread(now), "no engine rests");
         state.rest(ready);
-        assert!(state.wants_a_thread() && state.promise());
+        assert!(state.wants_a_thread(now) && state.promise(now));
+    }
+
+    #[test]
+    fn a_promise_that_is_not_kept_at_once_keeps_nobody_else_waiting() {
+        let (policy, now) = (policy(), Instant::now());
+        let mut state = State { resting: vec![engine()], ..State::default() };
+        state.quick.ran(1000, Duration::from_micros(10), true);
+        come(&mut state, &policy, now);
+        assert!(state.promise(now));
+        let (soon, later) = (now + KEPT_WITHIN / 2, now + KEPT_WITHIN);
+        assert!(!state.wants_a_thread(soon) && state.wants_a_thread(later));
+        assert!(!state.promise(soon) && state.promise(later), "another caller is as good as a thread");
+        assert!(!state.wants_a_thread(later));
     }
 
     #[test]

@@ -52,7 +52,7 @@ impl GrpcInferenceService for Service {
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Answer<ModelInferResponse> {
         let call = Call::new(request.metadata().as_ref());
         let request = request.into_inner();
-        let _grown = self.claim_growth(&request)?;
+        let _grown = self.claim_growth(&request).inspect_err(|status| self.refused(status.code()))?;
         self.infer(request, &call).await.map(Response::new)
     }
 

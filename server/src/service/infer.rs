@@ -69,6 +69,7 @@ impl Service {
             // A stream may last for days: each of its messages gives its bytes back when it is answered.
             let message = tally.as_ref().filter(|_| request.is_ok()).and_then(Tally::claim_message);
             let grown = request.as_ref().map_or(Ok(None), |request| shared.0.claim_growth(request));
+            let grown = grown.inspect_err(|status| shared.0.refused(status.code()));
             let found = request.as_ref().map(|request| {
                 let model = shared.0.model(&request.model_name, &request.model_version);
                 (model, request.id.clone(), request.model_name.clone())

@@ -1,6 +1,9 @@
 //! What is recorded about every request, however it ends.
 
-use std::{pin::Pin, time::Instant};
+use std::{
+    pin::Pin,
+    time::{Duration, Instant},
+};
 
 use tonic::{Code, Status};
 
@@ -23,6 +26,11 @@ impl Drop for Observed<'_> {
 }
 
 impl Service {
+    /// Counts a request that was refused before anybody knew for which model it is.
+    pub(crate) fn refused(&self, code: Code) {
+        self.metrics.request(UNKNOWN_MODEL, "", code, Duration::ZERO);
+    }
+
     /// Runs `answer`, a request to this name and version, and counts it; `None` is a model that this server does not have.
     /// Failures that are ours are logged here, the one place that sees them all.
     pub(super) async fn observed<T>(

@@ -92,6 +92,8 @@ fn is_shared(input: &InferInputTensor) -> bool {
 
 /// Dimensions of a tensor at most: engines have their own, lower bounds.
 const MAX_RANK: usize = 32;
+/// Bytes of a sequence's id at most, as in Triton: ids are kept for as long as their sequences are.
+const MAX_ID: usize = 128;
 const SHARED_MEMORY: &str = "shared_memory_region";
 
 /// Takes the parameters that mean something to every server; the rest are the model's.
@@ -106,6 +108,9 @@ fn request_parameters(
         match name.as_str() {
             "sequence_id" => {
                 sequence = match value {
+                    ParameterChoice::StringParam(id) if id.len() > MAX_ID => {
+                        return Err(wrong("a text has at most 128 bytes here"));
+                    }
                     ParameterChoice::StringParam(id) => (!id.is_empty()).then_some(SequenceId::Text(id)),
                     id => {
                         let id = unsigned(&id).ok_or_else(|| wrong("it must be a whole number or a string"))?;

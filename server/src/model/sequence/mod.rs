@@ -335,6 +335,16 @@ impl Turn {
         Ok((Step { turn: self, carried: Some(carried), instance: position.instance }, inputs))
     }
 
+    /// Nothing goes on from here: unless somebody waits all the same, and hears it, the sequence is not under way any more.
+    fn forget(&self) {
+        let mut table = self.sequences.lock();
+        // The table's, and this one.
+        let is_last = |entry: &Entry| Arc::ptr_eq(&entry.users, &self.users) && Arc::strong_count(&self.users) == 2;
+        if table.under_way.get(&self.sequence.id).is_some_and(is_last) {
+            table.under_way.remove(&self.sequence.id);
+        }
+    }
+
     /// An END that was not answered can be sent again, as any other request; unless somebody has begun anew under its id.
     fn put_back(&mut self) {
         if let Some(last) = self.left.take() {
@@ -347,7 +357,8 @@ impl Turn {
 impl Drop for Turn {
     /// Somebody who left before it was his turn must not cut the others off, unless they wait for what he was to begin.
     fn drop(&mut self) {
-        if let (Some(before), Some(next), false) = (self.before.take(), self.next.take(), self.sequence.start)
+        let Some(next) = self.next.take() else { return };
+        if let (Some(before), false) = (self.before.take(), self.sequence.start)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
             self.put_back();
@@ -357,6 +368,8 @@ impl Drop for Turn {
                     let _ = next.send(carried);
                 }
             });
+        } else {
+            self.forget();
         }
     }
 }
@@ -496,6 +509,28 @@ mod tests {
         assert_eq!(bench.step(false, true, 7.0).await, Ok(6.0));
         waiting.begin(vec![None]).await.unwrap();
         drop(taken);
+    }
+
+    #[tokio::test]
+    async fn who_leaves_before_a_sequence_has_begun_leaves_nothing_behind() {
+        let bench = Bench::new();
+        let begin = |id| {
+            let sequence = Sequence { id: SequenceId::Number(id), start: true, end: false };
+            bench.0.enter(Some(&sequence), 1).unwrap()
+        };
+        let sitting = [begin(1).begin(vec![None]).await.unwrap(), begin(2).begin(vec![None]).await.unwrap()];
+        for id in 3..1000 {
+            let mut waiting = Box::pin(begin(id).begin(vec![None]));
+            assert!(futures::poll!(&mut waiting).is_pending());
+        }
+        assert_eq!(bench.0.lock().under_way.len(), sitting.len());
+        // Whoever wants to go on with what did not begin hears that, and leaves nothing either.
+        let waiting = begin(3);
+        let next = Sequence { id: SequenceId::Number(3), start: false, end: false };
+        let next = bench.0.enter(Some(&next), 1).unwrap();
+        drop(waiting);
+        assert!(matches!(next.begin(vec![None]).await, Err(SequenceError::NotStarted { .. })));
+        assert_eq!(bench.0.lock().under_way.len(), sitting.len());
     }
 
     #[tokio::test]
