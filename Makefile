@@ -10,6 +10,9 @@ CARGO_FLAGS := --release --locked
 DIST_FLAGS := --profile dist --locked
 BIN := target/release/sensorium
 
+# onnxruntime tells its makers about machine and program otherwise, from tests and benches, too.
+export ORT_DISABLE_TELEMETRY := 1
+
 .PHONY: help setup build dist quickstart test test-env test-gpu test-node cluster-binaries images lint chart-lint fmt generate clean bench-operator bench-server bench-soak
 
 help: ## List the targets

@@ -37,7 +37,9 @@ pub enum EngineError {
         reason: String,
     },
     /// A graph has an input or output of a type that tensors do not have, or that this caller cannot take.
-    #[error("{origin} cannot be used: `{tensor}` is {found}")]
+    #[error(
+        "{origin} cannot be used: `{tensor}` is {found}; inputs and outputs must be tensors of numbers, bools or texts"
+    )]
     UnsupportedType {
         /// The file, or what the bytes are called.
         origin: String,

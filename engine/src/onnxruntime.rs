@@ -3,10 +3,12 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::env;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError, mpsc};
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,7 @@ use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{OutputSelector, RunOptions, SelectedOutputMarker, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType};
 use sensorium_artifact::DType;
+use sensorium_onnx::external_files;
 
 use crate::by_shape::ByShape;
 use crate::cuda;
@@ -126,7 +129,18 @@ impl OnnxRuntime {
     /// The same, of a model whose configuration says more: how CUDA runs it.
     fn open_declared(path: &Path, options: Options, declared: &Declared) -> Result<Self, EngineError> {
         let origin = path.display().to_string();
-        Self::commit(&origin, options, declared, |builder| builder.commit_from_file(path))
+        Self::commit(&origin, options, declared, |builder| {
+            for (name, content) in external(path).map_err(ort::Error::new)? {
+                *builder = builder.clone().with_external_initializer_file_in_memory(name, content)?;
+            }
+            builder.commit_from_file(path)
+        })
+        .map_err(|error| match error {
+            EngineError::Open { origin, reason } if reason.to_lowercase().contains("protobuf") => {
+                EngineError::Open { origin, reason: format!("{reason} {}", what_it_is(path)) }
+            }
+            error => error,
+        })
     }
 
     /// Opens a graph from the bytes of an ONNX file; `name` stands for it in errors.
@@ -174,6 +188,61 @@ impl OnnxRuntime {
             took: Duration::ZERO,
         })
     }
+}
+
+/// A file beside a model: its name there, and what is in it.
+type External = (String, Arc<[u8]>);
+
+/// What lies beside the model at `path` in files of its own. onnxruntime would map these, and serve what somebody writes into them later; one
+/// that is cut off meanwhile would end the process.
+fn external(path: &Path) -> Result<Vec<External>, String> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    // Most models are a file alone, which may be large.
+    let is_alone = std::fs::read_dir(folder).is_ok_and(|entries| entries.count() < 2);
+    // One that cannot be read is for onnxruntime to say.
+    let Some(model) = (!is_alone).then(|| std::fs::read(path).ok()).flatten() else { return Ok(Vec::new()) };
+    let is_inside = |name: &String| Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
+    let read = |name: String| {
+        let path = folder.join(&name);
+        match read_shared(&path) {
+            Ok(content) => Ok((name, content)),
+            Err(error) => Err(format!("the file of its weights, {}: {error}", path.display())),
+        }
+    };
+    external_files(&model).into_iter().filter(is_inside).map(read).collect()
+}
+
+/// What a file is that is no graph, as a sentence.
+fn what_it_is(path: &Path) -> &'static str {
+    const MOST: u64 = 64; // enough to see it
+    let mut head = Vec::new();
+    // One that cannot be read has been told before.
+    let _ = File::open(path).and_then(|file| file.take(MOST).read_to_end(&mut head));
+    let text = head.trim_ascii_start();
+    match () {
+        () if head.is_empty() => "The file is empty.",
+        () if text.starts_with(b"version https://git-lfs") => {
+            "It is a pointer of Git LFS: fetch the file itself (git lfs pull)."
+        }
+        () if text.starts_with(b"<") => {
+            "It is a page of HTML or XML, which a download may give in the place of a file."
+        }
+        () if head.starts_with(b"PK") => {
+            "It is an archive, as TorchScript is: name it model.pt, and run sensorium-server-torch."
+        }
+        () => "It is no ONNX, or was cut off.",
+    }
+}
+
+/// A file, read to where it stays: it may be large.
+fn read_shared(path: &Path) -> io::Result<Arc<[u8]>> {
+    let mut file = File::open(path)?;
+    let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+    let mut content: Arc<[u8]> = std::iter::repeat_n(0, length).collect();
+    if let Some(content) = Arc::get_mut(&mut content) {
+        file.read_exact(content)?;
+    }
+    Ok(content)
 }
 
 fn configure(
@@ -434,10 +503,15 @@ impl<T: PrimitiveTensorElementType + NoUninit> AsRef<[u8]> for Output<T> {
 }
 
 fn tensor_of(origin: &str, outlet: &Outlet) -> Result<(String, DType, Shape), EngineError> {
-    let unsupported = || EngineError::UnsupportedType {
-        origin: origin.to_owned(),
-        tensor: outlet.name().to_owned(),
-        found: outlet.dtype().to_string(),
+    let unsupported = || {
+        let found = outlet.dtype().to_string();
+        // What converters of scikit-learn's classifiers add unasked.
+        let advice = if found.contains("Map<") { " (convert the model with zipmap: False)" } else { "" };
+        EngineError::UnsupportedType {
+            origin: origin.to_owned(),
+            tensor: outlet.name().to_owned(),
+            found: format!("{found}{advice}"),
+        }
     };
     let ValueType::Tensor { ty, shape, dimension_symbols } = outlet.dtype() else { return Err(unsupported()) };
     let dtype = element_type(*ty).ok_or_else(unsupported)?;

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use proptest::prelude::*;
+use prost::Message as _;
 use sensorium_engine::{
     DType as WireType, Device, Engine, EngineError, OnnxRuntime, Optimization, Options, RawTensor, Waiters,
 };
 use sensorium_modality::{Element, Tensor, TensorData};
-use sensorium_onnx::{Attribute, DType, Dim, GraphBuilder, Model};
+use sensorium_onnx::{Attribute, DType, Dim, GraphBuilder, Model, proto::StringStringEntryProto};
 
 const BATCH: Dim<'static> = Dim::Symbol("batch");
 
@@ -226,6 +227,63 @@ fn a_file_that_is_no_graph_is_named() {
     }
     let error = OnnxRuntime::open(Path::new("/nowhere/fusion.onnx"), Options::default()).unwrap_err();
     assert!(matches!(error, EngineError::Open { .. }) && error.to_string().contains("/nowhere/fusion.onnx"), "{error}");
+}
+
+/// A table whose rows are in the file `table.bin` of `folder`, and a graph that looks them up.
+fn table_beside(folder: &Path) -> std::path::PathBuf {
+    let mut graph = GraphBuilder::new("table");
+    let ids = graph.input("ids", DType::I64, &[BATCH]);
+    let table = graph.initializer_f32("table", &[1000, 4], (0..4000_i16).map(f32::from).collect::<Vec<_>>());
+    let rows = graph.node("Gather", &[&table, &ids], vec![]);
+    graph.output("rows", &rows, DType::F32, &[BATCH, Dim::Fixed(4)]);
+    let mut model = graph.finish(20).unwrap().into_proto();
+    let table = &mut model.graph.as_mut().unwrap().initializer[0];
+    std::fs::write(folder.join("table.bin"), std::mem::take(&mut table.raw_data)).unwrap();
+    let location = StringStringEntryProto { key: "location".to_owned(), value: "table.bin".to_owned() };
+    (table.external_data, table.data_location) = (vec![location.encode_to_vec()], 1);
+    let path = folder.join("model.onnx");
+    std::fs::write(&path, model.encode_to_vec()).unwrap();
+    path
+}
+
+#[test]
+fn weights_in_a_file_of_their_own_stay_what_they_were_when_it_is_written_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut engine = OnnxRuntime::open(&table_beside(folder.path()), Options::default()).unwrap();
+    let last = RawTensor::from_vec(WireType::Int64, vec![1], vec![999_i64]).unwrap();
+    let wanted = [3996.0, 3997.0, 3998.0, 3999.0];
+    let mut look_up = || engine.run_raw(std::slice::from_ref(&last), &[0]).unwrap()[0].numbers::<f32>().to_vec();
+    assert_eq!(look_up(), wanted);
+    std::fs::write(folder.path().join("table.bin"), vec![0; 16_000]).unwrap();
+    assert_eq!(look_up(), wanted);
+    std::fs::write(folder.path().join("table.bin"), b"").unwrap();
+    assert_eq!(look_up(), wanted, "a file that is mapped would have ended the process");
+}
+
+#[test]
+fn a_file_of_weights_that_is_missing_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = table_beside(folder.path());
+    std::fs::rename(folder.path().join("table.bin"), folder.path().join("other.bin")).unwrap();
+    let error = OnnxRuntime::open(&path, Options::default()).unwrap_err().to_string();
+    assert!(error.contains("table.bin") && error.contains("No such file"), "{error}");
+}
+
+#[test]
+fn what_is_no_graph_is_told_for_what_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    for (bytes, what) in [
+        (&b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"[..], "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "HTML"),
+        (b"PK\x03\x04....", "model.pt"),
+        (b"", "empty"),
+        (b"something else", "cut off"),
+    ] {
+        let path = folder.path().join("model.onnx");
+        std::fs::write(&path, bytes).unwrap();
+        let error = OnnxRuntime::open(&path, Options::default()).unwrap_err().to_string();
+        assert!(error.contains(what), "{what}: {error}");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //!
 //! * [`proto`] holds the messages of the ONNX format that Sensorium uses, with the field numbers of the specification.
 //! * [`GraphBuilder`] writes a graph: fresh short names, shared constants, one check at the end.
+//! * [`external_files`] says which other files a model needs, of any model.
 //! * [`Model`] is a model that passed the check; it loads, saves and gives typed access to nodes and initializers.
 //!
 //! What it is not: an ONNX implementation. There is no shape inference and no operator schema; the engine that runs a
@@ -29,6 +30,7 @@ mod builder;
 mod check;
 mod dtype;
 mod error;
+mod external;
 mod model;
 mod names;
 pub mod proto;
@@ -38,6 +40,7 @@ pub use attribute::Attribute;
 pub use builder::{Dim, GraphBuilder};
 pub use dtype::DType;
 pub use error::OnnxError;
+pub use external::external_files;
 pub use model::Model;
 pub use names::Names;
 pub use proto::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};

@@ -1,8 +1,5 @@
 //! Where memory comes from: that of requests from mimalloc, that of engines, which are C++, from glibc.
 
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
-
 /// What the programs allocate with. Every request has parts of some kilobytes, for which glibc has no cache: with it a small
 /// request costs a tenth more.
 pub use mimalloc::MiMalloc as Allocator;
@@ -15,26 +12,11 @@ const KEPT: (&str, &str) = ("MALLOC_TRIM_THRESHOLD_", "2097152");
 /// memory gone whenever a batch takes longer, and having each page anew is 3 to 5 percent of a small vision model's time.
 const DELAY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "1000");
 
-/// Starts this program over in its place, once, with a glibc that gives large pieces of memory back to the system when they are
-/// free, and a mimalloc that keeps them for a second.
+/// What the environment has to say: a glibc that gives large pieces of memory back to the system when they are free, and a mimalloc
+/// that keeps them for a second.
 ///
 /// glibc gives them back from a size that it raises with every such piece, up to 32 MiB: from then on weights lie in its heaps, among
 /// small things that stay, and a model that is let go leaves most of its memory with the process (of 100 MiB of weights
 /// 125 MiB were kept, now 11 MiB are). The settings of both are read from the environment before `main`, and changing them later
-/// takes `unsafe`. What the environment says already is left as it is.
-pub(crate) fn give_memory_back(program_name: &str) {
-    if !cfg!(target_env = "gnu") || std::env::var_os(LARGE.0).is_some() {
-        return;
-    }
-    let mut arguments = std::env::args_os();
-    let (name, Ok(program)) = (arguments.next(), std::env::current_exe()) else { return };
-    let mut again = Command::new(program);
-    let unset = |setting: &(&str, &str)| std::env::var_os(setting.0).is_none();
-    again.args(arguments).envs([LARGE, KEPT, DELAY].into_iter().filter(unset));
-    if let Some(name) = name {
-        again.arg0(name);
-    }
-    // Returns only where it failed: then memory stays with the process, and everything else is as it would be.
-    let error = again.exec();
-    eprintln!("{program_name}: could not set up the allocator: {error}");
-}
+/// takes `unsafe`.
+pub(crate) const SETTINGS: [(&str, &str); 3] = [LARGE, KEPT, DELAY];

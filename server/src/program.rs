@@ -6,10 +6,11 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{CommandFactory as _, FromArgMatches as _};
 use sensorium_engine::Opener;
+use sensorium_lifecycle::{NO_ONNXRUNTIME_TELEMETRY, start_over_with};
 use sensorium_telemetry::{Options, Sampling, Telemetry};
 
 use crate::{
-    allocator::give_memory_back,
+    allocator,
     config::{ServerArgs, ServerConfig},
     repository::{ControlMode, IndexEntry, Openers, RepositoryConfig, State},
     serve::{self, Controls, Listeners},
@@ -19,7 +20,8 @@ use crate::{
 pub fn main(name: &'static str, more: &[Opener]) -> ExitCode {
     let matches = ServerArgs::command().name(name).bin_name(name).get_matches();
     let args = ServerArgs::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    give_memory_back(name);
+    let settings = [&allocator::SETTINGS[..], &[NO_ONNXRUNTIME_TELEMETRY]].concat();
+    start_over_with(name, &settings);
     let openers = Openers::with(more);
     match prepare(name, args) {
         Ok((args, runtime, telemetry)) => {

@@ -31,6 +31,8 @@ use crate::{
 };
 
 /// How long before the end of a drain requests of many steps end.
+/// After the deadline of a drain, for an engine that is in a run, and for those who are still reading.
+const LAST: Duration = Duration::from_millis(500);
 const LAST_STEPS: Duration = Duration::from_secs(1);
 
 /// Why serving ended before it was asked to, or never began.
@@ -206,7 +208,7 @@ pub async fn serve(
         tracing::warn!("the deadline passed before every request was answered");
     }
     // Nothing waits for these engines any more, but one may be in a run that nobody can interrupt.
-    if time::timeout_at(deadline.max(Instant::now() + Duration::from_secs(1)), repository.stop()).await.is_err() {
+    if time::timeout_at(deadline.max(Instant::now() + LAST), repository.stop()).await.is_err() {
         tracing::warn!("an engine did not finish its last run");
     }
     close.cancel();
@@ -215,7 +217,7 @@ pub async fn serve(
         scrapes.ended().await;
     };
     // An answer that is being read is sent to its end.
-    if time::timeout_at(deadline.max(Instant::now() + Duration::from_secs(1)), last_words).await.is_err() {
+    if time::timeout_at(deadline.max(Instant::now() + LAST), last_words).await.is_err() {
         tracing::debug!("connections of HTTP were cut");
     }
     outcome

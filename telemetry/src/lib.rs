@@ -15,6 +15,8 @@ pub mod metrics;
 mod sampling;
 mod traces;
 
+use std::time::Duration;
+
 use tracing_subscriber::{
     Layer as _,
     layer::SubscriberExt as _,
@@ -73,6 +75,9 @@ pub struct Options {
     pub sampling: Sampling,
 }
 
+/// How long the end of a program waits for its last spans to be taken.
+const LAST_SPANS: Duration = Duration::from_secs(1);
+
 /// What can be changed while the program runs, and must be ended with it.
 #[derive(Debug)]
 pub struct Telemetry {
@@ -84,10 +89,10 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Sends the spans that are waiting to be exported. Blocks for up to five seconds when nobody takes them.
+    /// Sends the spans that are waiting to be exported. Blocks for up to a second when nobody takes them.
     pub fn shutdown(self) {
         if let Some(exporter) = self.exporter
-            && let Err(error) = exporter.shutdown()
+            && let Err(error) = exporter.shutdown_with_timeout(LAST_SPANS)
         {
             tracing::warn!(%error, "the last spans could not be exported");
         }

@@ -1,6 +1,11 @@
 //! Spans of requests, sent to a collector by OTLP.
 
-use std::{fmt, str::FromStr as _};
+use std::{
+    fmt,
+    str::FromStr as _,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use opentelemetry::{
     Context, KeyValue, SpanId, TraceFlags,
@@ -9,7 +14,8 @@ use opentelemetry::{
 use opentelemetry_otlp::{SpanExporter, WithExportConfig as _};
 use opentelemetry_sdk::{
     Resource,
-    trace::{SamplingDecision, SamplingResult, SdkTracerProvider, ShouldSample},
+    error::OTelSdkResult,
+    trace::{SamplingDecision, SamplingResult, SdkTracerProvider, ShouldSample, SpanData},
 };
 use tracing::{Level, Span, Subscriber};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
@@ -116,13 +122,50 @@ impl TraceControl {
 /// Batches of finished spans to `endpoint`, from a thread of its own.
 pub(crate) fn exporter(service: &'static str, endpoint: String) -> Result<SdkTracerProvider, InitError> {
     let exporter = SpanExporter::builder().with_tonic().with_endpoint(&endpoint).build();
-    let exporter = exporter.map_err(|source| InitError::Exporter { endpoint, source })?;
+    let exporter = exporter.map_err(|source| InitError::Exporter { endpoint: endpoint.clone(), source })?;
     let resource = Resource::builder().with_service_name(service).build();
     Ok(SdkTracerProvider::builder()
-        .with_batch_exporter(exporter)
+        .with_batch_exporter(Watched { exporter, endpoint, is_failing: AtomicBool::new(false) })
         .with_resource(resource)
         .with_sampler(TracedRequests)
         .build())
+}
+
+/// An exporter that says in the log when its collector does not take spans, and when it does again.
+#[derive(Debug)]
+struct Watched {
+    exporter: SpanExporter,
+    endpoint: String,
+    is_failing: AtomicBool,
+}
+
+impl opentelemetry_sdk::trace::SpanExporter for Watched {
+    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+        let count = batch.len();
+        let exported = self.exporter.export(batch).await;
+        let was_failing = self.is_failing.swap(exported.is_err(), Ordering::Relaxed);
+        match &exported {
+            // Once: what comes after it is lost as well, until it is said that it is not.
+            Err(error) if !was_failing => {
+                tracing::warn!(%error, endpoint = self.endpoint, spans = count, "the collector of traces takes none, and they are lost");
+            }
+            Ok(()) if was_failing => tracing::info!(endpoint = self.endpoint, "the collector takes traces again"),
+            _ => {}
+        }
+        exported
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.exporter.shutdown_with_timeout(timeout)
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        self.exporter.force_flush()
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.exporter.set_resource(resource);
+    }
 }
 
 /// Hands spans to the exporter.

@@ -15,6 +15,7 @@ use sensorium_api::run::{ArtifactResult, RunConfig, RunResult, RunState};
 use sensorium_artifact::{Volume, Volumes};
 use sensorium_compress::{CompressError, Control};
 use sensorium_dist::{Launch, keep_freed_memory};
+use sensorium_lifecycle::{NO_ONNXRUNTIME_TELEMETRY, start_over_with};
 use sensorium_telemetry::{Options, Parent, Telemetry};
 use sensorium_trainer::launch::launch;
 use sensorium_trainer::progress::Reporter;
@@ -79,6 +80,7 @@ struct RunArgs {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    start_over_with("sensorium-trainer", &[NO_ONNXRUNTIME_TELEMETRY]);
     let (runtime, telemetry) = match runtime().and_then(|runtime| telemetry(&runtime).map(|it| (runtime, it))) {
         Ok(both) => both,
         Err(error) => {

@@ -2,7 +2,7 @@
 
 use std::{
     fmt::Display,
-    net::SocketAddr,
+    net::{SocketAddr, ToSocketAddrs as _},
     num::{IntErrorKind, NonZeroU32, NonZeroUsize, ParseIntError},
     path::{Path, PathBuf},
     str::FromStr,
@@ -86,13 +86,16 @@ pub struct ServerArgs {
 
     /// Where gRPC listens; HTTP is answered too [default: 127.0.0.1:8001]
     #[arg(long, env = "SENSORIUM_GRPC_ADDR", value_name = "HOST:PORT", help_heading = "Network")]
-    pub grpc_addr: Option<SocketAddr>,
+    #[serde(deserialize_with = "text")]
+    pub grpc_addr: Option<Address>,
     /// Where HTTP listens, health included; gRPC is answered too [default: 127.0.0.1:8000]
     #[arg(long, env = "SENSORIUM_HTTP_ADDR", value_name = "HOST:PORT", help_heading = "Network")]
-    pub http_addr: Option<SocketAddr>,
+    #[serde(deserialize_with = "text")]
+    pub http_addr: Option<Address>,
     /// Where Prometheus reads /metrics, without TLS or token [default: 127.0.0.1:8002]
     #[arg(long, env = "SENSORIUM_METRICS_ADDR", value_name = "HOST:PORT", help_heading = "Network")]
-    pub metrics_addr: Option<SocketAddr>,
+    #[serde(deserialize_with = "text")]
+    pub metrics_addr: Option<Address>,
     /// Bytes of a request at most; raise it for large tensors [default: 64 MiB]
     #[arg(
         long,
@@ -246,6 +249,23 @@ pub struct ServerArgs {
         help_heading = "Telemetry"
     )]
     pub trace_rate: Option<NonZeroU32>,
+}
+
+/// Where to listen: an address, or a name of this machine such as localhost, and a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address(pub(super) SocketAddr);
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = |why: &dyn std::fmt::Display| {
+            format!("{text:?} is no HOST:PORT such as 0.0.0.0:8000 or localhost:8000: {why}")
+        };
+        let found: Vec<_> = text.to_socket_addrs().map_err(|error| wrong(&error))?.collect();
+        let first = found.iter().find(|address| address.is_ipv4()).or(found.first());
+        first.copied().map(Self).ok_or_else(|| wrong(&"nothing has that name"))
+    }
 }
 
 /// A number of at least 1.

@@ -17,7 +17,7 @@ use sensorium_artifact::Volumes;
 use sensorium_engine::Options;
 use sensorium_modality::Limits;
 
-pub use args::{ControlModeName, ServerArgs};
+pub use args::{Address, ControlModeName, ServerArgs};
 
 use crate::{
     repository::{ControlMode, GraphPlaces, ModelSource, Openers, RepositoryConfig},
@@ -194,7 +194,9 @@ impl TryFrom<ServerArgs> for ServerConfig {
         accepted.image.max_bytes = limits.max_image_bytes;
         accepted.image.max_pixels = limits.max_image_pixels;
         let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        let here = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
+        let listen = |address: Option<Address>, port| {
+            address.map_or_else(|| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port), |address| address.0)
+        };
         let tls = match (args.tls_cert, args.tls_key, args.tls_client_ca) {
             (Some(certificate), Some(key), client_authorities) => {
                 Some(TlsFiles { certificate, key, client_authorities })
@@ -237,9 +239,9 @@ impl TryFrom<ServerArgs> for ServerConfig {
             volumes: args.volume.into_iter().collect(),
             artifact_cache: args.artifact_cache.unwrap_or_else(|| std::env::temp_dir().join("sensorium-artifacts")),
             addresses: Addresses {
-                grpc: args.grpc_addr.unwrap_or_else(|| here(ports.grpc)),
-                http: args.http_addr.unwrap_or_else(|| here(ports.http)),
-                metrics: args.metrics_addr.unwrap_or_else(|| here(ports.metrics)),
+                grpc: listen(args.grpc_addr, ports.grpc),
+                http: listen(args.http_addr, ports.http),
+                metrics: listen(args.metrics_addr, ports.metrics),
             },
             batching: Batching {
                 max_rows: max_rows as usize,

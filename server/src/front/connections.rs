@@ -66,6 +66,9 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_mins(1);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Streams of one HTTP/2 connection at a time: gRPC clients put all their calls on one.
 const MAX_STREAMS: u32 = 4096;
+/// Calls that were taken back before this server has looked at them, on one connection, at most: one more ends the connection, as those who only
+/// do that want to keep a server busy. Many users may share a connection, and some of them leave all at once.
+const RESETS: usize = 1024;
 /// What a stream, and a connection, may send before the server has read it: the tensors of a few pictures in one go, and a bound on
 /// what one connection makes the server hold.
 const STREAM_WINDOW: u32 = 4 << 20;
@@ -226,7 +229,8 @@ impl Inside {
             if let Some(target) = rest::Infer::target(&head) {
                 // Boxed, so that a call of gRPC does not carry room for it.
                 let answer = Box::pin(infer.rest.answer(target, &head.headers, Body::new(body), tally));
-                return guard::behind(admit(), false, answer).await.map(Either::Right);
+                let pass = admit().inspect_err(|status| infer.service.refused(status.code()));
+                return guard::behind(pass, false, answer).await.map(Either::Right);
             }
         }
         let body = if is_empty { Body::empty() } else { Body::new(body) };
@@ -276,6 +280,7 @@ async fn exchange<S>(
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .max_concurrent_streams(MAX_STREAMS)
+        .max_pending_accept_reset_streams(RESETS)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME);

@@ -49,6 +49,7 @@ pub struct App {
 /// Inference over gRPC and REST, without what calls in general need.
 #[derive(Debug)]
 struct Infer {
+    service: Service,
     grpc: Unary,
     rest: rest::Infer,
     admission: Option<Admission>,
@@ -86,6 +87,7 @@ pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admissi
     }
     let grpc = grpc.into_axum_router().layer(MapResponseLayer::new(as_other_servers_say));
     let infer = Infer {
+        service: service.clone(),
         grpc: Unary::new(service.clone(), max_request_bytes),
         rest: rest::Infer::new(service.clone(), max_request_bytes),
         admission: admission.clone(),

@@ -13,6 +13,13 @@ pub(super) struct Written {
     pub(super) has_batch_size: bool,
 }
 
+impl Written {
+    /// The same of a model without a batch axis.
+    pub(super) fn whole(self) -> Self {
+        Self { config: ModelConfig { max_batch_size: 0, ..self.config }, has_batch_size: true }
+    }
+}
+
 /// The name of the message, for the descriptors.
 const MESSAGE: &str = "inference.ModelConfig";
 

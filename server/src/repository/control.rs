@@ -68,6 +68,7 @@ impl Registry {
             tracing::warn!(error = error_line(&error), "the models are as they were fetched before");
         }
         let found = registry.look()?;
+        registry.warn_of_hidden(&found);
         let wanted = match registry.0.config.mode {
             ControlMode::None | ControlMode::Poll(_) => found.keys().cloned().collect(),
             ControlMode::Explicit if registry.0.config.load.iter().any(|name| name == "*") => {
@@ -103,6 +104,20 @@ impl Registry {
             }
         }
         Ok(found)
+    }
+
+    /// Says which folders of models nobody can ask, as `found` has others of their name.
+    fn warn_of_hidden(&self, found: &BTreeMap<String, PathBuf>) {
+        for place in &self.0.places {
+            // Whether it can be read has been seen.
+            for name in folder::models(place.path()).into_iter().flatten() {
+                let hidden = place.path().join(&name);
+                if let Some(served) = found.get(&name).filter(|served| **served != hidden) {
+                    let (served, hidden) = (served.display(), hidden.display());
+                    tracing::warn!(model = name, %served, %hidden, "two repositories have a model of this name, and the first one's is served");
+                }
+            }
+        }
     }
 
     /// Fetches what changed in repositories that are elsewhere.
@@ -384,7 +399,7 @@ impl Registry {
             kept.insert((model.name().to_owned(), version));
             let entry = models.by_name.entry(model.name().to_owned()).or_default();
             unit.clone_into(&mut entry.unit);
-            let reason = loaded.unproven.get(&version).cloned().unwrap_or_default();
+            let reason = loaded.remarks.get(&version).cloned().unwrap_or_default();
             let slot = Slot { state: State::Ready, reason, model: Some(Arc::new(model)) };
             old.extend(entry.versions.insert(version, slot).and_then(|slot| slot.model));
         }

@@ -25,6 +25,9 @@ use crate::{
 /// How long batches are run before anybody asks, at most.
 const REHEARSAL: Duration = Duration::from_mins(1);
 
+/// Instances of a model at most: each has a thread, and the model once more.
+const MOST_INSTANCES: usize = 1024;
+
 /// How many engines a model has, and how each of them runs: the cores are shared among them unless it says otherwise.
 ///
 /// # Errors
@@ -51,6 +54,9 @@ pub(super) fn instances(config: &ModelConfig, server: Options) -> Result<(usize,
         }
     }
     let count = count.max(1);
+    if count > MOST_INSTANCES {
+        return Err(format!("its instance_group has {count} instances, it may have {MOST_INSTANCES} at most"));
+    }
     let each = NonZeroUsize::new(server.threads.get() / count).unwrap_or(NonZeroUsize::MIN);
     let inter_threads = NonZeroUsize::new(number(config, "inter_op_thread_count")?.unwrap_or(0));
     let is_parallel = flag(config, "execution_mode")?.unwrap_or(false);

@@ -3,8 +3,8 @@
 use std::{
     collections::BTreeMap,
     fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    time::UNIX_EPOCH,
 };
 
 use sensorium_proto::inference::model_version_policy::PolicyChoice;
@@ -127,9 +127,9 @@ pub(super) fn fingerprint(path: &Path) -> io::Result<u64> {
             if metadata.is_dir() {
                 visit(&entry.path(), hasher)?;
             } else {
-                metadata.len().hash(hasher);
-                let modified = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
-                modified.as_nanos().hash(hasher);
+                // Weights that were trained anew have the same size, and whoever copies them may keep their time.
+                (metadata.len(), metadata.dev(), metadata.ino()).hash(hasher);
+                (metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec()).hash(hasher);
             }
         }
         "end".hash(hasher);

@@ -241,8 +241,8 @@ struct Slot {
 struct Loaded {
     versions: Vec<ModelVersion>,
     multimodal: Option<Arc<Multimodal>>,
-    /// Versions of which nobody knows whether they run, with what they said.
-    unproven: BTreeMap<u64, String>,
+    /// What is to be known of versions that serve all the same, such as that nobody knows whether they run.
+    remarks: BTreeMap<u64, String>,
     /// Versions that could not be opened, with the reason.
     failed: BTreeMap<u64, String>,
 }

@@ -93,7 +93,13 @@ impl Openers {
         if let Some(file) = self.model_file(path) {
             return format!("{lack}; it has {file}: rename it, or write default_model_filename: {file:?}");
         }
+        let is_no_file = |name: &&String| self.0.iter().any(|opener| *name == opener.file);
         let found = folder::contents(path);
+        if let Some(name) = found.iter().find(is_no_file) {
+            return format!(
+                "{lack} that is a file: what has that name is a folder, or a link that leads nowhere ({name})"
+            );
+        }
         if let Some((.., file, advice)) = NOWHERE.iter().find(|(.., file, _)| found.iter().any(|found| found == file)) {
             return format!("{lack}; it has {file}: {advice}");
         }

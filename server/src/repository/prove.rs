@@ -41,7 +41,7 @@ impl Loaded {
         for (version, reason) in broken {
             if !is_needed {
                 tracing::warn!(version, reason, "it is served without proof that it runs");
-                self.unproven.insert(version, reason);
+                self.remarks.insert(version, reason);
                 continue;
             }
             let (out, rest): (Vec<_>, Vec<_>) =

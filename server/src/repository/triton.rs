@@ -8,7 +8,9 @@ use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, mode
 use sensorium_telemetry::error_line;
 
 use super::{
-    LoadParameters, Loaded, Opening, apart, artifact,
+    LoadParameters, Loaded, Opening,
+    apart::{self, Rows},
+    artifact,
     complete::{self, Complete},
     config::{self, Written},
     engines,
@@ -94,13 +96,17 @@ impl Found {
             }
             let written = self.written.clone();
             let opened = match self.ensembling() {
-                Some(ensembling) => open_ensemble(name, version, written, ensembling, find.clone()),
+                Some(ensembling) => {
+                    open_ensemble(name, version, written, ensembling, find.clone()).map(|model| (model, None))
+                }
                 None => open_version(name, version, &path, written, self.own.clone(), opening),
             };
-            let labelled =
-                |model: ModelVersion| Ok(model.with_labels(labels(&self.folder.path, &self.written.config)?));
+            let labelled = |(model, remark): (ModelVersion, _)| {
+                Ok((model.with_labels(labels(&self.folder.path, &self.written.config)?), remark))
+            };
             match opened.and_then(labelled) {
-                Ok(model) => {
+                Ok((model, remark)) => {
+                    loaded.remarks.extend(remark.map(|remark| (version, remark)));
                     let metrics = opening.metrics.graph(name, &version.to_string());
                     loaded.versions.push(model.with_cache(&opening.responses, metrics));
                 }
@@ -158,7 +164,7 @@ fn open_version(
     written: Written,
     own: Option<Arc<tempfile::TempDir>>,
     opening: &Opening,
-) -> Result<ModelVersion, String> {
+) -> Result<(ModelVersion, Option<String>), String> {
     let opener = opening.openers.find(&written.config, path)?;
     let file = match written.config.default_model_filename.as_str() {
         "" => opener.file,
@@ -184,16 +190,13 @@ fn open_version(
     };
     let mut engines = engines::open(count, &reopen)?;
     let signature = engines[0].signature().clone();
-    let Complete { mut config, interface, binding, is_batching_guessed } =
-        complete::complete(written, &signature, opening.batching.max_rows)?;
-    if is_batching_guessed && let Some(reason) = apart::entangled(engines[0].as_mut()) {
-        tracing::warn!(
-            model = name,
-            reason,
-            "its requests run one by one; write dynamic_batching {{ }} if they need not"
-        );
-        config.scheduling_choice = None;
+    let on_gpu = options.device.gpu().is_some();
+    let complete = complete::complete(written.clone(), &signature, opening.batching.max_rows)?;
+    let (complete, remark) = hold_apart(complete, written, engines[0].as_mut(), on_gpu);
+    if let Some(remark) = &remark {
+        tracing::warn!(model = name, version, remark);
     }
+    let Complete { mut config, interface, binding, is_batching_guessed: _ } = complete;
     name.clone_into(&mut config.name);
     opener.platform.clone_into(&mut config.platform);
     opener.backend.clone_into(&mut config.backend);
@@ -214,7 +217,7 @@ fn open_version(
         && config.batch_output.is_empty()
         && policy.max_elements == 0
         && !matches!(&config.scheduling_choice, Some(SchedulingChoice::SequenceBatching(_)));
-    if options.device.gpu().is_some() && is_of_rows {
+    if on_gpu && is_of_rows {
         policy = policy.in_steps();
         engines::rehearse(&mut engines, sample.as_deref(), &policy.steps);
     }
@@ -269,7 +272,58 @@ fn open_version(
         None => Runs::Graph(start(engines, reopen)?, binding),
     };
     tracing::info!(model = name, version, path = %file.display(), "opened");
-    Ok(ModelVersion::new(version.to_string(), config, interface, statistics, runs))
+    Ok((ModelVersion::new(version.to_string(), config, interface, statistics, runs), remark))
+}
+
+/// The configuration of a model that has an axis for batches, where its rows have nothing to do with each other; and what is to be known of
+/// it otherwise. Who wrote that requests are put together hears of it, and has them put together.
+fn hold_apart(
+    complete: Complete,
+    written: Written,
+    engine: &mut dyn Engine,
+    on_gpu: bool,
+) -> (Complete, Option<String>) {
+    let is_guessed = complete.is_batching_guessed;
+    let batches = matches!(complete.config.scheduling_choice, Some(SchedulingChoice::DynamicBatching(_)));
+    // A size that is new costs a GPU a second, and what is ragged has no rows.
+    let is_plain = batches
+        && complete.interface.max_rows.is_some_and(|rows| rows > 1)
+        && complete.binding.ragged.joins().is_empty();
+    if !is_plain || (on_gpu && !is_guessed) {
+        return (complete, None);
+    }
+    let alone = |complete: Complete| Complete {
+        config: ModelConfig { scheduling_choice: None, ..complete.config },
+        ..complete
+    };
+    match (apart::rows(engine, on_gpu), is_guessed) {
+        (Rows::Independent, _) | (Rows::Unknown, false) => (complete, None),
+        (Rows::Unknown, true) => {
+            let remark = "its requests run one by one: it takes nothing that was tried, so nobody knows whether its rows have to do with each \
+                          other; write dynamic_batching { } if they have not";
+            (alone(complete), Some(remark.to_owned()))
+        }
+        (Rows::Entangled(reason), false) => {
+            let remark = format!(
+                "{reason}: with dynamic_batching, as its configuration says, an answer depends on whose requests are run with it; write \
+                 max_batch_size: 0 unless that is meant"
+            );
+            (complete, Some(remark))
+        }
+        (Rows::Entangled(reason), true) => {
+            // Where sizes are written, these may leave a batch out.
+            let whole = if written.has_batch_size {
+                None
+            } else {
+                complete::complete(written.whole(), engine.signature(), 0).ok()
+            };
+            let rows = if whole.is_some() { ", and its first size is taken for no batch" } else { "" };
+            let remark = format!(
+                "its requests run one by one{rows}: {reason}; write max_batch_size and dynamic_batching {{ }} if they may be put together"
+            );
+            (whole.unwrap_or_else(|| alone(complete)), Some(remark))
+        }
+    }
 }
 
 /// Engines with which sequences stay: each with what replaces it.

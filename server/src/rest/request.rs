@@ -226,7 +226,9 @@ fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>, Opt
             "name" => input.name = text(reader)?,
             "datatype" => input.datatype = text(reader)?,
             "shape" => {
-                has_shape = true;
+                if std::mem::replace(&mut has_shape, true) {
+                    return Err(reader.error("an input has one shape"));
+                }
                 reader.array(|reader| {
                     let at = reader.clone();
                     let size = reader.number()?.parse().map_err(|_| at.error("a size is an integer"))?;
@@ -239,6 +241,9 @@ fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>, Opt
                 key => parameter(reader, key, &mut input.parameters),
             })?,
             "data" => {
+                if !matches!(data, Data::None) {
+                    return Err(reader.error("an input has data once"));
+                }
                 data = match tensor::dtype(&input.datatype) {
                     // Read in passing, as all clients write it.
                     Some(dtype) => {

@@ -45,6 +45,8 @@ pub(super) struct Queue {
     threads: usize,
     /// Whether callers may run the engines, which are all alike.
     callers_may_run: bool,
+    /// Threads of the runtime.
+    workers: usize,
     /// How many of all models' callers may do that at a time: half of the runtime's threads, or the only one.
     callers: usize,
     state: Mutex<State>,
@@ -93,7 +95,8 @@ impl Queue {
         let runtime = Handle::try_current().ok();
         let threads = engines.len();
         let callers_may_run = runtime.is_some() && engines.iter().all(|engine| engine.runs_on_any_thread());
-        let callers = runtime.as_ref().map_or(1, |runtime| runtime.metrics().num_workers() / 2).max(1);
+        let workers = runtime.as_ref().map_or(1, |runtime| runtime.metrics().num_workers());
+        let callers = (workers / 2).max(1);
         let resting = engines.into_iter().map(Ready::new).collect();
         let aim = policy.finds_size.then(|| Aim::at_most(policy.max_rows));
         metrics.batch_rows_limit(policy.max_rows);
@@ -110,6 +113,7 @@ impl Queue {
             runtime,
             threads,
             callers_may_run,
+            workers,
             callers,
             state,
             changed,
@@ -285,6 +289,18 @@ impl Queue {
         None
     }
 
+    /// Sees that another thread of the runtime looks after sockets and timers while this one is in a run, which may take longer than anybody
+    /// expected. One of those that have nothing to do looks after them, and the others sleep until they are woken: if it was this
+    /// one that did, nobody would.
+    pub(super) fn leave_runtime_to_others(&self) {
+        if let Some(runtime) = self.runtime.as_ref().filter(|_| self.workers > 1) {
+            // The first is this thread's next task, where others cannot take it, until the second takes its place: then somebody is woken.
+            for _ in 0..2 {
+                runtime.spawn(std::future::ready(()));
+            }
+        }
+    }
+
     /// A caller has run a batch: whether it, or somebody in its place, promises to run another.
     pub(super) fn give_back(&self, ready: Ready) -> bool {
         let mut state = self.lock();
@@ -331,6 +347,7 @@ impl Queue {
             let is_over = job.work.deadline.is_some_and(|deadline| deadline <= now);
             let error =
                 if is_over { ScheduleError::DeadlineExceeded { graph } } else { ScheduleError::TimedOut { graph } };
+            self.metrics.abandoned();
             // Its caller has most likely noticed by itself.
             let _ = job.reply.send(Err(error));
         }

@@ -256,7 +256,8 @@ impl Scheduler {
         let deadline = work.deadline;
         let Admitted { mut answer, mut place, is_promised } = self.runner.queue.admit(work)?;
         if is_promised {
-            Turn::new(self.runner.clone()).serve().await;
+            // Beside this future, which has to see its deadline also where the run takes longer than anybody expected.
+            Turn::spawn(&self.runner);
         }
         let graph = || self.runner.queue.graph.clone();
         let mut outcome = None;

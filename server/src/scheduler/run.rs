@@ -28,6 +28,9 @@ use crate::model::Timings;
 /// Memory in which the inputs of batches are put together, one for each input: that of the last batch, used again.
 type Rooms = Vec<BytesMut>;
 
+/// How long a probe may run.
+const LONGEST_PROBE: Duration = Duration::from_secs(10);
+
 /// What runs the batches of a queue, on whatever thread.
 #[derive(Debug)]
 pub(super) struct Runner {
@@ -175,9 +178,10 @@ impl Runner {
         let filling = if never_fills { 0 } else { queue.policy.filling(rows) };
         let (inputs, wanted) = self.join(&works_of(jobs), filling, rooms).ok_or_else(unfit)?;
         let joined = Instant::now();
-        let deadline = last_deadline(jobs);
+        let deadline = if is_probe { Some(started + LONGEST_PROBE) } else { last_deadline(jobs) };
         let poll_gone = &mut |context: &mut Context<'_>| poll_gone(jobs, context);
-        let found = engine.run_for(&inputs, &wanted, Waiters { is_strict: false, deadline, poll_gone });
+        // What nobody asked for must not take an engine for good.
+        let found = engine.run_for(&inputs, &wanted, Waiters { is_strict: is_probe, deadline, poll_gone });
         let found = found.map_err(|error| failed(engine.signature().explain(&inputs, error)))?;
         let ran = Instant::now();
         let works = works_of(jobs);

@@ -93,12 +93,16 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    pub(super) fn new(runner: Arc<Runner>) -> Self {
-        Self { runner, is_kept: false }
+    /// Makes the promise in the name of a caller, and keeps it beside him.
+    pub(super) fn spawn(runner: &Arc<Runner>) {
+        let turn = Self { runner: runner.clone(), is_kept: false };
+        if let Some(runtime) = &runner.queue.runtime {
+            runtime.spawn(turn.boxed());
+        }
     }
 
     /// Runs the next batch, if it will be quick. While more comes, what brings it goes first.
-    pub(super) async fn serve(mut self) {
+    async fn serve(mut self) {
         let Runner { queue, share, .. } = &*self.runner;
         let mut rows = queue.rows();
         loop {
@@ -111,19 +115,18 @@ impl Turn {
         self.is_kept = true;
         let Some((jobs, ready, held)) = queue.take_now(share) else { return };
         let mut outbox = Outbox::default();
+        queue.leave_runtime_to_others();
         let back = self.runner.survive(ready, jobs, Some(held), &mut outbox);
         outbox.deliver();
         let Some(ready) = back else { return queue.lose() };
-        if queue.give_back(ready)
-            && let Some(runtime) = &queue.runtime
-        {
-            // Not by this caller, whose answer is most likely there.
-            runtime.spawn(Self::new(self.runner.clone()).next());
+        if queue.give_back(ready) {
+            // Whoever waits for this thread comes first.
+            Self::spawn(&self.runner);
         }
     }
 
-    /// As [`Turn::serve`], for one that follows another: boxed, since a future cannot hold one of its own kind.
-    fn next(self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    /// As [`Turn::serve`]: boxed, since a future cannot hold one of its own kind.
+    fn boxed(self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(self.serve())
     }
 }

@@ -21,7 +21,7 @@ pub(super) type Outcome = Result<Done, ScheduleError>;
 
 /// A caller that has promised to run the next batch does so as soon as those have had their turn that are ready on its thread. Where one of
 /// them runs a batch of another model there, which takes longer than anybody expected, somebody else has to come in.
-pub(super) const KEPT_WITHIN: Duration = DISMAY;
+const KEPT_WITHIN: Duration = DISMAY;
 
 /// Work that waits or runs.
 #[derive(Debug)]

@@ -3,7 +3,11 @@
 use std::{
     future::poll_fn,
     pin::pin,
-    sync::{Arc, LazyLock, Mutex, mpsc},
+    sync::{
+        Arc, LazyLock, Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     task::Poll,
     time::{Duration, Instant},
 };
@@ -12,9 +16,7 @@ use sensorium_engine::{DType, Engine, EngineError, RawTensor, Signature, Waiters
 use tokio::{runtime::Handle, sync::mpsc as tokio_mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    Batching, Done, Policy, Reopen, ScheduleError, Scheduler, Setup, Slots, Work, shape::Shapes, state::KEPT_WITHIN,
-};
+use super::{Batching, Done, Policy, Reopen, ScheduleError, Scheduler, Setup, Slots, Work, shape::Shapes};
 use crate::{metrics::Metrics, model::Statistics};
 
 /// Doubles `x`. Fails on a negative number, loses its GPU by an infinite one, dies of a NaN, and says beforehand what it was given.
@@ -24,7 +26,12 @@ struct Doubler {
     gate: mpsc::Receiver<()>,
     /// Names of the threads that ran it, where any may.
     threads: Option<Threads>,
+    /// Whether a run of [`SLOW`] does not end.
+    is_stuck: Arc<AtomicBool>,
 }
+
+/// What takes as long as the test wants it to, among what is quick.
+const SLOW: f32 = 0.125;
 
 /// Of nothing: the scheduler takes work that was validated.
 static UNKNOWN: LazyLock<Signature> = LazyLock::new(|| Signature::of_manifest(&[], &[]));
@@ -42,6 +49,9 @@ impl Engine for Doubler {
         }
         self.runs.lock().unwrap().push(values.to_vec());
         let _ = self.gate.recv();
+        while values.contains(&SLOW) && self.is_stuck.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         assert!(values.iter().all(|value| !value.is_nan()), "on purpose");
         if values.iter().any(|value| *value < 0.0) {
             return Err(EngineError::Run { reason: "negative".to_owned() });
@@ -142,10 +152,12 @@ impl Bench {
     }
 
     /// With an engine that any thread may run, where those that do are to be written down.
-    fn run_by(policy: Policy, reopen: Option<Reopen>, threads: Option<Threads>) -> Self {
+    fn run_by(policy: Policy, reopen: Option<Reopen>, quick: Option<(Threads, Arc<AtomicBool>)>) -> Self {
         let (gate, receiver) = mpsc::channel();
         let runs = Arc::<Mutex<Vec<_>>>::default();
-        let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver, threads });
+        let (threads, is_stuck) = quick.unzip();
+        let is_stuck = is_stuck.unwrap_or_default();
+        let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver, threads, is_stuck });
         let lost = CancellationToken::new();
         let scheduler = Scheduler::start_with(setup(engine, policy, reopen, &lost), Shapes::tail(1)).unwrap();
         Self { scheduler: Arc::new(scheduler), runs, gate, lost }
@@ -424,8 +436,9 @@ async fn stopping_answers_what_waits_and_refuses_what_comes() {
 
 #[tokio::test]
 async fn an_engine_that_dies_is_replaced_and_the_order_of_answers_survives_it() {
-    let reopen: Reopen =
-        Arc::new(|| Ok(Box::new(Doubler { runs: Arc::default(), gate: mpsc::channel().1, threads: None })));
+    let reopen: Reopen = Arc::new(|| {
+        Ok(Box::new(Doubler { runs: Arc::default(), gate: mpsc::channel().1, threads: None, is_stuck: Arc::default() }))
+    });
     let batching = Batching { max_rows: 1, max_waiting_rows: 100, max_delay: Duration::ZERO };
     let policy = Policy { preserve_ordering: true, ..Policy::of_server(batching) };
     let mut bench = Bench::with(policy, Some(reopen));
@@ -502,15 +515,18 @@ async fn an_engine_is_told_how_long_the_last_of_a_batch_waits_and_when_nobody_do
 struct Quick {
     bench: Bench,
     threads: Threads,
+    is_stuck: Arc<AtomicBool>,
 }
 
 impl Quick {
     fn new(reopen: Option<Reopen>) -> Self {
         let batching = Batching { max_rows: 8, max_waiting_rows: 100, max_delay: Duration::ZERO };
         let threads = Threads::default();
-        let mut bench = Bench::run_by(Policy::of_server(batching), reopen, Some(threads.clone()));
+        let is_stuck = Arc::new(AtomicBool::new(true));
+        let own = (threads.clone(), is_stuck.clone());
+        let mut bench = Bench::run_by(Policy::of_server(batching), reopen, Some(own));
         bench.open_gate();
-        Self { bench, threads }
+        Self { bench, threads, is_stuck }
     }
 
     /// Runs this until its batches are known to be quick, which on a busy machine may take a few tries, and until the
@@ -556,32 +572,41 @@ async fn a_batch_that_is_larger_than_those_known_to_be_quick_is_for_a_thread() {
 }
 
 #[tokio::test]
-async fn a_caller_that_leaves_before_its_turn_leaves_the_batch_to_a_thread() {
+async fn a_caller_that_leaves_before_its_turn_takes_nobodys_along() {
     let quick = Quick::new(None);
     quick.warm_up(&[1.0, 2.0]).await;
     let scheduler = quick.bench.scheduler.clone();
-    let (leaver, other) = loop {
-        let begun = Instant::now();
-        let mut leaver = Box::pin(async { scheduler.run(rows(&[66.0])).await });
-        assert!(futures::poll!(leaver.as_mut()).is_pending());
-        let mut other = Box::pin(async { scheduler.run(rows(&[2.0])).await });
-        assert!(futures::poll!(other.as_mut()).is_pending());
-        // On a machine that stood still in between, the other one promises to run it, too.
-        if begun.elapsed() < KEPT_WITHIN {
-            break (leaver, other);
-        }
-    };
+    let mut leaver = Box::pin(async { scheduler.run(rows(&[66.0])).await });
+    assert!(futures::poll!(leaver.as_mut()).is_pending());
+    let mut other = Box::pin(async { scheduler.run(rows(&[2.0])).await });
+    assert!(futures::poll!(other.as_mut()).is_pending());
     drop(leaver);
     let answer = tokio::time::timeout(Duration::from_secs(20), other).await.expect("somebody runs it");
     assert_eq!(values(&answer.unwrap()), [vec![4.0]]);
-    assert!(quick.was_an_engines_thread());
     assert!(!quick.bench.runs().concat().contains(&66.0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_caller_whose_batch_takes_longer_than_expected_hears_of_its_deadline() {
+    let quick = Quick::new(None);
+    quick.warm_up(&[1.0]).await;
+    let deadline = Some(Instant::now() + Duration::from_millis(100));
+    let scheduler = quick.bench.scheduler.clone();
+    let work = Work { deadline, ..rows(&[SLOW]) };
+    let answer = tokio::spawn(async move { scheduler.run(work).await });
+    let answer = tokio::time::timeout(Duration::from_secs(20), answer).await;
+    // Before anything is claimed: the runtime ends with its threads.
+    let was_stuck = quick.is_stuck.swap(false, Ordering::Relaxed);
+    let answer = answer.expect("somebody looks after the timers").unwrap();
+    assert!(matches!(answer, Err(ScheduleError::DeadlineExceeded { .. })), "{answer:?}");
+    assert!(was_stuck && !quick.was_an_engines_thread(), "a caller's thread is in it");
 }
 
 #[tokio::test]
 async fn an_engine_that_dies_of_a_callers_batch_is_replaced() {
-    let reopen: Reopen =
-        Arc::new(|| Ok(Box::new(Doubler { runs: Arc::default(), gate: mpsc::channel().1, threads: None })));
+    let reopen: Reopen = Arc::new(|| {
+        Ok(Box::new(Doubler { runs: Arc::default(), gate: mpsc::channel().1, threads: None, is_stuck: Arc::default() }))
+    });
     let quick = Quick::new(Some(reopen));
     quick.warm_up(&[1.0]).await;
     let error = quick.bench.scheduler.run(rows(&[f32::NAN])).await.unwrap_err();

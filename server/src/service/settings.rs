@@ -21,7 +21,6 @@ impl Service {
     /// on.
     pub(crate) fn log_settings(&self, request: LogSettingsRequest) -> Result<LogSettingsResponse, Status> {
         let mut levels = Levels::of(&self.logs.filter());
-        let mut changed = false;
         for (name, value) in request.settings {
             let value = value.parameter_choice;
             match (name.as_str(), value) {
@@ -44,12 +43,13 @@ impl Service {
                     )));
                 }
             }
-            changed = true;
         }
-        if changed {
+        if levels != Levels::of(&self.logs.filter()) {
             self.logs.set(levels.filter()).map_err(|error| Status::internal(error.to_string()))?;
             tracing::info!(level = levels.filter(), "the log level was changed by request");
         }
+        // A severity is on below one that is.
+        let levels = Levels::of(&self.logs.filter());
         let setting = |name: &str, value| {
             (name.to_owned(), log_settings_response::SettingValue { parameter_choice: Some(value) })
         };

@@ -7,7 +7,7 @@ use sensorium_onnx::{Attribute, DType as OnnxDType, Dim, GraphBuilder};
 use sensorium_proto::inference::model_config::SchedulingChoice;
 use sensorium_server::{error::InferError, model::Request, repository::Registry, scheduler::ScheduleError};
 
-use crate::bench::{Bench, f32s, infer, request, scale};
+use crate::bench::{Bench, f32s, index, infer, request, scale};
 
 async fn serve(config: &str) -> Registry {
     let bench = Bench::new();
@@ -124,6 +124,22 @@ async fn requests_are_put_together_unasked_only_where_rows_have_nothing_to_do_wi
     assert!(is_dynamic("apart") && !is_dynamic("m") && !is_dynamic("centred"), "and the configuration says so");
     let two = infer(&registry, "m", request(f32s(&[2, 1], &[0.0, 0.0]))).await.unwrap();
     assert_eq!(two.outputs[0].tensor, f32s(&[2, 1], &[0.5, 0.5]), "rows of a request stay together");
+    let many = infer(&registry, "m", request(f32s(&[100, 1], &[0.0; 100]))).await.unwrap();
+    assert_eq!(many.outputs[0].tensor, f32s(&[100, 1], &[0.01; 100]), "however many they are: they are no batch");
+    let index = index(&registry);
+    assert_eq!(index[0], "apart 1 READY");
+    assert!(index[2].starts_with("m 1 READY its requests run one by one"), "{}", index[2]);
+    assert!(index[2].contains("rows of output `y`"), "{}", index[2]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_writes_that_entangled_rows_are_put_together_has_it_and_hears_of_it() {
+    let bench = Bench::new();
+    bench.write("m", "1/model.onnx", shares()).write("m", "config.pbtxt", "max_batch_size: 8 dynamic_batching { }");
+    let registry = bench.open_all().await;
+    let line = &index(&registry)[0];
+    assert!(line.starts_with("m 1 READY rows of output `y`") && line.contains("max_batch_size: 0"), "{line}");
+    assert_eq!(registry.model("m", "").unwrap().config().max_batch_size, 8);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
