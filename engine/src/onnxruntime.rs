@@ -98,12 +98,15 @@ fn environment(path: &Path) -> Result<Environment, EngineError> {
 /// # Errors
 /// As [`OnnxRuntime::open`].
 pub(crate) fn open(path: &Path, options: Options, declared: &Declared) -> Result<Box<dyn Engine>, EngineError> {
+    if options.device.gpu().is_none() {
+        return Ok(Box::new(OnnxRuntime::open_declared(path, options, declared)?));
+    }
     let (path, declared, file) = (path.to_owned(), declared.clone(), SameFile::at(path));
     let open = move || {
         file.check()?;
         Ok(Box::new(OnnxRuntime::open_declared(&path, options, &declared)?) as Box<dyn Engine>)
     };
-    if options.device.gpu().is_none() { open() } else { Ok(Box::new(ByShape::new(open)?)) }
+    Ok(Box::new(ByShape::new(open)?))
 }
 
 /// A graph in onnxruntime.

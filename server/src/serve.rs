@@ -30,9 +30,9 @@ use crate::{
     shared_memory::SharedMemory,
 };
 
-/// How long before the end of a drain requests of many steps end.
-/// After the deadline of a drain, for an engine that is in a run, and for those who are still reading.
+/// How long after the deadline of a drain it waits for an engine that is in a run, and then for those who are still reading.
 const LAST: Duration = Duration::from_millis(500);
+/// How long before the end of a drain requests of many steps end.
 const LAST_STEPS: Duration = Duration::from_secs(1);
 
 /// Why serving ended before it was asked to, or never began.

@@ -220,10 +220,10 @@ impl Queue {
                     if company.is_some_and(|company| company.was_asked()) {
                         state.habit.came(waiting);
                     }
-                    let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
-                    let is_short = state.quick.is_short(bytes);
+                    let bytes = || jobs.iter().map(|job| job.work.bytes()).sum();
+                    let is_due = !outbox.is_empty() && !state.quick.is_short(bytes());
                     drop(state);
-                    if !is_short {
+                    if is_due {
                         self.deliver(outbox);
                     }
                     return Some(Task::Run(jobs, ready));

@@ -20,7 +20,8 @@ impl Service {
     /// `log_verbose_level` 1 is debug, 2 and above trace; below them the least severe of info, warning and error that is
     /// on.
     pub(crate) fn log_settings(&self, request: LogSettingsRequest) -> Result<LogSettingsResponse, Status> {
-        let mut levels = Levels::of(&self.logs.filter());
+        let before = Levels::of(&self.logs.filter());
+        let mut levels = before;
         for (name, value) in request.settings {
             let value = value.parameter_choice;
             match (name.as_str(), value) {
@@ -44,7 +45,7 @@ impl Service {
                 }
             }
         }
-        if levels != Levels::of(&self.logs.filter()) {
+        if levels != before {
             self.logs.set(levels.filter()).map_err(|error| Status::internal(error.to_string()))?;
             tracing::info!(level = levels.filter(), "the log level was changed by request");
         }
