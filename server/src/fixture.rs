@@ -78,7 +78,7 @@ impl Bench {
 }
 
 /// What a server of one core would open models with.
-fn opening(openers: Openers) -> Opening {
+pub(crate) fn opening(openers: Openers) -> Opening {
     Opening {
         volumes: Volumes::default(),
         cache: std::env::temp_dir(),

@@ -324,6 +324,18 @@ mod tests {
     }
 
     #[test]
+    fn an_address_may_be_a_name_of_this_machine() {
+        let config = config(&["--model-repository", "/m", "--http-addr", "localhost:8123", "--grpc-addr", "[::1]:1"]);
+        let addresses = config.unwrap().addresses;
+        assert!(addresses.http.ip().is_loopback() && addresses.http.port() == 8123, "{addresses:?}");
+        assert_eq!(addresses.grpc, "[::1]:1".parse().unwrap());
+        for wrong in ["8000", "localhost", "localhost:http", ":99999"] {
+            let said = ServerArgs::try_parse_from(["sensorium-server", "--http-addr", wrong]).unwrap_err().to_string();
+            assert!(said.contains("is no HOST:PORT such as 0.0.0.0:8000 or localhost:8000"), "{said}");
+        }
+    }
+
+    #[test]
     fn a_drain_without_end_is_refused() {
         let drain = |seconds: &str| config(&["--model-repository", "/models", "--drain-seconds", seconds]);
         assert_eq!(drain("604800").unwrap().drain, Duration::from_secs(LONGEST_DRAIN));

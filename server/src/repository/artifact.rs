@@ -157,7 +157,11 @@ fn here(folder: &Folder, graph: &sensorium_artifact::Graph, opening: &Opening) -
     let engine = open_graph(&folder.path, graph, opening.engine)?;
     let reopen: Reopen = {
         let (folder, graph, options) = (folder.clone(), graph.clone(), opening.engine);
-        Arc::new(move || open_graph(&folder.path, &graph, options).map_err(|error| error_line(&error)))
+        Arc::new(move || {
+            // The whole of it: a closure captures no more than the fields that it names.
+            let Folder { path, _kept } = &folder;
+            open_graph(path, &graph, options).map_err(|error| error_line(&error))
+        })
     };
     Ok(Engines {
         signature: engine.signature().clone(),
@@ -227,4 +231,31 @@ fn open_one(name: &str, version: u64, engines: Engines, opening: &Opening) -> st
     let scheduler = Scheduler::start(setup, &signature).map_err(std::io::Error::other)?;
     let runs = Runs::Graph(Graph::new(name.to_owned(), signature, scheduler, None), binding);
     Ok(ModelVersion::new(version.to_string(), config, interface, statistics, runs))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use sensorium_artifact::Volumes;
+    use sensorium_engine::fixture;
+
+    use super::*;
+    use crate::{fixture::opening, repository::Openers};
+
+    #[tokio::test]
+    async fn files_that_came_with_a_request_are_there_for_as_long_as_an_engine_may_be_opened_again() {
+        let own = Arc::new(tempfile::tempdir().unwrap());
+        let store = Store::open(&format!("file://{}", own.path().display()), &Volumes::default()).unwrap();
+        let artifact = fixture::commit(&store, "tiny").await.unwrap();
+        let files = store.fetch(&artifact, own.path()).await.unwrap();
+        let loaded = open_folder("tiny", 1, &files, Some(own), &opening(Openers::default())).unwrap();
+        assert!(loaded.versions.len() > 1 && files.is_dir(), "nobody else keeps them");
+        drop(loaded);
+        let dropped = Instant::now();
+        while files.exists() {
+            assert!(dropped.elapsed() < Duration::from_secs(20), "they are left behind");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
 }

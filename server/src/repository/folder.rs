@@ -203,6 +203,18 @@ mod tests {
         let two = fingerprint(folder.path()).unwrap();
         assert_eq!(two, fingerprint(folder.path()).unwrap());
         assert!(empty != one && one != two);
+        // Weights that were trained anew, which keep their size, and their time where they are copied with it.
+        let time = fs::metadata(&file).unwrap().modified().unwrap();
+        fs::write(&file, "cd").unwrap();
+        fs::File::options().write(true).open(&file).unwrap().set_modified(time).unwrap();
+        let written = fingerprint(folder.path()).unwrap();
+        assert_ne!(written, two, "written to");
+        let new = folder.path().join("1/new");
+        fs::write(&new, "ef").unwrap();
+        fs::File::options().write(true).open(&new).unwrap().set_modified(time).unwrap();
+        fs::rename(&new, &file).unwrap();
+        let two = fingerprint(folder.path()).unwrap();
+        assert_ne!(two, written, "replaced");
         std::os::unix::fs::symlink("nowhere", folder.path().join(".#config.pbtxt")).unwrap();
         assert_ne!(fingerprint(folder.path()).unwrap(), two, "a link to nothing is no error");
     }

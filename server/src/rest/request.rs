@@ -433,6 +433,14 @@ mod tests {
                 r#"{"inputs": [{"name": "a", "datatype": "INT8", "data": [1], "parameters": {"binary_data_size": 1}, "shape": [1]}]}"#,
                 "use one of them",
             ),
+            (
+                r#"{"inputs": [{"name": "a", "shape": [1], "datatype": "INT8", "data": [1], "shape": [2]}]}"#,
+                "an input has one shape",
+            ),
+            (
+                r#"{"inputs": [{"name": "a", "shape": [1], "datatype": "INT8", "data": [1], "data": [2]}]}"#,
+                "an input has data once",
+            ),
             (r#"{"inputs": []} x"#, "the text should end here"),
             (r#"{"id": 1, "inputs": []}"#, "a string should be here"),
         ] {

@@ -5,15 +5,16 @@
 //! model and the machine, so it is measured while it serves. Sizes are the largest one, halved again and again. Now and then
 //! another one is tried, in turn with the size that batches have, so that what disturbs the machine disturbs both. Each size has its
 //! turn, since its neighbour may win too little where a distant one wins enough. Who tries and wins nothing tries ever more rarely.
+//!
+//! A smaller size need only not lose, and a larger one has to win, twice in turn: who comes while a batch runs waits for all of it, and then
+//! for his own, so that answers come sooner from smaller ones. Where chance decided, that costs little, and the other size has its turn again.
 
 use std::time::Duration;
 
 use super::pause::Pause;
 
-/// Comparisons in a trial, of which the median counts: one says little.
-const RUNS: usize = 5;
-/// The same where a trial was won, which has to be shown once more: on a restless machine chance wins some.
-const RUNS_AGAIN: usize = 7;
+/// Comparisons in a trial, of which more than half count: one says little.
+const RUNS: usize = 7;
 /// Batches of a comparison: three of the smaller size, then two of the larger one. The first of each says nothing: while it runs, what was
 /// answered before comes back, and that was of the other size.
 const STEPS: usize = 5;
@@ -21,11 +22,13 @@ const STEPS: usize = 5;
 const LARGE_STEP: usize = 3;
 /// A trial has to come about in this many times as many batches as it needs. Where too few wait for the larger size it does not.
 const PATIENCE: usize = 4;
-/// The part of its time that a change has to save.
-const GAIN: f64 = 0.02;
+/// The part of its time that a larger size has to save, twice in turn: on a restless machine chance wins some.
+const GAIN_OF_LARGER: f64 = 0.02;
+/// What a batch costs beside its run: to be put together, and to wake who waits for it.
+const BESIDES: Duration = Duration::from_micros(50);
 /// Batches that could have had another size, until the next trial: at first, and at most. Twice as many where the last one
 /// won nothing: trials show in the longest of the answers' times.
-const PAUSE: Pause = Pause::new(16, 1 << 12, 2);
+const PAUSE: Pause = Pause::new(4, 1 << 12, 2);
 /// A trial is lost after so many comparisons where the other size took more time by this part in each of them, and so are those of all
 /// sizes beyond it: a trial costs those who wait the more, the worse the other size is.
 const HOPELESS_RUNS: usize = 2;
@@ -67,12 +70,22 @@ struct Trial {
     /// Batches of the comparison under way, and seconds for each byte of inputs in those of the smaller size that count.
     step: usize,
     small: f64,
-    /// The other size's time in parts of the own one's, each of runs that followed each other, since the speed of a machine changes.
-    ratios: Vec<f64>,
+    tally: Tally,
     /// Batches so far, of whatever size.
     batches: usize,
-    /// Comparisons that it takes.
-    runs: usize,
+    /// Whether it was won once before.
+    is_again: bool,
+}
+
+/// Comparisons, each of runs that followed each other, since the speed of a machine changes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    /// Where the other size was better by enough.
+    won: usize,
+    /// Where it was not,
+    lost: usize,
+    /// and those of them where it was hopeless.
+    hopeless: usize,
 }
 
 impl Aim {
@@ -95,18 +108,19 @@ impl Aim {
         let size = self.size_of(rows);
         let Some(trial) = &mut self.trial else {
             let is_usual = std::mem::replace(&mut self.last, size) == size;
-            if is_usual && took >= SHORTEST {
+            // Those of all who wait, and of the few who came too late for it, may take turns.
+            if (is_usual || size == self.rows) && took >= SHORTEST {
                 self.pause.pass();
                 if self.pause.is_over() {
-                    self.trial = self.candidate(size).map(|other| Trial::new(size, other, RUNS));
+                    self.trial = self.candidate(size).map(|other| Trial::new(size, other));
                 }
             }
             return None;
         };
-        trial.ran(size, took.as_secs_f64() / bytes.max(1) as f64);
+        trial.ran(size, (took + BESIDES).as_secs_f64() / bytes.max(1) as f64);
         let verdict = trial.verdict()?;
-        if verdict == Verdict::Better && trial.runs < RUNS_AGAIN {
-            *trial = Trial::new(trial.own, trial.other, RUNS_AGAIN);
+        if verdict == Verdict::Better && !trial.is_enough() {
+            *trial = Trial { is_again: true, ..Trial::new(trial.own, trial.other) };
             return None;
         }
         let (own, other) = (trial.own, trial.other);
@@ -140,8 +154,13 @@ impl Aim {
 }
 
 impl Trial {
-    fn new(own: usize, other: usize, runs: usize) -> Self {
-        Self { own, other, step: 0, small: 0.0, ratios: Vec::new(), batches: 0, runs }
+    fn new(own: usize, other: usize) -> Self {
+        Self { own, other, step: 0, small: 0.0, tally: Tally::default(), batches: 0, is_again: false }
+    }
+
+    /// Whether one that is won need not be won once more.
+    fn is_enough(&self) -> bool {
+        self.is_again || self.other < self.own
     }
 
     /// Rows of the next batch.
@@ -161,27 +180,40 @@ impl Trial {
         self.step += 1;
         if self.step == STEPS {
             let ratio = self.small / seconds;
-            self.ratios.push(if self.other < self.own { ratio } else { ratio.recip() });
+            let (ratio, gain) = if self.other < self.own { (ratio, 0.0) } else { (ratio.recip(), GAIN_OF_LARGER) };
+            self.tally.add(ratio, gain);
             (self.step, self.small) = (0, 0.0);
         }
     }
 
     /// What the other size is; `None` while that is open.
-    fn verdict(&mut self) -> Option<Verdict> {
-        if self.ratios.len() >= self.runs {
-            let is_better = median(&mut self.ratios) < 1.0 - GAIN;
-            return Some(if is_better { Verdict::Better } else { Verdict::Worse });
-        }
-        if self.ratios.len() >= HOPELESS_RUNS && self.ratios.iter().all(|ratio| *ratio > 1.0 + LOSS) {
-            return Some(Verdict::Hopeless);
-        }
-        (self.batches >= PATIENCE * STEPS * self.runs).then_some(Verdict::Worse)
+    fn verdict(&self) -> Option<Verdict> {
+        let is_late = self.batches >= PATIENCE * STEPS * RUNS;
+        self.tally.verdict().or(is_late.then_some(Verdict::Worse))
     }
 }
 
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+impl Tally {
+    /// The other size took `ratio` of the own one's time.
+    fn add(&mut self, ratio: f64, gain: f64) {
+        let is_won = ratio < 1.0 - gain;
+        self.won += usize::from(is_won);
+        self.lost += usize::from(!is_won);
+        self.hopeless += usize::from(ratio > 1.0 + LOSS);
+    }
+
+    /// As soon as those to come cannot change it.
+    fn verdict(self) -> Option<Verdict> {
+        let Self { won, lost, hopeless } = self;
+        if hopeless >= HOPELESS_RUNS && hopeless == won + lost {
+            return Some(Verdict::Hopeless);
+        }
+        match (won > RUNS / 2, lost > RUNS / 2) {
+            (true, _) => Some(Verdict::Better),
+            (_, true) => Some(Verdict::Worse),
+            (false, false) => None,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -235,6 +267,18 @@ mod tests {
     }
 
     #[test]
+    fn a_size_is_found_where_a_batch_of_most_and_one_of_the_rest_take_turns() {
+        let mut aim = Aim::at_most(32);
+        for index in 0..1000 {
+            let waiting = if index % 2 == 0 { 31 } else { 1 };
+            let rows = if aim.rows() < 32 { aim.rows() } else { waiting };
+            let of_row = 0.01 * (1.0 + 0.05 * (rows as f64 / 8.0).log2().abs());
+            aim.ran(rows, rows, Duration::from_secs_f64(of_row * rows as f64));
+        }
+        assert_eq!(aim.rows, 8);
+    }
+
+    #[test]
     fn it_is_found_on_a_machine_whose_speed_changes_more_than_sizes_differ() {
         for best in [2, 8, 32] {
             let batches = std::cell::Cell::new(0);
@@ -258,14 +302,14 @@ mod tests {
         }
     }
 
-    /// How much more time what is found takes than what would be best, after 5,000 batches on a restless machine: the mean of
+    /// How much more time what is found takes than what would be best, after so many batches on a restless machine: the mean of
     /// many. A doubling away from the `best` size costs `step`, and `waiting` rows always wait.
-    fn excess(step: f64, best: f64, waiting: usize) -> f64 {
+    fn excess(step: f64, best: f64, waiting: usize, batches: usize) -> f64 {
         const MACHINES: u64 = 40;
         let cost = |rows: usize| 1.0 + step * (rows as f64 / best).log2().abs();
         let machine = |seed| {
             let (mut aim, mut chance, mut speed) = (Aim::at_most(32), chance(seed), 1.0);
-            for _ in 0..5000 {
+            for _ in 0..batches {
                 if chance() < 0.05 {
                     speed = if speed > 1.0 { 1.0 } else { 1.35 };
                 }
@@ -284,17 +328,32 @@ mod tests {
     #[test]
     fn on_restless_machines_what_is_found_costs_little_more_than_the_best() {
         for (step, best) in [(0.03, 2.0), (0.06, 2.0), (0.06, 8.0), (0.1, 4.0), (0.06, 32.0), (0.2, 32.0)] {
-            for waiting in [200, 16] {
-                let excess = excess(step, best, waiting);
-                assert!(excess < 0.02, "{step} for a doubling from {best}, {waiting} wait: {excess}");
+            for (waiting, batches) in [(200, 200), (200, 5000), (16, 200), (16, 5000)] {
+                let excess = excess(step, best, waiting, batches);
+                assert!(excess < 0.02, "{step} for a doubling from {best}, {waiting} wait, {batches} ran: {excess}");
             }
         }
     }
 
     #[test]
-    fn what_wins_little_changes_nothing() {
-        let of_row = |rows: usize| 0.01 + 0.00003 * (rows as f64).log2();
-        assert_eq!(settled(&mut Aim::at_most(32), 200, 10_000, of_row), 32);
+    fn what_wins_nothing_changes_nothing() {
+        assert_eq!(settled(&mut Aim::at_most(32), 200, 10_000, |_| 0.01), 32);
+    }
+
+    #[test]
+    fn a_smaller_size_need_not_win_by_as_much_as_a_larger_one() {
+        let saved = |part: f64, best: usize| move |rows: usize| if rows == best { 0.01 * (1.0 - part) } else { 0.01 };
+        assert_eq!(settled(&mut Aim::at_most(32), 200, 500, saved(0.015, 8)), 8);
+        let mut aim = Aim::at_most(32);
+        assert_eq!(settled(&mut aim, 200, 500, saved(0.5, 8)), 8);
+        assert_eq!(settled(&mut aim, 200, 10_000, saved(0.015, 32)), 8, "it has this already, and answers sooner");
+        assert_eq!(settled(&mut aim, 200, 50_000, saved(0.03, 32)), 32);
+    }
+
+    #[test]
+    fn what_a_batch_costs_beside_its_run_counts() {
+        let of_row = |rows: usize| 10e-6 * (1.0 + 0.005 * (rows as f64).log2());
+        assert_eq!(settled(&mut Aim::at_most(256), 1000, 2000, of_row), 256);
     }
 
     #[test]

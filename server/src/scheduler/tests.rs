@@ -81,6 +81,17 @@ const THRICE: usize = 1;
 
 /// Everything that a scheduler of one engine is made of.
 fn setup(engine: Box<dyn Engine>, policy: Policy, reopen: Option<Reopen>, lost: &CancellationToken) -> Setup {
+    counted(engine, policy, reopen, lost, &Metrics::new())
+}
+
+/// The same, whose counts go to `metrics`.
+fn counted(
+    engine: Box<dyn Engine>,
+    policy: Policy,
+    reopen: Option<Reopen>,
+    lost: &CancellationToken,
+    metrics: &Metrics,
+) -> Setup {
     Setup {
         graph: "m".to_owned(),
         engines: vec![engine],
@@ -89,7 +100,7 @@ fn setup(engine: Box<dyn Engine>, policy: Policy, reopen: Option<Reopen>, lost: 
         batches: true,
         slots: Slots::new(1),
         threads: 1,
-        metrics: Metrics::new().graph("m", "1"),
+        metrics: metrics.graph("m", "1"),
         statistics: Arc::new(Statistics::default()),
         lost: lost.clone(),
     }
@@ -139,6 +150,7 @@ struct Bench {
     runs: Arc<Mutex<Vec<Vec<f32>>>>,
     gate: mpsc::Sender<()>,
     lost: CancellationToken,
+    metrics: Metrics,
 }
 
 impl Bench {
@@ -158,9 +170,15 @@ impl Bench {
         let (threads, is_stuck) = quick.unzip();
         let is_stuck = is_stuck.unwrap_or_default();
         let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver, threads, is_stuck });
-        let lost = CancellationToken::new();
-        let scheduler = Scheduler::start_with(setup(engine, policy, reopen, &lost), Shapes::tail(1)).unwrap();
-        Self { scheduler: Arc::new(scheduler), runs, gate, lost }
+        let (lost, metrics) = (CancellationToken::new(), Metrics::new());
+        let setup = counted(engine, policy, reopen, &lost, &metrics);
+        let scheduler = Scheduler::start_with(setup, Shapes::tail(1)).unwrap();
+        Self { scheduler: Arc::new(scheduler), runs, gate, lost, metrics }
+    }
+
+    /// Whether the page of metrics has this line.
+    fn shows(&self, line: &str) -> bool {
+        self.metrics.encode(&[]).unwrap().lines().any(|own| own == line)
     }
 
     /// A caller that waits for its answer, once its work is in the queue or in the engine.
@@ -295,11 +313,29 @@ async fn a_caller_that_gives_up_frees_its_place_and_its_work_never_reaches_the_e
     assert!(bench.scheduler.run(rows(&[2.0])).await.is_err(), "the queue is full");
     leaver.abort();
     assert!(leaver.await.unwrap_err().is_cancelled());
+    assert!(bench.shows(r#"sensorium_server_abandoned_total{model="m"} 1"#));
     let next = bench.send(rows(&[2.0])).await;
     bench.open_gate();
     first.await.unwrap().unwrap();
     next.await.unwrap().unwrap();
     assert_eq!(bench.runs(), [vec![1.0], vec![2.0]]);
+}
+
+#[tokio::test]
+async fn a_request_whose_deadline_passes_in_the_queue_is_counted_and_never_reaches_the_engine() {
+    let mut bench = Bench::new(1, 8, Duration::ZERO);
+    let first = bench.occupy().await;
+    let deadline = Some(Instant::now() + Duration::from_millis(50));
+    let late = bench.send(Work { deadline, ..rows(&[66.0]) }).await;
+    assert!(bench.shows(r#"sensorium_server_queue_requests{model="m"} 1"#));
+    let error = tokio::time::timeout(Duration::from_secs(20), late).await.expect("it is told in time").unwrap();
+    assert!(matches!(error, Err(ScheduleError::DeadlineExceeded { .. })), "{error:?}");
+    bench.open_gate();
+    first.await.unwrap().unwrap();
+    bench.scheduler.run(rows(&[2.0])).await.unwrap();
+    assert_eq!(bench.runs(), [vec![1.0], vec![2.0]]);
+    assert!(bench.shows(r#"sensorium_server_abandoned_total{model="m"} 1"#));
+    assert!(bench.shows(r#"sensorium_server_queue_requests{model="m"} 0"#));
 }
 
 #[tokio::test]

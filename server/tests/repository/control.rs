@@ -2,6 +2,9 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use futures::{future, poll};
+use sensorium_artifact::{Store, Volumes};
+use sensorium_engine::fixture;
 use sensorium_server::{
     error::InferError,
     repository::{ControlError, ControlMode, LoadParameters},
@@ -80,6 +83,64 @@ async fn a_load_goes_on_when_whoever_asked_for_it_leaves() {
     let load = registry.load("a", LoadParameters::default());
     assert!(tokio::time::timeout(Duration::ZERO, load).await.is_err());
     eventually("the model is loaded", async || registry.ready("a", "")).await;
+}
+
+#[tokio::test]
+async fn a_load_that_has_not_begun_when_whoever_asked_for_it_leaves_never_begins() {
+    let bench = Bench::new();
+    for name in ["a", "b", "c"] {
+        bench.write(name, "1/model.onnx", scale(2.0, None));
+    }
+    let registry = bench.open(ControlMode::Explicit, &[]).await;
+    let mut first = Box::pin(registry.load("a", LoadParameters::default()));
+    assert!(poll!(&mut first).is_pending());
+    for _ in 0..100 {
+        let behind = Box::pin(registry.load("b", LoadParameters::default()));
+        assert!(poll!(behind).is_pending());
+    }
+    first.await.unwrap();
+    registry.load("c", LoadParameters::default()).await.unwrap();
+    assert_eq!(index(&registry), ["a 1 READY", "b", "c 1 READY"], "what would have come before c");
+}
+
+#[tokio::test]
+async fn who_ends_waits_for_the_load_under_way_and_lets_no_other_begin() {
+    let bench = Bench::new();
+    bench.write("a", "1/model.onnx", scale(2.0, None)).write("b", "1/model.onnx", scale(2.0, None));
+    let registry = bench.open(ControlMode::Explicit, &[]).await;
+    let mut under_way = Box::pin(registry.load("a", LoadParameters::default()));
+    assert!(poll!(&mut under_way).is_pending());
+    eventually("it has begun", async || index(&registry).contains(&"a  LOADING".to_owned())).await;
+    let mut behind = Box::pin(registry.load("b", LoadParameters::default()));
+    assert!(poll!(&mut behind).is_pending());
+    let ((), first, second) = future::join3(registry.stop(), under_way, behind).await;
+    first.unwrap();
+    let refused = |name: &str| ControlError::Failed { name: name.to_owned(), reason: "this server ends".to_owned() };
+    assert_eq!(second.unwrap_err(), refused("b"));
+    assert_eq!(registry.load("b", LoadParameters::default()).await.unwrap_err(), refused("b"));
+    infer(&registry, "a", request(f32s(&[1, 1], &[5.0]))).await.expect_err("its engine has ended");
+}
+
+#[tokio::test]
+async fn a_name_that_an_artifact_has_is_free_once_that_is_unloaded() {
+    let bench = Bench::new();
+    let stored = tempfile::tempdir().unwrap();
+    let store = Store::open(&format!("file://{}", stored.path().display()), &Volumes::default()).unwrap();
+    let artifact = fixture::commit(&store, "tiny").await.unwrap();
+    let files = store.fetch(&artifact, stored.path()).await.unwrap();
+    for file in artifact.manifest.files.iter().map(|file| file.path.as_str()).chain(["manifest.json"]) {
+        bench.write("tiny", &format!("1/{file}"), std::fs::read(files.join(file)).unwrap());
+    }
+    bench.write("tiny.fusion", "1/model.onnx", scale(2.0, None));
+    let registry = bench.open(ControlMode::Explicit, &["tiny"]).await;
+    let error = registry.load("tiny.fusion", LoadParameters::default()).await.unwrap_err();
+    assert!(error.to_string().contains("another model is called \"tiny.fusion\""), "{error}");
+    registry.unload("tiny", false).await.unwrap();
+    registry.load("tiny.fusion", LoadParameters::default()).await.unwrap();
+    assert_eq!(answer(&registry, "tiny.fusion", &[1, 1], &[5.0]).await, [10.0]);
+    let error = registry.load("tiny", LoadParameters::default()).await.unwrap_err();
+    assert!(error.to_string().contains("another model is called \"tiny.fusion\""), "{error}");
+    assert_eq!(answer(&registry, "tiny.fusion", &[1, 1], &[5.0]).await, [10.0], "it is as it was");
 }
 
 #[tokio::test]

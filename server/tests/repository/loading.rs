@@ -93,6 +93,8 @@ async fn a_model_that_fails_says_why_and_harms_no_other() {
         "config.pbtxt",
         "backend: \"tensorflow\"",
     );
+    bench.write("crowd", "1/model.onnx", scale(1.0, None));
+    bench.write("crowd", "config.pbtxt", "instance_group [ { count: 1000 }, { count: 1000000 } ]");
     let registry = bench.open_all().await;
     assert_eq!(answer(&registry, "good", &[1, 1], &[5.0]).await, [10.0]);
     let index = index(&registry);
@@ -104,6 +106,7 @@ async fn a_model_that_fails_says_why_and_harms_no_other() {
         ("empty", "no folder of a version"),
         ("other", "max_batch_size 8, but the first size of `x` in its file is 3"),
         ("type", "input `x` is TYPE_INT64 in its configuration and TYPE_FP32 in its file"),
+        ("crowd", "its instance_group has 1001000 instances, it may have 1024 at most"),
         ("backend", "asks for backend \"tensorflow\"; this server has onnxruntime"),
     ] {
         assert!(line(name).contains("UNAVAILABLE") && line(name).contains(reason), "{}", line(name));

@@ -5,9 +5,16 @@ use std::{
     time::Duration,
 };
 
-use tokio::{io::AsyncReadExt as _, net::TcpStream, time};
+use bytes::Bytes;
+use prost::Message as _;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
+    net::TcpStream,
+    time,
+};
+use tonic::codegen::http::Request;
 
-use crate::harness::{Server, eventually};
+use crate::harness::{INFER, Server, eventually, floats, frame, input, raw_request};
 
 const OPEN: &str = "sensorium_server_connections";
 const REFUSALS: &str = "sensorium_server_connections_refusals_total";
@@ -73,4 +80,58 @@ fn more_connections_than_files_can_be_opened_for_are_refused_at_the_start() {
     for part in ["--max-connections is 200, it must be at most 36", "ulimit -Hn", "or let fewer connect"] {
         assert!(said.contains(part), "{part:?} is not in {said}");
     }
+}
+
+/// Frames of HTTP/2 of one kind (RFC 9113, section 6) among what a client has sent from the start of its connection on.
+fn frames(sent: &[u8], kind: u8) -> usize {
+    const PREFACE: usize = 24;
+    let (mut rest, mut count) = (sent.get(PREFACE..).unwrap_or_default(), 0);
+    while let [high, middle, low, own, ..] = *rest {
+        count += usize::from(own == kind);
+        let length = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
+        rest = rest.get(9 + length..).unwrap_or_default();
+    }
+    count
+}
+
+/// Reads on until `sent` has so many frames of a kind.
+async fn read_until(far: &mut DuplexStream, sent: &mut Vec<u8>, kind: u8, count: usize) {
+    while frames(sent, kind) < count {
+        assert!(far.read_buf(sent).await.unwrap() > 0, "the client goes on");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_that_are_taken_back_at_once_end_no_other_of_their_connection() {
+    const CALLS: usize = 200;
+    const HEADERS: u8 = 1;
+    const RST_STREAM: u8 = 3;
+    let server = Server::start(&[]).await;
+    let (near, mut far) = tokio::io::duplex(1 << 20);
+    let mut client = h2::client::Builder::new();
+    client.initial_max_send_streams(2 * CALLS);
+    let (mut client, connection) = client.handshake::<_, Bytes>(near).await.unwrap();
+    tokio::spawn(connection);
+    let mut call = || {
+        let request =
+            Request::post(format!("http://{}{INFER}", server.grpc)).header("content-type", "application/grpc");
+        client.send_request(request.header("te", "trailers").body(()).unwrap(), false).unwrap()
+    };
+    let (kept, mut body) = call();
+    let taken_back: Vec<_> = (0..CALLS).map(|_| call()).collect();
+    // All of it reaches the server in one piece, as it does from a client whose own caller has gone.
+    let mut sent = Vec::new();
+    read_until(&mut far, &mut sent, HEADERS, 1 + CALLS).await;
+    drop(taken_back);
+    read_until(&mut far, &mut sent, RST_STREAM, CALLS).await;
+    let mut stream = TcpStream::connect(server.grpc).await.unwrap();
+    stream.write_all(&sent).await.unwrap();
+    tokio::spawn(async move { tokio::io::copy_bidirectional(&mut far, &mut stream).await });
+    let question =
+        raw_request("tiny.image_encoder", vec![(input("pixel_values", "FP32", &[1, 3, 8, 8]), floats(&[0.5; 192]))]);
+    body.send_data(frame(&question.encode_to_vec()), true).unwrap();
+    let answer = time::timeout(Duration::from_mins(1), kept).await.unwrap().expect("the connection goes on");
+    let mut body = answer.into_body();
+    let message = body.data().await.expect("an answer, and no status alone").unwrap();
+    assert!(message.len() > 16, "{message:?}");
 }

@@ -4,7 +4,7 @@ use std::{
     io::{BufRead as _, BufReader},
     net::SocketAddr,
     process::{Child, Command, Stdio},
-    sync::OnceLock,
+    sync::{Arc, Mutex, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -72,6 +72,7 @@ pub(crate) struct Server {
     pub(crate) grpc: SocketAddr,
     pub(crate) http: SocketAddr,
     pub(crate) metrics: SocketAddr,
+    log: Arc<Mutex<Vec<serde_json::Value>>>,
 }
 
 impl Server {
@@ -99,16 +100,24 @@ impl Server {
         command.args(arguments).env("SENSORIUM_LOG", "info").stdin(Stdio::null()).stderr(Stdio::piped());
         adjust(&mut command);
         let mut process = command.spawn().unwrap();
-        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
-        let serving = lines
-            .by_ref()
-            .map(|line| serde_json::from_str::<serde_json::Value>(&line.unwrap()).expect("every line of a log is JSON"))
-            .find(|line| line["message"] == "serving")
-            .expect("the server says where it serves");
-        // What follows is drained, so that the server never waits for a reader.
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let lines = BufReader::new(process.stderr.take().unwrap()).lines();
+        let kept = log.clone();
+        let mut lines = lines.map_while(Result::ok).map(move |line| {
+            let line: serde_json::Value = serde_json::from_str(&line).expect("every line of a log is JSON");
+            kept.lock().unwrap().push(line.clone());
+            line
+        });
+        let serving = lines.find(|line| line["message"] == "serving").expect("the server says where it serves");
+        // What follows is read as it comes, so that the server never waits for a reader.
         std::thread::spawn(move || lines.for_each(drop));
         let address = |name: &str| serving[name].as_str().unwrap().parse().unwrap();
-        Self { process, grpc: address("grpc"), http: address("http"), metrics: address("metrics") }
+        Self { process, grpc: address("grpc"), http: address("http"), metrics: address("metrics"), log }
+    }
+
+    /// The lines of its log so far with this message.
+    pub(crate) fn said(&self, message: &str) -> Vec<serde_json::Value> {
+        self.log.lock().unwrap().iter().filter(|line| line["message"] == message).cloned().collect()
     }
 
     /// What its metrics say, where no certificate or token is in the way.

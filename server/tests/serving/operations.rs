@@ -4,7 +4,11 @@ use std::{fs, path::Path, process::Command};
 
 use sensorium_onnx::{DType, Dim, GraphBuilder};
 
-use crate::{clients::identities, counter, harness::Server};
+use crate::{
+    clients::identities,
+    counter,
+    harness::{Server, eventually},
+};
 
 /// The exit code and output of the server, which is expected to end by itself.
 async fn ended(arguments: &[&str]) -> (Option<i32>, String) {
@@ -123,4 +127,49 @@ async fn settings_come_from_a_file_and_a_wrong_one_is_named() {
     let (code, said) = ended(&["--model-repository", "/models", "--auth-tokens", "/nowhere/tokens"]).await;
     assert_eq!(code, Some(1));
     assert!(said.contains("/nowhere/tokens"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_tells_nobody_about_the_machine_and_leaves_nothing_in_the_home_folder() {
+    let home = tempfile::tempdir().unwrap();
+    let chosen = "glibc.malloc.hugetlb=0";
+    let server = Server::start_with(&[], |command| {
+        command.env("HOME", home.path()).env_remove("ORT_DISABLE_TELEMETRY").env("GLIBC_TUNABLES", chosen);
+    })
+    .await;
+    let environment = fs::read(format!("/proc/{}/environ", server.process.id())).unwrap();
+    let variables: Vec<_> = environment.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
+    let has = |variable: &str| variables.iter().any(|own| own == variable);
+    assert!(has("ORT_DISABLE_TELEMETRY=1"), "{variables:?}");
+    assert!(has(&format!("GLIBC_TUNABLES={chosen}")), "what is set stays: {variables:?}");
+    assert_eq!(fs::read_dir(home.path()).unwrap().count(), 0, "it has loaded a model, and written nothing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_another_repository_hides_is_named_in_the_log() {
+    let (first, second) = (identities(), identities());
+    let repositories = [first.path().to_str().unwrap(), second.path().to_str().unwrap()];
+    let server = Server::start(&["--model-repository", repositories[0], "--model-repository", repositories[1]]).await;
+    let said = server.said("two repositories have a model of this name, and the first one's is served");
+    let hidden = said.iter().find(|line| line["model"] == "identity_fp32").unwrap_or_else(|| panic!("{said:?}"));
+    assert_eq!(hidden["served"], format!("{}/identity_fp32", repositories[0]));
+    assert_eq!(hidden["hidden"], format!("{}/identity_fp32", repositories[1]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_ensemble_brought_is_not_opened_again() {
+    let models = tempfile::tempdir().unwrap();
+    let graph = copies(&[("x", DType::F32, &[Dim::Symbol("batch"), Dim::Fixed(1)])]);
+    write(models.path(), "z", &graph, "max_batch_size: 8");
+    fs::create_dir(models.path().join("a")).unwrap();
+    let ensemble = r#"platform: "ensemble" max_batch_size: 8
+        input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }
+        ensemble_scheduling { step {
+          model_name: "z" input_map { key: "x" value: "x" } output_map { key: "x_out" value: "y" } } }"#;
+    fs::write(models.path().join("a/config.pbtxt"), ensemble).unwrap();
+    let repository = models.path().to_str().unwrap();
+    let server = Server::start(&["--model-repository", repository]).await;
+    eventually("both are there", async || server.get(server.http, "/v2/models/a/ready").await.0 == 200).await;
+    let opened = server.said("opened");
+    assert_eq!(opened.iter().filter(|line| line["model"] == "z").count(), 1, "{opened:?}");
 }

@@ -14,7 +14,7 @@ use sensorium_engine::fixture::{self, QUESTION};
 use tokio::{net::TcpListener, sync::mpsc, time};
 use tonic::{Request, Response, Status, async_trait, transport::server::TcpIncoming};
 
-use crate::harness::{Server, tensor_question};
+use crate::harness::{Server, eventually, tensor_question};
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const PARENT: &str = "b7ad6b7169203331";
@@ -119,4 +119,22 @@ async fn which_requests_are_traced_can_be_changed_and_probes_are_not() {
     // Nothing else of that name comes in the time in which a batch of spans is sent.
     let more = time::timeout(Duration::from_secs(7), next(&mut spans, |span| span.name == "infer")).await;
     assert!(more.is_err(), "{more:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_takes_no_spans_is_named_in_the_log_once() {
+    const LOST: &str = "the collector of traces takes none, and they are lost";
+    // Bound, so that nobody else has the port, and not listening.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let endpoint = format!("http://{}", socket.local_addr().unwrap());
+    let server = Server::start(&["--otlp-endpoint", &endpoint, "--trace-rate", "1"]).await;
+    let question = tensor_question(&fixture::png([200, 0, 0]), QUESTION);
+    server.inference().await.model_infer(question.clone()).await.unwrap();
+    eventually("the log says so", async || !server.said(LOST).is_empty()).await;
+    assert_eq!(server.said(LOST)[0]["endpoint"], endpoint);
+    // A second batch of spans is as lost as the first.
+    server.inference().await.model_infer(question).await.unwrap();
+    time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(server.said(LOST).len(), 1);
 }
