@@ -7,12 +7,10 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::watch, task::JoinSet, time};
 
-use crate::{metrics::Metrics, model::Graph, repository::Registry};
+use crate::{metrics::Metrics, model::Graph, repository::Registry, scheduler::LONGEST_PROBE};
 
 /// How long an engine may be without proof before it is probed.
 const PROBE_AGE: Duration = Duration::from_secs(5);
-/// How long a probe may take.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long an engine is trusted after its last proof: time to be probed, and once more.
 const TRUST: Duration = Duration::from_secs(30);
 /// Time between looks.
@@ -45,11 +43,11 @@ pub async fn watch(repository: &Registry, ready: &watch::Sender<bool>, metrics: 
 }
 
 async fn probe(graph: Arc<Graph>) {
-    match time::timeout(PROBE_TIMEOUT, graph.probe(PROBE_AGE)).await {
+    match time::timeout(LONGEST_PROBE, graph.probe(PROBE_AGE)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
             tracing::warn!(graph = graph.name(), error = &error as &dyn std::error::Error, "probe failed");
         }
-        Err(_) => tracing::warn!(graph = graph.name(), "probe was not answered within {PROBE_TIMEOUT:?}"),
+        Err(_) => tracing::warn!(graph = graph.name(), "probe was not answered within {LONGEST_PROBE:?}"),
     }
 }

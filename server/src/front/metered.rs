@@ -63,6 +63,8 @@ struct Messages {
     max: usize,
     head: [u8; HEAD],
     place: Place,
+    /// Whether there may be any number of them, so that each gives its bytes back by itself. Nobody asks for those of other calls.
+    are_many: bool,
 }
 
 /// A flag, which is 1 for a compressed message, and the length.
@@ -84,14 +86,20 @@ impl<B> Metered<B> {
     /// `patience` while they arrive.
     pub(super) fn new(body: B, headers: &HeaderMap, tally: Tally, max: usize, patience: Duration) -> Self {
         let coding = || headers.get("grpc-encoding").and_then(|name| name.to_str().ok()).and_then(Coding::parse);
-        let messages =
-            is_grpc(headers).then(|| Messages { coding: coding(), max, head: [0; HEAD], place: Place::Head(0) });
+        let messages = is_grpc(headers).then(|| Messages {
+            coding: coding(),
+            max,
+            head: [0; HEAD],
+            place: Place::Head(0),
+            are_many: false,
+        });
         Self { body, tally, messages, ready: VecDeque::new(), is_stream: false, patience, until: None, since: 0 }
     }
 
     /// As one of a call that may ask again and again, as late as it likes.
     pub(super) fn of_stream(self) -> Self {
-        Self { is_stream: true, ..self }
+        let messages = self.messages.map(|messages| Messages { are_many: true, ..messages });
+        Self { is_stream: true, messages, ..self }
     }
 
     /// Nothing is there: whether that has been so for too long.
@@ -187,8 +195,8 @@ impl Messages {
                     let piece = rest.split_to(rest.len().min(*left));
                     *left -= piece.len();
                     if *left == 0 {
-                        tally.end_message(HEAD + *length);
-                        self.place = Place::Head(0);
+                        let length = *length;
+                        self.end(length, tally);
                     }
                     if self.coding.is_some() {
                         out.push_back(piece);
@@ -225,10 +233,17 @@ impl Messages {
         }
         self.place = Place::Plain { length, left: length };
         if length == 0 {
-            tally.end_message(HEAD);
-            self.place = Place::Head(0);
+            self.end(0, tally);
         }
         Ok(())
+    }
+
+    /// One of this length is whole.
+    fn end(&mut self, length: usize, tally: &Tally) {
+        self.place = Place::Head(0);
+        if self.are_many {
+            tally.end_message(HEAD + length);
+        }
     }
 
     fn inflate(&mut self, packed: &[u8], tally: &Tally, out: &mut VecDeque<Bytes>) -> Result<(), Status> {
@@ -246,7 +261,7 @@ impl Messages {
             InflateError::Broken(error) => Status::internal(format!("the message is no {}: {error}", coding.name())),
         })?;
         tally.give(packed.len());
-        tally.end_message(HEAD + message.len());
+        self.end(message.len(), tally);
         let mut head = BytesMut::with_capacity(HEAD);
         head.put_u8(0);
         head.put_u32(message.len() as u32); // no more than `max`, which a length of gRPC can say
@@ -288,7 +303,7 @@ mod tests {
         }
     }
 
-    /// What is read of a call whose body arrives in pieces of this size.
+    /// What is read of a stream whose body arrives in pieces of this size.
     async fn read(body: &[u8], piece: usize, coding: &str, tally: &Tally) -> Result<Bytes, Status> {
         let pieces: Vec<_> =
             body.chunks(piece).map(|piece| Ok::<_, Error>(Frame::data(Bytes::copy_from_slice(piece)))).collect();
@@ -302,7 +317,8 @@ mod tests {
             tally.clone(),
             1000,
             Duration::from_mins(1),
-        );
+        )
+        .of_stream();
         let collected = body.collect().await.map_err(|error| *error.downcast::<Status>().unwrap())?;
         Ok(collected.to_bytes())
     }
@@ -325,6 +341,19 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[tokio::test]
+    async fn messages_of_what_is_no_stream_are_not_written_down() {
+        let budget = Budget::new(10_000, Metrics::new().budget());
+        let (tally, headers) =
+            (budget.tally(), HeaderMap::from_iter([(header::CONTENT_TYPE, "application/grpc".parse().unwrap())]));
+        // Each five bytes of them are a message.
+        let zeros = StreamBody::new(tokio_stream::iter([Ok::<_, Error>(Frame::data(Bytes::from(vec![0; 5000])))]));
+        let body = Metered::new(zeros, &headers, tally.clone(), 1000, Duration::from_mins(1));
+        assert_eq!(body.collect().await.unwrap().to_bytes().len(), 5000);
+        assert!(tally.claim_message().is_none());
+        tally.foresee(5001).expect_err("their bytes are taken all the same");
     }
 
     #[tokio::test]

@@ -10,11 +10,14 @@ use sensorium_artifact::TensorSpec;
 use sensorium_engine::{RawTensor, dtype_name};
 use sensorium_proto::inference::{ModelConfig, ModelEnsembling};
 
-use super::{Fitted, Interface, ModelVersion, NamedTensor, Request, Response, Timings};
+use super::{Entered, Fitted, Interface, ModelVersion, NamedTensor, Request, Response, Timings};
 use crate::error::InferError;
 
-/// Finds the model of a step when it is called, so that a step's model may be loaded again under the ensemble.
+/// Finds the model of a step when a request comes, so that a step's model may be loaded again under the ensemble.
 pub(crate) type Find = Arc<dyn Fn(&str, &str) -> Result<Arc<ModelVersion>, InferError> + Send + Sync>;
+
+/// The model of a step, for one request, which has entered it.
+pub(super) type Entering = (Arc<ModelVersion>, Entered);
 
 /// A step that runs.
 type Call<'a> = BoxFuture<'a, Result<(&'a Step, Response), InferError>>;
@@ -48,9 +51,10 @@ impl std::fmt::Debug for Ensemble {
 }
 
 impl Ensemble {
-    /// Names of the models that an ensemble calls.
-    pub(crate) fn models(ensembling: &ModelEnsembling) -> BTreeSet<&str> {
-        ensembling.step.iter().map(|step| step.model_name.as_str()).collect()
+    /// Names of the models that an ensemble calls, each with its version where that is not the newest.
+    pub(crate) fn models(ensembling: &ModelEnsembling) -> BTreeSet<(&str, Option<u64>)> {
+        let steps = ensembling.step.iter();
+        steps.map(|step| (step.model_name.as_str(), pinned(step.model_version))).collect()
     }
 
     /// An ensemble whose models are all loaded.
@@ -78,33 +82,56 @@ impl Ensemble {
         })
     }
 
-    /// The models of its steps, as a call would find them now.
-    pub(super) fn called(&self) -> impl Iterator<Item = Result<Arc<ModelVersion>, InferError>> {
-        self.steps.iter().map(|step| (self.find)(&step.model, &step.version))
+    /// That its steps still fit together, as the models are now.
+    ///
+    /// # Errors
+    /// As [`Ensemble::new`].
+    pub(super) fn check(&self, interface: &Interface, max_batch_size: i32) -> Result<(), String> {
+        check(&self.steps, interface, max_batch_size, &self.find)
     }
 
-    /// Runs every step that a wanted output needs, as soon as its tensors are there. `request` has what the client said
-    /// beside its tensors.
+    /// The models of the steps that `outputs` need, as they are now. They answer this request whatever becomes of them meanwhile, and it
+    /// stands in the sequences of those that have any from now on: a step ends when it likes, and requests would come to the next one in
+    /// another order.
+    ///
+    /// # Errors
+    /// Of the first step that cannot be called.
+    pub(super) fn enter(&self, outputs: &[usize], request: &Request) -> Result<Vec<Option<Entering>>, InferError> {
+        let wanted: Vec<&str> =
+            outputs.iter().filter_map(|&output| self.outputs.get(output)).map(String::as_str).collect();
+        let enter = |(index, is_needed): (usize, bool)| {
+            let step = is_needed.then(|| &self.steps[index]);
+            let entering = step.map(|step| {
+                let model = (self.find)(&step.model, &step.version)?;
+                let entered = model.enter_step(step.outputs.iter().map(|(output, _)| output.as_str()), request)?;
+                Ok((model, entered))
+            });
+            entering.transpose().map_err(|source| self.failed(index, source))
+        };
+        self.needed(&wanted).into_iter().enumerate().map(enter).collect()
+    }
+
+    /// Runs every step that was entered, as soon as its tensors are there. `request` has what the client said beside its tensors.
     pub(super) async fn infer(
         &self,
         fitted: Fitted,
         request: &Request,
+        entered: Vec<Option<Entering>>,
     ) -> Result<(Vec<RawTensor>, Timings), InferError> {
         let wanted: Vec<&str> = fitted.outputs.iter().map(|&output| self.outputs[output].as_str()).collect();
         let mut tensors: BTreeMap<&str, RawTensor> =
             self.inputs.iter().map(String::as_str).zip(fitted.inputs).collect();
-        let mut waiting = self.needed(&wanted);
+        let entered = entered.into_iter().enumerate();
+        let mut waiting: Vec<(usize, Entering)> = entered.filter_map(|(index, step)| Some((index, step?))).collect();
         let mut running: FuturesUnordered<Call<'_>> = FuturesUnordered::new();
         let mut timings = Timings::default();
         loop {
-            waiting.retain(|step| {
-                let is_ready = step.inputs.iter().all(|(_, tensor)| tensors.contains_key(tensor.as_str()));
-                if is_ready {
-                    let call = step.request(&tensors, request);
-                    running.push(self.call(step, call));
-                }
-                !is_ready
+            let ready = waiting.extract_if(.., |(index, _)| {
+                self.steps[*index].inputs.iter().all(|(_, tensor)| tensors.contains_key(tensor.as_str()))
             });
+            for (index, entering) in ready {
+                running.push(self.call(index, entering, self.steps[index].request(&tensors, request)));
+            }
             let Some(done) = running.next().await else { break };
             let (step, response) = done?;
             timings += Timings { cache_hit: false, ..response.timings };
@@ -121,19 +148,19 @@ impl Ensemble {
     }
 
     /// Boxed, because a step may be an ensemble, too.
-    fn call<'a>(&'a self, step: &'a Step, request: Request) -> Call<'a> {
+    fn call(&self, index: usize, (model, entered): Entering, request: Request) -> Call<'_> {
         Box::pin(async move {
-            let answer = async { (self.find)(&step.model, &step.version)?.infer(request).await };
-            let response = answer.await.map_err(|source| {
-                let index = self.steps.iter().position(|other| std::ptr::eq(other, step)).unwrap_or_default();
-                InferError::Step { step: step.place(index), source: Box::new(source) }
-            })?;
-            Ok((step, response))
+            let response = model.infer_entered(request, entered).await.map_err(|source| self.failed(index, source))?;
+            Ok((&self.steps[index], response))
         })
     }
 
-    /// The steps without which one of `wanted` is not made.
-    fn needed(&self, wanted: &[&str]) -> Vec<&Step> {
+    fn failed(&self, index: usize, source: InferError) -> InferError {
+        InferError::Step { step: self.steps[index].place(index), source: Box::new(source) }
+    }
+
+    /// For each step, whether one of `wanted` is not made without it.
+    fn needed(&self, wanted: &[&str]) -> Vec<bool> {
         let mut tensors: BTreeSet<&str> = wanted.iter().copied().collect();
         let mut needed: Vec<bool> = vec![false; self.steps.len()];
         // Each round finds at least one more step, or is the last.
@@ -143,7 +170,7 @@ impl Ensemble {
             needed[index] = true;
             tensors.extend(self.steps[index].inputs.iter().map(|(_, tensor)| tensor.as_str()));
         }
-        self.steps.iter().zip(needed).filter_map(|(step, needed)| needed.then_some(step)).collect()
+        needed
     }
 }
 
@@ -162,7 +189,7 @@ impl Step {
             inputs: self.inputs.iter().filter_map(input).collect(),
             outputs: self.outputs.iter().map(|(output, _)| output.clone()).collect(),
             priority: request.priority,
-            timeout: None,
+            timeout: request.timeout,
             deadline: request.deadline,
             sequence: request.sequence.clone(),
             parameters: request.parameters.clone(),
@@ -181,12 +208,16 @@ impl From<&sensorium_proto::inference::model_ensembling::Step> for Step {
         };
         Self {
             model: step.model_name.clone(),
-            // -1, and 0 for a field that is left out, stand for the newest.
-            version: if step.model_version > 0 { step.model_version.to_string() } else { String::new() },
+            version: pinned(step.model_version).map(|version| version.to_string()).unwrap_or_default(),
             inputs: sorted(&step.input_map),
             outputs: sorted(&step.output_map),
         }
     }
+}
+
+/// The version that a step names: -1, and 0 for a field that is left out, stand for the newest.
+fn pinned(version: i64) -> Option<u64> {
+    u64::try_from(version).ok().filter(|version| *version > 0)
 }
 
 /// Where a tensor of the ensemble comes from, for messages, and what it is.

@@ -27,7 +27,6 @@ use sensorium_engine::RawTensor;
 use sensorium_proto::inference::{ModelConfig, ModelStatistics, model_config::SchedulingChoice};
 
 pub(crate) use self::sequence::{Seated, Stateful};
-use self::sizes::Sizes;
 pub(crate) use self::{
     binding::{Binding, Bound, Reshape},
     ensemble::{Ensemble, Find},
@@ -45,6 +44,7 @@ pub use self::{
     sequence::{SequenceError, Sequences},
     statistics::{Responded, Statistics},
 };
+use self::{ensemble::Entering, sequence::Turn, sizes::Sizes};
 use crate::{
     error::InferError,
     metrics::GraphMetrics,
@@ -89,6 +89,17 @@ pub(crate) enum Runs {
     Ensemble(Arc<Ensemble>),
 }
 
+/// What a request has of a model from the moment of its coming on, before its tensors are there.
+#[derive(Debug)]
+enum Entered {
+    /// Nothing but a place in a queue, later.
+    Plainly,
+    /// Its place in its sequence.
+    InSequence(Box<Turn>),
+    /// What it has of the models that are called for it, for each step of an ensemble that something wanted needs.
+    ByStep(Vec<Option<Entering>>),
+}
+
 impl ModelVersion {
     /// A version whose work `runs` does; `statistics` are those that its scheduler counts into.
     pub(crate) fn new(
@@ -121,24 +132,24 @@ impl ModelVersion {
         Self { cache: wanted.then(|| (cache.clone(), metrics)), ..self }
     }
 
-    /// Which load of which model answers depend on, beside the request: of this one, and of those that it calls, as they are
-    /// now. `None` where they depend on more, such as the requests before.
-    fn loads(&self) -> Option<Vec<u64>> {
+    /// Which load of which model the answer to a request that has entered depends on: of this one, and of those that are called for
+    /// it. `None` where it depends on more, such as the requests before.
+    fn loads(&self, entered: &Entered) -> Option<Vec<u64>> {
         let mut loads = Vec::new();
-        self.add_loads(&mut loads)?;
+        self.add_loads(entered, &mut loads)?;
         Some(loads)
     }
 
-    /// Each model once, however many ensembles call it.
-    fn add_loads(&self, loads: &mut Vec<u64>) -> Option<()> {
-        if loads.contains(&self.load) {
-            return Some(());
+    fn add_loads(&self, entered: &Entered, loads: &mut Vec<u64>) -> Option<()> {
+        if !loads.contains(&self.load) {
+            loads.push(self.load);
         }
-        loads.push(self.load);
-        match &self.runs {
-            Runs::Graph(..) | Runs::Multimodal(_) => Some(()),
-            Runs::Ensemble(ensemble) => ensemble.called().try_for_each(|model| model.ok()?.add_loads(loads)),
-            Runs::Sequence(..) | Runs::Iteration(_) => None,
+        match entered {
+            Entered::Plainly => matches!(self.runs, Runs::Graph(..) | Runs::Multimodal(_)).then_some(()),
+            Entered::InSequence(_) => None,
+            Entered::ByStep(steps) => {
+                steps.iter().flatten().try_for_each(|(model, entered)| model.add_loads(entered, loads))
+            }
         }
     }
 
@@ -192,11 +203,22 @@ impl ModelVersion {
         self.config.model_transaction_policy.is_some_and(|policy| policy.decoupled)
     }
 
-    /// Names of the models that it is made of, where it is an ensemble.
-    pub(crate) fn steps(&self) -> BTreeSet<&str> {
+    /// Names of the models that it is made of, where it is an ensemble, each with its version where that matters.
+    pub(crate) fn steps(&self) -> BTreeSet<(&str, Option<u64>)> {
         match &self.config.scheduling_choice {
             Some(SchedulingChoice::EnsembleScheduling(ensembling)) => Ensemble::models(ensembling),
             _ => BTreeSet::new(),
+        }
+    }
+
+    /// That the models that it is made of still fit together.
+    ///
+    /// # Errors
+    /// A sentence about the model.
+    pub(crate) fn check_steps(&self) -> Result<(), String> {
+        match &self.runs {
+            Runs::Ensemble(ensemble) => ensemble.check(&self.interface, self.config.max_batch_size),
+            _ => Ok(()),
         }
     }
 
@@ -214,20 +236,33 @@ impl ModelVersion {
     ///
     /// # Errors
     /// [`InferError`], which says whose fault it is.
-    pub async fn infer(&self, mut request: Request) -> Result<Response, InferError> {
+    pub fn infer(&self, request: Request) -> impl Future<Output = Result<Response, InferError>> + Send + '_ {
+        self.answer(request, None)
+    }
+
+    /// As [`ModelVersion::infer`], of a request that has entered.
+    async fn infer_entered(&self, request: Request, entered: Entered) -> Result<Response, InferError> {
+        self.answer(request, Some(entered)).await
+    }
+
+    async fn answer(&self, mut request: Request, entered: Option<Entered>) -> Result<Response, InferError> {
         let mut counted = Counted { statistics: &self.statistics, started: Instant::now(), is_answered: false };
         self.check_artifact(&request)?;
         let inputs = std::mem::take(&mut request.inputs);
         let fitted = self.interface.fit(inputs, &request.outputs)?;
+        let entered = match entered {
+            Some(entered) => entered,
+            None => self.enter(&fitted.outputs, fitted.rows, &request)?,
+        };
         let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
-        let cache = self.cache.as_ref().and_then(|(cache, metrics)| Some((cache, metrics, self.loads()?)));
+        let cache = self.cache.as_ref().and_then(|(cache, metrics)| Some((cache, metrics, self.loads(&entered)?)));
         let (outputs, timings) = match cache {
             Some((cache, metrics, loads)) => {
-                let (outputs, timings) = Box::pin(self.run_once(cache, &loads, fitted, &request)).await?;
+                let (outputs, timings) = Box::pin(self.run_once(cache, &loads, fitted, &request, entered)).await?;
                 metrics.cache(timings.cache_hit);
                 (outputs, timings)
             }
-            None => self.run(fitted, &request).await?,
+            None => self.run(fitted, &request, entered).await?,
         };
         counted.is_answered = true;
         for (output, tensor) in wanted.iter().zip(&outputs) {
@@ -237,6 +272,24 @@ impl ModelVersion {
         let named = wanted.into_iter().zip(outputs);
         let named = named.map(|(output, tensor)| NamedTensor { name: self.outputs()[output].name.clone(), tensor });
         Ok(Response { outputs: named.collect(), timings })
+    }
+
+    /// Takes what a request for these outputs has of this model from now on.
+    fn enter(&self, outputs: &[usize], rows: usize, request: &Request) -> Result<Entered, InferError> {
+        match &self.runs {
+            Runs::Sequence(_, _, sequences) => {
+                Ok(Entered::InSequence(Box::new(sequences.enter(request.sequence.as_ref(), rows)?)))
+            }
+            Runs::Ensemble(ensemble) => Ok(Entered::ByStep(ensemble.enter(outputs, request)?)),
+            Runs::Graph(..) | Runs::Iteration(_) | Runs::Multimodal(_) => Ok(Entered::Plainly),
+        }
+    }
+
+    /// The same for a step of an ensemble, of whose tensors nothing is known yet.
+    fn enter_step<'a>(&self, outputs: impl Iterator<Item = &'a str>, request: &Request) -> Result<Entered, InferError> {
+        let index = |output| self.outputs().iter().position(|spec| spec.name == output);
+        let outputs: Vec<usize> = outputs.filter_map(index).collect();
+        self.enter(&outputs, 1, request)
     }
 
     /// Bytes of the answer to a request, by the largest of its outputs of late; 0 before there was one.
@@ -266,14 +319,19 @@ impl ModelVersion {
         loads: &[u64],
         fitted: Fitted,
         request: &Request,
+        entered: Entered,
     ) -> Result<Answer, InferError> {
         let started = Instant::now();
+        let entered = Mutex::new(Some(entered));
         // How long it took, and what it took it with, unless it failed.
         let ran: Mutex<Option<(Option<Timings>, Duration)>> = Mutex::default();
         let key = cache::key(loads, &fitted, &request.parameters);
         let run = async || {
             let began = Instant::now();
-            let answer = self.run(fitted.clone(), request).await;
+            let first = entered.lock().unwrap_or_else(PoisonError::into_inner).take();
+            // Once more where it was given up for others.
+            let entered = first.map_or_else(|| self.enter(&fitted.outputs, fitted.rows, request), Ok)?;
+            let answer = self.run(fitted.clone(), request, entered).await;
             let timings = answer.as_ref().ok().map(|(_, timings)| *timings);
             *ran.lock().unwrap_or_else(PoisonError::into_inner) = Some((timings, began.elapsed()));
             answer.map(|(outputs, _)| outputs)
@@ -288,12 +346,12 @@ impl ModelVersion {
     }
 
     /// What is rare or slow is boxed, so that the common request does not carry room for it.
-    async fn run(&self, fitted: Fitted, request: &Request) -> Result<Answer, InferError> {
+    async fn run(&self, fitted: Fitted, request: &Request, entered: Entered) -> Result<Answer, InferError> {
         let Request { priority, timeout, deadline, .. } = *request;
         let unfit = |source| InferError::reshape(&self.name, source);
         let started = Instant::now();
-        match &self.runs {
-            Runs::Graph(graph, binding) => {
+        match (&self.runs, entered) {
+            (Runs::Graph(graph, binding), _) => {
                 let Fitted { inputs, rows, outputs: wanted } = fitted;
                 let (inputs, outputs) = binding.bind(inputs, &wanted).map_err(unfit)?;
                 let Completed { inputs, scattered } = binding.ragged.complete(inputs).map_err(unfit)?;
@@ -301,9 +359,9 @@ impl ModelVersion {
                 let done = graph.run(work).await?;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }
-            Runs::Sequence(graphs, binding, sequences) => {
+            (Runs::Sequence(graphs, binding, sequences), Entered::InSequence(turn)) => {
                 let Fitted { inputs, rows, outputs: wanted } = fitted;
-                let turn = sequences.enter(request.sequence.as_ref(), rows)?;
+                Sequences::check_rows(rows)?;
                 let (inputs, mut outputs) = binding.bind(inputs, &wanted).map_err(unfit)?;
                 let begun = turn.begin(inputs);
                 let (step, inputs) = match timeout {
@@ -323,16 +381,19 @@ impl ModelVersion {
                 done.timings.queue += waited;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }
-            Runs::Iteration(_) => Err(InferError::Decoupled { model: self.name.clone() }),
-            Runs::Ensemble(ensemble) => {
-                let answer = Box::pin(ensemble.infer(fitted, request)).await?;
+            (Runs::Ensemble(ensemble), Entered::ByStep(steps)) => {
+                let answer = Box::pin(ensemble.infer(fitted, request, steps)).await?;
                 self.statistics.composed();
                 Ok(answer)
             }
-            Runs::Multimodal(multimodal) => {
+            (Runs::Multimodal(multimodal), _) => {
                 let outputs = Box::pin(multimodal.infer(&fitted, deadline)).await?;
                 self.statistics.composed();
                 Ok((outputs, Timings { compute_infer: started.elapsed(), ..Timings::default() }))
+            }
+            // What iterates is for those who take several responses; [`ModelVersion::enter`] gives the others what they take.
+            (Runs::Iteration(_) | Runs::Sequence(..) | Runs::Ensemble(_), _) => {
+                Err(InferError::Decoupled { model: self.name.clone() })
             }
         }
     }

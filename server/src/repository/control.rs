@@ -23,6 +23,17 @@ use crate::{
 /// Ensembles in each other at most: a call of one goes as deep.
 const MAX_NESTING: usize = 16;
 
+/// How the reason of an ensemble begins that was loaded before its models were replaced by others.
+const UNFIT: &str = "its models do not fit together any more";
+
+/// Models that come together.
+#[derive(Debug, Default)]
+struct Course {
+    to_come: BTreeSet<String>,
+    /// Those of them that are there, and what they needed.
+    brought: BTreeSet<String>,
+}
+
 /// Where a unit of models comes from.
 #[derive(Clone, Debug)]
 enum Origin {
@@ -170,32 +181,58 @@ impl Registry {
         self.refresh_before(|repository| folder::is_model_name(name) && repository.join(name).is_dir())
             .await
             .map_err(failed)?;
-        self.bring(name, parameters, &[], &mut BTreeSet::new()).await
+        let mut course = Course::default();
+        let brought = self.bring(name, parameters, &[], &mut course).await;
+        self.check_above(&course.brought);
+        brought
     }
 
     /// Loads models, or loads them again, by whoever holds `changing`: those that could not be.
     pub(super) async fn bring_all(&self, names: Vec<String>) -> Vec<String> {
-        let (mut brought, mut failed) = (BTreeSet::new(), Vec::new());
+        let mut course = Course { to_come: names.iter().cloned().collect(), brought: BTreeSet::new() };
+        let mut failed = Vec::new();
         for name in names {
             // An ensemble before it may have brought it already.
-            if brought.contains(&name) {
+            if course.brought.contains(&name) {
                 continue;
             }
-            if let Err(error) = self.bring(&name, LoadParameters::default(), &[], &mut brought).await {
+            if let Err(error) = self.bring(&name, LoadParameters::default(), &[], &mut course).await {
                 tracing::error!(model = name, error = error_line(&error), "not loaded");
                 failed.push(name);
             }
         }
+        self.check_above(&course.brought);
         failed
     }
 
-    /// As [`Registry::load`], by whoever holds `changing`, for ensembles `above`. What was loaded is added to `brought`.
+    /// Says of ensembles whose models were loaded again, with other inputs or outputs, that they do not fit together any more.
+    fn check_above(&self, brought: &BTreeSet<String>) {
+        let loaded = self.loaded();
+        let is_above = |model: &&Arc<ModelVersion>| {
+            !brought.contains(model.name()) && model.steps().iter().any(|(step, _)| brought.contains(*step))
+        };
+        for model in loaded.iter().filter(is_above) {
+            let unfit = model.check_steps().err().map(|reason| format!("{UNFIT}: {reason}"));
+            if let Some(unfit) = &unfit {
+                tracing::error!(model = model.name(), unfit, "an ensemble cannot answer");
+            }
+            let mut models = self.write();
+            let slots = models.by_name.get_mut(model.name()).into_iter().flat_map(|entry| entry.versions.values_mut());
+            for slot in slots.filter(|slot| slot.model.as_ref().is_some_and(|own| Arc::ptr_eq(own, model))) {
+                if unfit.is_some() || slot.reason.starts_with(UNFIT) {
+                    slot.reason = unfit.clone().unwrap_or_default();
+                }
+            }
+        }
+    }
+
+    /// As [`Registry::load`], by whoever holds `changing`, for ensembles `above`.
     async fn bring(
         &self,
         name: &str,
         parameters: LoadParameters,
         above: &[&str],
-        brought: &mut BTreeSet<String>,
+        course: &mut Course,
     ) -> Result<(), ControlError> {
         let failed = |reason| ControlError::Failed { name: name.to_owned(), reason };
         let origin = self.origin(name, &parameters);
@@ -208,7 +245,7 @@ impl Registry {
             Some(Origin::Artifact(source)) => {
                 artifact::load(&source, &self.0.opening).await.map_err(|error| error_line(&error))
             }
-            Some(Origin::Folder(path)) => self.bring_folder(name, path, parameters, above, brought).await,
+            Some(Origin::Folder(path)) => self.bring_folder(name, path, parameters, above, course).await,
             None => {
                 self.forget(name);
                 return Err(ControlError::NotFound { name: name.to_owned() });
@@ -226,7 +263,7 @@ impl Registry {
             self.note_failure(name, 0, &reason);
             return Err(failed(reason));
         }
-        brought.insert(name.to_owned());
+        course.brought.insert(name.to_owned());
         let reasons: Vec<_> = broken.iter().map(|(version, reason)| format!("version {version}: {reason}")).collect();
         if reasons.is_empty() { Ok(()) } else { Err(failed(reasons.join("; "))) }
     }
@@ -238,20 +275,22 @@ impl Registry {
         path: PathBuf,
         parameters: LoadParameters,
         above: &[&str],
-        brought: &mut BTreeSet<String>,
+        course: &mut Course,
     ) -> Result<Loaded, String> {
         let cut_short = |_| "opening it was cut short".to_owned();
         let own = name.to_owned();
         let found =
             tokio::task::spawn_blocking(move || Found::read(&own, &path, &parameters)).await.map_err(cut_short)??;
         let above = [above, &[name]].concat();
-        for step in found.ensembling().map(Ensemble::models).unwrap_or_default() {
+        for (step, _) in found.ensembling().map(Ensemble::models).unwrap_or_default() {
             if above.contains(&step) {
                 return Err(format!("it is made of itself: {}, {step}", above.join(", ")));
             }
             self.check_below(step, &above)?;
-            if !self.ready(step, "") {
-                let step_brought = Box::pin(self.bring(step, LoadParameters::default(), &above, brought)).await;
+            // One that serves as it was, and is about to come anew, comes first: it may fit the ensemble only then.
+            let comes_anew = course.to_come.contains(step) && !course.brought.contains(step);
+            if comes_anew || !self.ready(step, "") {
+                let step_brought = Box::pin(self.bring(step, LoadParameters::default(), &above, course)).await;
                 step_brought.map_err(|error| format!("it needs model {step:?}: {}", error_line(&error)))?;
             }
         }
@@ -271,7 +310,7 @@ impl Registry {
         for _ in above.len()..=MAX_NESTING {
             let models = self.loaded();
             let steps = models.iter().filter(|model| level.contains(model.name())).flat_map(|model| model.steps());
-            level = steps.map(str::to_owned).collect();
+            level = steps.map(|(step, _)| step.to_owned()).collect();
             if let Some(again) = above.iter().find(|name| level.contains(**name)) {
                 return Err(format!("it is made of itself: {}, {step}, ..., {again}", above.join(", ")));
             }
@@ -314,7 +353,7 @@ impl Registry {
         let mut below = BTreeSet::new();
         if dependents {
             for model in self.loaded().iter().filter(|model| model.name() == name) {
-                below.extend(model.steps().into_iter().map(str::to_owned));
+                below.extend(model.steps().into_iter().map(|(step, _)| step.to_owned()));
             }
         }
         self.remove(&unit);

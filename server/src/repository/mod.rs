@@ -200,14 +200,18 @@ impl Models {
         entries.flat_map(|entry| entry.versions.values()).filter_map(|slot| slot.model.as_ref())
     }
 
-    /// A model below `model` that is not loaded any more; none where it is no ensemble.
+    /// A model below `model` that is not loaded any more, in words; none where it is no ensemble.
     fn missing(&self, model: &ModelVersion) -> Option<String> {
         let mut seen = model.steps();
-        let mut rest: Vec<&str> = seen.iter().copied().collect();
-        while let Some(step) = rest.pop() {
-            let mut slots = self.by_name.get(step).into_iter().flat_map(|entry| entry.versions.values().rev());
-            let Some(model) = slots.find_map(|slot| slot.model.as_ref()) else { return Some(step.to_owned()) };
-            rest.extend(model.steps().into_iter().filter(|step| seen.insert(step)));
+        let mut rest: Vec<(&str, Option<u64>)> = seen.iter().copied().collect();
+        while let Some((step, pinned)) = rest.pop() {
+            let slots = self.by_name.get(step).into_iter().flat_map(|entry| entry.versions.iter().rev());
+            let mut wanted = slots.filter(|(version, _)| pinned.is_none_or(|pinned| pinned == **version));
+            let Some(model) = wanted.find_map(|(_, slot)| slot.model.as_ref()) else {
+                let version = pinned.map_or(String::new(), |pinned| format!(" version {pinned}"));
+                return Some(format!("{step:?}{version}"));
+            };
+            rest.extend(model.steps().into_iter().filter(|step| seen.insert(*step)));
         }
         None
     }
@@ -333,7 +337,7 @@ impl Registry {
             entries.extend(entry.versions.iter().map(|(version, slot)| {
                 let missing = slot.model.as_ref().and_then(|model| models.missing(model));
                 let (state, reason) = match missing {
-                    Some(step) => (State::Unavailable, format!("it needs model {step:?}, which is not ready")),
+                    Some(step) => (State::Unavailable, format!("it needs model {step}, which is not ready")),
                     None => (slot.state, slot.reason.clone()),
                 };
                 // Version 0 stands for a model that could not be read so far as to know its versions.

@@ -1,14 +1,9 @@
 //! Whether what was opened runs: before it is asked, and before anything says that it is ready.
 
-use std::time::Duration;
-
 use sensorium_telemetry::error_line;
 
 use super::Loaded;
-use crate::model::ModelVersion;
-
-/// How long a new engine may take for its first row before it is served without that proof. Health goes on asking.
-const FIRST_PROBE: Duration = Duration::from_secs(10);
+use crate::{model::ModelVersion, scheduler::LONGEST_PROBE};
 
 impl Loaded {
     /// Runs something on every engine. What a version says that fails at all it is given is noted: most likely it would fail at
@@ -17,7 +12,7 @@ impl Loaded {
         let mut broken = Vec::new();
         for model in &self.versions {
             for graph in model.graphs() {
-                match tokio::time::timeout(FIRST_PROBE, graph.prove()).await {
+                match tokio::time::timeout(LONGEST_PROBE, graph.prove()).await {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) if error.is_of_the_input() => {
                         let reason = format!(

@@ -22,16 +22,14 @@ use flate2::{
 };
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::BodyExt as _;
-use sensorium_proto::inference::ModelInferRequest;
 use serde::de::DeserializeOwned;
 
 use super::{Refusal, response::Written};
 use crate::{
     aligned::Aligned,
     blocking::aside,
-    budget::{Spent, Taken, Tally},
+    budget::{Spent, Tally},
     coding::{Coding, InflateError},
-    service::Service,
 };
 
 /// Tells where the JSON of a body with binary tensors ends.
@@ -137,19 +135,6 @@ async fn gathered(mut body: Body, max: usize, start: usize) -> Result<Bytes, Opt
         whole.get_or_insert_with(|| Aligned::new(length, start)).put(piece);
     }
     Ok(whole.map(Aligned::freeze).unwrap_or_default())
-}
-
-/// Claims what the tensors of a request take beyond the `bytes` of its body: a number of two characters may be eight bytes.
-///
-/// # Errors
-/// 429 where there is no room for that.
-pub(super) fn claim_growth(
-    service: &Service,
-    bytes: usize,
-    request: &ModelInferRequest,
-) -> Result<Option<Taken>, Refusal> {
-    let tensors: usize = request.raw_input_contents.iter().map(Bytes::len).sum();
-    Ok(service.claim(tensors.saturating_sub(bytes))?)
 }
 
 /// The first error of this kind among an error and its causes.

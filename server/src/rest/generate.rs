@@ -21,12 +21,13 @@ use super::{
     Refusal, Rest, Target,
     body::{self, Arriving},
     infer::one_row,
-    json::{JsonError, Reader},
-    request, response, tensor,
+    json::Reader,
+    request::Parameters,
+    response,
+    tensor::{self, ReadError, Room},
 };
 use crate::{
     blocking::{aside, in_place},
-    budget::Taken,
     model::ModelVersion,
     service::{Call, mark},
 };
@@ -39,10 +40,10 @@ pub(super) async fn generate(
 ) -> Result<Response, Refusal> {
     // Until there is an answer.
     let held = body.tally();
-    let Asked { request, grown, .. } = read(&rest, target, &headers, body).await?;
+    let (_, request) = read(&rest, target, &headers, body).await?;
     let answer = rest.service.infer(request, &Call::new(&headers)).await?;
     let size = answer.raw_output_contents.iter().map(Bytes::len).sum();
-    drop((held, grown));
+    drop(held);
     let text = aside(size, move || answer_object(answer)).await?;
     Ok(([(CONTENT_TYPE, "application/json")], text).into_response())
 }
@@ -57,7 +58,7 @@ pub(super) async fn generate_stream(
 ) -> Result<Response, Refusal> {
     let call = Call::new(&headers);
     let held = body.tally();
-    let Asked { model, request, grown } = read(&rest, target, &headers, body).await?;
+    let (model, request) = read(&rest, target, &headers, body).await?;
     if !model.iterates() {
         let is_decoupled = model.is_decoupled();
         let mut answer = rest.service.infer_one(model, request, &call).await?;
@@ -71,7 +72,7 @@ pub(super) async fn generate_stream(
     let all = tokio_stream::once(Ok(first)).chain(answers);
     // The request's tensors are there until its last step.
     Ok(events(all.map(move |answer| {
-        let _held = (&held, &grown);
+        let _held = &held;
         answer
     })))
 }
@@ -88,47 +89,42 @@ fn events(answers: impl Stream<Item = Result<ModelInferResponse, Status>> + Send
     Sse::new(answers.map(event)).into_response()
 }
 
-/// The model that is asked, and what.
-struct Asked {
-    model: Arc<ModelVersion>,
-    request: ModelInferRequest,
-    /// What it takes beyond its bytes on the wire.
-    grown: Option<Taken>,
-}
+/// The model that is asked, and what. What that takes beyond its bytes on the wire is taken with them.
+type Asked = (Arc<ModelVersion>, ModelInferRequest);
 
 async fn read(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<Asked, Refusal> {
     try_read(rest, target, headers, body).await.inspect_err(|refusal| rest.service.refused(refusal.code()))
 }
 
 async fn try_read(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<Asked, Refusal> {
+    let room = Room::new(body.tally());
     let body = body::read(headers, body, rest.max_bytes).await?;
     let model = rest.service.model(&target.model, &target.version)?;
-    let (own, length) = (model.clone(), body.len());
-    let read = aside(length, move || fields(&own, &body)).await;
-    let mut request = read.map_err(|error| Refusal::invalid(error.to_string()))?;
+    let own = model.clone();
+    let mut request = aside(body.len(), move || fields(&own, &body, room)).await?;
     request.model_name = target.model;
     request.model_version = target.version;
-    let grown = body::claim_growth(&rest.service, length, &request)?;
-    Ok(Asked { model, request, grown })
+    Ok((model, request))
 }
 
 /// Fields that are named like inputs are those, wherever they are, `id` is itself, and the rest are parameters.
-fn fields(model: &ModelVersion, body: &[u8]) -> Result<ModelInferRequest, JsonError> {
+fn fields(model: &ModelVersion, body: &[u8], mut room: Room) -> Result<ModelInferRequest, ReadError> {
     let mut request = ModelInferRequest::default();
+    let mut parameters = Parameters::default();
     let mut reader = Reader::new(body);
     reader.object(|reader, key| match key {
-        _ if input(model, reader, key, &mut request)? => Ok(()),
+        _ if input(model, reader, key, &mut request, &mut room)? => Ok(()),
         "id" => {
             request.id = reader.string()?.into_owned();
             Ok(())
         }
         "parameters" => reader.object(|reader, key| {
-            if input(model, reader, key, &mut request)? {
-                return Ok(());
+            if !input(model, reader, key, &mut request, &mut room)? {
+                parameters.read(reader, key, &mut request.parameters)?;
             }
-            request::parameter(reader, key, &mut request.parameters)
+            Ok::<_, ReadError>(())
         }),
-        _ => request::parameter(reader, key, &mut request.parameters),
+        _ => Ok(parameters.read(reader, key, &mut request.parameters)?),
     })?;
     reader.end()?;
     Ok(request)
@@ -140,14 +136,15 @@ fn input(
     reader: &mut Reader<'_>,
     key: &str,
     request: &mut ModelInferRequest,
-) -> Result<bool, JsonError> {
+    room: &mut Room,
+) -> Result<bool, ReadError> {
     let Some(spec) = model.inputs().iter().find(|spec| spec.name == key) else { return Ok(false) };
     if request.inputs.iter().any(|input| input.name == key) {
-        return Err(reader.error("this input comes twice"));
+        return Err(reader.error("this input comes twice").into());
     }
-    let (data, elements) = tensor::read_loose(reader, spec.dtype)?;
+    let (data, elements) = tensor::read_loose(reader, spec.dtype, room)?;
     if spec.shape.is_empty() && elements != 1 {
-        return Err(reader.error("this input is a single element"));
+        return Err(reader.error("this input is a single element").into());
     }
     request.inputs.push(InferInputTensor {
         name: key.to_owned(),

@@ -17,10 +17,11 @@ use super::{
     body::{self, Arriving, HEADER_LENGTH},
     request,
     response::{self, Wanted},
+    tensor::Room,
 };
 use crate::{
     blocking::aside,
-    budget::{Taken, Tally},
+    budget::Tally,
     model::ModelVersion,
     service::{Call, Service},
     wire,
@@ -67,37 +68,33 @@ async fn answer(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving
     // Until there is an answer.
     let _held = body.tally();
     let read = read(rest, target, headers, body).await;
-    let Asked { request, wanted, _grown } = read.inspect_err(|refusal| rest.service.refused(refusal.code()))?;
+    let (request, wanted) = read.inspect_err(|refusal| rest.service.refused(refusal.code()))?;
     let answer = rest.service.infer(request, &call).await?;
     let size = answer.raw_output_contents.iter().map(Bytes::len).sum();
     let written = aside(size, move || response::write(answer, &wanted)).await.map_err(Refusal::invalid)?;
     Ok(body::respond(headers, written).await)
 }
 
-/// A request that has arrived.
-struct Asked {
-    request: ModelInferRequest,
-    wanted: Wanted,
-    /// What it takes beyond its bytes on the wire.
-    _grown: Option<Taken>,
-}
-
-async fn read(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<Asked, Refusal> {
+/// A request that has arrived. What it takes beyond its bytes on the wire is taken with them.
+async fn read(
+    rest: &Rest,
+    target: Target,
+    headers: &HeaderMap,
+    body: Arriving,
+) -> Result<(ModelInferRequest, Wanted), Refusal> {
+    let room = Room::new(body.tally());
     let body = body::read(headers, body, rest.max_bytes).await?;
-    let bytes = body.len();
     let length = headers.get(HEADER_LENGTH).map(|value| value.to_str().unwrap_or("?").to_owned());
     let (mut request, wanted) = if length.as_deref() == Some("0") {
         (raw(&*rest.service.model(&target.model, &target.version)?, body)?, Wanted::default())
     } else {
         // Bytes behind the JSON are only pointed at.
         let text = length.as_ref().and_then(|length| length.parse().ok()).unwrap_or(body.len());
-        let read = aside(text, move || request::read(&body, length.as_deref())).await;
-        read.map_err(|error| Refusal::invalid(error.to_string()))?
+        aside(text, move || request::read(&body, length.as_deref(), room)).await?
     };
-    let grown = body::claim_growth(&rest.service, bytes, &request)?;
     request.model_name = target.model;
     request.model_version = target.version;
-    Ok(Asked { request, wanted, _grown: grown })
+    Ok((request, wanted))
 }
 
 /// A body that is nothing but the one input of a model, whose shape the model's configuration gives up to one size. A

@@ -40,6 +40,11 @@ impl<'a> Reader<'a> {
         Self { text, at: 0 }
     }
 
+    /// Bytes of the text before this place.
+    pub(super) fn position(&self) -> usize {
+        self.at
+    }
+
     /// An error at this place.
     pub(super) fn error(&self, problem: impl Into<Cow<'static, str>>) -> JsonError {
         JsonError { offset: self.at, problem: problem.into() }
@@ -108,10 +113,10 @@ impl<'a> Reader<'a> {
     }
 
     /// Reads an array, or a nest of arrays, whose scalars `element` must read, in order.
-    pub(super) fn flattened(
+    pub(super) fn flattened<E: From<JsonError>>(
         &mut self,
-        mut element: impl FnMut(&mut Self) -> Result<(), JsonError>,
-    ) -> Result<(), JsonError> {
+        mut element: impl FnMut(&mut Self) -> Result<(), E>,
+    ) -> Result<(), E> {
         self.expect(b'[', "an array, `[`, should begin here")?;
         let mut depth = 1;
         // After `[` a value or `]` may come, after a value `,` or `]`, after `,` a value.
@@ -121,7 +126,7 @@ impl<'a> Reader<'a> {
                 depth -= 1;
             } else if self.take(b'[') {
                 if depth == MAX_DEPTH {
-                    return Err(self.error("arrays nest too deeply"));
+                    return Err(self.error("arrays nest too deeply").into());
                 }
                 depth += 1;
                 after_open = true;
@@ -302,7 +307,7 @@ mod tests {
         let mut reader = Reader::new(text.as_bytes());
         reader.flattened(|reader| {
             found.push(reader.number()?.parse().unwrap());
-            Ok(())
+            Ok::<_, JsonError>(())
         })?;
         reader.end()?;
         Ok(found)

@@ -11,16 +11,22 @@ use sensorium_proto::inference::{
 };
 
 use super::{
+    Refusal,
     json::{JsonError, Reader, Scalar},
     response::Wanted,
-    tensor,
+    tensor::{self, ReadError, Room},
 };
-use crate::wire::{InvalidRequest, excerpt};
+use crate::{
+    budget::Spent,
+    wire::{InvalidRequest, MAX_RANK, excerpt},
+};
 
 /// Tensors of a request at most, as many as a gRPC message of the same kind may have.
 const MAX_TENSORS: usize = 1 << 12;
-/// Parameters of a request, or of one of its tensors, at most.
+/// Parameters of a request, or of one of its tensors, at most,
 pub(super) const MAX_PARAMETERS: usize = 256;
+/// and of all of them together: each takes many times its bytes in the JSON.
+const MOST_PARAMETERS: usize = 1 << 14;
 
 /// Why a body is no inference request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -36,6 +42,9 @@ pub(super) enum RequestError {
         /// Bytes of the body.
         body: usize,
     },
+    /// What is read takes more than there is room for.
+    #[error(transparent)]
+    Spent(#[from] Spent),
     /// An input is not the JSON that it should be.
     #[error("input {input:?}: {source}")]
     Input {
@@ -104,11 +113,25 @@ enum Data<'a> {
     Raw(Bytes, usize),
 }
 
-/// Reads a body whose first `header_length` bytes are JSON; all of it when there is no such header.
+impl From<RequestError> for Refusal {
+    fn from(error: RequestError) -> Self {
+        match error {
+            RequestError::Spent(spent) => spent.into(),
+            error => Self::invalid(error.to_string()),
+        }
+    }
+}
+
+/// Reads a body whose first `header_length` bytes are JSON; all of it when there is no such header. What it makes of them is taken from
+/// `room`.
 ///
 /// # Errors
 /// [`RequestError`].
-pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<(ModelInferRequest, Wanted), RequestError> {
+pub(super) fn read(
+    body: &Bytes,
+    header_length: Option<&str>,
+    mut room: Room,
+) -> Result<(ModelInferRequest, Wanted), RequestError> {
     let length = match header_length {
         None => body.len(),
         Some(length) => length
@@ -122,6 +145,7 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<(ModelIn
     let mut wanted = Wanted::default();
     let mut data = Vec::new();
     let mut has_inputs = false;
+    let mut parameters = Parameters::default();
     let mut reader = Reader::new(&body[..length]);
     reader.object(|reader, key| {
         match key {
@@ -130,7 +154,7 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<(ModelIn
                 "binary_data_output" => {
                     value(reader).map(|value| wanted.all = value.is_some_and(|value| is_true(&value)))
                 }
-                key => parameter(reader, key, &mut request.parameters),
+                key => parameters.read(reader, key, &mut request.parameters),
             })?,
             "inputs" => {
                 has_inputs = true;
@@ -138,7 +162,7 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<(ModelIn
                     if data.len() == MAX_TENSORS {
                         return Err(RequestError::TooManyTensors);
                     }
-                    let (input, elements, size) = input(reader)?;
+                    let (input, elements, size) = input(reader, &mut parameters, &mut room)?;
                     request.inputs.push(input);
                     data.push((elements, size));
                     Ok(())
@@ -148,7 +172,7 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<(ModelIn
                 if request.outputs.len() == MAX_TENSORS {
                     return Err(RequestError::TooManyTensors);
                 }
-                let (output, is_binary) = output(reader)?;
+                let (output, is_binary) = output(reader, &mut parameters)?;
                 wanted.outputs.extend(is_binary.map(|is_binary| (output.name.clone(), is_binary)));
                 request.outputs.push(output);
                 Ok::<_, RequestError>(())
@@ -173,7 +197,7 @@ pub(super) fn read(body: &Bytes, header_length: Option<&str>) -> Result<(ModelIn
             (Data::None, None, false) => return Err(RequestError::NoData { input: excerpt(&input.name) }),
             (Data::Json(mut elements), None, false) => {
                 let dtype = tensor::dtype(&input.datatype).ok_or_else(|| InvalidRequest::datatype(input))?;
-                let (elements, count) = tensor::read(&mut elements, dtype).map_err(within(&input.name))?;
+                let (elements, count) = tensor::read(&mut elements, dtype, &mut room).map_err(within(&input.name))?;
                 filling(input, elements, count)?
             }
             (Data::Raw(elements, count), None, false) => filling(input, elements, count)?,
@@ -210,15 +234,20 @@ fn filling(input: &InferInputTensor, elements: Bytes, found: usize) -> Result<By
 }
 
 /// Names the input whose JSON is wrong, where its name came before that.
-fn within(input: &str) -> impl Fn(JsonError) -> RequestError {
-    move |source| match input {
-        "" => source.into(),
-        _ => RequestError::Input { input: excerpt(input), source },
+fn within(input: &str) -> impl Fn(ReadError) -> RequestError {
+    move |error| match (error, input) {
+        (ReadError::Spent(spent), _) => spent.into(),
+        (ReadError::Json(source), "") => source.into(),
+        (ReadError::Json(source), _) => RequestError::Input { input: excerpt(input), source },
     }
 }
 
 /// An input, its elements where they are in the JSON, and how many bytes of them are behind it.
-fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>, Option<usize>), RequestError> {
+fn input<'a>(
+    reader: &mut Reader<'a>,
+    parameters: &mut Parameters,
+    room: &mut Room,
+) -> Result<(InferInputTensor, Data<'a>, Option<usize>), RequestError> {
     let mut input = InferInputTensor::default();
     let (mut data, mut size, mut has_shape) = (Data::None, None, false);
     let read = reader.object(|reader, key| {
@@ -227,10 +256,13 @@ fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>, Opt
             "datatype" => input.datatype = text(reader)?,
             "shape" => {
                 if std::mem::replace(&mut has_shape, true) {
-                    return Err(reader.error("an input has one shape"));
+                    return Err(reader.error("an input has one shape").into());
                 }
                 reader.array(|reader| {
                     let at = reader.clone();
+                    if input.shape.len() == MAX_RANK {
+                        return Err(at.error(format!("a shape has {MAX_RANK} sizes at most")));
+                    }
                     let size = reader.number()?.parse().map_err(|_| at.error("a size is an integer"))?;
                     input.shape.push(size);
                     Ok::<_, JsonError>(())
@@ -238,16 +270,16 @@ fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>, Opt
             }
             "parameters" => reader.object(|reader, key| match key {
                 "binary_data_size" => value(reader).map(|value| size = as_size(value)),
-                key => parameter(reader, key, &mut input.parameters),
+                key => parameters.read(reader, key, &mut input.parameters),
             })?,
             "data" => {
                 if !matches!(data, Data::None) {
-                    return Err(reader.error("an input has data once"));
+                    return Err(reader.error("an input has data once").into());
                 }
                 data = match tensor::dtype(&input.datatype) {
                     // Read in passing, as all clients write it.
                     Some(dtype) => {
-                        let (elements, count) = tensor::read(reader, dtype)?;
+                        let (elements, count) = tensor::read(reader, dtype, room)?;
                         Data::Raw(elements, count)
                     }
                     None => Data::Json(reader.skip()?),
@@ -257,7 +289,7 @@ fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>, Opt
                 reader.skip()?;
             }
         }
-        Ok::<_, JsonError>(())
+        Ok::<_, ReadError>(())
     });
     read.map_err(within(&input.name))?;
     if !has_shape {
@@ -267,7 +299,10 @@ fn input<'a>(reader: &mut Reader<'a>) -> Result<(InferInputTensor, Data<'a>, Opt
 }
 
 /// An output, and whether it is wanted as bytes, where that is said of it.
-fn output(reader: &mut Reader<'_>) -> Result<(InferRequestedOutputTensor, Option<bool>), RequestError> {
+fn output(
+    reader: &mut Reader<'_>,
+    parameters: &mut Parameters,
+) -> Result<(InferRequestedOutputTensor, Option<bool>), RequestError> {
     let mut output = InferRequestedOutputTensor::default();
     let mut is_binary = None;
     reader.object(|reader, key| {
@@ -278,7 +313,7 @@ fn output(reader: &mut Reader<'_>) -> Result<(InferRequestedOutputTensor, Option
                     is_binary = value(reader)?.map(|value| is_true(&value));
                     Ok(())
                 }
-                key => parameter(reader, key, &mut output.parameters),
+                key => parameters.read(reader, key, &mut output.parameters),
             })?,
             _ => {
                 reader.skip()?;
@@ -293,19 +328,30 @@ fn text(reader: &mut Reader<'_>) -> Result<String, JsonError> {
     reader.string().map(std::borrow::Cow::into_owned)
 }
 
-/// One parameter. Values that gRPC has no form for, such as lists, are for others and are passed over.
-pub(super) fn parameter(
-    reader: &mut Reader<'_>,
-    key: &str,
-    parameters: &mut HashMap<String, InferParameter>,
-) -> Result<(), JsonError> {
-    if let Some(value) = value(reader)? {
-        if parameters.len() == MAX_PARAMETERS {
-            return Err(reader.error(format!("there are more than {MAX_PARAMETERS} parameters before this")));
+/// How many parameters a request has, those of its tensors included.
+#[derive(Debug, Default)]
+pub(super) struct Parameters(usize);
+
+impl Parameters {
+    /// Reads one more. Values that gRPC has no form for, such as lists, are for others and are passed over.
+    pub(super) fn read(
+        &mut self,
+        reader: &mut Reader<'_>,
+        key: &str,
+        parameters: &mut HashMap<String, InferParameter>,
+    ) -> Result<(), JsonError> {
+        if let Some(value) = value(reader)? {
+            if parameters.len() == MAX_PARAMETERS {
+                return Err(reader.error(format!("there are more than {MAX_PARAMETERS} parameters before this")));
+            }
+            if self.0 == MOST_PARAMETERS {
+                return Err(reader.error(format!("the request has more than {MOST_PARAMETERS} parameters before this")));
+            }
+            self.0 += 1;
+            parameters.insert(key.to_owned(), InferParameter { parameter_choice: Some(value) });
         }
-        parameters.insert(key.to_owned(), InferParameter { parameter_choice: Some(value) });
+        Ok(())
     }
-    Ok(())
 }
 
 /// The value of a parameter; `None` for one that gRPC has no form for.
@@ -349,7 +395,7 @@ mod tests {
     use super::*;
 
     fn parsed(text: &str) -> Result<ModelInferRequest, RequestError> {
-        read(&Bytes::copy_from_slice(text.as_bytes()), None).map(|(request, _)| request)
+        read(&Bytes::copy_from_slice(text.as_bytes()), None, Room::new(None)).map(|(request, _)| request)
     }
 
     #[test]
@@ -378,15 +424,17 @@ mod tests {
             {"name": "j", "shape": [1], "datatype": "INT8", "data": [9]},
             {"name": "b", "shape": [1], "datatype": "FP16", "parameters": {"binary_data_size": 2}}]}"#;
         let body = Bytes::from([&json[..], &[1, 2, 3, 4]].concat());
-        let (request, _) = read(&body, Some(&json.len().to_string())).unwrap();
+        let length = json.len().to_string();
+        let read = |body| read(body, Some(&length), Room::new(None));
+        let (request, _) = read(&body).unwrap();
         assert_eq!(request.raw_input_contents, [&[1, 2][..], &[9], &[3, 4]], "those in shared memory have none");
         assert_eq!(request.raw_input_contents[0].as_ptr(), body[json.len()..].as_ptr());
 
         let short = body.slice(..body.len() - 1);
-        let error = read(&short, Some(&json.len().to_string())).unwrap_err();
+        let error = read(&short).unwrap_err();
         assert_eq!(error.to_string(), r#"3 bytes of tensors follow the JSON, the inputs up to "b" need 4"#);
         let long = Bytes::from([&body[..], &[5]].concat());
-        let error = read(&long, Some(&json.len().to_string())).unwrap_err();
+        let error = read(&long).unwrap_err();
         assert_eq!(error, RequestError::BinaryLength { input: "b".to_owned(), found: 5, needed: 4 });
     }
 
@@ -395,7 +443,7 @@ mod tests {
         let text = br#"{"inputs": [], "parameters": {"binary_data_output": true, "priority": 1},
             "outputs": [{"parameters": {"binary_data": false}, "name": "a"}, {"name": "b"},
                         {"name": "c", "parameters": {"binary_data": null}}]}"#;
-        let (request, wanted) = read(&Bytes::from_static(text), None).unwrap();
+        let (request, wanted) = read(&Bytes::from_static(text), None, Room::new(None)).unwrap();
         assert_eq!(wanted, Wanted { all: true, outputs: vec![("a".to_owned(), false)] });
         assert_eq!(request.parameters.keys().collect::<Vec<_>>(), ["priority"]);
         assert!(request.outputs.iter().all(|output| output.parameters.is_empty()));
@@ -447,7 +495,7 @@ mod tests {
             let error = parsed(text).unwrap_err().to_string();
             assert!(error.contains(words), "{text}: {error}");
         }
-        let error = read(&Bytes::from_static(b"{}"), Some("3")).unwrap_err();
+        let error = read(&Bytes::from_static(b"{}"), Some("3"), Room::new(None)).unwrap_err();
         assert_eq!(error, RequestError::HeaderLength { length: "3".to_owned(), body: 2 });
     }
 
@@ -455,5 +503,19 @@ mod tests {
     fn a_flood_of_tensors_is_refused() {
         let flood = format!(r#"{{"inputs": [{}{{}}]}}"#, r#"{"shape": []},"#.repeat(MAX_TENSORS));
         assert_eq!(parsed(&flood).unwrap_err(), RequestError::TooManyTensors);
+    }
+
+    #[test]
+    fn a_flood_of_parameters_or_sizes_is_refused() {
+        let own: Vec<_> = (0..MAX_PARAMETERS).map(|index| format!("\"p{index}\": {index}")).collect();
+        let output = format!(r#"{{"name": "o", "parameters": {{{}}}}}"#, own.join(","));
+        let outputs = |count: usize| format!(r#"{{"inputs": [], "outputs": [{}]}}"#, vec![&*output; count].join(","));
+        let most = MOST_PARAMETERS / MAX_PARAMETERS;
+        assert_eq!(parsed(&outputs(most)).unwrap().outputs.len(), most);
+        let error = parsed(&outputs(most + 1)).unwrap_err().to_string();
+        assert!(error.contains("the request has more than 16384 parameters before this"), "{error}");
+        let sizes = format!(r#"{{"inputs": [{{"name": "a", "shape": [{}1]}}]}}"#, "1,".repeat(MAX_RANK));
+        let error = parsed(&sizes).unwrap_err().to_string();
+        assert!(error.contains("a shape has 32 sizes at most"), "{error}");
     }
 }

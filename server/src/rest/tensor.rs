@@ -5,24 +5,86 @@ use std::io::Write as _;
 use bytes::Bytes;
 use sensorium_artifact::DType;
 
-use super::json::{JsonError, Reader};
+use super::{
+    Refusal,
+    json::{JsonError, Reader},
+};
 pub(super) use crate::wire::datatype as dtype;
-use crate::wire::excerpt;
+use crate::{
+    budget::{Spent, Tally},
+    wire::excerpt,
+};
 
 /// Appends one element, read from JSON, to raw ones.
 type ReadElement = fn(&mut Reader<'_>, &mut Vec<u8>) -> Result<(), JsonError>;
 
+/// Why elements are not read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum ReadError {
+    /// They are not the JSON that they should be.
+    #[error(transparent)]
+    Json(#[from] JsonError),
+    /// They take more than there is room for.
+    #[error(transparent)]
+    Spent(#[from] Spent),
+}
+
+impl From<ReadError> for Refusal {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Json(error) => error.into(),
+            ReadError::Spent(spent) => spent.into(),
+        }
+    }
+}
+
+/// Room for what is made of a body of JSON, whose own bytes are taken: a number of two characters may have eight bytes.
+#[derive(Debug)]
+pub(super) struct Room {
+    /// Holds it until the request is done; `None` where nobody counts.
+    tally: Option<Tally>,
+    /// Bytes that were made so far,
+    made: usize,
+    /// of so many bytes of the text,
+    read: usize,
+    /// and how many of them were taken beside those of the text.
+    taken: usize,
+}
+
+impl Room {
+    pub(super) fn new(tally: Option<Tally>) -> Self {
+        Self { tally, made: 0, read: 0, taken: 0 }
+    }
+
+    /// So many bytes more were made of what stands before `reader`.
+    fn take(&mut self, bytes: usize, reader: &Reader<'_>) -> Result<(), Spent> {
+        self.made += bytes;
+        self.read = self.read.max(reader.position());
+        let more = self.made.saturating_sub(self.read + self.taken);
+        if let Some(tally) = self.tally.as_ref().filter(|_| more > 0) {
+            tally.take(more)?;
+            self.taken += more;
+        }
+        Ok(())
+    }
+}
+
 /// Reads an array, flat or nested, as raw elements, and counts them. What it allocates grows with the text, never with a
-/// claim.
+/// claim, and is taken from `room` as it does.
 ///
 /// # Errors
-/// [`JsonError`] at the first element that is none of its type.
-pub(super) fn read(reader: &mut Reader<'_>, dtype: DType) -> Result<(Bytes, usize), JsonError> {
+/// [`ReadError`] at the first element that is none of its type, or that there is no room for.
+pub(super) fn read(reader: &mut Reader<'_>, dtype: DType, room: &mut Room) -> Result<(Bytes, usize), ReadError> {
     let element = read_element(reader, dtype)?;
-    let (mut raw, mut count) = (Vec::new(), 0);
+    let (mut raw, mut count, mut taken) = (Vec::new(), 0, 0);
     reader.flattened(|reader| {
         count += 1;
-        element(reader, &mut raw)
+        element(reader, &mut raw)?;
+        if raw.capacity() > taken {
+            room.take(raw.capacity() - taken, reader)?;
+            taken = raw.capacity();
+        }
+        Ok::<_, ReadError>(())
     })?;
     Ok((raw.into(), count))
 }
@@ -31,9 +93,9 @@ pub(super) fn read(reader: &mut Reader<'_>, dtype: DType) -> Result<(Bytes, usiz
 ///
 /// # Errors
 /// As [`read`].
-pub(super) fn read_loose(reader: &mut Reader<'_>, dtype: DType) -> Result<(Bytes, usize), JsonError> {
+pub(super) fn read_loose(reader: &mut Reader<'_>, dtype: DType, room: &mut Room) -> Result<(Bytes, usize), ReadError> {
     if reader.peek() == b'[' {
-        return read(reader, dtype);
+        return read(reader, dtype, room);
     }
     let mut raw = Vec::new();
     read_element(reader, dtype)?(reader, &mut raw)?;
@@ -166,6 +228,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::{budget::Budget, metrics::Metrics};
 
     const NUMBERS: [DType; 10] = [
         DType::Uint8,
@@ -184,13 +247,31 @@ mod tests {
         let mut text = Vec::new();
         write(&mut text, dtype, raw).unwrap();
         let mut reader = Reader::new(&text);
-        let (back, _) = read(&mut reader, dtype).unwrap();
+        let (back, _) = read(&mut reader, dtype, &mut Room::new(None)).unwrap();
         reader.end().unwrap();
         back
     }
 
     fn refused(dtype: DType, text: &str) -> String {
-        read(&mut Reader::new(text.as_bytes()), dtype).unwrap_err().to_string()
+        read(&mut Reader::new(text.as_bytes()), dtype, &mut Room::new(None)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_grows_when_it_is_read_is_taken_and_refused_where_there_is_no_room() {
+        let text = format!("[{}0]", "0,".repeat(999));
+        let budget = Budget::new(10_000, Metrics::new().budget());
+        let held = || budget.claim(10_000).map_or_else(|spent| spent.held, |_| 0);
+        let tally = budget.tally();
+        let mut room = Room::new(Some(tally.clone()));
+        read(&mut Reader::new(text.as_bytes()), DType::Int8, &mut room).unwrap();
+        assert!(held() < 16, "hardly more than the text");
+        let (raw, _) = read(&mut Reader::new(text.as_bytes()), DType::Int64, &mut room).unwrap();
+        let grown = held();
+        assert!((raw.len() - text.len()..2 * raw.len() + text.len()).contains(&grown), "{grown}");
+        let error = read(&mut Reader::new(text.as_bytes()), DType::Fp64, &mut room).unwrap_err();
+        assert!(matches!(error, ReadError::Spent(_)), "{error}");
+        drop((room, tally));
+        assert_eq!(held(), 0, "it is there until the request is done");
     }
 
     #[test]

@@ -378,7 +378,7 @@ impl Queue {
             return;
         }
         // From the runtime, which is woken once: waking it for each answer from here would mean a change of threads for each.
-        let mut answers = std::mem::take(outbox);
+        let mut answers = outbox.take();
         match &self.runtime {
             Some(runtime) => drop(runtime.spawn(async move { answers.deliver() })),
             None => answers.deliver(),

@@ -53,6 +53,9 @@ use crate::{
     model::{Statistics, Timings},
 };
 
+/// How long a probe may take: whoever asks waits no longer, and its run is cut short.
+pub(crate) const LONGEST_PROBE: Duration = Duration::from_secs(10);
+
 /// What to run: tensors that fit the engine's signature.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Work {

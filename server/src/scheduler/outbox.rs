@@ -18,7 +18,7 @@ const MOST: usize = 16;
 /// How long the first of them waits at most, runs between them included.
 const PATIENCE: Duration = SHORT;
 /// What a long run counts of itself one run later.
-const LASTS: f64 = 63.0 / 64.0;
+const LASTS: f64 = 7.0 / 8.0;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -40,8 +40,13 @@ impl Outbox {
 
     /// A run took so long, and so many are `waiting` for others.
     pub(super) fn ran(&mut self, took: Duration, waiting: usize) {
-        // Where one was long, of which the inputs need not tell, another one may be: for some hundreds.
+        // Where one was long, of which the inputs need not tell, another one may be: for a dozen.
         (self.took, self.waiting) = (took.max(self.took.mul_f64(LASTS)), waiting);
+    }
+
+    /// The answers, out of the box, which goes on.
+    pub(super) fn take(&mut self) -> Self {
+        Self { answers: std::mem::take(&mut self.answers), since: self.since.take(), ..*self }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -102,6 +107,19 @@ mod tests {
         assert!(outbox.is_due(now), "another run may take as long as the one before the last");
         let (outbox, _answers) = filled(1, Duration::ZERO, 1);
         assert!(outbox.is_due(Instant::now() + 2 * PATIENCE), "they have waited long enough");
+    }
+
+    #[test]
+    fn a_long_run_is_remembered_when_its_answers_have_gone() {
+        let (mut outbox, _answers) = filled(1, 2 * PATIENCE, 9);
+        let taken = outbox.take();
+        assert!(outbox.is_empty() && !taken.is_empty());
+        let (reply, _answer) = oneshot::channel();
+        outbox.push(reply, Err(ScheduleError::Stopped { graph: "m".to_owned() }));
+        outbox.ran(Duration::ZERO, 9);
+        assert!(outbox.is_due(Instant::now()), "another run may take as long");
+        (0..8).for_each(|_| outbox.ran(Duration::ZERO, 9));
+        assert!(!outbox.is_due(Instant::now()));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use sensorium_telemetry::error_line;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Done, ScheduleError, Work,
+    Done, LONGEST_PROBE, ScheduleError, Work,
     admit::Queue,
     outbox::Outbox,
     shape::Shapes,
@@ -27,9 +27,6 @@ use crate::model::Timings;
 
 /// Memory in which the inputs of batches are put together, one for each input: that of the last batch, used again.
 type Rooms = Vec<BytesMut>;
-
-/// How long a probe may run.
-const LONGEST_PROBE: Duration = Duration::from_secs(10);
 
 /// What runs the batches of a queue, on whatever thread.
 #[derive(Debug)]
@@ -210,7 +207,8 @@ impl Runner {
             if let Some((useful, padding)) = queue.shapes.padded(&works).or(in_rows) {
                 queue.metrics.padded(useful, padding);
             }
-            let bytes = inputs.iter().map(|input| input.data().len()).sum();
+            // What is filled in and padded takes time, and is of no use.
+            let bytes = works.iter().map(|work| work.bytes()).sum();
             queue.succeeded(rows, bytes, timings.compute_input + timings.compute_infer + timings.compute_output);
         }
         let done = |(outputs, job): (Vec<_>, &Job)| Done {

@@ -91,7 +91,7 @@ fn is_shared(input: &InferInputTensor) -> bool {
 }
 
 /// Dimensions of a tensor at most: engines have their own, lower bounds.
-const MAX_RANK: usize = 32;
+pub(crate) const MAX_RANK: usize = 32;
 /// Bytes of a sequence's id at most, as in Triton: ids are kept for as long as their sequences are.
 const MAX_ID: usize = 128;
 const SHARED_MEMORY: &str = "shared_memory_region";

@@ -14,6 +14,7 @@ mod error;
 mod tests;
 
 pub(crate) use datatype::{name as datatype_name, parse as datatype};
+pub(crate) use decode::MAX_RANK;
 pub use decode::{Decoded, Form, Reply, decode};
 pub use encode::encode;
 pub use error::InvalidRequest;

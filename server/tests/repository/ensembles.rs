@@ -1,12 +1,15 @@
 //! Models that are made of models.
 
+use std::time::Duration;
+
+use futures::poll;
 use sensorium_server::{
     error::InferError,
     repository::{ControlMode, LoadParameters},
 };
 
 use crate::{
-    bench::{Bench, answer, f32s, index, infer, request, scale, scale_three},
+    bench::{Bench, answer, eventually, f32s, index, infer, request, scale, scale_three},
     counter::{config, counter},
 };
 
@@ -178,4 +181,83 @@ async fn steps_that_do_not_fit_together_are_reasons() {
         assert!(entry.reason.contains(reason), "{}", entry.reason);
         assert!(registry.ready("twice", ""));
     }
+}
+
+/// `e`, whose rows have so many numbers, is made of `twice`, of the version with this number or the newest.
+fn ensemble_of_rows(length: usize, version: i64) -> String {
+    format!(
+        r#"platform: "ensemble" max_batch_size: 8
+           input {{ name: "x" data_type: TYPE_FP32 dims: {length} }} output {{ name: "y" data_type: TYPE_FP32 dims: {length} }}
+           ensemble_scheduling {{ step {{ model_name: "twice" model_version: {version}
+             input_map {{ key: "x" value: "x" }} output_map {{ key: "y" value: "y" }} }} }}"#
+    )
+}
+
+#[tokio::test]
+async fn a_request_that_has_come_is_answered_by_the_models_of_that_moment() {
+    let bench = models();
+    bench.write("diamond", "config.pbtxt", DIAMOND);
+    let registry = bench.open(ControlMode::Explicit, &["diamond"]).await;
+    let ensemble = registry.model("diamond", "").unwrap();
+    let mut before = Box::pin(ensemble.infer(request(f32s(&[1, 1], &[1.0]))));
+    assert!(poll!(&mut before).is_pending());
+    bench.write("twice", "1/model.onnx", scale(20.0, None));
+    registry.load("twice", LoadParameters::default()).await.unwrap();
+    let mut unloaded = Box::pin(ensemble.infer(request(f32s(&[1, 1], &[1.0]))));
+    assert!(poll!(&mut unloaded).is_pending());
+    registry.unload("diamond", true).await.unwrap();
+    let outputs = before.await.unwrap().outputs;
+    assert_eq!([&outputs[0].tensor, &outputs[1].tensor], [&f32s(&[1, 1], &[6.0]), &f32s(&[1, 1], &[4.0])]);
+    let outputs = unloaded.await.unwrap().outputs;
+    assert_eq!([&outputs[0].tensor, &outputs[1].tensor], [&f32s(&[1, 1], &[60.0]), &f32s(&[1, 1], &[400.0])]);
+    drop(ensemble);
+    let gone = "twice 1 UNAVAILABLE unloaded".to_owned();
+    eventually("nobody holds them any more", async || index(&registry).contains(&gone)).await;
+}
+
+#[tokio::test]
+async fn an_ensemble_that_names_a_version_needs_that_one() {
+    let bench = Bench::new();
+    bench.write("twice", "1/model.onnx", scale(2.0, None)).write("twice", "2/model.onnx", scale(20.0, None));
+    bench.write("twice", "config.pbtxt", "version_policy { all { } }").write(
+        "e",
+        "config.pbtxt",
+        ensemble_of_rows(1, 1),
+    );
+    let registry = bench.open(ControlMode::Explicit, &["e"]).await;
+    assert_eq!(answer(&registry, "e", &[1, 1], &[1.0]).await, [2.0]);
+    bench.write("twice", "config.pbtxt", "");
+    registry.load("twice", LoadParameters::default()).await.unwrap();
+    assert!(registry.ready("twice", "") && !registry.ready("e", ""));
+    assert_eq!(index(&registry)[0], "e 1 UNAVAILABLE it needs model \"twice\" version 1, which is not ready");
+}
+
+#[tokio::test]
+async fn an_ensemble_and_its_model_that_change_together_come_together() {
+    let bench = Bench::new();
+    bench.write("twice", "1/model.onnx", scale(2.0, Some(2))).write("e", "config.pbtxt", ensemble_of_rows(2, -1));
+    let registry = bench.open(ControlMode::Poll(Duration::from_millis(20)), &[]).await;
+    assert_eq!(answer(&registry, "e", &[1, 2], &[1.0, 2.0]).await, [2.0, 4.0]);
+    bench.write("twice", "1/model.onnx", scale(3.0, Some(3))).write("e", "config.pbtxt", ensemble_of_rows(3, -1));
+    let asked = async || infer(&registry, "e", request(f32s(&[1, 3], &[1.0, 2.0, 3.0]))).await;
+    eventually("both are there", async || asked().await.is_ok()).await;
+    assert_eq!(asked().await.unwrap().outputs[0].tensor, f32s(&[1, 3], &[3.0, 6.0, 9.0]));
+    assert_eq!(index(&registry), ["e 1 READY", "twice 1 READY"]);
+}
+
+#[tokio::test]
+async fn an_ensemble_whose_model_takes_something_else_now_says_so_until_it_fits_again() {
+    let bench = Bench::new();
+    bench.write("twice", "1/model.onnx", scale(2.0, Some(2))).write("e", "config.pbtxt", ensemble_of_rows(2, -1));
+    let registry = bench.open(ControlMode::Explicit, &["e"]).await;
+    bench.write("twice", "1/model.onnx", scale(2.0, Some(3)));
+    registry.load("twice", LoadParameters::default()).await.unwrap();
+    let said = &index(&registry)[0];
+    let wanted = "e 1 READY its models do not fit together any more: input `x` of its step 1 (twice) is FP32 [-1, 3], but input `x` of \
+                  the ensemble is FP32 [-1, 2]";
+    assert_eq!(said, wanted);
+    bench.write("twice", "1/model.onnx", scale(3.0, Some(2)));
+    registry.load("twice", LoadParameters::default()).await.unwrap();
+    assert_eq!(index(&registry)[0], "e 1 READY");
+    assert_eq!(answer(&registry, "e", &[1, 2], &[1.0, 2.0]).await, [3.0, 6.0]);
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use futures::future::join_all;
+use futures::{future::join_all, poll};
 use sensorium_onnx::{Attribute, DType, Dim, GraphBuilder};
 use sensorium_server::{
     error::InferError,
@@ -11,7 +11,7 @@ use sensorium_server::{
     scheduler::ScheduleError,
 };
 
-use crate::bench::{Bench, f32s, infer, request};
+use crate::bench::{Bench, f32s, infer, request, scale};
 
 /// `total' = total * (1 - start) + x`, where `total` is the sequence's state; `y` is the new total, `id` who asks.
 fn accumulator() -> Vec<u8> {
@@ -195,4 +195,63 @@ async fn controls_that_do_not_fit_the_file_are_reasons() {
         let index = bench.open_all().await.index(false);
         assert!(index[0].reason.contains(reason), "{index:?}");
     }
+}
+
+/// `e` doubles what goes into the sequences of `m`, which has `rest`.
+async fn serve_ensemble(rest: &str) -> Registry {
+    let bench = Bench::new();
+    bench.write("m", "1/model.onnx", accumulator()).write("m", "config.pbtxt", config(rest));
+    bench.write("twice", "1/model.onnx", scale(2.0, None));
+    let ensemble = r#"platform: "ensemble" max_batch_size: 4
+        input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }
+        ensemble_scheduling { step [
+          { model_name: "twice" input_map { key: "x" value: "x" } output_map { key: "y" value: "twice" } },
+          { model_name: "m" input_map { key: "x" value: "twice" } output_map { key: "y" value: "y" } } ] }"#;
+    bench.write("e", "config.pbtxt", ensemble);
+    let registry = bench.open_all().await;
+    assert!(registry.ready("e", ""), "{:?}", registry.index(false));
+    registry
+}
+
+#[tokio::test]
+async fn requests_to_an_ensemble_stand_in_their_sequence_from_the_moment_of_their_coming() {
+    let registry = serve_ensemble("direct { }").await;
+    let model = registry.model("e", "").unwrap();
+    let mut requests: Vec<_> =
+        (0..20_u8).map(|index| Box::pin(model.infer(step(1, f32::from(index), index == 0, index == 19)))).collect();
+    for request in &mut requests {
+        assert!(poll!(request).is_pending());
+    }
+    // Whoever came last is the first to hear of the step before.
+    requests.reverse();
+    let mut answers = join_all(requests).await;
+    answers.reverse();
+    let mut sum = 0.0;
+    for (index, answer) in answers.into_iter().enumerate() {
+        sum += 2.0 * index as f32;
+        assert_eq!(answer.unwrap().outputs[0].tensor.numbers::<f32>()[0], sum, "request {index}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_fails_before_its_turn_in_an_ensemble_leaves_the_sequence_as_it_was() {
+    let registry = serve_ensemble("direct { }").await;
+    let ask = async |request| infer(&registry, "e", request).await.map(|answer| answer.outputs[0].tensor.clone());
+    assert_eq!(ask(step(1, 1.0, true, false)).await.unwrap(), f32s(&[1, 1], &[2.0]));
+    let rows = Request { inputs: request(f32s(&[2, 1], &[7.0, 7.0])).inputs, ..step(1, 0.0, false, false) };
+    let error = ask(rows).await.unwrap_err().into_status("e").message().to_owned();
+    assert!(error.contains("a request of a sequence has one row, this one has 2"), "{error}");
+    assert_eq!(ask(step(1, 10.0, false, true)).await.unwrap(), f32s(&[1, 1], &[22.0]));
+}
+
+#[tokio::test]
+async fn the_timeout_of_a_request_to_an_ensemble_is_that_of_its_steps() {
+    let registry =
+        serve_ensemble("max_sequence_idle_microseconds: 60000000 oldest { max_candidate_sequences: 1 }").await;
+    infer(&registry, "e", step(1, 1.0, true, false)).await.unwrap();
+    let timeout = Some(Duration::from_millis(50));
+    let late = infer(&registry, "e", Request { timeout, ..step(2, 1.0, true, false) });
+    let error = tokio::time::timeout(Duration::from_secs(20), late).await.expect("it does not wait for a seat");
+    let InferError::Step { source, .. } = error.unwrap_err() else { panic!("it is the second step's") };
+    assert!(matches!(*source, InferError::Schedule(ScheduleError::TimedOut { .. })), "{source}");
 }

@@ -215,9 +215,7 @@ impl Sequences {
     /// [`SequenceError`].
     pub(super) fn enter(self: &Arc<Self>, sequence: Option<&Sequence>, rows: usize) -> Result<Turn, SequenceError> {
         let sequence = sequence.ok_or_else(|| SequenceError::NoId { model: self.name.clone() })?;
-        if rows != 1 {
-            return Err(SequenceError::Rows { rows });
-        }
+        Self::check_rows(rows)?;
         self.fills.check_id(&self.name, &sequence.id)?;
         let (next, last) = oneshot::channel();
         let mut table = self.lock();
@@ -247,6 +245,14 @@ impl Sequences {
         drop(table);
         let (sequences, sequence) = (self.clone(), sequence.clone());
         Ok(Turn { sequences, sequence, before, admission, next: Some(next), left, users })
+    }
+
+    /// That a request with so many rows is a step of a sequence.
+    ///
+    /// # Errors
+    /// [`SequenceError::Rows`].
+    pub(super) fn check_rows(rows: usize) -> Result<(), SequenceError> {
+        if rows == 1 { Ok(()) } else { Err(SequenceError::Rows { rows }) }
     }
 
     /// A seat, or a place among those who wait for one.
