@@ -23,9 +23,6 @@ use crate::{
 /// Ensembles in each other at most: a call of one goes as deep.
 const MAX_NESTING: usize = 16;
 
-/// How the reason of an ensemble begins that was loaded before its models were replaced by others.
-const UNFIT: &str = "its models do not fit together any more";
-
 /// Models that come together.
 #[derive(Debug, Default)]
 struct Course {
@@ -205,25 +202,33 @@ impl Registry {
         failed
     }
 
-    /// Says of ensembles whose models were loaded again, with other inputs or outputs, that they do not fit together any more.
+    /// Ensembles whose models were loaded again, with other inputs or outputs, cannot answer until these fit together again.
     fn check_above(&self, brought: &BTreeSet<String>) {
         let loaded = self.loaded();
         let is_above = |model: &&Arc<ModelVersion>| {
             !brought.contains(model.name()) && model.steps().iter().any(|(step, _)| brought.contains(*step))
         };
         for model in loaded.iter().filter(is_above) {
-            let unfit = model.check_steps().err().map(|reason| format!("{UNFIT}: {reason}"));
-            if let Some(unfit) = &unfit {
-                tracing::error!(model = model.name(), unfit, "an ensemble cannot answer");
+            let unfit = model.check_steps().err().map(|why| format!("its models do not fit together any more: {why}"));
+            if let Some(reason) = &unfit {
+                tracing::error!(model = model.name(), reason, "not ready");
             }
             let mut models = self.write();
             let slots = models.by_name.get_mut(model.name()).into_iter().flat_map(|entry| entry.versions.values_mut());
             for slot in slots.filter(|slot| slot.model.as_ref().is_some_and(|own| Arc::ptr_eq(own, model))) {
-                if unfit.is_some() || slot.reason.starts_with(UNFIT) {
-                    slot.reason = unfit.clone().unwrap_or_default();
-                }
+                slot.unfit.clone_from(&unfit);
             }
         }
+    }
+
+    /// Whether the folder of a model that was loaded from it is another one by now, where nobody else watches that.
+    fn has_changed(&self, name: &str) -> bool {
+        let was = self.read().by_name.get(name).and_then(|entry| entry.fingerprint);
+        let is = || match self.origin(name, &LoadParameters::default()) {
+            Some(Origin::Folder(path)) => folder::fingerprint(&path).ok(),
+            Some(Origin::Artifact(_)) | None => None,
+        };
+        was.is_some_and(|was| is().is_some_and(|is| is != was))
     }
 
     /// As [`Registry::load`], by whoever holds `changing`, for ensembles `above`.
@@ -241,6 +246,13 @@ impl Registry {
             return Err(ControlError::Parameters { name: name.to_owned(), reason });
         }
         self.loading(name);
+        // As it was before it was read: what changes meanwhile is another.
+        let fingerprint = match &origin {
+            Some(Origin::Folder(path)) if parameters == LoadParameters::default() && self.may_change().is_ok() => {
+                folder::fingerprint(path).ok()
+            }
+            _ => None,
+        };
         let loaded = match origin {
             Some(Origin::Artifact(source)) => {
                 artifact::load(&source, &self.0.opening).await.map_err(|error| error_line(&error))
@@ -264,6 +276,10 @@ impl Registry {
             return Err(failed(reason));
         }
         course.brought.insert(name.to_owned());
+        if let Some(entry) = self.write().by_name.get_mut(name) {
+            entry.is_wanted |= above.is_empty();
+            entry.fingerprint = fingerprint;
+        }
         let reasons: Vec<_> = broken.iter().map(|(version, reason)| format!("version {version}: {reason}")).collect();
         if reasons.is_empty() { Ok(()) } else { Err(failed(reasons.join("; "))) }
     }
@@ -287,8 +303,9 @@ impl Registry {
                 return Err(format!("it is made of itself: {}, {step}", above.join(", ")));
             }
             self.check_below(step, &above)?;
-            // One that serves as it was, and is about to come anew, comes first: it may fit the ensemble only then.
-            let comes_anew = course.to_come.contains(step) && !course.brought.contains(step);
+            // One that serves as it was, and is another in its folder, comes first: it may fit the ensemble only then.
+            let comes_anew =
+                (course.to_come.contains(step) || self.has_changed(step)) && !course.brought.contains(step);
             if comes_anew || !self.ready(step, "") {
                 let step_brought = Box::pin(self.bring(step, LoadParameters::default(), &above, course)).await;
                 step_brought.map_err(|error| format!("it needs model {step:?}: {}", error_line(&error)))?;
@@ -337,7 +354,7 @@ impl Registry {
     }
 
     /// Takes a model away: it answers what it has admitted, and its memory is given back. With `dependents` the models
-    /// that an ensemble is made of go with it.
+    /// that an ensemble is made of go with it, but for those that were loaded for themselves or that another ensemble needs.
     ///
     /// # Errors
     /// [`ControlError`].
@@ -350,17 +367,25 @@ impl Registry {
             let is_there = self.origin(name, &LoadParameters::default()).is_some();
             return if is_there { Ok(()) } else { Err(ControlError::NotFound { name: name.to_owned() }) };
         };
-        let mut below = BTreeSet::new();
-        if dependents {
-            for model in self.loaded().iter().filter(|model| model.name() == name) {
-                below.extend(model.steps().into_iter().map(|(step, _)| step.to_owned()));
+        let mut below = self.steps_of(name);
+        self.remove(&unit);
+        while let Some(step) = below.pop().filter(|_| dependents) {
+            let is_wanted = self.read().by_name.get(&step).is_some_and(|entry| entry.is_wanted);
+            let is_needed =
+                || self.loaded().iter().any(|model| model.steps().iter().any(|(needed, _)| *needed == step));
+            if !is_wanted && !is_needed() {
+                below.extend(self.steps_of(&step));
+                self.remove(&step);
             }
         }
-        self.remove(&unit);
-        for unit in &below {
-            self.remove(unit);
-        }
         Ok(())
+    }
+
+    /// Names of the models that a model's versions are made of.
+    fn steps_of(&self, name: &str) -> Vec<String> {
+        let loaded = self.loaded();
+        let steps = loaded.iter().filter(|model| model.name() == name).flat_map(|model| model.steps());
+        steps.map(|(step, _)| step.to_owned()).collect()
     }
 
     /// Notes in the index that a model is on its way.
@@ -397,7 +422,7 @@ impl Registry {
         if slot.model.is_some() {
             slot.outlive(reason);
         } else {
-            *slot = Slot { state: State::Unavailable, reason: reason.to_owned(), model: None };
+            *slot = Slot { state: State::Unavailable, reason: reason.to_owned(), ..Slot::default() };
         }
     }
 
@@ -439,7 +464,7 @@ impl Registry {
             let entry = models.by_name.entry(model.name().to_owned()).or_default();
             unit.clone_into(&mut entry.unit);
             let reason = loaded.remarks.get(&version).cloned().unwrap_or_default();
-            let slot = Slot { state: State::Ready, reason, model: Some(Arc::new(model)) };
+            let slot = Slot { state: State::Ready, reason, model: Some(Arc::new(model)), unfit: None };
             old.extend(entry.versions.insert(version, slot).and_then(|slot| slot.model));
         }
         // What was there before goes when all that takes its place has come.
@@ -470,7 +495,10 @@ impl Registry {
 
     pub(super) fn remove(&self, unit: &str) {
         let mut models = self.write();
-        let entries = models.by_name.values_mut().filter(|entry| entry.unit == unit);
+        let entries = models.by_name.values_mut().filter(|entry| entry.unit == unit).map(|entry| {
+            (entry.is_wanted, entry.fingerprint) = (false, None);
+            entry
+        });
         let old = entries.flat_map(|entry| entry.versions.values_mut().filter_map(Slot::unload)).collect();
         let multimodal = models.multimodal.remove(unit);
         drop(models);
@@ -522,7 +550,7 @@ impl Slot {
     /// Takes the model out.
     fn unload(&mut self) -> Option<Arc<ModelVersion>> {
         let model = self.model.take()?;
-        self.state = State::Unloading;
+        (self.state, self.unfit) = (State::Unloading, None);
         "unloaded".clone_into(&mut self.reason);
         Some(model)
     }

@@ -184,7 +184,9 @@ pub(super) fn warm_up(
 ) -> Result<Option<Vec<RawTensor>>, String> {
     let mut samples = Vec::new();
     let Some(signature) = engines.first().map(|engine| engine.signature().clone()) else { return Ok(None) };
-    for sample in &config.model_warmup {
+    // As with Triton, none of a sample is nothing to run.
+    let is_whole = |sample: &&ModelWarmup| sample.batch_size > 0 || config.max_batch_size == 0;
+    for sample in config.model_warmup.iter().filter(is_whole) {
         let unfit = |reason: String| format!("its model_warmup {:?} {reason}", sample.name);
         let inputs = inputs(sample, config, &signature, binding, folder).map_err(unfit)?;
         signature.validate(&inputs).map_err(|error| unfit(error_line(&error)))?;
@@ -279,10 +281,34 @@ fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -
         Some(InputDataType::InputDataFile(file)) => {
             // Triton keeps these in a folder of this name.
             let path = inside(&folder.join("warmup"), file)?;
-            std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?
+            let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+            return of_file(dtype, shape, batch, bytes);
         }
     };
     RawTensor::new(dtype, shape, data.into()).map_err(|error| error.to_string())
+}
+
+/// A file has all rows, or as with Triton one that all of them are, and may have more than that.
+fn of_file(dtype: DType, shape: Vec<i64>, batch: Option<i64>, mut bytes: Vec<u8>) -> Result<RawTensor, String> {
+    let size = |shape: &[i64]| RawTensor::zeros(dtype, shape.to_vec()).ok().map(|zeros| zeros.data().len());
+    let rows = batch.and_then(|rows| usize::try_from(rows).ok()).unwrap_or(1);
+    let row: Vec<i64> =
+        batch.map(|_| 1).into_iter().chain(shape.iter().skip(usize::from(batch.is_some())).copied()).collect();
+    if dtype == DType::Bytes {
+        // Strings say themselves how many there are.
+        let whole = RawTensor::new(dtype, shape, bytes.clone().into());
+        let repeated = || RawTensor::new(dtype, row, bytes.into()).and_then(|row| RawTensor::concat(&vec![&row; rows]));
+        return whole.or_else(|error| repeated().map_err(|_| error)).map_err(|error| error.to_string());
+    }
+    match (size(&shape), size(&row)) {
+        (Some(all), _) if bytes.len() >= all => bytes.truncate(all),
+        (_, Some(one)) if bytes.len() >= one => {
+            bytes.truncate(one);
+            bytes = bytes.repeat(rows);
+        }
+        _ => {}
+    }
+    RawTensor::new(dtype, shape, bytes.into()).map_err(|error| error.to_string())
 }
 
 /// Elements that are small and differ from each other.

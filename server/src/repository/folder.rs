@@ -77,7 +77,7 @@ impl Folder {
     /// The versions that the policy chooses.
     ///
     /// # Errors
-    /// A version that the policy names and that is not there.
+    /// None of the versions that the policy names is there.
     pub(super) fn chosen(&self, config: &ModelConfig) -> Result<BTreeMap<u64, PathBuf>, String> {
         let latest = PolicyChoice::Latest(Latest { num_versions: 1 });
         let policy = config.version_policy.as_ref().and_then(|policy| policy.policy_choice.as_ref()).unwrap_or(&latest);
@@ -89,18 +89,24 @@ impl Folder {
                 Ok(found.iter().rev().take(count).map(|(number, path)| (*number, path.clone())).collect())
             }
             PolicyChoice::Specific(specific) => {
-                let one = |version: &i64| {
-                    let number = u64::try_from(*version).ok();
-                    let entry = number.and_then(|number| found.get_key_value(&number));
-                    entry.map(|(number, path)| (*number, path.clone())).ok_or_else(|| {
-                        let known: Vec<_> = found.keys().map(u64::to_string).collect();
-                        format!(
-                            "its version_policy names version {version}, which is not in the folder; it has {}",
-                            known.join(", ")
-                        )
-                    })
-                };
-                specific.versions.iter().map(one).collect()
+                let entry = |version: &i64| found.get_key_value(&u64::try_from(*version).ok()?);
+                let there = specific.versions.iter().filter_map(entry);
+                let there: BTreeMap<u64, PathBuf> = there.map(|(number, path)| (*number, path.clone())).collect();
+                let missing: Vec<_> =
+                    specific.versions.iter().filter(|version| entry(version).is_none()).map(i64::to_string).collect();
+                if !missing.is_empty() {
+                    let known: Vec<_> = found.keys().map(u64::to_string).collect();
+                    let (missing, known) = (missing.join(", "), known.join(", "));
+                    let reason = format!(
+                        "its version_policy names version {missing}, which is not in the folder; it has {known}"
+                    );
+                    if there.is_empty() {
+                        return Err(reason);
+                    }
+                    // The others serve, as with Triton.
+                    tracing::warn!(folder = %self.path.display(), reason);
+                }
+                Ok(there)
             }
         }
     }
@@ -188,8 +194,9 @@ mod tests {
         assert_eq!(chosen(&found, Some(PolicyChoice::All(All {}))).unwrap(), [1, 2, 10]);
         let specific = |versions: &[i64]| Some(PolicyChoice::Specific(Specific { versions: versions.to_vec() }));
         assert_eq!(chosen(&found, specific(&[2])).unwrap(), [2]);
-        let error = chosen(&found, specific(&[2, 3])).unwrap_err();
-        assert_eq!(error, "its version_policy names version 3, which is not in the folder; it has 1, 2, 10");
+        assert_eq!(chosen(&found, specific(&[2, 3])).unwrap(), [2], "those that are there serve");
+        let error = chosen(&found, specific(&[3, 4])).unwrap_err();
+        assert_eq!(error, "its version_policy names version 3, 4, which is not in the folder; it has 1, 2, 10");
     }
 
     #[test]

@@ -207,7 +207,7 @@ impl Models {
         while let Some((step, pinned)) = rest.pop() {
             let slots = self.by_name.get(step).into_iter().flat_map(|entry| entry.versions.iter().rev());
             let mut wanted = slots.filter(|(version, _)| pinned.is_none_or(|pinned| pinned == **version));
-            let Some(model) = wanted.find_map(|(_, slot)| slot.model.as_ref()) else {
+            let Some(model) = wanted.find_map(|(_, slot)| slot.model.as_ref().filter(|_| slot.unfit.is_none())) else {
                 let version = pinned.map_or(String::new(), |pinned| format!(" version {pinned}"));
                 return Some(format!("{step:?}{version}"));
             };
@@ -222,6 +222,10 @@ impl Models {
 struct Entry {
     /// What it was loaded from: an artifact gives several models, which come and go together.
     unit: String,
+    /// Whether it was loaded for itself, not only for an ensemble.
+    is_wanted: bool,
+    /// What its folder was like when it was loaded from that as it is.
+    fingerprint: Option<u64>,
     versions: BTreeMap<u64, Slot>,
 }
 
@@ -238,6 +242,8 @@ struct Slot {
     state: State,
     reason: String,
     model: Option<Arc<ModelVersion>>,
+    /// Why it cannot answer although it is loaded: the models that it is made of were replaced by others.
+    unfit: Option<String>,
 }
 
 /// What came of loading one unit.
@@ -279,6 +285,9 @@ impl Registry {
                 version: excerpt(version),
                 known: entry.versions.keys().map(u64::to_string).collect(),
             }),
+            Some(Slot { unfit: Some(reason), .. }) => {
+                Err(InferError::NotReady { model: name.to_owned(), reason: reason.clone() })
+            }
             Some(Slot { model: Some(model), .. }) => Ok(model.clone()),
             Some(Slot { reason, state, .. }) => Err(InferError::NotReady {
                 model: name.to_owned(),
@@ -336,9 +345,10 @@ impl Registry {
         for (name, entry) in &models.by_name {
             entries.extend(entry.versions.iter().map(|(version, slot)| {
                 let missing = slot.model.as_ref().and_then(|model| models.missing(model));
-                let (state, reason) = match missing {
-                    Some(step) => (State::Unavailable, format!("it needs model {step}, which is not ready")),
-                    None => (slot.state, slot.reason.clone()),
+                let (state, reason) = match (missing, &slot.unfit) {
+                    (Some(step), _) => (State::Unavailable, format!("it needs model {step}, which is not ready")),
+                    (None, Some(unfit)) => (State::Unavailable, unfit.clone()),
+                    (None, None) => (slot.state, slot.reason.clone()),
                 };
                 // Version 0 stands for a model that could not be read so far as to know its versions.
                 let version = if *version == 0 { String::new() } else { version.to_string() };

@@ -21,7 +21,8 @@ use super::{
 };
 use crate::{budget::Tally, error::InferError, model::ModelVersion, wire};
 
-/// Requests of one stream that are worked on at a time. A client that sends more waits, by the flow control of HTTP/2.
+/// Requests of one stream that are worked on at a time; many more where they are of sequences, which may wait for what comes behind
+/// them. A client that sends more waits, by the flow control of HTTP/2.
 const IN_FLIGHT: usize = 64;
 /// A stream on which nothing has happened for so long does not hold a drain: its client may be about to send for longer than a
 /// message takes to come, and not for longer than anybody wants to wait.
@@ -70,6 +71,7 @@ impl Service {
             let message = tally.as_ref().filter(|_| request.is_ok()).and_then(Tally::claim_message);
             let grown = request.as_ref().map_or(Ok(None), |request| shared.0.claim_growth(request));
             let grown = grown.inspect_err(|status| shared.0.refused(status.code()));
+            let is_of_sequence = request.as_ref().is_ok_and(|request| request.parameters.contains_key("sequence_id"));
             let found = request.as_ref().map(|request| {
                 let model = shared.0.model(&request.model_name, &request.model_version);
                 (model, request.id.clone(), request.model_name.clone())
@@ -104,12 +106,13 @@ impl Service {
                         Poll::Ready(answer) => Either::Left(ready(Ok(answer))),
                         Poll::Pending => Either::Right(AbortOnDropHandle::new(tokio::spawn(answer))),
                     };
-                    Begun::One(async move {
+                    let answer = async move {
                         match answer.await.unwrap_or_else(|_| Err(Status::internal("the request was cut short"))) {
                             Ok((answer, room)) => (Ok(answer), Some(room)),
                             Err(status) => (Err(status), None),
                         }
-                    })
+                    };
+                    if is_of_sequence { Begun::InSequence(answer) } else { Begun::One(answer) }
                 }
             }
         };

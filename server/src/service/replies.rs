@@ -2,6 +2,7 @@
 //! several side by side, each response as it comes.
 
 use std::{
+    collections::VecDeque,
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
@@ -16,6 +17,8 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 pub(super) enum Begun<F, S> {
     /// One that has one response.
     One(F),
+    /// The same of one that may wait for another of the stream that has not come yet, such as the end of a sequence.
+    InSequence(F),
     /// One that has several.
     Many(S),
 }
@@ -48,6 +51,10 @@ impl End {
     }
 }
 
+/// Those that may wait for others to come count as this part of the rest among those that are worked on at a time: what they wait for has to be
+/// read. The bytes of all of them are bounded as they are.
+const SHARE_IN_SEQUENCE: usize = 128;
+
 /// The answers to a stream of requests. No more than a number of them are worked on at a time, and none of that goes on
 /// while nobody takes what is there: whoever sends without reading waits.
 pub(super) struct Replies<R, B, F: Future, S> {
@@ -59,6 +66,9 @@ pub(super) struct Replies<R, B, F: Future, S> {
     is_open: bool,
     begin: B,
     ones: FuturesOrdered<F>,
+    /// What each of these counts, and all together.
+    weights: VecDeque<usize>,
+    weight: usize,
     many: SelectAll<S>,
     limit: usize,
     /// Which of the two is asked first, in turn: neither keeps the other from being heard.
@@ -77,16 +87,39 @@ where
 {
     /// Answers `requests`, at most `limit` at a time; after the `end`, with `over`.
     pub(super) fn new(requests: R, begin: B, limit: usize, end: End, over: fn() -> F::Output) -> Self {
-        let (ones, many) = (FuturesOrdered::new(), SelectAll::new());
-        Self { requests, end, over, is_open: true, begin, ones, many, limit, is_turn_of_many: false }
+        let (ones, many, weights) = (FuturesOrdered::new(), SelectAll::new(), VecDeque::new());
+        Self {
+            requests,
+            end,
+            over,
+            is_open: true,
+            begin,
+            ones,
+            weights,
+            weight: 0,
+            many,
+            limit,
+            is_turn_of_many: false,
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.weight + self.many.len() * SHARE_IN_SEQUENCE >= self.limit * SHARE_IN_SEQUENCE
+    }
+
+    fn push(&mut self, answer: F, weight: usize) {
+        self.ones.push_back(answer);
+        self.weights.push_back(weight);
+        self.weight += weight;
     }
 
     /// Takes requests while there is room for more; whether there is some left because none came.
     fn fill(&mut self, context: &mut Context<'_>) -> bool {
-        while self.is_open && self.ones.len() + self.many.len() < self.limit {
+        while self.is_open && !self.is_full() {
             match Pin::new(&mut self.requests).poll_next(context) {
                 Poll::Ready(Some(request)) => match (self.begin)(request) {
-                    Begun::One(answer) => self.ones.push_back(answer),
+                    Begun::One(answer) => self.push(answer, SHARE_IN_SEQUENCE),
+                    Begun::InSequence(answer) => self.push(answer, 1),
                     Begun::Many(answers) => self.many.push(answers),
                 },
                 Poll::Ready(None) => self.is_open = false,
@@ -102,7 +135,12 @@ where
             let answer = if self.is_turn_of_many {
                 Pin::new(&mut self.many).poll_next(context)
             } else {
-                Pin::new(&mut self.ones).poll_next(context)
+                let answer = Pin::new(&mut self.ones).poll_next(context);
+                if let Poll::Ready(Some(_)) = &answer {
+                    // They are answered in their order.
+                    self.weight -= self.weights.pop_front().unwrap_or_default();
+                }
+                answer
             };
             if let Poll::Ready(Some(answer)) = answer {
                 return Some(answer);
@@ -138,7 +176,7 @@ where
                 return Poll::Ready(Some((self.over)()));
             }
             // What had several answers may end without another word, and makes room that nobody would be told of.
-            if has_asked || !self.is_open || under_way >= self.limit {
+            if has_asked || !self.is_open || self.is_full() {
                 return Poll::Pending;
             }
         }
@@ -208,6 +246,20 @@ mod tests {
         assert_eq!(replies.next().await, Some("answered"));
         assert_eq!(replies.next().await, Some("over"));
         assert_eq!(replies.next().await, None);
+    }
+
+    #[tokio::test]
+    async fn those_that_may_wait_for_others_do_not_keep_them_from_being_read() {
+        let begun = Rc::new(RefCell::new(0));
+        let counter = begun.clone();
+        let begin = move |_: usize| {
+            *counter.borrow_mut() += 1;
+            Reply::InSequence(futures::future::pending().boxed_local())
+        };
+        let requests = futures::stream::iter(0..1000).chain(futures::stream::pending());
+        let mut replies = Replies::new(requests, begin, 2, never(), over);
+        assert_eq!(replies.next().now_or_never(), None);
+        assert_eq!(*begun.borrow(), 2 * SHARE_IN_SEQUENCE, "and these are bounded as well");
     }
 
     #[tokio::test]

@@ -206,6 +206,8 @@ async fn a_request_that_has_come_is_answered_by_the_models_of_that_moment() {
     let mut unloaded = Box::pin(ensemble.infer(request(f32s(&[1, 1], &[1.0]))));
     assert!(poll!(&mut unloaded).is_pending());
     registry.unload("diamond", true).await.unwrap();
+    registry.unload("twice", false).await.unwrap();
+    assert!(registry.names().is_empty());
     let outputs = before.await.unwrap().outputs;
     assert_eq!([&outputs[0].tensor, &outputs[1].tensor], [&f32s(&[1, 1], &[6.0]), &f32s(&[1, 1], &[4.0])]);
     let outputs = unloaded.await.unwrap().outputs;
@@ -253,11 +255,49 @@ async fn an_ensemble_whose_model_takes_something_else_now_says_so_until_it_fits_
     bench.write("twice", "1/model.onnx", scale(2.0, Some(3)));
     registry.load("twice", LoadParameters::default()).await.unwrap();
     let said = &index(&registry)[0];
-    let wanted = "e 1 READY its models do not fit together any more: input `x` of its step 1 (twice) is FP32 [-1, 3], but input `x` of \
+    let wanted = "e 1 UNAVAILABLE its models do not fit together any more: input `x` of its step 1 (twice) is FP32 [-1, 3], but input `x` of \
                   the ensemble is FP32 [-1, 2]";
     assert_eq!(said, wanted);
+    let error = infer(&registry, "e", request(f32s(&[1, 2], &[1.0, 2.0]))).await.unwrap_err();
+    assert!(matches!(&error, InferError::NotReady { reason, .. } if reason.contains("do not fit together")), "{error}");
     bench.write("twice", "1/model.onnx", scale(3.0, Some(2)));
     registry.load("twice", LoadParameters::default()).await.unwrap();
     assert_eq!(index(&registry)[0], "e 1 READY");
     assert_eq!(answer(&registry, "e", &[1, 2], &[1.0, 2.0]).await, [3.0, 6.0]);
+}
+
+#[tokio::test]
+async fn loading_an_ensemble_loads_what_has_changed_below_it() {
+    let bench = Bench::new();
+    bench.write("twice", "1/model.onnx", scale(2.0, Some(1))).write("e", "config.pbtxt", ensemble_of_rows(1, -1));
+    let registry = bench.open(ControlMode::Explicit, &["e"]).await;
+    assert_eq!(answer(&registry, "e", &[1, 1], &[1.0]).await, [2.0]);
+    let as_it_is = registry.model("twice", "").unwrap();
+    registry.load("e", LoadParameters::default()).await.unwrap();
+    assert!(std::sync::Arc::ptr_eq(&as_it_is, &registry.model("twice", "").unwrap()), "nothing has changed");
+    bench.write("twice", "1/model.onnx", scale(3.0, Some(1)));
+    registry.load("e", LoadParameters::default()).await.unwrap();
+    assert_eq!(answer(&registry, "e", &[1, 1], &[1.0]).await, [3.0]);
+    bench.write("twice", "2/model.onnx", scale(7.0, Some(1)));
+    registry.load("e", LoadParameters::default()).await.unwrap();
+    assert_eq!(answer(&registry, "e", &[1, 1], &[1.0]).await, [7.0]);
+}
+
+#[tokio::test]
+async fn what_goes_with_an_ensemble_is_what_nobody_else_needs_or_asked_for() {
+    let bench = models();
+    for (name, of) in [("outer", "inner"), ("inner", "twice"), ("other", "twice"), ("third", "thrice")] {
+        bench.write(name, "config.pbtxt", ensemble_of(of));
+    }
+    let registry = bench.open(ControlMode::Explicit, &["outer", "other", "third"]).await;
+    registry.unload("outer", true).await.unwrap();
+    assert_eq!(registry.names(), ["other", "third", "thrice", "twice"], "`twice` is needed by another");
+    registry.unload("other", true).await.unwrap();
+    assert_eq!(registry.names(), ["third", "thrice"]);
+    registry.load("outer", LoadParameters::default()).await.unwrap();
+    registry.unload("outer", true).await.unwrap();
+    assert_eq!(registry.names(), ["third", "thrice"], "what is below what is below goes, too");
+    registry.load("thrice", LoadParameters::default()).await.unwrap();
+    registry.unload("third", true).await.unwrap();
+    assert_eq!(registry.names(), ["thrice"], "it was asked for by name");
 }
