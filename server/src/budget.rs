@@ -5,7 +5,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use crate::metrics::BudgetMetrics;
@@ -42,6 +45,8 @@ pub struct Tally(Arc<Call>);
 struct Call {
     budget: Budget,
     held: Mutex<Held>,
+    /// Whether its body has been read to the end.
+    is_whole: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -67,7 +72,7 @@ impl Budget {
 
     /// Of one call, which holds nothing yet.
     pub fn tally(&self) -> Tally {
-        Tally(Arc::new(Call { budget: self.clone(), held: Mutex::default() }))
+        Tally(Arc::new(Call { budget: self.clone(), held: Mutex::default(), is_whole: AtomicBool::new(false) }))
     }
 
     /// Bytes for as long as they are held, whoever holds them.
@@ -136,6 +141,16 @@ impl Tally {
     /// Whether nothing of it is held, but what its messages hold for themselves.
     pub fn holds_nothing(&self) -> bool {
         self.lock().bytes == 0
+    }
+
+    /// The body of the call has been read to its end.
+    pub fn end(&self) {
+        self.0.is_whole.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it has been.
+    pub fn is_whole(&self) -> bool {
+        self.0.is_whole.load(Ordering::Relaxed)
     }
 
     /// A message of so many bytes, which are taken, has arrived whole.

@@ -42,6 +42,15 @@ impl Coding {
         }
     }
 
+    /// Whether what is compressed so may begin like this: no JSON does.
+    pub(crate) fn begins(self, packed: &[u8]) -> bool {
+        match self {
+            Self::Gzip => packed.starts_with(&[0x1f, 0x8b]),
+            // The method, in the lower half of the first byte.
+            Self::Deflate => packed.first().is_some_and(|first| first & 0x0f == 8),
+        }
+    }
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Gzip => "gzip",

@@ -203,7 +203,9 @@ impl InferError {
     /// The gRPC code. Overload is RESOURCE_EXHAUSTED everywhere.
     pub fn code(&self) -> Code {
         match self {
-            Self::UnknownModel { .. } | Self::UnknownVersion { .. } => Code::NotFound,
+            Self::UnknownModel { .. }
+            | Self::UnknownVersion { .. }
+            | Self::Invalid(InvalidRequest::SharedMemory(SharedMemoryError::Unknown { .. })) => Code::NotFound,
             Self::Spent(_)
             | Self::Invalid(InvalidRequest::SharedMemory(SharedMemoryError::Spent(_)))
             | Self::Prepare(PoolError::Overloaded { .. })

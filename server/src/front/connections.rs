@@ -42,10 +42,16 @@ use super::{
     readers::{Reader, Readers},
     unary::{Answer, Unary},
 };
-use crate::{budget::Budget, rest, security::Tls};
+use crate::{
+    budget::{Budget, Tally},
+    rest,
+    security::Tls,
+};
 
 /// Longest wait for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Bytes of a body that are left over when a request is refused, and that hyper reads away, at most.
+const LEFT_OVER: u64 = 32 << 10;
 /// Longest wait for what shows which version of HTTP a client speaks.
 const FIRST_WORDS: Duration = Duration::from_secs(30);
 /// How long a kept connection of HTTP/1 stays open when the server ends, for a request that is on its way already: unlike
@@ -205,14 +211,26 @@ impl Inside {
         peer: Option<Arc<Peer>>,
         under_way: Arc<()>,
     ) -> Response<Going<Either<Answer, Body>>> {
-        self.handle(request, peer).await.map(|body| Going::new(body, &self.budget, under_way, Reader::own()))
+        let tally = self.budget.tally();
+        let may_be_left = request.version() < Version::HTTP_2
+            && http_body::Body::size_hint(request.body()).upper().is_none_or(|bytes| bytes > LEFT_OVER);
+        let mut answer = self.handle(request, peer, tally.clone()).await;
+        if may_be_left && !tally.is_whole() {
+            // hyper closes the connection then, of which the client has to hear before it sends another request.
+            answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        answer.map(|body| Going::new(body, &self.budget, under_way, Reader::own()))
     }
 
     /// Answers a request. Its body is taken from the budget, and given back with the answer or when its client leaves; a
     /// stream's messages hold themselves.
-    async fn handle(&self, request: Request<Incoming>, peer: Option<Arc<Peer>>) -> Response<Either<Answer, Body>> {
+    async fn handle(
+        &self,
+        request: Request<Incoming>,
+        peer: Option<Arc<Peer>>,
+        tally: Tally,
+    ) -> Response<Either<Answer, Body>> {
         let (mut head, body) = request.into_parts();
-        let tally = self.budget.tally();
         let is_empty = http_body::Body::is_end_stream(&body);
         // Its clients keep streams on which they may never ask again.
         let asks_for_reflection = head.uri.path().starts_with("/grpc.reflection.");

@@ -145,11 +145,17 @@ where
                     Err(error) => Poll::Ready(Some(Err(error))),
                 };
             };
-            let Some(frame) = frame else { return Poll::Ready(None) };
+            let Some(frame) = frame else {
+                this.tally.end();
+                return Poll::Ready(None);
+            };
             let data = match frame.map_err(Into::into)?.into_data() {
                 Ok(data) => data,
                 Err(frame) => return Poll::Ready(Some(Ok(frame))),
             };
+            if this.body.is_end_stream() {
+                this.tally.end();
+            }
             this.since += data.len();
             if this.since >= PROGRESS {
                 (this.until, this.since) = (None, 0);

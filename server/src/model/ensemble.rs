@@ -29,6 +29,8 @@ pub(crate) struct Ensemble {
     /// Names of the tensors that clients send and get, in the order of the interface.
     inputs: Vec<String>,
     outputs: Vec<String>,
+    /// How many sizes each of the outputs has.
+    ranks: Vec<usize>,
     find: Find,
 }
 
@@ -78,6 +80,7 @@ impl Ensemble {
             steps,
             inputs: names(&interface.inputs),
             outputs: names(&interface.outputs),
+            ranks: interface.outputs.iter().map(|spec| spec.shape.len()).collect(),
             find,
         })
     }
@@ -118,7 +121,6 @@ impl Ensemble {
         request: &Request,
         entered: Vec<Option<Entering>>,
     ) -> Result<(Vec<RawTensor>, Timings), InferError> {
-        let wanted: Vec<&str> = fitted.outputs.iter().map(|&output| self.outputs[output].as_str()).collect();
         let mut tensors: BTreeMap<&str, RawTensor> =
             self.inputs.iter().map(String::as_str).zip(fitted.inputs).collect();
         let entered = entered.into_iter().enumerate();
@@ -130,7 +132,8 @@ impl Ensemble {
                 self.steps[*index].inputs.iter().all(|(_, tensor)| tensors.contains_key(tensor.as_str()))
             });
             for (index, entering) in ready {
-                running.push(self.call(index, entering, self.steps[index].request(&tensors, request)));
+                let call = self.steps[index].request(&entering.0, &tensors, request);
+                running.push(self.call(index, entering, call));
             }
             let Some(done) = running.next().await else { break };
             let (step, response) = done?;
@@ -139,12 +142,12 @@ impl Ensemble {
                 tensors.insert(name, tensor);
             }
         }
-        let output = |name: &&str| {
-            tensors
-                .remove(*name)
-                .ok_or_else(|| InferError::Ensemble { model: self.name.clone(), tensor: (*name).to_owned() })
+        let output = |&output: &usize| {
+            let (name, rank) = (self.outputs[output].as_str(), self.ranks[output]);
+            let missing = || InferError::Ensemble { model: self.name.clone(), tensor: name.to_owned() };
+            tensors.remove(name).map(|tensor| with_rank(tensor, rank)).ok_or_else(missing)
         };
-        Ok((wanted.iter().map(output).collect::<Result<_, _>>()?, timings))
+        Ok((fitted.outputs.iter().map(output).collect::<Result<_, _>>()?, timings))
     }
 
     /// Boxed, because a step may be an ensemble, too.
@@ -180,9 +183,12 @@ impl Step {
         format!("step {} ({})", index + 1, self.model)
     }
 
-    fn request(&self, tensors: &BTreeMap<&str, RawTensor>, request: &Request) -> Request {
+    fn request(&self, model: &ModelVersion, tensors: &BTreeMap<&str, RawTensor>, request: &Request) -> Request {
         let input = |(name, tensor): &(String, String)| {
-            Some(NamedTensor { name: name.clone(), tensor: tensors.get(tensor.as_str())?.clone() })
+            let tensor = tensors.get(tensor.as_str())?.clone();
+            let spec = model.inputs().iter().find(|spec| spec.name == *name);
+            let rank = spec.map_or(tensor.shape().len(), |spec| spec.shape.len());
+            Some(NamedTensor { name: name.clone(), tensor: with_rank(tensor, rank) })
         };
         Request {
             id: request.id.clone(),
@@ -220,18 +226,32 @@ fn pinned(version: i64) -> Option<u64> {
     u64::try_from(version).ok().filter(|version| *version > 0)
 }
 
+/// A tensor between models of which one batches and the other does not: a row has a batch of one before its sizes where it has one more
+/// of them. Anything else is as it is, and refused by who gets it.
+fn with_rank(tensor: RawTensor, rank: usize) -> RawTensor {
+    let shape = match tensor.shape() {
+        shape if shape.len() + 1 == rank => [&[1], shape].concat(),
+        [1, shape @ ..] if shape.len() == rank => shape.to_vec(),
+        _ => return tensor,
+    };
+    tensor.clone().reshaped(shape).unwrap_or(tensor)
+}
+
 /// Where a tensor of the ensemble comes from, for messages, and what it is.
 struct Origin {
     from: String,
     spec: TensorSpec,
+    /// Whether its first size is a batch.
+    batches: bool,
 }
 
 /// Walks through the steps in an order in which they can run.
 fn check(steps: &[Step], interface: &Interface, max_batch_size: i32, find: &Find) -> Result<(), String> {
     let mut origins: BTreeMap<String, Origin> = BTreeMap::new();
+    let batches = interface.max_rows.is_some();
     for spec in &interface.inputs {
         let from = format!("input `{}` of the ensemble", spec.name);
-        origins.insert(spec.name.clone(), Origin { from, spec: spec.clone() });
+        origins.insert(spec.name.clone(), Origin { from, spec: spec.clone(), batches });
     }
     let makers: BTreeSet<&str> =
         steps.iter().flat_map(|step| &step.outputs).map(|(_, tensor)| tensor.as_str()).collect();
@@ -257,7 +277,7 @@ fn check(steps: &[Step], interface: &Interface, max_batch_size: i32, find: &Find
     for spec in &interface.outputs {
         let origin =
             origins.get(&spec.name).ok_or_else(|| format!("its output `{}` is given by no step", spec.name))?;
-        compare(&format!("its output `{}`", spec.name), spec, origin)?;
+        compare(&format!("its output `{}`", spec.name), spec, (batches, max_batch_size), origin)?;
     }
     Ok(())
 }
@@ -290,7 +310,7 @@ fn check_step(
         let spec = spec.ok_or_else(|| {
             format!("its {place} maps input `{input}`, which that model has not; it has {}", names(model.inputs()))
         })?;
-        compare(&format!("input `{input}` of its {place}"), spec, &origins[tensor])?;
+        compare(&format!("input `{input}` of its {place}"), spec, (allowed > 0, max_batch_size), &origins[tensor])?;
     }
     if let Some(spec) = model.inputs().iter().find(|spec| !step.inputs.iter().any(|(input, _)| *input == spec.name)) {
         return Err(format!("its {place} does not map input `{}`", spec.name));
@@ -300,7 +320,7 @@ fn check_step(
         let spec = spec.ok_or_else(|| {
             format!("its {place} maps output `{output}`, which that model has not; it has {}", names(model.outputs()))
         })?;
-        let origin = Origin { from: format!("output `{output}` of {place}"), spec: spec.clone() };
+        let origin = Origin { from: format!("output `{output}` of {place}"), spec: spec.clone(), batches: allowed > 0 };
         if let Some(first) = origins.insert(tensor.clone(), origin) {
             return Err(format!("its tensor `{tensor}` comes from {} and from {place}", first.from));
         }
@@ -308,13 +328,24 @@ fn check_step(
     Ok(())
 }
 
-fn compare(what: &str, wanted: &TensorSpec, origin: &Origin) -> Result<(), String> {
+/// That a tensor is what is `wanted`, by a model that batches or does not, in an ensemble of so many rows at most.
+fn compare(
+    what: &str,
+    wanted: &TensorSpec,
+    (batches, max_batch_size): (bool, i32),
+    origin: &Origin,
+) -> Result<(), String> {
     let given = &origin.spec;
     let fits = |(a, b): (&Option<u64>, &Option<u64>)| a.is_none() || b.is_none() || a == b;
-    if wanted.dtype == given.dtype
-        && wanted.shape.len() == given.shape.len()
-        && wanted.shape.iter().zip(&given.shape).all(fits)
-    {
+    let alike = |a: &[Option<u64>], b: &[Option<u64>]| a.len() == b.len() && a.iter().zip(b).all(fits);
+    let is_shape_right = alike(&wanted.shape, &given.shape)
+        // A row goes from one to the other, where there is no more than one.
+        || match (origin.batches, batches) {
+            (false, true) => wanted.shape.split_first().is_some_and(|(_, row)| alike(row, &given.shape)),
+            (true, false) if max_batch_size <= 1 => given.shape.split_first().is_some_and(|(_, row)| alike(&wanted.shape, row)),
+            _ => false,
+        };
+    if wanted.dtype == given.dtype && is_shape_right {
         return Ok(());
     }
     let text = |spec: &TensorSpec| {

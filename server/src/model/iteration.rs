@@ -88,7 +88,8 @@ impl ModelVersion {
         if fitted.rows != 1 {
             return Err(SequenceError::Rows { rows: fitted.rows }.into());
         }
-        if request.sequence.is_some() {
+        // Each request is a sequence of its own, whatever it is called. One that goes on with another has none to go on with.
+        if request.sequence.as_ref().is_some_and(|sequence| !sequence.start) {
             return Err(SequenceError::NamedId { model: self.name.clone() }.into());
         }
         let Fitted { inputs, outputs: wanted, .. } = fitted;

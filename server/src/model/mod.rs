@@ -195,7 +195,7 @@ impl ModelVersion {
 
     /// The name of class `index` of an output, where the configuration names a file of labels.
     pub fn label(&self, output: &str, index: usize) -> Option<&str> {
-        self.labels.get(output)?.get(index).map(String::as_str)
+        self.labels.get(output)?.get(index).map(String::as_str).filter(|label| !label.is_empty())
     }
 
     /// Whether a request may have any number of answers, so that only a stream can carry them.

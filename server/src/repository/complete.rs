@@ -3,8 +3,9 @@
 use sensorium_artifact::{DType, TensorSpec};
 use sensorium_engine::Signature;
 use sensorium_proto::inference::{
-    DataType, ModelConfig, ModelDynamicBatching, ModelInput, ModelOutput, ModelTensorReshape,
+    DataType, ModelConfig, ModelDynamicBatching, ModelInput, ModelOutput, ModelTensorReshape, ModelVersionPolicy,
     model_config::SchedulingChoice,
+    model_version_policy::{Latest, PolicyChoice},
 };
 
 use super::config::Written;
@@ -111,6 +112,7 @@ pub(super) fn complete(written: Written, signature: &Signature, default_rows: us
             return Err(format!("its file has input `{}`, which its configuration leaves out", spec.name));
         }
     }
+    say_defaults(&mut config);
     binding.ragged = Ragged::new(&config, signature)?;
     // What says how requests are put together says that they are.
     let is_meant = !binding.ragged.joins().is_empty()
@@ -120,6 +122,17 @@ pub(super) fn complete(written: Written, signature: &Signature, default_rows: us
         config.scheduling_choice = Some(SchedulingChoice::DynamicBatching(ModelDynamicBatching::default()));
     }
     Ok(Complete { config, interface, binding, is_batching_guessed: is_silent && is_open && !is_meant })
+}
+
+/// Writes down what holds where nothing is written, as Triton's configurations do.
+fn say_defaults(config: &mut ModelConfig) {
+    let latest = ModelVersionPolicy { policy_choice: Some(PolicyChoice::Latest(Latest { num_versions: 1 })) };
+    config.version_policy.get_or_insert(latest);
+    if let Some(SchedulingChoice::SequenceBatching(sequence)) = &mut config.scheduling_choice
+        && sequence.max_sequence_idle_microseconds == 0
+    {
+        sequence.max_sequence_idle_microseconds = 1_000_000;
+    }
 }
 
 /// What clients see of a model that has no file: its configuration says all.

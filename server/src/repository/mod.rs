@@ -323,7 +323,7 @@ impl Registry {
     /// # Errors
     /// As [`Registry::model`].
     pub fn statistics(&self, name: &str, version: &str) -> Result<Vec<ModelStatistics>, InferError> {
-        if !version.is_empty() {
+        if !name.is_empty() && !version.is_empty() {
             return Ok(vec![self.model(name, version)?.statistics()]);
         }
         if !name.is_empty() {

@@ -69,6 +69,19 @@ impl Arriving {
 /// 413 for more than that, 429 where requests hold too much already, 415 for an unknown compression, 400 for a body that is
 /// not what it says or does not arrive.
 pub(super) async fn read(headers: &HeaderMap, arriving: Arriving, max: usize) -> Result<Bytes, Refusal> {
+    read_as(headers, arriving, max, false).await
+}
+
+/// As [`read`], of a body that may not be compressed although a header says so: Triton's client writes what it says of an inference into the
+/// headers of its caller, who hands them on to calls that are about something else.
+///
+/// # Errors
+/// As there.
+pub(super) async fn read_settings(headers: &HeaderMap, arriving: Arriving, max: usize) -> Result<Bytes, Refusal> {
+    read_as(headers, arriving, max, true).await
+}
+
+async fn read_as(headers: &HeaderMap, arriving: Arriving, max: usize, may_be_plain: bool) -> Result<Bytes, Refusal> {
     let Arriving { body, tally } = arriving;
     let too_large = || {
         let message = format!("the body has more than {max} bytes, the limit of this server");
@@ -98,7 +111,9 @@ pub(super) async fn read(headers: &HeaderMap, arriving: Arriving, max: usize) ->
             None => Refusal::invalid(format!("the body did not arrive: {error}")),
         },
     })?;
-    let Some(coding) = coding else { return Ok(body) };
+    let Some(coding) = coding.filter(|coding| !body.is_empty() && !(may_be_plain && !coding.begins(&body))) else {
+        return Ok(body);
+    };
     let inflated = aside(usize::MAX, move || {
         let inflated = coding.inflate(&body, max, tally.as_ref());
         if let Some(tally) = &tally {
@@ -153,7 +168,7 @@ pub(super) async fn read_json<T: DeserializeOwned + Default>(
     arriving: Arriving,
     max: usize,
 ) -> Result<T, Refusal> {
-    let body = read(headers, arriving, max).await?;
+    let body = read_settings(headers, arriving, max).await?;
     if body.trim_ascii().is_empty() {
         return Ok(T::default());
     }

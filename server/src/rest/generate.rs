@@ -142,7 +142,7 @@ fn input(
     if request.inputs.iter().any(|input| input.name == key) {
         return Err(reader.error("this input comes twice").into());
     }
-    let (data, elements) = tensor::read_loose(reader, spec.dtype, room)?;
+    let (data, elements) = tensor::read_row(reader, spec.dtype, room)?;
     if spec.shape.is_empty() && elements != 1 {
         return Err(reader.error("this input is a single element").into());
     }

@@ -86,7 +86,9 @@ async fn read(
     let body = body::read(headers, body, rest.max_bytes).await?;
     let length = headers.get(HEADER_LENGTH).map(|value| value.to_str().unwrap_or("?").to_owned());
     let (mut request, wanted) = if length.as_deref() == Some("0") {
-        (raw(&*rest.service.model(&target.model, &target.version)?, body)?, Wanted::default())
+        // Who sends bytes alone can say nothing of the way back, and reads bytes.
+        let wanted = Wanted { all: true, ..Wanted::default() };
+        (raw(&*rest.service.model(&target.model, &target.version)?, body)?, wanted)
     } else {
         // Bytes behind the JSON are only pointed at.
         let text = length.as_ref().and_then(|length| length.parse().ok()).unwrap_or(body.len());

@@ -149,7 +149,7 @@ pub(super) async fn load(
 ) -> Answer {
     // Before anybody reads what may be a model.
     rest.service.models_may_change()?;
-    let body = body::read(&headers, body, rest.max_bytes).await?;
+    let body = body::read_settings(&headers, body, rest.max_bytes).await?;
     let parameters = aside(body.len(), move || change(&body)).await?;
     let request =
         RepositoryModelLoadRequest { model_name: target.model, parameters, ..RepositoryModelLoadRequest::default() };
@@ -162,7 +162,7 @@ pub(super) async fn unload(
     headers: HeaderMap,
     body: Arriving,
 ) -> Answer {
-    let parameters = change(&body::read(&headers, body, SMALL).await?)?;
+    let parameters = change(&body::read_settings(&headers, body, SMALL).await?)?;
     let request = RepositoryModelUnloadRequest {
         model_name: target.model,
         parameters,

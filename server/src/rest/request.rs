@@ -150,6 +150,7 @@ pub(super) fn read(
     reader.object(|reader, key| {
         match key {
             "id" => request.id = text(reader)?,
+            "parameters" if is_null(reader)? => {}
             "parameters" => reader.object(|reader, key| match key {
                 "binary_data_output" => {
                     value(reader).map(|value| wanted.all = value.is_some_and(|value| is_true(&value)))
@@ -268,10 +269,13 @@ fn input<'a>(
                     Ok::<_, JsonError>(())
                 })?;
             }
+            "parameters" if is_null(reader)? => {}
             "parameters" => reader.object(|reader, key| match key {
                 "binary_data_size" => value(reader).map(|value| size = as_size(value)),
                 key => parameters.read(reader, key, &mut input.parameters),
             })?,
+            // As KServe's client writes what is behind the JSON, and has no bytes.
+            "data" if is_null(reader)? => {}
             "data" => {
                 if !matches!(data, Data::None) {
                     return Err(reader.error("an input has data once").into());
@@ -308,6 +312,7 @@ fn output(
     reader.object(|reader, key| {
         match key {
             "name" => output.name = text(reader)?,
+            "parameters" if is_null(reader)? => {}
             "parameters" => reader.object(|reader, key| match key {
                 "binary_data" => {
                     is_binary = value(reader)?.map(|value| is_true(&value));
@@ -365,6 +370,11 @@ fn value(reader: &mut Reader<'_>) -> Result<Option<ParameterChoice>, JsonError> 
         Scalar::Text(value) => ParameterChoice::StringParam(value.into_owned()),
         Scalar::Number(value) => number(reader, value)?,
     }))
+}
+
+/// Whether `null` stands here, which is read then.
+fn is_null(reader: &mut Reader<'_>) -> Result<bool, JsonError> {
+    Ok(reader.peek() == b'n' && reader.scalar()? == Scalar::Null)
 }
 
 fn is_true(value: &ParameterChoice) -> bool {
@@ -436,6 +446,16 @@ mod tests {
         let long = Bytes::from([&body[..], &[5]].concat());
         let error = read(&long).unwrap_err();
         assert_eq!(error, RequestError::BinaryLength { input: "b".to_owned(), found: 5, needed: 4 });
+    }
+
+    #[test]
+    fn null_says_nothing() {
+        let text = br#"{"parameters": null, "outputs": [{"name": "o", "parameters": null}], "inputs": [
+            {"name": "a", "shape": [0], "datatype": "FP32", "data": null, "parameters": {"binary_data_size": 0}},
+            {"name": "b", "shape": [1], "datatype": "INT8", "data": [1], "parameters": null}]}"#;
+        let (request, _) = read(&Bytes::from_static(text), Some(&text.len().to_string()), Room::new(None)).unwrap();
+        assert_eq!(request.raw_input_contents, [&[][..], &[1]]);
+        assert!(request.parameters.is_empty() && request.outputs.len() == 1);
     }
 
     #[test]

@@ -69,37 +69,63 @@ impl Room {
     }
 }
 
+/// Elements that are read, one after the other.
+struct Elements<'a> {
+    raw: Vec<u8>,
+    count: usize,
+    /// Bytes of `raw` that were taken from the room.
+    taken: usize,
+    element: ReadElement,
+    room: &'a mut Room,
+}
+
+impl<'a> Elements<'a> {
+    fn new(reader: &Reader<'_>, dtype: DType, room: &'a mut Room) -> Result<Self, JsonError> {
+        Ok(Self { raw: Vec::new(), count: 0, taken: 0, element: read_element(reader, dtype)?, room })
+    }
+
+    fn read(&mut self, reader: &mut Reader<'_>) -> Result<(), ReadError> {
+        self.count += 1;
+        (self.element)(reader, &mut self.raw)?;
+        let has = self.raw.capacity();
+        if has > self.taken {
+            self.room.take(has - self.taken, reader)?;
+            self.taken = has;
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> (Bytes, usize) {
+        (self.raw.into(), self.count)
+    }
+}
+
 /// Reads an array, flat or nested, as raw elements, and counts them. What it allocates grows with the text, never with a
 /// claim, and is taken from `room` as it does.
 ///
 /// # Errors
 /// [`ReadError`] at the first element that is none of its type, or that there is no room for.
 pub(super) fn read(reader: &mut Reader<'_>, dtype: DType, room: &mut Room) -> Result<(Bytes, usize), ReadError> {
-    let element = read_element(reader, dtype)?;
-    let (mut raw, mut count, mut taken) = (Vec::new(), 0, 0);
-    reader.flattened(|reader| {
-        count += 1;
-        element(reader, &mut raw)?;
-        if raw.capacity() > taken {
-            room.take(raw.capacity() - taken, reader)?;
-            taken = raw.capacity();
-        }
-        Ok::<_, ReadError>(())
-    })?;
-    Ok((raw.into(), count))
+    let mut elements = Elements::new(reader, dtype, room)?;
+    reader.flattened(|reader| elements.read(reader))?;
+    Ok(elements.finish())
 }
 
-/// As [`read`], and reads one element without brackets too.
+/// As [`read`], of one row: a flat array, or one element without brackets.
 ///
 /// # Errors
 /// As [`read`].
-pub(super) fn read_loose(reader: &mut Reader<'_>, dtype: DType, room: &mut Room) -> Result<(Bytes, usize), ReadError> {
-    if reader.peek() == b'[' {
-        return read(reader, dtype, room);
+pub(super) fn read_row(reader: &mut Reader<'_>, dtype: DType, room: &mut Room) -> Result<(Bytes, usize), ReadError> {
+    let mut elements = Elements::new(reader, dtype, room)?;
+    if reader.peek() != b'[' {
+        elements.read(reader)?;
+        return Ok(elements.finish());
     }
-    let mut raw = Vec::new();
-    read_element(reader, dtype)?(reader, &mut raw)?;
-    Ok((raw.into(), 1))
+    reader.array(|reader| match reader.peek() {
+        b'[' => Err(reader.error("a single element should be here: what is given is one row, as a flat array").into()),
+        _ => elements.read(reader),
+    })?;
+    Ok(elements.finish())
 }
 
 fn read_element(reader: &Reader<'_>, dtype: DType) -> Result<ReadElement, JsonError> {

@@ -25,6 +25,9 @@ use crate::budget::Tally;
 pub(crate) const NO_CUDA_MEMORY: &str =
     "this server does not read CUDA shared memory; send tensors in messages, or through system shared memory";
 
+/// Metadata of a stream, `true` where an error is to end it with its status, as those of other gRPC services do.
+const GRPC_ERROR: &str = "triton_grpc_error";
+
 type Answer<T> = Result<Response<T>, Status>;
 
 #[async_trait]
@@ -64,7 +67,8 @@ impl GrpcInferenceService for Service {
     ) -> Answer<Self::ModelStreamInferStream> {
         let call = Call::new(request.metadata().as_ref());
         let tally = request.extensions().get::<Tally>().cloned();
-        Ok(Response::new(Box::pin(self.clone().infer_stream(request.into_inner(), call, tally))))
+        let ends_on_error = request.metadata().get(GRPC_ERROR).is_some_and(|wanted| wanted == "true");
+        Ok(Response::new(Box::pin(self.clone().infer_stream(request.into_inner(), call, tally, ends_on_error))))
     }
 
     async fn model_config(&self, request: Request<ModelConfigRequest>) -> Answer<ModelConfigResponse> {

@@ -56,12 +56,13 @@ impl Service {
 
     /// Answers the requests of a stream: those that have one response in their order, each as soon as it and those before it
     /// are done, and those that have several beside them. A request that fails is answered in its place, and the stream
-    /// goes on.
+    /// goes on, unless it `ends_on_error`, with the status of that.
     pub(super) fn infer_stream(
         self,
         requests: Streaming<ModelInferRequest>,
         call: Call,
         tally: Option<Tally>,
+        ends_on_error: bool,
     ) -> impl Stream<Item = Result<ModelStreamInferResponse, Status>> {
         let end = End::new(self.draining.clone(), QUIET);
         let shared = Arc::new((self, call));
@@ -82,7 +83,7 @@ impl Service {
                     let answers = shared.0.infer_many(model, request, shared.1.clone());
                     Begun::Many(answers.map(move |answer| {
                         let _held = (&message, &grown);
-                        (Ok(in_band(answer, id.clone(), name.clone())), None)
+                        (in_band(answer, id.clone(), name.clone(), ends_on_error), None)
                     }))
                 }
                 (found, request) => {
@@ -97,7 +98,7 @@ impl Service {
                         };
                         // It may wait for those before it, and for a client that does not read.
                         let bytes = answer.iter().flat_map(|answer| &answer.raw_output_contents).map(Bytes::len).sum();
-                        Ok((in_band(answer, id, name), service.budget.overdraw(bytes)))
+                        Ok((in_band(answer, id, name, ends_on_error)?, service.budget.overdraw(bytes)))
                     };
                     // It begins here, so that those of a sequence enter it in their order. A stream is polled while its client reads,
                     // and a request goes on all the same: others may wait for it, in a batch, a cache or a line.
@@ -179,15 +180,21 @@ pub(super) async fn within<T>(
     }
 }
 
-/// An answer as streams carry it: an error in words beside the request's id, so that the stream goes on.
-fn in_band(answer: Result<ModelInferResponse, Status>, id: String, model_name: String) -> ModelStreamInferResponse {
+/// An answer as streams carry it: an error in words beside the request's id, so that the stream goes on, unless it ends with that.
+fn in_band(
+    answer: Result<ModelInferResponse, Status>,
+    id: String,
+    model_name: String,
+    ends_on_error: bool,
+) -> Result<ModelStreamInferResponse, Status> {
     let (error_message, mut response) = match answer {
         Ok(response) => (String::new(), response),
+        Err(status) if ends_on_error => return Err(status),
         Err(status) => {
             (status.message().to_owned(), ModelInferResponse { model_name, id, ..ModelInferResponse::default() })
         }
     };
     // The responses of a request that has several say so themselves, but for an error, which is the last.
     mark(&mut response, true);
-    ModelStreamInferResponse { error_message, infer_response: Some(response) }
+    Ok(ModelStreamInferResponse { error_message, infer_response: Some(response) })
 }

@@ -55,7 +55,7 @@ impl Service {
         let repository = self.repository()?;
         let model = repository.model(&name, &version).map_err(|error| error.into_status(&name))?;
         Ok(ModelMetadataResponse {
-            versions: repository.versions(&name),
+            versions: if version.is_empty() { repository.versions(&name) } else { vec![model.version().to_owned()] },
             platform: model.platform().to_owned(),
             inputs: model.inputs().iter().map(tensor).collect(),
             outputs: model.outputs().iter().map(tensor).collect(),

@@ -112,6 +112,8 @@ fn request_parameters(
                         return Err(wrong("a text has at most 128 bytes here"));
                     }
                     ParameterChoice::StringParam(id) => (!id.is_empty()).then_some(SequenceId::Text(id)),
+                    // Triton's client for C++ has no other place for ids from 2^63 on.
+                    ParameterChoice::Int64Param(id) => (id != 0).then_some(SequenceId::Number(id.cast_unsigned())),
                     id => {
                         let id = unsigned(&id).ok_or_else(|| wrong("it must be a whole number or a string"))?;
                         (id > 0).then_some(SequenceId::Number(id))

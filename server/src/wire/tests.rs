@@ -216,6 +216,11 @@ fn parameters_of_the_protocol_are_taken_and_the_others_are_the_models() {
         decode(message).unwrap().request.sequence.map(|sequence| sequence.id)
     };
     assert_eq!(sequence(text("s")), Some(SequenceId::Text("s".to_owned())));
+    assert_eq!(
+        sequence(ParameterChoice::Int64Param(-2)),
+        Some(SequenceId::Number(u64::MAX - 1)),
+        "as Triton's client sends it"
+    );
     assert_eq!((sequence(text("")), sequence(ParameterChoice::Int64Param(0))), (None, None), "part of no sequence");
 }
 
@@ -225,7 +230,6 @@ fn parameters_that_mean_nothing_are_refused() {
         ("triton_enable_empty_final_response", ParameterChoice::Int64Param(1)),
         ("triton_other", ParameterChoice::BoolParam(true)),
         ("sequence_id", ParameterChoice::BoolParam(true)),
-        ("sequence_id", ParameterChoice::Int64Param(-1)),
         ("sequence_end", ParameterChoice::Int64Param(1)),
         ("priority", ParameterChoice::Int64Param(-1)),
         ("timeout", text("1")),

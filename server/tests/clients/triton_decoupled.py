@@ -60,10 +60,10 @@ def check_errors(address):
             assert error is None and result.as_numpy("y")[0, 0] == step, (step, error)
         result, error = done.get(timeout=60)
         assert "failed" in error.message(), error
-        client.async_stream_infer("counter", inputs(triton, 1, 5), sequence_id=7, sequence_start=True)
+        client.async_stream_infer("counter", inputs(triton, 1, 5), sequence_id=7)
         result, error = done.get(timeout=60)
-        assert "leave sequence_id out" in error.message(), error
-        client.async_stream_infer("counter", inputs(triton, 1, 5))
+        assert "leave sequence_id out, or set sequence_start" in error.message(), error
+        client.async_stream_infer("counter", inputs(triton, 1, 5), sequence_id=7, sequence_start=True)
         result, error = done.get(timeout=60)
         assert error is None and result.as_numpy("y")[0, 0] == 6 and is_last(result), error
         client.stop_stream()

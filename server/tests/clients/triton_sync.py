@@ -112,7 +112,7 @@ def check_shared_memory(client, module, is_grpc):
             lambda: client.register_system_shared_memory("more", key, 9 * size), ("INVALID_ARGUMENT", "400"), "not inside"
         )
         client.unregister_system_shared_memory("tensors")
-        refused(lambda: client.infer("identity_fp32", [given]), ("INVALID_ARGUMENT", "400"), "register it first")
+        refused(lambda: client.infer("identity_fp32", [given]), ("NOT_FOUND", "404"), "register it first")
         refused(
             lambda: client.register_cuda_shared_memory("gpu", b"aGFuZGxl", 0, size), ("UNIMPLEMENTED", "501"), "CUDA"
         )

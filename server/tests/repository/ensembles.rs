@@ -301,3 +301,29 @@ async fn what_goes_with_an_ensemble_is_what_nobody_else_needs_or_asked_for() {
     registry.unload("third", true).await.unwrap();
     assert_eq!(registry.names(), ["thrice"], "it was asked for by name");
 }
+
+#[tokio::test]
+async fn a_row_goes_between_models_that_batch_and_others() {
+    let step = |model: &str, from: &str, to: &str| {
+        format!(
+            "step {{ model_name: \"{model}\" input_map {{ key: \"x\" value: \"{from}\" }} output_map {{ key: \"y\" value: \"{to}\" }} }}"
+        )
+    };
+    let ensemble = |rows: usize, steps: &str| {
+        format!(
+            r#"platform: "ensemble" max_batch_size: {rows}
+               input {{ name: "x" data_type: TYPE_FP32 dims: 3 }} output {{ name: "y" data_type: TYPE_FP32 dims: 3 }}
+               ensemble_scheduling {{ {steps} }}"#
+        )
+    };
+    let bench = models();
+    bench.write("three", "1/model.onnx", scale_three(5.0));
+    let all = step("twice", "x", "a") + &step("three", "a", "b") + &step("thrice", "b", "y");
+    bench.write("alone", "config.pbtxt", ensemble(0, &all)).write("rows", "config.pbtxt", ensemble(1, &all));
+    let registry = bench.open_all().await;
+    assert!(registry.ready("alone", "") && registry.ready("rows", ""), "{:?}", index(&registry));
+    let response = infer(&registry, "alone", request(f32s(&[3], &[1.0, 2.0, 3.0]))).await.unwrap();
+    assert_eq!(response.outputs[0].tensor, f32s(&[3], &[30.0, 60.0, 90.0]));
+    let response = infer(&registry, "rows", request(f32s(&[1, 3], &[1.0, 2.0, 3.0]))).await.unwrap();
+    assert_eq!(response.outputs[0].tensor, f32s(&[1, 3], &[30.0, 60.0, 90.0]));
+}

@@ -162,7 +162,9 @@ async fn what_does_not_fit_such_a_model_is_refused() {
     let registry = serve(ONE_AT_A_TIME, 100).await;
     let error = infer(&registry, "m", count(1.0, 0.0)).await.unwrap_err();
     assert!(matches!(error, InferError::Decoupled { .. }), "{error}");
-    let sequence = Some(Sequence { id: SequenceId::Number(7), start: true, end: true });
+    let sequence = |start| Some(Sequence { id: SequenceId::Number(7), start, end: true });
+    drop(begin(&registry, Request { sequence: sequence(true), ..count(1.0, 0.0) }).await.unwrap());
+    let sequence = sequence(false);
     let error = begin(&registry, Request { sequence, ..count(1.0, 0.0) }).await.unwrap_err();
     assert!(matches!(error, InferError::Sequence(SequenceError::NamedId { .. })), "{error}");
     let two = Request {

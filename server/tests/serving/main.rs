@@ -19,5 +19,6 @@ mod remote_security;
 mod rest;
 mod security;
 mod shutdown;
+mod streams;
 mod stress;
 mod traces;

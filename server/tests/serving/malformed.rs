@@ -165,7 +165,7 @@ fn wrong_tensors() -> Vec<Case> {
         }),
         invalid("a sequence that is none", "sequence_id", |n| {
             spoiled(pixels(), |request| {
-                request.parameters = parameter("sequence_id", ParameterChoice::Int64Param(-1 - n as i64));
+                request.parameters = parameter("sequence_id", ParameterChoice::DoubleParam(0.5 + n as f64));
             })
         }),
         invalid("a reserved parameter", "triton_secret", |_| {

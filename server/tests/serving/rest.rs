@@ -194,7 +194,11 @@ async fn a_body_can_be_nothing_but_the_tensor() {
     let server = Server::start(&[]).await;
     let headers = [("inference-header-content-length", "0")];
     let answer = server.post(ENCODER, &headers, &floats(&[0.5; 192])).await;
-    assert_eq!(answer.json()["outputs"][1]["shape"], json!([1, 3]), "{answer:?}");
+    // There is no place to ask for the way back, so that it is as the way there.
+    let length: usize = answer.header("inference-header-content-length").unwrap().parse().unwrap();
+    let head: Value = serde_json::from_slice(&answer.body[..length]).unwrap();
+    assert_eq!(head["outputs"][1]["shape"], json!([1, 3]), "{head}");
+    assert_eq!(answer.body.len() - length, (4 + 3) * 4);
     let refused = server.post("/v2/models/tiny/infer", &headers, b"x").await;
     assert!(error(&refused).contains("exactly one input"), "{}", error(&refused));
 }
@@ -214,6 +218,9 @@ async fn generating_takes_plain_fields() {
     let body = json!({"pixel_values": vec![0.5; 191]}).to_string();
     let refused = server.post("/v2/models/tiny.image_encoder/generate", &[], body.as_bytes()).await;
     assert_eq!(refused.status, 400, "{refused:?}");
+    let body = json!({"input_ids": [[3, 4], [5, 6]]}).to_string();
+    let refused = server.post("/v2/models/tiny.text_encoder/generate", &[], body.as_bytes()).await;
+    assert!(error(&refused).contains("what is given is one row, as a flat array"), "{refused:?}");
     let body = json!({"id": "g", "input_ids": [3, 4], "temperature": 0.5, "stop": ["."]}).to_string();
     let answer = server.post("/v2/models/tiny.text_encoder/generate", &[], body.as_bytes()).await;
     assert_eq!(answer.status, 200, "{}", String::from_utf8_lossy(&answer.body));
@@ -243,6 +250,10 @@ async fn statistics_logging_and_the_repository_answer() {
     let changed = server.post("/v2/logging", &[], br#"{"log_verbose_level": 1}"#).await.json();
     assert_eq!((&changed["log_verbose_level"], &changed["log_info"]), (&json!(1), &json!(true)));
     assert_eq!(server.post("/v2/logging", &[], br#"{"log_colour": true}"#).await.status, 400);
+    // Triton's client leaves this in the headers of its caller after a compressed inference.
+    let headers = [("content-encoding", "gzip")];
+    assert_eq!(server.post("/v2/logging", &headers, br#"{"log_verbose_level": 0}"#).await.status, 200);
+    assert_eq!(server.post("/v2/repository/index", &headers, b"").await.status, 200);
     assert_eq!(server.json("/v2/trace/setting").await["trace_level"], json!(["TIMESTAMPS"]));
     let changed = server.post("/v2/models/tiny/trace/setting", &[], br#"{"trace_rate": "7"}"#).await.json();
     assert_eq!(changed["trace_rate"], "7");
@@ -354,4 +365,24 @@ async fn a_thousand_malformed_bodies_get_their_status_and_leave_no_trace() {
     let (after, most) = server.memory();
     assert!(after < settled + (16 << 20), "resident memory went from {settled} to {after} bytes");
     assert!(most < settled + (48 << 20), "resident memory was {most} bytes for a moment, and {settled} later");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_refused_before_all_was_read_hears_that_the_connection_ends() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let server = Server::start(&[]).await;
+    let mut says_close = Vec::new();
+    for (path, bytes) in [("/v2/nowhere", 100), ("/v2/nowhere", 200_000), (ENCODER, 200_000)] {
+        let mut stream = tokio::net::TcpStream::connect(server.http).await.unwrap();
+        let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {bytes}\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        // What is no request is read whole; what is for nobody is not.
+        let _ = stream.write_all(&vec![b' '; bytes]).await;
+        let mut answer = vec![0; 4096];
+        let length = stream.read(&mut answer).await.unwrap();
+        let answer = String::from_utf8_lossy(&answer[..length]).to_lowercase();
+        assert!(answer.starts_with("http/1.1 40"), "{answer}");
+        says_close.push(answer.contains("\r\nconnection: close\r\n"));
+    }
+    assert_eq!(says_close, [false, true, false]);
 }

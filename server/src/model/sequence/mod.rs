@@ -126,8 +126,10 @@ pub enum SequenceError {
         /// The model.
         model: String,
     },
-    /// A request of a model that runs each as a sequence names one.
-    #[error("model {model:?} runs every request as a sequence of its own; leave sequence_id out")]
+    /// A request of a model that runs each as a sequence goes on with one.
+    #[error(
+        "model {model:?} runs every request as a sequence of its own; leave sequence_id out, or set sequence_start"
+    )]
     NamedId {
         /// The model.
         model: String,
