@@ -495,11 +495,11 @@ impl Registry {
 
     pub(super) fn remove(&self, unit: &str) {
         let mut models = self.write();
-        let entries = models.by_name.values_mut().filter(|entry| entry.unit == unit).map(|entry| {
+        let mut old = Vec::new();
+        for entry in models.by_name.values_mut().filter(|entry| entry.unit == unit) {
             (entry.is_wanted, entry.fingerprint) = (false, None);
-            entry
-        });
-        let old = entries.flat_map(|entry| entry.versions.values_mut().filter_map(Slot::unload)).collect();
+            old.extend(entry.versions.values_mut().filter_map(Slot::unload));
+        }
         let multimodal = models.multimodal.remove(unit);
         drop(models);
         drop(multimodal);

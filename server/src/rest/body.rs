@@ -111,9 +111,8 @@ async fn read_as(headers: &HeaderMap, arriving: Arriving, max: usize, may_be_pla
             None => Refusal::invalid(format!("the body did not arrive: {error}")),
         },
     })?;
-    let Some(coding) = coding.filter(|coding| !body.is_empty() && !(may_be_plain && !coding.begins(&body))) else {
-        return Ok(body);
-    };
+    let is_packed = |coding: &Coding| !body.is_empty() && (!may_be_plain || coding.begins(&body));
+    let Some(coding) = coding.filter(is_packed) else { return Ok(body) };
     let inflated = aside(usize::MAX, move || {
         let inflated = coding.inflate(&body, max, tally.as_ref());
         if let Some(tally) = &tally {

@@ -269,13 +269,12 @@ fn input<'a>(
                     Ok::<_, JsonError>(())
                 })?;
             }
-            "parameters" if is_null(reader)? => {}
+            // As KServe's client writes the data of what is behind the JSON and has no bytes.
+            "parameters" | "data" if is_null(reader)? => {}
             "parameters" => reader.object(|reader, key| match key {
                 "binary_data_size" => value(reader).map(|value| size = as_size(value)),
                 key => parameters.read(reader, key, &mut input.parameters),
             })?,
-            // As KServe's client writes what is behind the JSON, and has no bytes.
-            "data" if is_null(reader)? => {}
             "data" => {
                 if !matches!(data, Data::None) {
                     return Err(reader.error("an input has data once").into());
