@@ -26,6 +26,8 @@ type Call<'a> = BoxFuture<'a, Result<(&'a Step, Response), InferError>>;
 pub(crate) struct Ensemble {
     name: String,
     steps: Vec<Step>,
+    /// Indices of the steps in an order in which they can run.
+    order: Vec<usize>,
     /// Names of the tensors that clients send and get, in the order of the interface.
     inputs: Vec<String>,
     outputs: Vec<String>,
@@ -73,11 +75,12 @@ impl Ensemble {
         if steps.is_empty() {
             return Err("its ensemble_scheduling has no step".to_owned());
         }
-        check(&steps, interface, config.max_batch_size, &find)?;
+        let order = check(&steps, interface, config.max_batch_size, &find)?;
         let names = |specs: &[TensorSpec]| specs.iter().map(|spec| spec.name.clone()).collect();
         Ok(Self {
             name: config.name.clone(),
             steps,
+            order,
             inputs: names(&interface.inputs),
             outputs: names(&interface.outputs),
             ranks: interface.outputs.iter().map(|spec| spec.shape.len()).collect(),
@@ -90,28 +93,30 @@ impl Ensemble {
     /// # Errors
     /// As [`Ensemble::new`].
     pub(super) fn check(&self, interface: &Interface, max_batch_size: i32) -> Result<(), String> {
-        check(&self.steps, interface, max_batch_size, &self.find)
+        check(&self.steps, interface, max_batch_size, &self.find).map(drop)
     }
 
     /// The models of the steps that `outputs` need, as they are now. They answer this request whatever becomes of them meanwhile, and it
     /// stands in the sequences of those that have any from now on: a step ends when it likes, and requests would come to the next one in
-    /// another order.
+    /// another order. Steps are entered in the order in which they run, so that none waits in a sequence for one that waits for its tensors.
     ///
     /// # Errors
     /// Of the first step that cannot be called.
     pub(super) fn enter(&self, outputs: &[usize], request: &Request) -> Result<Vec<Option<Entering>>, InferError> {
         let wanted: Vec<&str> =
             outputs.iter().filter_map(|&output| self.outputs.get(output)).map(String::as_str).collect();
-        let enter = |(index, is_needed): (usize, bool)| {
-            let step = is_needed.then(|| &self.steps[index]);
-            let entering = step.map(|step| {
+        let needed = self.needed(&wanted);
+        let mut entered: Vec<Option<Entering>> = self.steps.iter().map(|_| None).collect();
+        for &index in self.order.iter().filter(|&&index| needed[index]) {
+            let step = &self.steps[index];
+            let enter = || {
                 let model = (self.find)(&step.model, &step.version)?;
-                let entered = model.enter_step(step.outputs.iter().map(|(output, _)| output.as_str()), request)?;
-                Ok((model, entered))
-            });
-            entering.transpose().map_err(|source| self.failed(index, source))
-        };
-        self.needed(&wanted).into_iter().enumerate().map(enter).collect()
+                let own = model.enter_step(step.outputs.iter().map(|(output, _)| output.as_str()), request)?;
+                Ok((model, own))
+            };
+            entered[index] = Some(enter().map_err(|source| self.failed(index, source))?);
+        }
+        Ok(entered)
     }
 
     /// Runs every step that was entered, as soon as its tensors are there. `request` has what the client said beside its tensors.
@@ -245,8 +250,9 @@ struct Origin {
     batches: bool,
 }
 
-/// Walks through the steps in an order in which they can run.
-fn check(steps: &[Step], interface: &Interface, max_batch_size: i32, find: &Find) -> Result<(), String> {
+/// Walks through the steps in an order in which they can run, which is returned.
+fn check(steps: &[Step], interface: &Interface, max_batch_size: i32, find: &Find) -> Result<Vec<usize>, String> {
+    let mut order = Vec::with_capacity(steps.len());
     let mut origins: BTreeMap<String, Origin> = BTreeMap::new();
     let batches = interface.max_rows.is_some();
     for spec in &interface.inputs {
@@ -273,13 +279,14 @@ fn check(steps: &[Step], interface: &Interface, max_batch_size: i32, find: &Find
         };
         let (index, step) = waiting.remove(position);
         check_step(index, step, &mut origins, max_batch_size, find)?;
+        order.push(index);
     }
     for spec in &interface.outputs {
         let origin =
             origins.get(&spec.name).ok_or_else(|| format!("its output `{}` is given by no step", spec.name))?;
         compare(&format!("its output `{}`", spec.name), spec, (batches, max_batch_size), origin)?;
     }
-    Ok(())
+    Ok(order)
 }
 
 fn check_step(

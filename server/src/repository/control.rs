@@ -270,12 +270,15 @@ impl Registry {
         // Proof that the engines run before they are asked: a model that comes must not make the server unready.
         loaded.prove(is_proof_needed).await;
         let broken = loaded.failed.clone();
+        // An artifact gives several.
+        let names: Vec<String> = loaded.versions.iter().map(|model| model.name().to_owned()).collect();
         if let Err(taken) = self.install(name, loaded) {
             let reason = format!("another model is called {taken:?}");
             self.note_failure(name, 0, &reason);
             return Err(failed(reason));
         }
         course.brought.insert(name.to_owned());
+        course.brought.extend(names);
         if let Some(entry) = self.write().by_name.get_mut(name) {
             entry.is_wanted |= above.is_empty();
             entry.fingerprint = fingerprint;

@@ -255,3 +255,24 @@ async fn the_timeout_of_a_request_to_an_ensemble_is_that_of_its_steps() {
     let InferError::Step { source, .. } = error.unwrap_err() else { panic!("it is the second step's") };
     assert!(matches!(*source, InferError::Schedule(ScheduleError::TimedOut { .. })), "{source}");
 }
+
+#[tokio::test]
+async fn an_ensemble_may_go_through_the_same_sequence_twice_whatever_the_order_of_its_steps() {
+    let bench = Bench::new();
+    bench.write("m", "1/model.onnx", accumulator()).write("m", "config.pbtxt", config("direct { }"));
+    // What runs first is written last.
+    let ensemble = r#"platform: "ensemble" max_batch_size: 4
+        input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }
+        ensemble_scheduling { step [
+          { model_name: "m" input_map { key: "x" value: "between" } output_map { key: "y" value: "y" } },
+          { model_name: "m" input_map { key: "x" value: "x" } output_map { key: "y" value: "between" } } ] }"#;
+    bench.write("e", "config.pbtxt", ensemble);
+    let registry = bench.open_all().await;
+    total(&registry, step(1, 1.0, true, false)).await.unwrap();
+    for sum in [6.0, 16.0] {
+        // The total and 2, and the total with that.
+        let asked = infer(&registry, "e", step(1, 2.0, false, false));
+        let answer = tokio::time::timeout(Duration::from_secs(20), asked).await.expect("neither waits for the other");
+        assert_eq!(answer.unwrap().outputs[0].tensor.numbers::<f32>()[0], sum);
+    }
+}
