@@ -26,7 +26,7 @@ use sensorium_artifact::TensorSpec;
 use sensorium_engine::RawTensor;
 use sensorium_proto::inference::{ModelConfig, ModelStatistics, model_config::SchedulingChoice};
 
-pub(crate) use self::sequence::{Seated, Stateful};
+pub(crate) use self::sequence::{IDLE, Seated, Stateful};
 pub(crate) use self::{
     binding::{Binding, Bound, Reshape},
     ensemble::{Ensemble, Find},

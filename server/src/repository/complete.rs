@@ -9,7 +9,7 @@ use sensorium_proto::inference::{
 };
 
 use super::config::Written;
-use crate::model::{Binding, Bound, Interface, Ragged, Reshape};
+use crate::model::{Binding, Bound, IDLE, Interface, Ragged, Reshape};
 
 /// A configuration in which nothing is left open.
 #[derive(Clone, Debug, PartialEq)]
@@ -124,14 +124,16 @@ pub(super) fn complete(written: Written, signature: &Signature, default_rows: us
     Ok(Complete { config, interface, binding, is_batching_guessed: is_silent && is_open && !is_meant })
 }
 
-/// Writes down what holds where nothing is written, as Triton's configurations do.
+/// Writes down what holds where nothing is written, as Triton's configurations do. With a model that iterates, nothing is something else: its
+/// readers are waited for longer ([`super::iteration`]).
 fn say_defaults(config: &mut ModelConfig) {
     let latest = ModelVersionPolicy { policy_choice: Some(PolicyChoice::Latest(Latest { num_versions: 1 })) };
     config.version_policy.get_or_insert(latest);
     if let Some(SchedulingChoice::SequenceBatching(sequence)) = &mut config.scheduling_choice
         && sequence.max_sequence_idle_microseconds == 0
+        && !sequence.iterative_sequence
     {
-        sequence.max_sequence_idle_microseconds = 1_000_000;
+        sequence.max_sequence_idle_microseconds = IDLE.as_micros() as u64; // a second
     }
 }
 

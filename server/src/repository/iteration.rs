@@ -77,3 +77,30 @@ fn end(name: &str, config: &ModelConfig, signature: &Signature) -> Result<usize,
     }
     Ok(index)
 }
+
+#[cfg(test)]
+mod tests {
+    use sensorium_artifact::TensorSpec;
+    use sensorium_engine::DType;
+
+    use super::*;
+    use crate::repository::{complete, config};
+
+    #[test]
+    fn a_reader_is_waited_for_a_minute_unless_the_configuration_says_for_how_long() {
+        let spec = |name: &str| TensorSpec { name: name.to_owned(), dtype: DType::Fp32, shape: vec![None, Some(1)] };
+        let signature = Signature::of_manifest(&[spec("x"), spec("s")], &[spec("y"), spec("s_out")]);
+        let patience = |idle: &str| {
+            let text = format!(
+                r#"max_batch_size: 4 model_transaction_policy {{ decoupled: true }}
+                   sequence_batching {{ {idle} iterative_sequence: true
+                     state {{ input_name: "s" output_name: "s_out" data_type: TYPE_FP32 dims: 1 }} }}
+                   parameters {{ key: "{MOST_STEPS}" value {{ string_value: "9" }} }}"#
+            );
+            let complete = complete::complete(config::from_text(&text).unwrap(), &signature, 4).unwrap();
+            bounds(&complete.config, &signature).unwrap().unwrap().patience
+        };
+        assert_eq!(patience(""), PATIENCE);
+        assert_eq!(patience("max_sequence_idle_microseconds: 7"), Duration::from_micros(7));
+    }
+}

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use futures::{future::join_all, poll};
 use sensorium_onnx::{Attribute, DType, Dim, GraphBuilder};
+use sensorium_proto::inference::model_config::SchedulingChoice;
 use sensorium_server::{
     error::InferError,
     model::{Request, Sequence, SequenceError, SequenceId},
@@ -74,6 +75,8 @@ async fn state_is_kept_for_each_sequence_and_begins_anew() {
         (names(model.inputs()), names(model.outputs())),
         (vec!["x".to_owned()], vec!["y".to_owned(), "id".to_owned()])
     );
+    let Some(SchedulingChoice::SequenceBatching(written)) = &model.config().scheduling_choice else { panic!("it has") };
+    assert_eq!(written.max_sequence_idle_microseconds, 1_000_000, "what holds is written down");
     assert_eq!(total(&registry, step(1, 5.0, true, false)).await.unwrap(), 5.0);
     assert_eq!(total(&registry, step(2, 70.0, true, false)).await.unwrap(), 70.0);
     assert_eq!(total(&registry, step(1, 6.0, false, false)).await.unwrap(), 11.0);

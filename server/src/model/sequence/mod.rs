@@ -49,6 +49,8 @@ use self::{
 };
 use super::{Sequence, SequenceId};
 
+/// How long a sequence may be idle where `max_sequence_idle_microseconds` does not say, as with Triton.
+pub(crate) const IDLE: Duration = Duration::from_secs(1);
 /// Sequences that may wait for others to end, for each that may be under way.
 const BACKLOG: usize = 32;
 
@@ -174,7 +176,7 @@ impl Sequences {
         };
         let count = instances.saturating_mul(rows_each);
         let idle = match config.max_sequence_idle_microseconds {
-            0 => Duration::from_secs(1),
+            0 => IDLE,
             microseconds => Duration::from_micros(microseconds),
         };
         Ok(Arc::new(Self {
