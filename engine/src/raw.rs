@@ -172,6 +172,11 @@ impl RawTensor {
         Some(if shape.contains(&0) { 0 } else { bytes / least })
     }
 
+    /// Bytes of a tensor of numbers of this type and shape. `None` for strings, and where there is no such tensor.
+    pub fn byte_count(dtype: DType, shape: &[i64]) -> Option<usize> {
+        Some(Self::element_count(dtype, shape)? * element_size(dtype)?)
+    }
+
     /// Rows of all `parts` together. `None` for a scalar, and for more than can be counted: rows without elements cost nothing.
     pub fn rows_of(parts: &[&Self]) -> Option<i64> {
         parts.iter().try_fold(0_i64, |rows, part| rows.checked_add(*part.shape.first()?))

@@ -34,8 +34,6 @@ pub(super) struct Metered<B> {
     messages: Option<Messages>,
     /// What was read and not yielded yet.
     ready: VecDeque<Bytes>,
-    /// Whether it may have any number of messages.
-    is_stream: bool,
     /// How long it may rest while it holds what has arrived, or take for the next [`PROGRESS`] bytes.
     patience: Duration,
     /// When that is over.
@@ -93,21 +91,23 @@ impl<B> Metered<B> {
             place: Place::Head(0),
             are_many: false,
         });
-        Self { body, tally, messages, ready: VecDeque::new(), is_stream: false, patience, until: None, since: 0 }
+        Self { body, tally, messages, ready: VecDeque::new(), patience, until: None, since: 0 }
     }
 
     /// As one of a call that may ask again and again, as late as it likes.
     pub(super) fn of_stream(self) -> Self {
         let messages = self.messages.map(|messages| Messages { are_many: true, ..messages });
-        Self { is_stream: true, messages, ..self }
+        Self { messages, ..self }
     }
 
     /// Nothing is there: whether that has been so for too long.
     fn rest(&mut self, context: &mut Context<'_>) -> Result<(), Error> {
         // A stream may rest between two messages as long as it likes, once somebody has claimed the last one. The one message of
         // a call that does not end is nobody's, and holds its bytes.
-        let is_between =
-            self.is_stream && self.messages.as_ref().is_some_and(|messages| matches!(messages.place, Place::Head(0)));
+        let is_between = self
+            .messages
+            .as_ref()
+            .is_some_and(|messages| messages.are_many && matches!(messages.place, Place::Head(0)));
         if is_between && self.tally.holds_nothing() {
             (self.until, self.since) = (None, 0);
             return Ok(());

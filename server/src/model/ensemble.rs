@@ -16,8 +16,14 @@ use crate::error::InferError;
 /// Finds the model of a step when a request comes, so that a step's model may be loaded again under the ensemble.
 pub(crate) type Find = Arc<dyn Fn(&str, &str) -> Result<Arc<ModelVersion>, InferError> + Send + Sync>;
 
-/// The model of a step, for one request, which has entered it.
-pub(super) type Entering = (Arc<ModelVersion>, Entered);
+/// A step of an ensemble that a request has entered.
+#[derive(Debug)]
+pub(super) struct Entering {
+    /// Which step.
+    index: usize,
+    pub(super) model: Arc<ModelVersion>,
+    pub(super) entered: Entered,
+}
 
 /// A step that runs.
 type Call<'a> = BoxFuture<'a, Result<(&'a Step, Response), InferError>>;
@@ -102,21 +108,24 @@ impl Ensemble {
     ///
     /// # Errors
     /// Of the first step that cannot be called.
-    pub(super) fn enter(&self, outputs: &[usize], request: &Request) -> Result<Vec<Option<Entering>>, InferError> {
-        let wanted: Vec<&str> =
-            outputs.iter().filter_map(|&output| self.outputs.get(output)).map(String::as_str).collect();
-        let needed = self.needed(&wanted);
-        let mut entered: Vec<Option<Entering>> = self.steps.iter().map(|_| None).collect();
-        for &index in self.order.iter().filter(|&&index| needed[index]) {
+    pub(super) fn enter<'a>(
+        &self,
+        outputs: impl Iterator<Item = &'a str>,
+        request: &Request,
+    ) -> Result<Vec<Entering>, InferError> {
+        let needed = self.needed(outputs.collect());
+        let enter = |&index: &usize| {
             let step = &self.steps[index];
-            let enter = || {
+            let entering = || {
                 let model = (self.find)(&step.model, &step.version)?;
-                let own = model.enter_step(step.outputs.iter().map(|(output, _)| output.as_str()), request)?;
-                Ok((model, own))
+                // Of its tensors nothing is known yet.
+                let wanted: Vec<&str> = step.outputs.iter().map(|(output, _)| output.as_str()).collect();
+                let entered = model.enter(&mut wanted.into_iter(), 1, request)?;
+                Ok(Entering { index, model, entered })
             };
-            entered[index] = Some(enter().map_err(|source| self.failed(index, source))?);
-        }
-        Ok(entered)
+            entering().map_err(|source| self.failed(index, source))
+        };
+        self.order.iter().filter(|&&index| needed[index]).map(enter).collect()
     }
 
     /// Runs every step that was entered, as soon as its tensors are there. `request` has what the client said beside its tensors.
@@ -124,21 +133,19 @@ impl Ensemble {
         &self,
         fitted: Fitted,
         request: &Request,
-        entered: Vec<Option<Entering>>,
+        mut waiting: Vec<Entering>,
     ) -> Result<(Vec<RawTensor>, Timings), InferError> {
         let mut tensors: BTreeMap<&str, RawTensor> =
             self.inputs.iter().map(String::as_str).zip(fitted.inputs).collect();
-        let entered = entered.into_iter().enumerate();
-        let mut waiting: Vec<(usize, Entering)> = entered.filter_map(|(index, step)| Some((index, step?))).collect();
         let mut running: FuturesUnordered<Call<'_>> = FuturesUnordered::new();
         let mut timings = Timings::default();
         loop {
-            let ready = waiting.extract_if(.., |(index, _)| {
-                self.steps[*index].inputs.iter().all(|(_, tensor)| tensors.contains_key(tensor.as_str()))
+            let ready = waiting.extract_if(.., |step| {
+                self.steps[step.index].inputs.iter().all(|(_, tensor)| tensors.contains_key(tensor.as_str()))
             });
-            for (index, entering) in ready {
-                let call = self.steps[index].request(&entering.0, &tensors, request);
-                running.push(self.call(index, entering, call));
+            for step in ready {
+                let call = self.steps[step.index].request(&step.model, &tensors, request);
+                running.push(self.call(step, call));
             }
             let Some(done) = running.next().await else { break };
             let (step, response) = done?;
@@ -156,9 +163,9 @@ impl Ensemble {
     }
 
     /// Boxed, because a step may be an ensemble, too.
-    fn call(&self, index: usize, (model, entered): Entering, request: Request) -> Call<'_> {
+    fn call(&self, Entering { index, model, entered }: Entering, request: Request) -> Call<'_> {
         Box::pin(async move {
-            let response = model.infer_entered(request, entered).await.map_err(|source| self.failed(index, source))?;
+            let response = model.answer(request, Some(entered)).await.map_err(|source| self.failed(index, source))?;
             Ok((&self.steps[index], response))
         })
     }
@@ -167,9 +174,8 @@ impl Ensemble {
         InferError::Step { step: self.steps[index].place(index), source: Box::new(source) }
     }
 
-    /// For each step, whether one of `wanted` is not made without it.
-    fn needed(&self, wanted: &[&str]) -> Vec<bool> {
-        let mut tensors: BTreeSet<&str> = wanted.iter().copied().collect();
+    /// For each step, whether one of these tensors is not made without it.
+    fn needed<'a>(&'a self, mut tensors: BTreeSet<&'a str>) -> Vec<bool> {
         let mut needed: Vec<bool> = vec![false; self.steps.len()];
         // Each round finds at least one more step, or is the last.
         while let Some(index) = (0..self.steps.len()).find(|&index| {

@@ -96,8 +96,8 @@ enum Entered {
     Plainly,
     /// Its place in its sequence.
     InSequence(Box<Turn>),
-    /// What it has of the models that are called for it, for each step of an ensemble that something wanted needs.
-    ByStep(Vec<Option<Entering>>),
+    /// What it has of the models that are called for it, in the order in which they run.
+    ByStep(Vec<Entering>),
 }
 
 impl ModelVersion {
@@ -147,9 +147,7 @@ impl ModelVersion {
         match entered {
             Entered::Plainly => matches!(self.runs, Runs::Graph(..) | Runs::Multimodal(_)).then_some(()),
             Entered::InSequence(_) => None,
-            Entered::ByStep(steps) => {
-                steps.iter().flatten().try_for_each(|(model, entered)| model.add_loads(entered, loads))
-            }
+            Entered::ByStep(steps) => steps.iter().try_for_each(|step| step.model.add_loads(&step.entered, loads)),
         }
     }
 
@@ -240,11 +238,7 @@ impl ModelVersion {
         self.answer(request, None)
     }
 
-    /// As [`ModelVersion::infer`], of a request that has entered.
-    async fn infer_entered(&self, request: Request, entered: Entered) -> Result<Response, InferError> {
-        self.answer(request, Some(entered)).await
-    }
-
+    /// As [`ModelVersion::infer`], of a request that may have entered.
     async fn answer(&self, mut request: Request, entered: Option<Entered>) -> Result<Response, InferError> {
         let mut counted = Counted { statistics: &self.statistics, started: Instant::now(), is_answered: false };
         self.check_artifact(&request)?;
@@ -252,7 +246,7 @@ impl ModelVersion {
         let fitted = self.interface.fit(inputs, &request.outputs)?;
         let entered = match entered {
             Some(entered) => entered,
-            None => self.enter(&fitted.outputs, fitted.rows, &request)?,
+            None => self.enter_fitted(&fitted, &request)?,
         };
         let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
         let cache = self.cache.as_ref().and_then(|(cache, metrics)| Some((cache, metrics, self.loads(&entered)?)));
@@ -275,7 +269,12 @@ impl ModelVersion {
     }
 
     /// Takes what a request for these outputs has of this model from now on.
-    fn enter(&self, outputs: &[usize], rows: usize, request: &Request) -> Result<Entered, InferError> {
+    fn enter(
+        &self,
+        outputs: &mut dyn Iterator<Item = &str>,
+        rows: usize,
+        request: &Request,
+    ) -> Result<Entered, InferError> {
         match &self.runs {
             Runs::Sequence(_, _, sequences) => {
                 Ok(Entered::InSequence(Box::new(sequences.enter(request.sequence.as_ref(), rows)?)))
@@ -285,11 +284,9 @@ impl ModelVersion {
         }
     }
 
-    /// The same for a step of an ensemble, of whose tensors nothing is known yet.
-    fn enter_step<'a>(&self, outputs: impl Iterator<Item = &'a str>, request: &Request) -> Result<Entered, InferError> {
-        let index = |output| self.outputs().iter().position(|spec| spec.name == output);
-        let outputs: Vec<usize> = outputs.filter_map(index).collect();
-        self.enter(&outputs, 1, request)
+    fn enter_fitted(&self, fitted: &Fitted, request: &Request) -> Result<Entered, InferError> {
+        let mut outputs = fitted.outputs.iter().map(|&output| self.outputs()[output].name.as_str());
+        self.enter(&mut outputs, fitted.rows, request)
     }
 
     /// Bytes of the answer to a request, by the largest of its outputs of late; 0 before there was one.
@@ -330,7 +327,7 @@ impl ModelVersion {
             let began = Instant::now();
             let first = entered.lock().unwrap_or_else(PoisonError::into_inner).take();
             // Once more where it was given up for others.
-            let entered = first.map_or_else(|| self.enter(&fitted.outputs, fitted.rows, request), Ok)?;
+            let entered = first.map_or_else(|| self.enter_fitted(&fitted, request), Ok)?;
             let answer = self.run(fitted.clone(), request, entered).await;
             let timings = answer.as_ref().ok().map(|(_, timings)| *timings);
             *ran.lock().unwrap_or_else(PoisonError::into_inner) = Some((timings, began.elapsed()));

@@ -5,6 +5,7 @@ use sensorium_engine::Signature;
 use sensorium_proto::inference::{
     DataType, ModelConfig, ModelDynamicBatching, ModelInput, ModelOutput, ModelTensorReshape, ModelVersionPolicy,
     model_config::SchedulingChoice,
+    model_sequence_batching::control::Kind,
     model_version_policy::{Latest, PolicyChoice},
 };
 
@@ -112,6 +113,7 @@ pub(super) fn complete(written: Written, signature: &Signature, default_rows: us
             return Err(format!("its file has input `{}`, which its configuration leaves out", spec.name));
         }
     }
+    check_sequence(&config, signature, kept)?;
     say_defaults(&mut config);
     binding.ragged = Ragged::new(&config, signature)?;
     // What says how requests are put together says that they are.
@@ -177,6 +179,22 @@ fn states(config: &ModelConfig) -> impl Iterator<Item = &sensorium_proto::infere
         _ => None,
     };
     sequence.into_iter().flat_map(|sequence| &sequence.state)
+}
+
+/// That what is written of the types of states and correlation ids is what the file has. Whoever fills them says what it has not.
+fn check_sequence(config: &ModelConfig, signature: &Signature, kept: usize) -> Result<(), String> {
+    let Some(SchedulingChoice::SequenceBatching(sequence)) = &config.scheduling_choice else { return Ok(()) };
+    let check = |kind, name: &str, written: i32| match signature.inputs().iter().find(|spec| spec.name == name) {
+        Some(spec) => Side { kind, spec, kept }.data_type(written).map(drop),
+        None => Ok(()),
+    };
+    for state in &sequence.state {
+        let initial = state.initial_state.iter().map(|initial| initial.data_type);
+        initial.chain([state.data_type]).try_for_each(|written| check("state", &state.input_name, written))?;
+    }
+    let ids = sequence.control_input.iter().flat_map(|input| input.control.iter().map(move |own| (input, own)));
+    let mut ids = ids.filter(|(_, control)| control.kind() == Kind::ControlSequenceCorrid);
+    ids.try_for_each(|(input, control)| check("control_input", &input.name, control.data_type))
 }
 
 /// Rows of a batch at most; 0 for a model without a batch axis.

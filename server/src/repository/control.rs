@@ -222,13 +222,15 @@ impl Registry {
     }
 
     /// Whether the folder of a model that was loaded from it is another one by now, where nobody else watches that.
-    fn has_changed(&self, name: &str) -> bool {
+    async fn has_changed(&self, name: &str) -> bool {
         let was = self.read().by_name.get(name).and_then(|entry| entry.fingerprint);
-        let is = || match self.origin(name, &LoadParameters::default()) {
-            Some(Origin::Folder(path)) => folder::fingerprint(&path).ok(),
-            Some(Origin::Artifact(_)) | None => None,
+        let (Some(was), Ok(()), Some(Origin::Folder(path))) =
+            (was, self.may_change(), self.origin(name, &LoadParameters::default()))
+        else {
+            return false;
         };
-        was.is_some_and(|was| is().is_some_and(|is| is != was))
+        let is = tokio::task::spawn_blocking(move || folder::fingerprint(&path)).await;
+        is.is_ok_and(|is| is.is_ok_and(|is| is != was))
     }
 
     /// As [`Registry::load`], by whoever holds `changing`, for ensembles `above`.
@@ -246,13 +248,6 @@ impl Registry {
             return Err(ControlError::Parameters { name: name.to_owned(), reason });
         }
         self.loading(name);
-        // As it was before it was read: what changes meanwhile is another.
-        let fingerprint = match &origin {
-            Some(Origin::Folder(path)) if parameters == LoadParameters::default() && self.may_change().is_ok() => {
-                folder::fingerprint(path).ok()
-            }
-            _ => None,
-        };
         let loaded = match origin {
             Some(Origin::Artifact(source)) => {
                 artifact::load(&source, &self.0.opening).await.map_err(|error| error_line(&error))
@@ -272,6 +267,7 @@ impl Registry {
         let broken = loaded.failed.clone();
         // An artifact gives several.
         let names: Vec<String> = loaded.versions.iter().map(|model| model.name().to_owned()).collect();
+        let fingerprint = loaded.fingerprint;
         if let Err(taken) = self.install(name, loaded) {
             let reason = format!("another model is called {taken:?}");
             self.note_failure(name, 0, &reason);
@@ -308,7 +304,7 @@ impl Registry {
             self.check_below(step, &above)?;
             // One that serves as it was, and is another in its folder, comes first: it may fit the ensemble only then.
             let comes_anew =
-                (course.to_come.contains(step) || self.has_changed(step)) && !course.brought.contains(step);
+                !course.brought.contains(step) && (course.to_come.contains(step) || self.has_changed(step).await);
             if comes_anew || !self.ready(step, "") {
                 let step_brought = Box::pin(self.bring(step, LoadParameters::default(), &above, course)).await;
                 step_brought.map_err(|error| format!("it needs model {step:?}: {}", error_line(&error)))?;
@@ -328,9 +324,7 @@ impl Registry {
     fn check_below(&self, step: &str, above: &[&str]) -> Result<(), String> {
         let mut level = BTreeSet::from([step.to_owned()]);
         for _ in above.len()..=MAX_NESTING {
-            let models = self.loaded();
-            let steps = models.iter().filter(|model| level.contains(model.name())).flat_map(|model| model.steps());
-            level = steps.map(|(step, _)| step.to_owned()).collect();
+            level = self.steps_of(&level);
             if let Some(again) = above.iter().find(|name| level.contains(**name)) {
                 return Err(format!("it is made of itself: {}, {step}, ..., {again}", above.join(", ")));
             }
@@ -370,24 +364,25 @@ impl Registry {
             let is_there = self.origin(name, &LoadParameters::default()).is_some();
             return if is_there { Ok(()) } else { Err(ControlError::NotFound { name: name.to_owned() }) };
         };
-        let mut below = self.steps_of(name);
+        let steps_of = |name: &str| self.steps_of(&BTreeSet::from([name.to_owned()]));
+        let mut below = if dependents { steps_of(name) } else { BTreeSet::new() };
         self.remove(&unit);
-        while let Some(step) = below.pop().filter(|_| dependents) {
+        while let Some(step) = below.pop_first() {
             let is_wanted = self.read().by_name.get(&step).is_some_and(|entry| entry.is_wanted);
             let is_needed =
                 || self.loaded().iter().any(|model| model.steps().iter().any(|(needed, _)| *needed == step));
             if !is_wanted && !is_needed() {
-                below.extend(self.steps_of(&step));
+                below.extend(steps_of(&step));
                 self.remove(&step);
             }
         }
         Ok(())
     }
 
-    /// Names of the models that a model's versions are made of.
-    fn steps_of(&self, name: &str) -> Vec<String> {
+    /// Names of the models that all versions of these models are made of.
+    fn steps_of(&self, names: &BTreeSet<String>) -> BTreeSet<String> {
         let loaded = self.loaded();
-        let steps = loaded.iter().filter(|model| model.name() == name).flat_map(|model| model.steps());
+        let steps = loaded.iter().filter(|model| names.contains(model.name())).flat_map(|model| model.steps());
         steps.map(|(step, _)| step.to_owned()).collect()
     }
 

@@ -290,17 +290,18 @@ fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -
 
 /// A file has all rows, or as with Triton one that all of them are, and may have more than that.
 fn of_file(dtype: DType, shape: Vec<i64>, batch: Option<i64>, mut bytes: Vec<u8>) -> Result<RawTensor, String> {
-    let size = |shape: &[i64]| RawTensor::zeros(dtype, shape.to_vec()).ok().map(|zeros| zeros.data().len());
     let rows = batch.and_then(|rows| usize::try_from(rows).ok()).unwrap_or(1);
-    let row: Vec<i64> =
-        batch.map(|_| 1).into_iter().chain(shape.iter().skip(usize::from(batch.is_some())).copied()).collect();
+    let mut row = shape.clone();
+    if batch.is_some() {
+        row[0] = 1;
+    }
     if dtype == DType::Bytes {
         // Strings say themselves how many there are.
         let whole = RawTensor::new(dtype, shape, bytes.clone().into());
         let repeated = || RawTensor::new(dtype, row, bytes.into()).and_then(|row| RawTensor::concat(&vec![&row; rows]));
         return whole.or_else(|error| repeated().map_err(|_| error)).map_err(|error| error.to_string());
     }
-    match (size(&shape), size(&row)) {
+    match (RawTensor::byte_count(dtype, &shape), RawTensor::byte_count(dtype, &row)) {
         (Some(all), _) if bytes.len() >= all => bytes.truncate(all),
         (_, Some(one)) if bytes.len() >= one => {
             bytes.truncate(one);

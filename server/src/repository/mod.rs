@@ -255,6 +255,8 @@ struct Loaded {
     remarks: BTreeMap<u64, String>,
     /// Versions that could not be opened, with the reason.
     failed: BTreeMap<u64, String>,
+    /// What their folder was like, where they are what is in it.
+    fingerprint: Option<u64>,
 }
 
 impl Drop for Inner {

@@ -14,7 +14,7 @@ use super::{
     complete::{self, Complete},
     config::{self, Written},
     engines,
-    folder::Folder,
+    folder::{Folder, fingerprint},
     iteration, openers,
 };
 use crate::{
@@ -30,6 +30,8 @@ pub(super) struct Found {
     written: Written,
     /// Files that came with a request.
     own: Option<Arc<tempfile::TempDir>>,
+    /// Of the folder before it was read, where nothing came with a request: what changes meanwhile is another.
+    fingerprint: Option<u64>,
 }
 
 impl Found {
@@ -40,6 +42,8 @@ impl Found {
     pub(super) fn read(name: &str, path: &Path, parameters: &LoadParameters) -> Result<Self, String> {
         let own = if parameters.files.is_empty() { None } else { Some(Arc::new(materialise(&parameters.files)?)) };
         let path = own.as_ref().map_or(path, |own| own.path());
+        let is_as_it_is = *parameters == LoadParameters::default();
+        let fingerprint = is_as_it_is.then(|| fingerprint(path).ok()).flatten();
         let folder =
             Folder::read(path).map_err(|error| format!("its folder {} cannot be read: {error}", path.display()))?;
         let written = match (&parameters.config, &folder.config) {
@@ -55,7 +59,7 @@ impl Found {
                 written.config.name
             ));
         }
-        Ok(Self { folder, written, own })
+        Ok(Self { folder, written, own, fingerprint })
     }
 
     /// The steps, where the model is made of others.
@@ -81,7 +85,7 @@ impl Found {
             let advice = file.map_or(String::new(), |file| format!("; it has {file}: move it to 1/"));
             return Err(format!("it has no folder of a version, such as 1{advice}"));
         }
-        let mut loaded = Loaded::default();
+        let mut loaded = Loaded { fingerprint: self.fingerprint, ..Loaded::default() };
         for (version, path) in versions {
             if artifact::is_artifact(&path) {
                 match artifact::open_folder(name, version, &path, self.own.clone(), opening) {

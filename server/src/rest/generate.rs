@@ -24,7 +24,7 @@ use super::{
     json::Reader,
     request::Parameters,
     response,
-    tensor::{self, ReadError, Room},
+    tensor::{self, Growth, ReadError},
 };
 use crate::{
     blocking::{aside, in_place},
@@ -97,29 +97,29 @@ async fn read(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) 
 }
 
 async fn try_read(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<Asked, Refusal> {
-    let room = Room::new(body.tally());
+    let growth = Growth::new(body.tally());
     let body = body::read(headers, body, rest.max_bytes).await?;
     let model = rest.service.model(&target.model, &target.version)?;
     let own = model.clone();
-    let mut request = aside(body.len(), move || fields(&own, &body, room)).await?;
+    let mut request = aside(body.len(), move || fields(&own, &body, growth)).await?;
     request.model_name = target.model;
     request.model_version = target.version;
     Ok((model, request))
 }
 
 /// Fields that are named like inputs are those, wherever they are, `id` is itself, and the rest are parameters.
-fn fields(model: &ModelVersion, body: &[u8], mut room: Room) -> Result<ModelInferRequest, ReadError> {
+fn fields(model: &ModelVersion, body: &[u8], mut growth: Growth) -> Result<ModelInferRequest, ReadError> {
     let mut request = ModelInferRequest::default();
     let mut parameters = Parameters::default();
     let mut reader = Reader::new(body);
     reader.object(|reader, key| match key {
-        _ if input(model, reader, key, &mut request, &mut room)? => Ok(()),
+        _ if input(model, reader, key, &mut request, &mut growth)? => Ok(()),
         "id" => {
             request.id = reader.string()?.into_owned();
             Ok(())
         }
         "parameters" => reader.object(|reader, key| {
-            if !input(model, reader, key, &mut request, &mut room)? {
+            if !input(model, reader, key, &mut request, &mut growth)? {
                 parameters.read(reader, key, &mut request.parameters)?;
             }
             Ok::<_, ReadError>(())
@@ -136,13 +136,13 @@ fn input(
     reader: &mut Reader<'_>,
     key: &str,
     request: &mut ModelInferRequest,
-    room: &mut Room,
+    growth: &mut Growth,
 ) -> Result<bool, ReadError> {
     let Some(spec) = model.inputs().iter().find(|spec| spec.name == key) else { return Ok(false) };
     if request.inputs.iter().any(|input| input.name == key) {
         return Err(reader.error("this input comes twice").into());
     }
-    let (data, elements) = tensor::read_row(reader, spec.dtype, room)?;
+    let (data, elements) = tensor::read_row(reader, spec.dtype, growth)?;
     if spec.shape.is_empty() && elements != 1 {
         return Err(reader.error("this input is a single element").into());
     }

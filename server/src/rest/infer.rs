@@ -17,7 +17,7 @@ use super::{
     body::{self, Arriving, HEADER_LENGTH},
     request,
     response::{self, Wanted},
-    tensor::Room,
+    tensor::Growth,
 };
 use crate::{
     blocking::aside,
@@ -82,7 +82,7 @@ async fn read(
     headers: &HeaderMap,
     body: Arriving,
 ) -> Result<(ModelInferRequest, Wanted), Refusal> {
-    let room = Room::new(body.tally());
+    let growth = Growth::new(body.tally());
     let body = body::read(headers, body, rest.max_bytes).await?;
     let length = headers.get(HEADER_LENGTH).map(|value| value.to_str().unwrap_or("?").to_owned());
     let (mut request, wanted) = if length.as_deref() == Some("0") {
@@ -92,7 +92,7 @@ async fn read(
     } else {
         // Bytes behind the JSON are only pointed at.
         let text = length.as_ref().and_then(|length| length.parse().ok()).unwrap_or(body.len());
-        aside(text, move || request::read(&body, length.as_deref(), room)).await?
+        aside(text, move || request::read(&body, length.as_deref(), growth)).await?
     };
     request.model_name = target.model;
     request.model_version = target.version;

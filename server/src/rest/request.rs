@@ -14,7 +14,7 @@ use super::{
     Refusal,
     json::{JsonError, Reader, Scalar},
     response::Wanted,
-    tensor::{self, ReadError, Room},
+    tensor::{self, Growth, ReadError},
 };
 use crate::{
     budget::Spent,
@@ -123,14 +123,14 @@ impl From<RequestError> for Refusal {
 }
 
 /// Reads a body whose first `header_length` bytes are JSON; all of it when there is no such header. What it makes of them is taken from
-/// `room`.
+/// `growth`.
 ///
 /// # Errors
 /// [`RequestError`].
 pub(super) fn read(
     body: &Bytes,
     header_length: Option<&str>,
-    mut room: Room,
+    mut growth: Growth,
 ) -> Result<(ModelInferRequest, Wanted), RequestError> {
     let length = match header_length {
         None => body.len(),
@@ -163,7 +163,7 @@ pub(super) fn read(
                     if data.len() == MAX_TENSORS {
                         return Err(RequestError::TooManyTensors);
                     }
-                    let (input, elements, size) = input(reader, &mut parameters, &mut room)?;
+                    let (input, elements, size) = input(reader, &mut parameters, &mut growth)?;
                     request.inputs.push(input);
                     data.push((elements, size));
                     Ok(())
@@ -198,7 +198,7 @@ pub(super) fn read(
             (Data::None, None, false) => return Err(RequestError::NoData { input: excerpt(&input.name) }),
             (Data::Json(mut elements), None, false) => {
                 let dtype = tensor::dtype(&input.datatype).ok_or_else(|| InvalidRequest::datatype(input))?;
-                let (elements, count) = tensor::read(&mut elements, dtype, &mut room).map_err(within(&input.name))?;
+                let (elements, count) = tensor::read(&mut elements, dtype, &mut growth).map_err(within(&input.name))?;
                 filling(input, elements, count)?
             }
             (Data::Raw(elements, count), None, false) => filling(input, elements, count)?,
@@ -247,7 +247,7 @@ fn within(input: &str) -> impl Fn(ReadError) -> RequestError {
 fn input<'a>(
     reader: &mut Reader<'a>,
     parameters: &mut Parameters,
-    room: &mut Room,
+    growth: &mut Growth,
 ) -> Result<(InferInputTensor, Data<'a>, Option<usize>), RequestError> {
     let mut input = InferInputTensor::default();
     let (mut data, mut size, mut has_shape) = (Data::None, None, false);
@@ -282,7 +282,7 @@ fn input<'a>(
                 data = match tensor::dtype(&input.datatype) {
                     // Read in passing, as all clients write it.
                     Some(dtype) => {
-                        let (elements, count) = tensor::read(reader, dtype, room)?;
+                        let (elements, count) = tensor::read(reader, dtype, growth)?;
                         Data::Raw(elements, count)
                     }
                     None => Data::Json(reader.skip()?),
@@ -404,7 +404,7 @@ mod tests {
     use super::*;
 
     fn parsed(text: &str) -> Result<ModelInferRequest, RequestError> {
-        read(&Bytes::copy_from_slice(text.as_bytes()), None, Room::new(None)).map(|(request, _)| request)
+        read(&Bytes::copy_from_slice(text.as_bytes()), None, Growth::new(None)).map(|(request, _)| request)
     }
 
     #[test]
@@ -434,7 +434,7 @@ mod tests {
             {"name": "b", "shape": [1], "datatype": "FP16", "parameters": {"binary_data_size": 2}}]}"#;
         let body = Bytes::from([&json[..], &[1, 2, 3, 4]].concat());
         let length = json.len().to_string();
-        let read = |body| read(body, Some(&length), Room::new(None));
+        let read = |body| read(body, Some(&length), Growth::new(None));
         let (request, _) = read(&body).unwrap();
         assert_eq!(request.raw_input_contents, [&[1, 2][..], &[9], &[3, 4]], "those in shared memory have none");
         assert_eq!(request.raw_input_contents[0].as_ptr(), body[json.len()..].as_ptr());
@@ -452,7 +452,7 @@ mod tests {
         let text = br#"{"parameters": null, "outputs": [{"name": "o", "parameters": null}], "inputs": [
             {"name": "a", "shape": [0], "datatype": "FP32", "data": null, "parameters": {"binary_data_size": 0}},
             {"name": "b", "shape": [1], "datatype": "INT8", "data": [1], "parameters": null}]}"#;
-        let (request, _) = read(&Bytes::from_static(text), Some(&text.len().to_string()), Room::new(None)).unwrap();
+        let (request, _) = read(&Bytes::from_static(text), Some(&text.len().to_string()), Growth::new(None)).unwrap();
         assert_eq!(request.raw_input_contents, [&[][..], &[1]]);
         assert!(request.parameters.is_empty() && request.outputs.len() == 1);
     }
@@ -462,7 +462,7 @@ mod tests {
         let text = br#"{"inputs": [], "parameters": {"binary_data_output": true, "priority": 1},
             "outputs": [{"parameters": {"binary_data": false}, "name": "a"}, {"name": "b"},
                         {"name": "c", "parameters": {"binary_data": null}}]}"#;
-        let (request, wanted) = read(&Bytes::from_static(text), None, Room::new(None)).unwrap();
+        let (request, wanted) = read(&Bytes::from_static(text), None, Growth::new(None)).unwrap();
         assert_eq!(wanted, Wanted { all: true, outputs: vec![("a".to_owned(), false)] });
         assert_eq!(request.parameters.keys().collect::<Vec<_>>(), ["priority"]);
         assert!(request.outputs.iter().all(|output| output.parameters.is_empty()));
@@ -514,7 +514,7 @@ mod tests {
             let error = parsed(text).unwrap_err().to_string();
             assert!(error.contains(words), "{text}: {error}");
         }
-        let error = read(&Bytes::from_static(b"{}"), Some("3"), Room::new(None)).unwrap_err();
+        let error = read(&Bytes::from_static(b"{}"), Some("3"), Growth::new(None)).unwrap_err();
         assert_eq!(error, RequestError::HeaderLength { length: "3".to_owned(), body: 2 });
     }
 

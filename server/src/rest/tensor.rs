@@ -38,9 +38,9 @@ impl From<ReadError> for Refusal {
     }
 }
 
-/// Room for what is made of a body of JSON, whose own bytes are taken: a number of two characters may have eight bytes.
+/// Growth for what is made of a body of JSON, whose own bytes are taken: a number of two characters may have eight bytes.
 #[derive(Debug)]
-pub(super) struct Room {
+pub(super) struct Growth {
     /// Holds it until the request is done; `None` where nobody counts.
     tally: Option<Tally>,
     /// Bytes that were made so far,
@@ -51,7 +51,7 @@ pub(super) struct Room {
     taken: usize,
 }
 
-impl Room {
+impl Growth {
     pub(super) fn new(tally: Option<Tally>) -> Self {
         Self { tally, made: 0, read: 0, taken: 0 }
     }
@@ -73,15 +73,15 @@ impl Room {
 struct Elements<'a> {
     raw: Vec<u8>,
     count: usize,
-    /// Bytes of `raw` that were taken from the room.
+    /// Bytes of `raw` that were taken from the growth.
     taken: usize,
     element: ReadElement,
-    room: &'a mut Room,
+    growth: &'a mut Growth,
 }
 
 impl<'a> Elements<'a> {
-    fn new(reader: &Reader<'_>, dtype: DType, room: &'a mut Room) -> Result<Self, JsonError> {
-        Ok(Self { raw: Vec::new(), count: 0, taken: 0, element: read_element(reader, dtype)?, room })
+    fn new(reader: &Reader<'_>, dtype: DType, growth: &'a mut Growth) -> Result<Self, JsonError> {
+        Ok(Self { raw: Vec::new(), count: 0, taken: 0, element: read_element(reader, dtype)?, growth })
     }
 
     fn read(&mut self, reader: &mut Reader<'_>) -> Result<(), ReadError> {
@@ -89,7 +89,7 @@ impl<'a> Elements<'a> {
         (self.element)(reader, &mut self.raw)?;
         let has = self.raw.capacity();
         if has > self.taken {
-            self.room.take(has - self.taken, reader)?;
+            self.growth.take(has - self.taken, reader)?;
             self.taken = has;
         }
         Ok(())
@@ -101,12 +101,12 @@ impl<'a> Elements<'a> {
 }
 
 /// Reads an array, flat or nested, as raw elements, and counts them. What it allocates grows with the text, never with a
-/// claim, and is taken from `room` as it does.
+/// claim, and is taken from `growth` as it does.
 ///
 /// # Errors
 /// [`ReadError`] at the first element that is none of its type, or that there is no room for.
-pub(super) fn read(reader: &mut Reader<'_>, dtype: DType, room: &mut Room) -> Result<(Bytes, usize), ReadError> {
-    let mut elements = Elements::new(reader, dtype, room)?;
+pub(super) fn read(reader: &mut Reader<'_>, dtype: DType, growth: &mut Growth) -> Result<(Bytes, usize), ReadError> {
+    let mut elements = Elements::new(reader, dtype, growth)?;
     reader.flattened(|reader| elements.read(reader))?;
     Ok(elements.finish())
 }
@@ -115,8 +115,12 @@ pub(super) fn read(reader: &mut Reader<'_>, dtype: DType, room: &mut Room) -> Re
 ///
 /// # Errors
 /// As [`read`].
-pub(super) fn read_row(reader: &mut Reader<'_>, dtype: DType, room: &mut Room) -> Result<(Bytes, usize), ReadError> {
-    let mut elements = Elements::new(reader, dtype, room)?;
+pub(super) fn read_row(
+    reader: &mut Reader<'_>,
+    dtype: DType,
+    growth: &mut Growth,
+) -> Result<(Bytes, usize), ReadError> {
+    let mut elements = Elements::new(reader, dtype, growth)?;
     if reader.peek() != b'[' {
         elements.read(reader)?;
         return Ok(elements.finish());
@@ -273,13 +277,13 @@ mod tests {
         let mut text = Vec::new();
         write(&mut text, dtype, raw).unwrap();
         let mut reader = Reader::new(&text);
-        let (back, _) = read(&mut reader, dtype, &mut Room::new(None)).unwrap();
+        let (back, _) = read(&mut reader, dtype, &mut Growth::new(None)).unwrap();
         reader.end().unwrap();
         back
     }
 
     fn refused(dtype: DType, text: &str) -> String {
-        read(&mut Reader::new(text.as_bytes()), dtype, &mut Room::new(None)).unwrap_err().to_string()
+        read(&mut Reader::new(text.as_bytes()), dtype, &mut Growth::new(None)).unwrap_err().to_string()
     }
 
     #[test]
@@ -288,15 +292,15 @@ mod tests {
         let budget = Budget::new(10_000, Metrics::new().budget());
         let held = || budget.claim(10_000).map_or_else(|spent| spent.held, |_| 0);
         let tally = budget.tally();
-        let mut room = Room::new(Some(tally.clone()));
-        read(&mut Reader::new(text.as_bytes()), DType::Int8, &mut room).unwrap();
+        let mut growth = Growth::new(Some(tally.clone()));
+        read(&mut Reader::new(text.as_bytes()), DType::Int8, &mut growth).unwrap();
         assert!(held() < 16, "hardly more than the text");
-        let (raw, _) = read(&mut Reader::new(text.as_bytes()), DType::Int64, &mut room).unwrap();
+        let (raw, _) = read(&mut Reader::new(text.as_bytes()), DType::Int64, &mut growth).unwrap();
         let grown = held();
         assert!((raw.len() - text.len()..2 * raw.len() + text.len()).contains(&grown), "{grown}");
-        let error = read(&mut Reader::new(text.as_bytes()), DType::Fp64, &mut room).unwrap_err();
+        let error = read(&mut Reader::new(text.as_bytes()), DType::Fp64, &mut growth).unwrap_err();
         assert!(matches!(error, ReadError::Spent(_)), "{error}");
-        drop((room, tally));
+        drop((growth, tally));
         assert_eq!(held(), 0, "it is there until the request is done");
     }
 

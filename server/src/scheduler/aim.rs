@@ -70,7 +70,7 @@ struct Trial {
     /// Batches of the comparison under way, and seconds for each byte of inputs in those of the smaller size that count.
     step: usize,
     small: f64,
-    tally: Tally,
+    score: Score,
     /// Batches so far, of whatever size.
     batches: usize,
     /// Whether it was won once before.
@@ -79,7 +79,7 @@ struct Trial {
 
 /// Comparisons, each of runs that followed each other, since the speed of a machine changes.
 #[derive(Clone, Copy, Debug, Default)]
-struct Tally {
+struct Score {
     /// Where the other size was better by enough.
     won: usize,
     /// Where it was not,
@@ -155,7 +155,7 @@ impl Aim {
 
 impl Trial {
     fn new(own: usize, other: usize) -> Self {
-        Self { own, other, step: 0, small: 0.0, tally: Tally::default(), batches: 0, is_again: false }
+        Self { own, other, step: 0, small: 0.0, score: Score::default(), batches: 0, is_again: false }
     }
 
     /// Whether one that is won need not be won once more.
@@ -181,7 +181,7 @@ impl Trial {
         if self.step == STEPS {
             let ratio = self.small / seconds;
             let (ratio, gain) = if self.other < self.own { (ratio, 0.0) } else { (ratio.recip(), GAIN_OF_LARGER) };
-            self.tally.add(ratio, gain);
+            self.score.add(ratio, gain);
             (self.step, self.small) = (0, 0.0);
         }
     }
@@ -189,11 +189,11 @@ impl Trial {
     /// What the other size is; `None` while that is open.
     fn verdict(&self) -> Option<Verdict> {
         let is_late = self.batches >= PATIENCE * STEPS * RUNS;
-        self.tally.verdict().or(is_late.then_some(Verdict::Worse))
+        self.score.verdict().or(is_late.then_some(Verdict::Worse))
     }
 }
 
-impl Tally {
+impl Score {
     /// The other size took `ratio` of the own one's time.
     fn add(&mut self, ratio: f64, gain: f64) {
         let is_won = ratio < 1.0 - gain;

@@ -114,10 +114,8 @@ fn request_parameters(
                     ParameterChoice::StringParam(id) => (!id.is_empty()).then_some(SequenceId::Text(id)),
                     // Triton's client for C++ has no other place for ids from 2^63 on.
                     ParameterChoice::Int64Param(id) => (id != 0).then_some(SequenceId::Number(id.cast_unsigned())),
-                    id => {
-                        let id = unsigned(&id).ok_or_else(|| wrong("it must be a whole number or a string"))?;
-                        (id > 0).then_some(SequenceId::Number(id))
-                    }
+                    ParameterChoice::Uint64Param(id) => (id != 0).then_some(SequenceId::Number(id)),
+                    _ => return Err(wrong("it must be a whole number or a string")),
                 }
             }
             "sequence_start" => start = boolean(&value).ok_or_else(|| wrong("it must be a bool"))?,

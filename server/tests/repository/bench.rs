@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use sensorium_engine::RawTensor;
+use sensorium_artifact::{Store, Volumes};
+use sensorium_engine::{RawTensor, fixture};
 use sensorium_onnx::{DType as OnnxDType, Dim, GraphBuilder};
 pub(crate) use sensorium_server::fixture::{Bench, f32s, infer, named};
 use sensorium_server::{
@@ -31,6 +32,19 @@ pub(crate) fn scale_three(factor: f32) -> Vec<u8> {
     let y = graph.node("Mul", &[&x, &factor], vec![]);
     graph.output("y", &y, OnnxDType::F32, &[Dim::Fixed(3)]);
     graph.finish(20).unwrap().to_bytes()
+}
+
+/// Writes the tiny artifact into folders of models, such as `tiny/1`.
+pub(crate) async fn write_artifact(bench: &Bench, folders: &[&str]) {
+    let stored = tempfile::tempdir().unwrap();
+    let store = Store::open(&format!("file://{}", stored.path().display()), &Volumes::default()).unwrap();
+    let artifact = fixture::commit(&store, "tiny").await.unwrap();
+    let files = store.fetch(&artifact, stored.path()).await.unwrap();
+    for file in artifact.manifest.files.iter().map(|file| file.path.as_str()).chain(["manifest.json"]) {
+        for folder in folders {
+            bench.write(folder, file, std::fs::read(files.join(file)).unwrap());
+        }
+    }
 }
 
 /// A request with one input, `x`.

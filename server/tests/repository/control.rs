@@ -3,14 +3,12 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::{future, poll};
-use sensorium_artifact::{Store, Volumes};
-use sensorium_engine::fixture;
 use sensorium_server::{
     error::InferError,
     repository::{ControlError, ControlMode, LoadParameters},
 };
 
-use crate::bench::{Bench, answer, eventually, f32s, index, infer, request, scale};
+use crate::bench::{Bench, answer, eventually, f32s, index, infer, request, scale, write_artifact};
 
 #[tokio::test]
 async fn explicit_mode_loads_what_is_asked_for() {
@@ -124,13 +122,7 @@ async fn who_ends_waits_for_the_load_under_way_and_lets_no_other_begin() {
 #[tokio::test]
 async fn a_name_that_an_artifact_has_is_free_once_that_is_unloaded() {
     let bench = Bench::new();
-    let stored = tempfile::tempdir().unwrap();
-    let store = Store::open(&format!("file://{}", stored.path().display()), &Volumes::default()).unwrap();
-    let artifact = fixture::commit(&store, "tiny").await.unwrap();
-    let files = store.fetch(&artifact, stored.path()).await.unwrap();
-    for file in artifact.manifest.files.iter().map(|file| file.path.as_str()).chain(["manifest.json"]) {
-        bench.write("tiny", &format!("1/{file}"), std::fs::read(files.join(file)).unwrap());
-    }
+    write_artifact(&bench, &["tiny/1"]).await;
     bench.write("tiny.fusion", "1/model.onnx", scale(2.0, None));
     let registry = bench.open(ControlMode::Explicit, &["tiny"]).await;
     let error = registry.load("tiny.fusion", LoadParameters::default()).await.unwrap_err();

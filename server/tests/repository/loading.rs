@@ -1,6 +1,5 @@
 //! What a repository holds and what is made of it.
 
-use sensorium_artifact::{Store, Volumes};
 use sensorium_engine::{RawTensor, fixture};
 use sensorium_onnx::{DType as OnnxDType, Dim, GraphBuilder};
 use sensorium_proto::inference::{DataType, model_config::SchedulingChoice};
@@ -10,7 +9,7 @@ use sensorium_server::{
     repository::{ControlMode, LoadParameters},
 };
 
-use crate::bench::{Bench, answer, f32s, index, infer, request, scale, scale_three};
+use crate::bench::{Bench, answer, f32s, index, infer, request, scale, scale_three, write_artifact};
 
 #[tokio::test]
 async fn a_file_without_a_configuration_is_completed_from_its_signature() {
@@ -198,14 +197,7 @@ async fn instances_are_opened_side_by_side_and_all_serve() {
 #[tokio::test]
 async fn an_artifact_in_a_version_folder_is_served_whole_and_verified() {
     let bench = Bench::new();
-    let stored = tempfile::tempdir().unwrap();
-    let store = Store::open(&format!("file://{}", stored.path().display()), &Volumes::default()).unwrap();
-    let artifact = fixture::commit(&store, "tiny").await.unwrap();
-    let files = store.fetch(&artifact, stored.path()).await.unwrap();
-    for file in artifact.manifest.files.iter().map(|file| file.path.as_str()).chain(["manifest.json"]) {
-        bench.write("tiny", &format!("2/{file}"), std::fs::read(files.join(file)).unwrap());
-        bench.write("bad", &format!("1/{file}"), std::fs::read(files.join(file)).unwrap());
-    }
+    write_artifact(&bench, &["tiny/2", "bad/1"]).await;
     bench.write("bad", "1/graphs/fusion.onnx", "another");
     let registry = bench.open_all().await;
     assert!(index(&registry).contains(&"tiny 2 READY".to_owned()), "{:?}", index(&registry));

@@ -190,6 +190,18 @@ async fn controls_that_do_not_fit_the_file_are_reasons() {
             "needs two values of FP32",
         ),
         ("state { input_name: \"total\" output_name: \"total_out\" dims: 3 }", "begins as [1, 3]"),
+        (
+            "state { input_name: \"total\" output_name: \"total_out\" data_type: TYPE_INT32 dims: 1 }",
+            "state `total` is TYPE_INT32 in its configuration and TYPE_FP32 in its file",
+        ),
+        (
+            "state { input_name: \"total\" output_name: \"total_out\" dims: 1 initial_state { data_type: TYPE_INT8 dims: 1 } }",
+            "state `total` is TYPE_INT8 in its configuration and TYPE_FP32 in its file",
+        ),
+        (
+            "control_input { name: \"corrid\" control { kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_UINT64 } }",
+            "control_input `corrid` is TYPE_UINT64 in its configuration and TYPE_INT64 in its file",
+        ),
         ("iterative_sequence: true", "iterative"),
     ] {
         let bench = Bench::new();
@@ -200,16 +212,20 @@ async fn controls_that_do_not_fit_the_file_are_reasons() {
     }
 }
 
-/// `e` doubles what goes into the sequences of `m`, which has `rest`.
-async fn serve_ensemble(rest: &str) -> Registry {
+const TWICE_INTO_M: &str = r#"
+    { model_name: "twice" input_map { key: "x" value: "x" } output_map { key: "y" value: "twice" } },
+    { model_name: "m" input_map { key: "x" value: "twice" } output_map { key: "y" value: "y" } }"#;
+
+/// `e` goes through `steps`, among which may be the sequences of `m`, which has `rest`.
+async fn serve_ensemble(rest: &str, steps: &str) -> Registry {
     let bench = Bench::new();
     bench.write("m", "1/model.onnx", accumulator()).write("m", "config.pbtxt", config(rest));
     bench.write("twice", "1/model.onnx", scale(2.0, None));
-    let ensemble = r#"platform: "ensemble" max_batch_size: 4
-        input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }
-        ensemble_scheduling { step [
-          { model_name: "twice" input_map { key: "x" value: "x" } output_map { key: "y" value: "twice" } },
-          { model_name: "m" input_map { key: "x" value: "twice" } output_map { key: "y" value: "y" } } ] }"#;
+    let ensemble = format!(
+        r#"platform: "ensemble" max_batch_size: 4
+           input {{ name: "x" data_type: TYPE_FP32 dims: 1 }} output {{ name: "y" data_type: TYPE_FP32 dims: 1 }}
+           ensemble_scheduling {{ step [ {steps} ] }}"#
+    );
     bench.write("e", "config.pbtxt", ensemble);
     let registry = bench.open_all().await;
     assert!(registry.ready("e", ""), "{:?}", registry.index(false));
@@ -218,7 +234,7 @@ async fn serve_ensemble(rest: &str) -> Registry {
 
 #[tokio::test]
 async fn requests_to_an_ensemble_stand_in_their_sequence_from_the_moment_of_their_coming() {
-    let registry = serve_ensemble("direct { }").await;
+    let registry = serve_ensemble("direct { }", TWICE_INTO_M).await;
     let model = registry.model("e", "").unwrap();
     let mut requests: Vec<_> =
         (0..20_u8).map(|index| Box::pin(model.infer(step(1, f32::from(index), index == 0, index == 19)))).collect();
@@ -238,7 +254,7 @@ async fn requests_to_an_ensemble_stand_in_their_sequence_from_the_moment_of_thei
 
 #[tokio::test]
 async fn a_request_that_fails_before_its_turn_in_an_ensemble_leaves_the_sequence_as_it_was() {
-    let registry = serve_ensemble("direct { }").await;
+    let registry = serve_ensemble("direct { }", TWICE_INTO_M).await;
     let ask = async |request| infer(&registry, "e", request).await.map(|answer| answer.outputs[0].tensor.clone());
     assert_eq!(ask(step(1, 1.0, true, false)).await.unwrap(), f32s(&[1, 1], &[2.0]));
     let rows = Request { inputs: request(f32s(&[2, 1], &[7.0, 7.0])).inputs, ..step(1, 0.0, false, false) };
@@ -250,7 +266,8 @@ async fn a_request_that_fails_before_its_turn_in_an_ensemble_leaves_the_sequence
 #[tokio::test]
 async fn the_timeout_of_a_request_to_an_ensemble_is_that_of_its_steps() {
     let registry =
-        serve_ensemble("max_sequence_idle_microseconds: 60000000 oldest { max_candidate_sequences: 1 }").await;
+        serve_ensemble("max_sequence_idle_microseconds: 60000000 oldest { max_candidate_sequences: 1 }", TWICE_INTO_M)
+            .await;
     infer(&registry, "e", step(1, 1.0, true, false)).await.unwrap();
     let timeout = Some(Duration::from_millis(50));
     let late = infer(&registry, "e", Request { timeout, ..step(2, 1.0, true, false) });
@@ -261,16 +278,11 @@ async fn the_timeout_of_a_request_to_an_ensemble_is_that_of_its_steps() {
 
 #[tokio::test]
 async fn an_ensemble_may_go_through_the_same_sequence_twice_whatever_the_order_of_its_steps() {
-    let bench = Bench::new();
-    bench.write("m", "1/model.onnx", accumulator()).write("m", "config.pbtxt", config("direct { }"));
     // What runs first is written last.
-    let ensemble = r#"platform: "ensemble" max_batch_size: 4
-        input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }
-        ensemble_scheduling { step [
-          { model_name: "m" input_map { key: "x" value: "between" } output_map { key: "y" value: "y" } },
-          { model_name: "m" input_map { key: "x" value: "x" } output_map { key: "y" value: "between" } } ] }"#;
-    bench.write("e", "config.pbtxt", ensemble);
-    let registry = bench.open_all().await;
+    let steps = r#"
+        { model_name: "m" input_map { key: "x" value: "between" } output_map { key: "y" value: "y" } },
+        { model_name: "m" input_map { key: "x" value: "x" } output_map { key: "y" value: "between" } }"#;
+    let registry = serve_ensemble("direct { }", steps).await;
     total(&registry, step(1, 1.0, true, false)).await.unwrap();
     for sum in [6.0, 16.0] {
         // The total and 2, and the total with that.

@@ -5,7 +5,7 @@ use std::path::Path;
 use sensorium_artifact::{DType, TensorSpec};
 use sensorium_engine::{RawTensor, Signature, dtype_name, smallest_shape};
 use sensorium_proto::inference::{
-    DataType, ModelSequenceBatching,
+    ModelSequenceBatching,
     model_sequence_batching::{Control, InitialState, State, control::Kind, initial_state::StateData},
 };
 
@@ -66,10 +66,6 @@ impl Fills {
             let input = position("state input_name", &state.input_name, signature.inputs())?;
             let output = position("state output_name", &state.output_name, signature.outputs())?;
             let (taken, given) = (&signature.inputs()[input], &signature.outputs()[output]);
-            let first = state.initial_state.first();
-            for written in [Some(state.data_type()), first.map(InitialState::data_type)].into_iter().flatten() {
-                same_type(&format!("state `{}`", state.input_name), written, taken.dtype)?;
-            }
             if taken.dtype != given.dtype {
                 return Err(format!(
                     "its state goes from output `{}`, {}, to input `{}`, {}; they must be of one type",
@@ -132,17 +128,6 @@ impl Fills {
     }
 }
 
-/// That what is `written` of a type, if anything, is what the file has.
-fn same_type(what: &str, written: DataType, found: DType) -> Result<(), String> {
-    let found = if found == DType::Bytes { "STRING" } else { dtype_name(found) };
-    let written = written.as_str_name().trim_start_matches("TYPE_");
-    if written == "INVALID" || written == found {
-        Ok(())
-    } else {
-        Err(format!("its {what} is {written} in its configuration and {found} in its file"))
-    }
-}
-
 fn position(what: &str, name: &str, specs: &[TensorSpec]) -> Result<usize, String> {
     specs.iter().position(|spec| spec.name == name).ok_or_else(|| {
         let known: Vec<_> = specs.iter().map(|spec| spec.name.as_str()).collect();
@@ -153,7 +138,6 @@ fn position(what: &str, name: &str, specs: &[TensorSpec]) -> Result<usize, Strin
 fn control_fill(control: &Control, spec: &TensorSpec) -> Result<Fill, String> {
     let unfit = |reason: &str| format!("its control_input `{}` {reason}", spec.name);
     if control.kind() == Kind::ControlSequenceCorrid {
-        same_type(&format!("control_input `{}`", spec.name), control.data_type(), spec.dtype)?;
         return match spec.dtype {
             DType::Uint64 | DType::Int64 | DType::Uint32 | DType::Int32 | DType::Bytes => {
                 Ok(Fill::Id(spec.dtype, smallest_shape(spec)))
@@ -229,10 +213,8 @@ fn initial(state: &State, spec: &TensorSpec, batches: bool, folder: &Path) -> Re
             let mut bytes =
                 std::fs::read(&path).map_err(|error| unfit(format!("begins with {}: {error}", path.display())))?;
             // As with Triton, a file may have more than that.
-            if spec.dtype != DType::Bytes
-                && let Ok(zeros) = RawTensor::zeros(spec.dtype, shape.clone())
-            {
-                bytes.truncate(zeros.data().len());
+            if let Some(count) = RawTensor::byte_count(spec.dtype, &shape) {
+                bytes.truncate(count);
             }
             RawTensor::new(spec.dtype, shape, bytes.into()).map_err(|error| unfit(error.to_string()))
         }
