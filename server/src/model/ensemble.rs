@@ -314,10 +314,6 @@ fn check_step(
     if max_batch_size > allowed && allowed > 0 {
         return Err(format!("its max_batch_size is {max_batch_size}, its {place} takes {allowed} rows at most"));
     }
-    let takes_one = |spec: &TensorSpec| spec.shape.first().is_some_and(|size| *size == Some(1));
-    if max_batch_size > 1 && allowed == 0 && model.inputs().iter().any(takes_one) {
-        return Err(format!("its max_batch_size is {max_batch_size}, its {place} takes a single row; write 1"));
-    }
     for (input, tensor) in &step.inputs {
         let spec = model.inputs().iter().find(|spec| spec.name == *input);
         let spec = spec.ok_or_else(|| {

@@ -106,8 +106,7 @@ impl Registry {
         for place in &self.0.places {
             let path = place.path();
             let failed = |source| LoadError::Repository { path: path.display().to_string(), source };
-            for name in folder::models(path).map_err(failed)? {
-                let folder = path.join(&name);
+            for (name, folder) in folder::models(path).map_err(failed)? {
                 found.entry(name).or_insert(folder);
             }
         }
@@ -118,8 +117,7 @@ impl Registry {
     fn warn_of_hidden(&self, found: &BTreeMap<String, PathBuf>) {
         for place in &self.0.places {
             // Whether it can be read has been seen.
-            for name in folder::models(place.path()).into_iter().flatten() {
-                let hidden = place.path().join(&name);
+            for (name, hidden) in folder::models(place.path()).into_iter().flatten() {
                 if let Some(served) = found.get(&name).filter(|served| **served != hidden) {
                     let (served, hidden) = (served.display(), hidden.display());
                     tracing::warn!(model = name, %served, %hidden, "two repositories have a model of this name, and the first one's is served");

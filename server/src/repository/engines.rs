@@ -9,7 +9,7 @@ use std::{
 use sensorium_artifact::TensorSpec;
 use sensorium_engine::{DType, Device, Engine, Optimization, Options, RawTensor, Signature};
 use sensorium_proto::inference::{
-    ModelConfig, ModelWarmup,
+    ModelConfig, ModelInstanceGroup, ModelWarmup,
     model_instance_group::Kind,
     model_warmup::{Input, input::InputDataType},
 };
@@ -82,6 +82,27 @@ pub(super) fn instances(config: &ModelConfig, server: Options) -> Result<(usize,
             device: device.unwrap_or(server.device),
         },
     ))
+}
+
+/// Writes down the instances that there are where nothing, or not all, is written of them: as Triton's configurations do, so that tools which
+/// search for the best number of instances have one to begin with.
+pub(super) fn say_instances(config: &mut ModelConfig, device: Device) {
+    if config.instance_group.is_empty() {
+        config.instance_group.push(ModelInstanceGroup { name: config.name.clone(), ..ModelInstanceGroup::default() });
+    }
+    for (index, group) in config.instance_group.iter_mut().enumerate() {
+        if group.name.is_empty() {
+            group.name = format!("{}_{index}", config.name);
+        }
+        group.count = group.count.max(1);
+        // All of them run there: others were refused.
+        group.gpus = device.gpu().into_iter().collect();
+        group.set_kind(match (device, group.kind()) {
+            (Device::Cpu, Kind::Model) => Kind::Model,
+            (Device::Cpu, _) => Kind::Cpu,
+            (Device::Cuda(_) | Device::TensorRt(_), _) => Kind::Gpu,
+        });
+    }
 }
 
 /// A GPU, with TensorRT where the configuration names it as an accelerator.
@@ -329,8 +350,6 @@ fn pattern(bytes: usize, dtype: DType) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use sensorium_proto::inference::ModelInstanceGroup;
-
     use super::*;
 
     fn device(server: Device, groups: &[(Kind, &[i32])]) -> Result<(usize, Device), String> {
@@ -356,5 +375,26 @@ mod tests {
         assert_eq!(device(Device::Cpu, &[(Kind::Auto, &[]), (Kind::Cpu, &[])]), Ok((4, Device::Cpu)));
         assert!(device(server, &[(Kind::Auto, &[]), (Kind::Cpu, &[])]).is_err());
         assert!(device(server, &[(Kind::Gpu, &[-1])]).is_err());
+    }
+
+    #[test]
+    fn the_instances_that_there_are_are_written_down() {
+        let group = |name: &str, kind: Kind, count: i32, gpus: &[i32]| ModelInstanceGroup {
+            name: name.to_owned(),
+            kind: kind.into(),
+            count,
+            gpus: gpus.to_vec(),
+            ..ModelInstanceGroup::default()
+        };
+        let said = |groups: &[ModelInstanceGroup], device| {
+            let mut config =
+                ModelConfig { name: "m".to_owned(), instance_group: groups.to_vec(), ..ModelConfig::default() };
+            say_instances(&mut config, device);
+            config.instance_group
+        };
+        assert_eq!(said(&[], Device::Cpu), [group("m", Kind::Cpu, 1, &[])]);
+        assert_eq!(said(&[], Device::Cuda(1)), [group("m", Kind::Gpu, 1, &[1])]);
+        let written = [group("", Kind::Auto, 2, &[]), group("own", Kind::Model, 0, &[])];
+        assert_eq!(said(&written, Device::Cpu), [group("m_0", Kind::Cpu, 2, &[]), group("own", Kind::Model, 1, &[])]);
     }
 }

@@ -23,19 +23,18 @@ pub(super) struct Folder {
 /// The configuration's file.
 const CONFIG: &str = "config.pbtxt";
 
-/// Names of the models in a repository: its folders, but not hidden ones.
-pub(super) fn models(repository: &Path) -> io::Result<Vec<String>> {
-    let mut names = Vec::new();
+/// The models in a repository, by name: its folders, but not hidden ones.
+pub(super) fn models(repository: &Path) -> io::Result<BTreeMap<String, PathBuf>> {
+    let mut models = BTreeMap::new();
     for entry in fs::read_dir(repository)? {
         let entry = entry?;
         let Ok(name) = entry.file_name().into_string() else { continue };
         // Through links, as a mounted ConfigMap has them.
         if !name.starts_with('.') && fs::metadata(entry.path()).is_ok_and(|metadata| metadata.is_dir()) {
-            names.push(name);
+            models.insert(name, entry.path());
         }
     }
-    names.sort();
-    Ok(names)
+    Ok(models)
 }
 
 /// Names of what lies in a folder, sorted; none where it cannot be read.

@@ -7,7 +7,7 @@ use sensorium_artifact::{ArtifactError, Mirror, Volumes};
 use super::Opening;
 
 /// A repository's folder of this machine.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Place {
     Folder(PathBuf),
     /// A copy of what is in a bucket.

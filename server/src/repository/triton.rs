@@ -204,6 +204,11 @@ fn open_version(
     name.clone_into(&mut config.name);
     opener.platform.clone_into(&mut config.platform);
     opener.backend.clone_into(&mut config.backend);
+    if config.default_model_filename.is_empty() {
+        opener.file.clone_into(&mut config.default_model_filename);
+    }
+    engines::say_instances(&mut config, options.device);
+    config.optimization.get_or_insert_default();
     let folder = path.parent().unwrap_or(path);
     let sample = engines::warm_up(&mut engines, &config, &binding, folder)?;
     let mut policy = Policy::of_model(&config, opening.batching)?;

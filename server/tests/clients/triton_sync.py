@@ -23,6 +23,10 @@ def check_metadata(client, is_grpc):
     config = config["config"] if is_grpc else config
     assert config["name"] == "identity_fp32" and config["max_batch_size"] > 0, config
     assert config["input"][0]["data_type"] == "TYPE_FP32", config
+    # What nobody has written is there, too: tools begin with it.
+    (group,) = config["instance_group"]
+    assert (group["name"], group["kind"], group["count"]) == ("identity_fp32", "KIND_CPU", 1), config
+    assert config["default_model_filename"] == "model.onnx" and "optimization" in config, config
     refused(lambda: client.get_model_metadata("elsewhere"), ("NOT_FOUND", "404"), "elsewhere")
 
 

@@ -327,3 +327,20 @@ async fn a_row_goes_between_models_that_batch_and_others() {
     let response = infer(&registry, "rows", request(f32s(&[1, 3], &[1.0, 2.0, 3.0]))).await.unwrap();
     assert_eq!(response.outputs[0].tensor, f32s(&[1, 3], &[30.0, 60.0, 90.0]));
 }
+
+#[tokio::test]
+async fn an_ensemble_of_several_rows_may_have_a_step_that_takes_one_and_says_so_to_who_sends_two() {
+    let bench = models();
+    bench.write("one", "1/model.onnx", scale(5.0, None)).write(
+        "one",
+        "config.pbtxt",
+        r#"max_batch_size: 0 input { name: "x" data_type: TYPE_FP32 dims: [1, -1] } output { name: "y" data_type: TYPE_FP32 dims: [1, -1] }"#,
+    );
+    bench.write("rows", "config.pbtxt", ensemble_of("one"));
+    let registry = bench.open_all().await;
+    assert!(registry.ready("rows", ""), "{:?}", index(&registry));
+    let response = infer(&registry, "rows", request(f32s(&[1, 2], &[1.0, 2.0]))).await.unwrap();
+    assert_eq!(response.outputs[0].tensor, f32s(&[1, 2], &[5.0, 10.0]));
+    let error = infer(&registry, "rows", request(f32s(&[2, 1], &[1.0, 2.0]))).await.unwrap_err();
+    assert!(error.to_string().contains("step 1 (one)"), "{error}");
+}

@@ -68,6 +68,10 @@ struct Options {
     /// Seconds of each time, longer where a model is slow
     #[arg(long, default_value_t = 0.4)]
     seconds: f64,
+    /// Seconds of load on each server before anything of several requests at a time is measured: one that finds out how large its batches are
+    /// to be, or compiles what is asked often, has done so by then
+    #[arg(long, default_value_t = 3.0)]
+    settle: f64,
     /// Where our server and the session in process run the models: `cpu`, or `cuda` for a GPU, where the server has half of the cores
     /// and the client the other half, and peers are to be left out (`--peer` without a value)
     #[arg(long, default_value = "cpu")]
@@ -239,6 +243,13 @@ fn take_turns(
     let mut turns =
         Turns { samples: asked.iter().map(|server| (server.kind, Vec::new())).collect(), in_process: Vec::new() };
     let messages = [(1.0, message.clone())];
+    if place.concurrency > 1 && options.settle > 0.0 {
+        let settle = (Duration::ZERO, Duration::from_secs_f64(options.settle));
+        for server in &asked {
+            closed_loop(server.port(place.protocol), place.protocol, &messages, place.concurrency, settle)
+                .with_context(|| server.kind.name())?;
+        }
+    }
     for round in 0..options.rounds as usize {
         for turn in 0..asked.len() {
             // Each round begins with another one.
