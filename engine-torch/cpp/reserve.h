@@ -70,22 +70,18 @@ class Reserve {
   // A piece of at least so many bytes, and at most twice as many: one that is free, or a new one.
   Head* acquire(size_t bytes) {
     bytes = rounded(bytes);
-    Head* head = nullptr;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      head = take(bytes);
-      lent_ += head != nullptr ? head->bytes : bytes;
-      most_lent_ = std::max(most_lent_, lent_);
-      trim();
+      if (Head* const head = take(bytes)) {
+        lend(head);
+        return head;
+      }
     }
-    if (head != nullptr) return head;
-    try {
-      return make(bytes);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      lent_ -= bytes;
-      throw;
-    }
+    // What cannot be had is not lent: it says nothing of how much runs have.
+    Head* const head = make(bytes);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    lend(head);
+    return head;
   }
 
   // Any thread: what a run returns is let go by whoever has sent it.
@@ -98,6 +94,8 @@ class Reserve {
       free_bytes_ += head->bytes;
     } catch (...) {
       // There was not even memory to note it in.
+      const auto entry = free_.find(head->bytes);
+      if (entry != free_.end() && entry->second.empty()) free_.erase(entry);
       discard(head);
     }
   }
@@ -116,6 +114,12 @@ class Reserve {
   }
 
  private:
+  void lend(const Head* head) {
+    lent_ += head->bytes;
+    most_lent_ = std::max(most_lent_, lent_);
+    trim();
+  }
+
   // A piece that so many runs have not asked for is not kept.
   static constexpr uint64_t runs_kept = 64;
   // So many times what runs had at a time may be kept.

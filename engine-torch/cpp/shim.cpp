@@ -104,7 +104,8 @@ class Streams {
     // The one that all share is nobody's.
     if (stream.id() == 0) return;
     const std::lock_guard<std::mutex> lock(mutex);
-    free.push_back(stream);
+    // There are not so many that each module has one of its own: one that several have had is given back by each.
+    if (std::find(free.begin(), free.end(), stream) == free.end()) free.push_back(stream);
   }
 
  private:
@@ -257,6 +258,7 @@ void add(Owned& all, c10::IValue value, const std::string* name) {
   }
   if (value.isTensor()) {
     made->tensor = std::move(value).toTensor();
+    TORCH_CHECK(made->tensor.defined(), "output ", all.size(), " is None, it must be a tensor or a list of texts");
   } else if (value.isList() && is_texts(value.type())) {
     encode(*made, value);
   } else {
@@ -285,14 +287,21 @@ Owned taken(c10::IValue result) {
   return all;
 }
 
+// Bytes that a view may keep beside its own.
+constexpr size_t view_slack = 16 << 10;
+
 // Makes what a run gave readable for longer than until the next run: dense, and nobody's but the caller's. A module may
 // keep what it returns, and write to it in its next run.
 void settle(SensoriumTensor& made) {
   at::Tensor& tensor = made.tensor;
   if (!tensor.defined()) return;
-  TORCH_CHECK(tensor.layout() == at::kStrided && !tensor.is_quantized(), "it gave a tensor that is sparse or quantized");
+  const bool is_dense = tensor.layout() == at::kStrided && !tensor.is_quantized() && !tensor.is_nested();
+  TORCH_CHECK(is_dense, "it gave a tensor that is sparse, quantized, nested or in a layout of oneDNN's: return it .to_dense() or .dequantize()");
   tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous();
-  if (tensor.use_count() > 1 || tensor.storage().use_count() > 1) tensor = tensor.clone();
+  const bool is_shared = tensor.use_count() > 1 || tensor.storage().use_count() > 1;
+  // Such as the last of many tokens: the others would stay for as long as its reader takes.
+  const bool is_of_more = tensor.storage().nbytes() / 2 > tensor.nbytes() + view_slack;
+  if (is_shared || is_of_more) tensor = tensor.clone();
   code(tensor.scalar_type());
 }
 
@@ -434,12 +443,16 @@ int sensorium_torch_run(
   });
 }
 
-int sensorium_torch_call(SensoriumModule* module, const char* method, int threads) {
+int sensorium_torch_call(SensoriumModule* module, const char* method, int threads, int optimize) {
   return guarded_on(module->stream, [&] {
     use_threads(threads);
+    const sensorium::Using reserve(module->reserve);
     const c10::OptionalStreamGuard stream(module->stream);
     const c10::InferenceMode inference;
+    const torch::jit::GraphOptimizerEnabledGuard optimizer(optimize != 0);
     module->module.get_method(method)(std::vector<c10::IValue>{});
+    // What goes wrong on a GPU is this call's, not the next run's.
+    if (module->stream) module->stream->synchronize();
   });
 }
 

@@ -112,7 +112,7 @@ int sensorium_torch_run(
     size_t* found);
 
 // Runs a method that takes nothing, for what it does to the module.
-int sensorium_torch_call(SensoriumModule* module, const char* method, int threads);
+int sensorium_torch_call(SensoriumModule* module, const char* method, int threads, int optimize);
 
 // What a tensor holds; valid until it is freed. Any thread may read, and free.
 void sensorium_torch_view(const SensoriumTensor* tensor, SensoriumView* out);

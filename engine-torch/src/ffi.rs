@@ -6,6 +6,7 @@
 //! to again, so any thread may read and free it.
 
 use std::ffi::{CStr, CString, c_char, c_int};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::ptr::{self, NonNull};
 
@@ -74,7 +75,12 @@ unsafe extern "C" {
         capacity: usize,
         found: *mut usize,
     ) -> c_int;
-    fn sensorium_torch_call(module: *mut SensoriumModule, method: *const c_char, threads: c_int) -> c_int;
+    fn sensorium_torch_call(
+        module: *mut SensoriumModule,
+        method: *const c_char,
+        threads: c_int,
+        optimize: c_int,
+    ) -> c_int;
     fn sensorium_torch_view(tensor: *const SensoriumTensor, out: *mut SensoriumView);
     fn sensorium_torch_tensor_free(tensor: *mut SensoriumTensor);
     fn sensorium_torch_threads() -> c_int;
@@ -128,6 +134,10 @@ fn check_run(status: c_int) -> std::result::Result<(), Failure> {
 
 fn c_string(text: &str) -> Result<CString> {
     CString::new(text).map_err(|_| format!("{text:?} has a zero byte in it"))
+}
+
+fn c_path(path: &Path) -> Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| format!("{} has a zero byte in it", path.display()))
 }
 
 /// A text of the shim; `None` for null.
@@ -193,7 +203,7 @@ unsafe impl Send for Module {}
 impl Module {
     /// On to the GPU of this index, which [`need_gpu`] has found usable, or on to the processor.
     pub(crate) fn load(path: &Path, gpu: Option<i32>) -> Result<Self> {
-        let path = c_string(&path.to_string_lossy())?;
+        let path = c_path(path)?;
         let mut out = ptr::null_mut();
         // SAFETY: `path` ends with a zero and lives through the call; `out` is written on success only.
         check(unsafe { sensorium_torch_load(path.as_ptr(), gpu.unwrap_or(-1), &raw mut out) })?;
@@ -281,10 +291,12 @@ impl Module {
     }
 
     /// Runs a method that takes nothing.
-    pub(crate) fn call(&mut self, method: &str, threads: usize) -> std::result::Result<(), Failure> {
+    pub(crate) fn call(&mut self, method: &str, threads: usize, optimize: bool) -> std::result::Result<(), Failure> {
         let method = c_string(method)?;
         // SAFETY: the handle is live, `&mut` keeps others out, and `method` ends with a zero.
-        check_run(unsafe { sensorium_torch_call(self.0.as_ptr(), method.as_ptr(), threads as c_int) })
+        check_run(unsafe {
+            sensorium_torch_call(self.0.as_ptr(), method.as_ptr(), threads as c_int, c_int::from(optimize))
+        })
     }
 }
 
@@ -411,11 +423,11 @@ pub enum Attribute<'a> {
 
 /// Writes TorchScript source, the methods of a module with these attributes, to a file.
 pub(crate) fn compile(source: &str, attributes: &[(&str, Attribute<'_>)], path: &Path) -> Result<()> {
-    let (source, path) = (c_string(source)?, c_string(&path.to_string_lossy())?);
+    let (source, path) = (c_string(source)?, c_path(path)?);
     let names = attributes.iter().map(|(name, _)| c_string(name)).collect::<Result<Vec<_>>>()?;
     let modules = attributes.iter().map(|(_, attribute)| match attribute {
         Attribute::Tensor(_) => Ok(None),
-        Attribute::Module(path) => c_string(&path.to_string_lossy()).map(Some),
+        Attribute::Module(path) => c_path(path).map(Some),
     });
     let modules = modules.collect::<Result<Vec<_>>>()?;
     let attribute = |((name, module), (_, attribute)): ((&CString, &Option<CString>), &(&str, Attribute<'_>))| {

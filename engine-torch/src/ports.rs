@@ -4,6 +4,9 @@ use sensorium_engine::{DType, Declared, DeclaredTensor, Signature, TensorSpec, d
 
 use crate::ffi::{Argument, ArgumentKind, Returned};
 
+/// Outputs of a result that may have any number of them, at most.
+pub(crate) const MOST_OUTPUTS: usize = 256;
+
 /// How tensors of a signature become arguments, and results tensors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Ports {
@@ -55,6 +58,9 @@ impl Ports {
         let declared_outputs =
             if declared.outputs.is_empty() { outputs_of(returned) } else { declared.outputs.clone() };
         if declared_outputs.is_empty() {
+            if let Returned::Fixed(_) = returned {
+                return Err("its `forward` returns an empty tuple".to_owned());
+            }
             return Err(format!(
                 "its `forward` returns {}, and its file does not say which outputs that are; write them in config.pbtxt, such \
                  as output {{ name: {:?} data_type: TYPE_FP32 dims: [ -1 ] }}",
@@ -121,7 +127,10 @@ fn place(name: &str, returned: &Returned) -> Result<Place, String> {
         || format!("its output `{name}` has no number; call it OUTPUT__0 for the first, OUTPUT__1 for the second");
     match returned {
         Returned::Dict => Ok(Place::Key(name.to_owned())),
-        Returned::List => numbered(name).map(Place::Index).ok_or_else(unnumbered),
+        Returned::List => match numbered(name).ok_or_else(unnumbered)? {
+            index if index < MOST_OUTPUTS => Ok(Place::Index(index)),
+            _ => Err(format!("its configuration has output `{name}`; of a list the first {MOST_OUTPUTS} are given")),
+        },
         Returned::Fixed(fields) => {
             let field = fields.iter().position(|field| field.as_deref() == Some(name));
             let index = field.or_else(|| numbered(name)).ok_or_else(unnumbered)?;

@@ -6,10 +6,7 @@ use sensorium_engine::{
 
 use crate::ffi::{self, Failure, Module, Output, Returned};
 use crate::message::{brief, unreadable};
-use crate::ports::{Place, Ports};
-
-/// Outputs of a list or dict at most.
-const MOST_OUTPUTS: usize = 256;
+use crate::ports::{MOST_OUTPUTS, Place, Ports};
 
 /// A TorchScript module, open.
 #[derive(Debug)]
@@ -113,7 +110,7 @@ impl Engine for TorchScript {
 
     fn reset(&mut self) -> Result<(), EngineError> {
         match &self.reset_method {
-            Some(method) => self.module.call(method, self.threads).map_err(failed),
+            Some(method) => self.module.call(method, self.threads, self.optimize).map_err(failed),
             None => Ok(()),
         }
     }

@@ -1,6 +1,7 @@
 //! Where the tensors of a run come from, and where they go. Alone in its process, whose memory is measured.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::float_cmp, reason = "small whole numbers, which floats hold exactly")]
 
 use sensorium_engine::{DType, Declared, DeclaredTensor, Engine as _, Options, RawTensor};
 use sensorium_engine_torch::{TorchScript, compile};
@@ -46,13 +47,7 @@ fn what_a_run_leaves_is_what_the_next_one_takes_and_goes_with_the_module() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.pt");
     compile(SOURCE, &[], &path).unwrap();
-    let tensor =
-        |name: &str, size| DeclaredTensor { name: name.to_owned(), dtype: Some(DType::Fp32), shape: Some(vec![size]) };
-    let declared = Declared {
-        inputs: vec![tensor("x", None)],
-        outputs: vec![tensor("OUTPUT__0", Some(1))],
-        ..Declared::default()
-    };
+    let declared = declared(Some(1));
     let mut engine = TorchScript::open(&path, Options::default(), &declared).unwrap();
     let empty = resident();
     // Until the graph is as it will be.
@@ -78,4 +73,31 @@ fn what_a_run_leaves_is_what_the_next_one_takes_and_goes_with_the_module() {
     drop(engine);
     let given_back = kept - resident();
     assert!(given_back >= LARGEST, "{given_back} bytes were given back");
+
+    a_part_of_a_tensor_keeps_no_more_than_itself();
+}
+
+/// In one test with the others, beside which no memory may be taken.
+fn a_part_of_a_tensor_keeps_no_more_than_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.pt");
+    compile("def forward(self, x):\n    return x.repeat(256 * 1024)[-1000:]\n", &[], &path).unwrap();
+    let mut engine = TorchScript::open(&path, Options::default(), &declared(Some(1000))).unwrap();
+    let x = RawTensor::from_vec(DType::Fp32, vec![(LARGEST / MIB) as i64], vec![3.0_f32; 48]).unwrap();
+    let mut answers = engine.run_raw(std::slice::from_ref(&x), &[0]).unwrap();
+    let before = resident();
+    for _ in 0..8 {
+        answers.extend(engine.run_raw(std::slice::from_ref(&x), &[0]).unwrap());
+    }
+    assert!(answers.iter().all(|answer| answer.numbers::<f32>().iter().all(|value| *value == 3.0)));
+    let taken = resident().saturating_sub(before);
+    assert!(taken < 2 * LARGEST, "{} MiB are kept by answers of 4 KiB", taken / MIB);
+}
+
+/// `x`, and so many numbers.
+fn declared(outputs: Option<u64>) -> Declared {
+    let tensor =
+        |name: &str, size| DeclaredTensor { name: name.to_owned(), dtype: Some(DType::Fp32), shape: Some(vec![size]) };
+    let (inputs, outputs) = (vec![tensor("x", None)], vec![tensor("OUTPUT__0", outputs)]);
+    Declared { inputs, outputs, ..Declared::default() }
 }

@@ -243,6 +243,26 @@ fn what_is_not_as_declared_is_an_error_that_says_how_it_is() {
 }
 
 #[test]
+fn what_is_no_tensor_or_none_that_can_be_read_is_an_error_that_says_so() {
+    let run = |source: &str| {
+        let file = file(source, &[]);
+        open(&file, &one()).unwrap().run_raw(&[f32s(&[2], &[1.0, 0.0])], &[0]).unwrap_err().to_string()
+    };
+    let sparse = run("def forward(self, x):\n    return x.to_sparse()\n");
+    assert!(sparse.contains("is sparse") && sparse.contains(".to_dense()"), "{sparse}");
+    let none = run(
+        "def forward(self, x) -> Tuple[Optional[Tensor], Tensor]:\n    y: Optional[Tensor] = None\n    return y, x\n",
+    );
+    assert!(none.contains("output 0 is None"), "{none}");
+    let empty = open(&file("def forward(self, x):\n    return ()\n", &[]), &Declared { outputs: Vec::new(), ..one() });
+    let empty = empty.unwrap_err().to_string();
+    assert!(empty.contains("empty tuple"), "{empty}");
+    let beyond = declared(&[tensor("x", DType::Fp32, &[-1])], &[tensor("OUTPUT__256", DType::Fp32, &[-1])]);
+    let beyond = open(&file("def forward(self, x):\n    return [x]\n", &[]), &beyond).unwrap_err().to_string();
+    assert!(beyond.contains("the first 256"), "{beyond}");
+}
+
+#[test]
 fn a_file_that_is_no_module_is_named() {
     let folder = tempfile::tempdir().unwrap();
     for (name, bytes) in [("garbage.pt", &b"not a module"[..]), ("empty.pt", b"")] {
