@@ -79,6 +79,27 @@ pub(crate) fn sweep_named(folder: &Path, prefix: &str) {
     }
 }
 
+/// Removes the files in `folder` that nobody has locked: those of killed processes. One that was made a moment ago may be about to be.
+pub(crate) fn sweep_unlocked(folder: &Path) {
+    const NEW: Duration = Duration::from_secs(10);
+    let is_new = |path: &Path| {
+        let age = fs::metadata(path).and_then(|file| file.modified()).ok().and_then(|time| time.elapsed().ok());
+        age.is_none_or(|age| age < NEW)
+    };
+    for path in fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        if is_new(&path) || !File::open(&path).is_ok_and(|file| file.try_lock().is_ok()) {
+            continue;
+        }
+        match fs::remove_file(&path) {
+            Ok(()) => {
+                tracing::info!(file = %path.display(), "removed what a process left half-downloaded when it died");
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {} // another sweep was faster
+            Err(error) => tracing::warn!(file = %path.display(), %error, "could not remove what a dead process left"),
+        }
+    }
+}
+
 /// A folder that appears under its name with all its files, or not at all: for checkpoints, for example.
 ///
 /// It is prepared in `PARENT/.tmp`. Dropping it uncommitted removes it; what a killed process left there is removed

@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use std::{fs, io};
 
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt, stream};
 use object_store::aws::AmazonS3;
 use object_store::path::Path as Key;
 use object_store::{ObjectMeta, ObjectStore};
+use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 
 use crate::atomic;
@@ -26,11 +28,21 @@ pub struct Mirror {
     scratch: PathBuf,
 }
 
-/// Entity tags of the files that are here, by path.
-type Tags = BTreeMap<String, String>;
+/// What is known of the files that are here.
+#[derive(Debug, Default, Deserialize, Serialize)]
+struct Kept {
+    /// Their entity tags, by path.
+    tags: BTreeMap<String, String>,
+    /// See [`Mirror::partial`].
+    partial: BTreeSet<String>,
+}
 
 /// Beside the folder, so that it holds files of the bucket alone.
-const TAGS: &str = "tags.json";
+const KEPT: &str = "kept.json";
+/// Downloads at a time.
+const DOWNLOADS: usize = 8;
+/// How often it is noted what is here already.
+const NOTED: Duration = Duration::from_secs(1);
 
 impl Mirror {
     /// The prefix at `uri`, `s3://BUCKET/PREFIX`, kept below `cache`. Nothing is read or created.
@@ -66,42 +78,85 @@ impl Mirror {
         &self.folder
     }
 
-    /// Makes the folder what the prefix is now: removes what is gone, downloads what is new. A file is replaced whole or not
-    /// at all.
+    /// Makes the folder what the prefix is now: removes what is gone, downloads what is new. A file is replaced whole or not at all. One that
+    /// cannot be had keeps no others from being: the folders below this one that are not whole for want of some, each with the first reason.
     ///
     /// # Errors
-    /// [`ArtifactError::Remote`], [`ArtifactError::Io`], [`ArtifactError::NoSpace`]; what was done until then stays.
-    pub async fn refresh(&self) -> Result<(), ArtifactError> {
+    /// [`ArtifactError::Remote`] where the prefix cannot be listed, [`ArtifactError::Io`], [`ArtifactError::NoSpace`]; what was done until then stays.
+    pub async fn refresh(&self) -> Result<BTreeMap<String, ArtifactError>, ArtifactError> {
         let failed = |error| ArtifactError::Remote { action: "list", uri: self.uri.clone(), error };
         let objects = self.client.list(Some(&self.prefix)).try_collect().await.map_err(failed)?;
         let wanted = files(&self.prefix, objects);
         for folder in [&self.folder, &self.scratch] {
             atomic::create_folder(folder)?;
         }
-        atomic::sweep_named(&self.scratch, "");
+        atomic::sweep_unlocked(&self.scratch);
+        let mut kept = self.kept();
+        kept.tags.retain(|path, _| wanted.contains_key(path));
+        let changed: Vec<(String, ObjectMeta)> = wanted
+            .iter()
+            .filter(|(path, object)| !self.has(&kept, path, object))
+            .map(|(p, o)| (p.clone(), o.clone()))
+            .collect();
+        let gone = gone(&self.folder, &self.folder, &wanted);
+        let gone = gone.map_err(|source| ArtifactError::io("read", &self.folder, source))?;
+        // Until all of a folder is here, it is neither what it was nor what it is to be, also for the next process.
+        kept.partial.extend(changed.iter().map(|(path, _)| top(path)).chain(gone.iter().map(|path| top(path))));
+        self.keep(&kept)?;
         // First, so that there is room for what comes, and no file where a folder is to be, nor the other way round.
         prune(&self.folder, &self.folder, &wanted)
             .map_err(|source| ArtifactError::io("remove what is gone from", &self.folder, source))?;
-        let tags_file = self.folder.with_file_name(TAGS);
-        let mut tags: Tags =
-            fs::read(&tags_file).ok().and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
-        tags.retain(|path, _| wanted.contains_key(path));
-        for (path, object) in wanted {
-            let tag = object.e_tag.unwrap_or_else(|| format!("{} {}", object.last_modified, object.size));
+        let mut missing = BTreeMap::new();
+        let mut downloads = stream::iter(changed.into_iter().map(|(path, object)| async move {
             let target = self.folder.join(&path);
-            let is_whole = fs::metadata(&target).is_ok_and(|file| file.is_file() && file.len() == object.size);
-            if is_whole && tags.get(&path) == Some(&tag) {
-                continue;
-            }
-            if self.download(&object.location, &target).await? {
-                tags.insert(path, tag);
-                keep(&tags_file, &tags)?;
-            } else {
+            let downloaded = match self.download(&object.location, &target).await {
                 // It went away since it was listed, or its name ends in a slash, which its key here has not: an empty folder.
-                remove(&target).map_err(|source| ArtifactError::io("remove", &target, source))?;
+                Ok(false) => {
+                    remove(&target).map_err(|source| ArtifactError::io("remove", &target, source)).map(|()| None)
+                }
+                downloaded => downloaded.map(|_| Some(tag(&object))),
+            };
+            (path, downloaded)
+        }))
+        .buffer_unordered(DOWNLOADS);
+        let mut since = Instant::now();
+        while let Some((path, downloaded)) = downloads.next().await {
+            match downloaded {
+                Ok(Some(tag)) => drop(kept.tags.insert(path, tag)),
+                Ok(None) => {}
+                Err(error) => drop(missing.entry(top(&path)).or_insert(error)),
+            }
+            // What is noted is not downloaded again by the next process.
+            if since.elapsed() >= NOTED {
+                self.keep(&kept)?;
+                since = Instant::now();
             }
         }
-        keep(&tags_file, &tags)
+        drop(downloads);
+        kept.partial = missing.keys().cloned().collect();
+        self.keep(&kept)?;
+        Ok(missing)
+    }
+
+    /// The folders below this one that a refresh has begun to change and not made whole, by whichever process. Empty where there was none.
+    pub fn partial(&self) -> BTreeSet<String> {
+        self.kept().partial
+    }
+
+    fn kept(&self) -> Kept {
+        let kept = fs::read(self.folder.with_file_name(KEPT)).ok();
+        kept.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default()
+    }
+
+    fn keep(&self, kept: &Kept) -> Result<(), ArtifactError> {
+        atomic::write(self.folder.with_file_name(KEPT), serde_json::to_vec(kept).unwrap_or_default())
+    }
+
+    /// Whether a file is here as its object is.
+    fn has(&self, kept: &Kept, path: &str, object: &ObjectMeta) -> bool {
+        let is_whole =
+            fs::metadata(self.folder.join(path)).is_ok_and(|file| file.is_file() && file.len() == object.size);
+        is_whole && kept.tags.get(path) == Some(&tag(object))
     }
 
     /// Whether there is such an object.
@@ -112,6 +167,8 @@ impl Mirror {
         let scratch = tempfile::NamedTempFile::new_in(&self.scratch)
             .map_err(|source| ArtifactError::io("create", &self.scratch, source))?;
         let written = |source| ArtifactError::io("write", target, source);
+        // As long as it is, somebody lives who writes it.
+        scratch.as_file().lock().map_err(written)?;
         let mut file = tokio::fs::File::from_std(scratch.reopen().map_err(written)?);
         while let Some(piece) = transfer.next().await.map_err(failed)? {
             file.write_all(&piece).await.map_err(written)?;
@@ -126,9 +183,14 @@ impl Mirror {
     }
 }
 
-fn keep(file: &Path, tags: &Tags) -> Result<(), ArtifactError> {
-    let json = serde_json::to_vec(tags).unwrap_or_default();
-    atomic::write(file, &json)
+/// What tells an object from others of its name.
+fn tag(object: &ObjectMeta) -> String {
+    object.e_tag.clone().unwrap_or_else(|| format!("{} {}", object.last_modified, object.size))
+}
+
+/// The first part of a path.
+fn top(path: &str) -> String {
+    path.split('/').next().unwrap_or_default().to_owned()
 }
 
 /// The path of an object below a prefix; `None` for what has no name there.
@@ -148,6 +210,23 @@ fn files(prefix: &Key, objects: Vec<ObjectMeta>) -> BTreeMap<String, ObjectMeta>
     let folders: BTreeSet<String> = files.keys().flat_map(above).collect();
     files.retain(|path, _| !folders.contains(path));
     files
+}
+
+/// Paths of the files in `folder`, which is below `root`, that are not `wanted`.
+fn gone(root: &Path, folder: &Path, wanted: &BTreeMap<String, ObjectMeta>) -> io::Result<Vec<String>> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let path = entry.path();
+        if entry.file_type()?.is_dir() {
+            all.extend(gone(root, &path, wanted)?);
+        } else if let Some(path) = path.strip_prefix(root).ok().and_then(Path::to_str)
+            && !wanted.contains_key(path)
+        {
+            all.push(path.to_owned());
+        }
+    }
+    Ok(all)
 }
 
 /// Removes files in `folder`, which is below `root`, that are not `wanted`, and the folders that this leaves empty.

@@ -104,7 +104,9 @@ pub(crate) fn open(path: &Path, options: Options, declared: &Declared) -> Result
     let (path, declared, file) = (path.to_owned(), declared.clone(), SameFile::at(path));
     let open = move || {
         file.check()?;
-        Ok(Box::new(OnnxRuntime::open_declared(&path, options, &declared)?) as Box<dyn Engine>)
+        let engine = OnnxRuntime::open_declared(&path, options, &declared)?;
+        file.check()?;
+        Ok(Box::new(engine) as Box<dyn Engine>)
     };
     Ok(Box::new(ByShape::new(open)?))
 }
@@ -186,7 +188,8 @@ impl OnnxRuntime {
         Ok(Self {
             session,
             signature,
-            shrink_arena: options.shrink_arena,
+            // Without an arena there is none to shrink, which onnxruntime would refuse at each run.
+            shrink_arena: options.shrink_arena && options.arena,
             device: options.device,
             took: Duration::ZERO,
         })
@@ -199,12 +202,7 @@ type External = (String, Arc<[u8]>);
 /// What lies beside the model at `path` in files of its own. onnxruntime would map these, and serve what somebody writes into them later; one
 /// that is cut off meanwhile would end the process.
 fn external(path: &Path) -> Result<Vec<External>, String> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    // Most models are a file alone, which may be large.
-    let is_alone = std::fs::read_dir(folder).is_ok_and(|entries| entries.count() < 2);
-    // One that cannot be read is for onnxruntime to say.
-    let Some(model) = (!is_alone).then(|| std::fs::read(path).ok()).flatten() else { return Ok(Vec::new()) };
-    let is_inside = |name: &String| Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
+    let folder = folder_of(path);
     let read = |name: String| {
         let path = folder.join(&name);
         match read_shared(&path) {
@@ -212,7 +210,25 @@ fn external(path: &Path) -> Result<Vec<External>, String> {
             Err(error) => Err(format!("the file of its weights, {}: {error}", path.display())),
         }
     };
-    external_files(&model).into_iter().filter(is_inside).map(read).collect()
+    names_beside(path).map(read).collect()
+}
+
+/// The files beside the one at `path` that it names, if it is ONNX.
+pub(crate) fn beside(path: &Path) -> Vec<PathBuf> {
+    names_beside(path).map(|name| folder_of(path).join(name)).collect()
+}
+
+fn names_beside(path: &Path) -> impl Iterator<Item = String> {
+    // Most models are a file alone, which may be large.
+    let is_alone = std::fs::read_dir(folder_of(path)).is_ok_and(|entries| entries.count() < 2);
+    // One that cannot be read is for onnxruntime to say.
+    let model = (!is_alone).then(|| std::fs::read(path).ok()).flatten().unwrap_or_default();
+    let is_inside = |name: &String| Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
+    external_files(&model).into_iter().filter(is_inside)
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("."))
 }
 
 /// What a file is that is no graph, as a sentence.
@@ -357,8 +373,12 @@ impl OnnxRuntime {
             let found = self.run_by(&options, inputs, outputs);
             drop(ended);
             let is_cut_short = watch.is_ok_and(|watch| watch.join().unwrap_or(false));
-            // It may have come to its end all the same.
-            found.map_err(|error| if is_cut_short { EngineError::CutShort } else { error })
+            // It may have come to its end all the same, or have been the last that this GPU ran.
+            found.map_err(|error| match error {
+                EngineError::DeviceLost { .. } => error,
+                _ if is_cut_short => EngineError::CutShort,
+                error => error,
+            })
         })
     }
 

@@ -1,43 +1,45 @@
-//! A file that is opened more than once.
+//! A model's files, which are opened more than once.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use crate::error::EngineError;
+use crate::onnxruntime;
 
-/// A file as it was when its first engine was opened. Another engine of the same model that came from what is there now would answer by
-/// other weights, or take other inputs, while nobody knows.
+/// A file, and those of its weights that lie beside it, as they were when its first engine was opened. Another engine of the same model that
+/// came from what is there now would answer by other weights, or take other inputs, while nobody knows.
 #[derive(Clone, Debug)]
 pub struct SameFile {
-    path: PathBuf,
-    was: Option<Stamp>,
+    files: Vec<(PathBuf, Option<Stamp>)>,
 }
 
-/// Device, inode, bytes, and when it was written, in seconds and nanoseconds.
-type Stamp = (u64, u64, u64, i64, i64);
+/// Device, inode, bytes; when it was written, and when anything of it was changed, in seconds and nanoseconds: whoever copies a file may keep
+/// its time.
+type Stamp = ([u64; 3], [i64; 4]);
 
 impl SameFile {
-    /// The file that is at `path` now.
+    /// What is at `path` now, and the files that it names, if it is ONNX.
     pub fn at(path: &Path) -> Self {
-        Self { path: path.to_owned(), was: stamp(path) }
+        let beside = onnxruntime::beside(path).into_iter();
+        let files = std::iter::once(path.to_owned()).chain(beside);
+        Self { files: files.map(|path| (path.clone(), stamp(&path))).collect() }
     }
 
-    /// That it is still the one.
+    /// That all of it is still as it was. To be asked before and after an engine is opened, which reads it meanwhile.
     ///
     /// # Errors
     /// [`EngineError::Open`].
     pub fn check(&self) -> Result<(), EngineError> {
-        if stamp(&self.path) == self.was {
-            return Ok(());
-        }
+        let Some((path, _)) = self.files.iter().find(|(path, was)| stamp(path) != *was) else { return Ok(()) };
         let reason = "it is not the file any more that was opened first; load the model again".to_owned();
-        Err(EngineError::Open { origin: self.path.display().to_string(), reason })
+        Err(EngineError::Open { origin: path.display().to_string(), reason })
     }
 }
 
 fn stamp(path: &Path) -> Option<Stamp> {
     let found = std::fs::metadata(path).ok()?;
-    Some((found.dev(), found.ino(), found.size(), found.mtime(), found.mtime_nsec()))
+    let times = [found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec()];
+    Some(([found.dev(), found.ino(), found.size()], times))
 }
 
 #[cfg(test)]
@@ -61,5 +63,24 @@ mod tests {
         let file = SameFile::at(&path);
         std::fs::remove_file(&path).unwrap();
         file.check().unwrap_err();
+    }
+
+    #[test]
+    fn weights_beside_a_model_are_of_it_and_what_else_lies_there_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, weights) = (folder.path().join("model.onnx"), folder.path().join("weights.bin"));
+        // ModelProto.graph { initializer { external_data { key: "location" value: "weights.bin" } } }
+        let entry = [b"\x0a\x08location\x12\x0bweights.bin".as_slice()].concat();
+        let within = |field: u8, content: &[u8]| [&[field << 3 | 2, content.len() as u8], content].concat();
+        std::fs::write(&path, within(7, &within(5, &within(13, &entry)))).unwrap();
+        std::fs::write(&weights, "old").unwrap();
+        let file = SameFile::at(&path);
+        std::fs::write(folder.path().join("README"), "more").unwrap();
+        file.check().unwrap();
+        let written = std::fs::metadata(&weights).unwrap().modified().unwrap();
+        std::fs::write(&weights, "new").unwrap();
+        std::fs::File::open(&weights).unwrap().set_modified(written).unwrap();
+        let told = file.check().unwrap_err().to_string();
+        assert!(told.contains("weights.bin") && told.contains("load the model again"), "{told}");
     }
 }

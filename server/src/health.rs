@@ -3,7 +3,7 @@
 //! Requests prove it in passing; an engine without any is given one row of zeros now and then, through the same queue
 //! that requests take. A queue that does not move or an engine that only fails makes the server unready.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::{sync::watch, task::JoinSet, time};
 
@@ -16,18 +16,20 @@ const TRUST: Duration = Duration::from_secs(30);
 /// Time between looks.
 const INTERVAL: Duration = Duration::from_secs(1);
 
+/// Probes that begin at once; more are spread over the time until the next look, and over as many looks as an engine may be without proof.
+const AT_ONCE: usize = 8;
+
 /// Keeps `ready` true while every engine of `repository` proves itself. Never returns; dropping it is safe anywhere.
 pub async fn watch(repository: &Registry, ready: &watch::Sender<bool>, metrics: &Metrics) -> ! {
     let mut ticks = time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
+    let mut probes = Probes::default();
     loop {
         ticks.tick().await;
-        let mut probes = JoinSet::new();
         let graphs = repository.graphs();
-        for graph in &graphs {
-            probes.spawn(probe(graph.clone()));
-        }
-        probes.join_all().await;
+        probes.begin(&graphs);
+        // What is answered soon counts now.
+        let _ = time::timeout(INTERVAL, probes.end()).await;
         let unproven = graphs.iter().find(|graph| graph.last_success().is_none_or(|ago| ago > TRUST));
         let is_ready = unproven.is_none();
         metrics.set_ready(is_ready);
@@ -38,6 +40,44 @@ pub async fn watch(repository: &Registry, ready: &watch::Sender<bool>, metrics: 
                 tracing::error!(graph = graph.name(), "not ready: the engine has not run for {TRUST:?}");
             }
             _ => {}
+        }
+    }
+}
+
+/// Probes that are under way.
+#[derive(Default)]
+struct Probes {
+    running: JoinSet<()>,
+    /// Each of the graphs, for as long as it is probed.
+    graphs: HashMap<tokio::task::Id, Arc<Graph>>,
+}
+
+impl Probes {
+    /// Begins to probe those of `graphs` that have been without proof for the longest: requests that come meanwhile shall not wait for hundreds of
+    /// them.
+    fn begin(&mut self, graphs: &[Arc<Graph>]) {
+        let is_probed = |graph: &Arc<Graph>| self.graphs.values().any(|probed| Arc::ptr_eq(probed, graph));
+        let age = |graph: &Arc<Graph>| graph.last_success().unwrap_or(Duration::MAX);
+        let mut due: Vec<_> = graphs.iter().filter(|graph| age(graph) >= PROBE_AGE && !is_probed(graph)).collect();
+        due.sort_by_key(|graph| std::cmp::Reverse(age(graph)));
+        let most = graphs.len().div_ceil(PROBE_AGE.as_secs() as usize).max(AT_ONCE);
+        due.truncate(most);
+        let rest = due.len().saturating_sub(AT_ONCE).max(1) as u32;
+        for (index, graph) in due.into_iter().enumerate() {
+            let delay = INTERVAL * index.saturating_sub(AT_ONCE) as u32 / rest;
+            let own = graph.clone();
+            let begun = self.running.spawn(async move {
+                time::sleep(delay).await;
+                probe(own).await;
+            });
+            self.graphs.insert(begun.id(), graph.clone());
+        }
+    }
+
+    /// Waits for all of them.
+    async fn end(&mut self) {
+        while let Some(ended) = self.running.join_next_with_id().await {
+            self.graphs.remove(&ended.map_or_else(|error| error.id(), |(id, ())| id));
         }
     }
 }

@@ -40,6 +40,7 @@ pub mod security;
 pub mod serve;
 pub mod service;
 pub mod shared_memory;
+mod spans;
 pub mod wire;
 
 pub use allocator::Allocator;

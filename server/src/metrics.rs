@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{
-        Arc, PoisonError, RwLock,
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
@@ -27,6 +27,8 @@ use prometheus_client::{
 use sensorium_proto::inference::{ModelStatistics, StatisticDuration};
 use sensorium_telemetry::metrics::{self as names, Metric};
 use tonic::Code;
+
+use crate::model::Failure;
 
 /// The `model` label of requests for a model that this server does not have.
 pub const UNKNOWN_MODEL: &str = "unknown";
@@ -53,10 +55,20 @@ pub struct Metrics {
     connections: ConnectionMetrics,
     first_response: Family<Labels<2>, Histogram, Buckets>,
     cache: Family<Labels<2>, Counter>,
-    triton_failure: Family<Labels<3>, Untyped>,
     triton_pending: Family<Labels<2>, Gauge>,
     /// What every request counts, found without making labels of names.
     answered: Arc<RwLock<HashMap<String, Answered>>>,
+    /// How many hold a [`Served`] of each version of each model. Series come and go while it is locked.
+    served: Arc<Mutex<HashMap<String, HashMap<String, usize>>>>,
+}
+
+/// What models have counted themselves.
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    /// As `ModelStatistics` reports it.
+    pub statistics: ModelStatistics,
+    /// Requests without an answer, in the order of [`Failure::ALL`].
+    pub failures: [u64; Failure::ALL.len()],
 }
 
 /// What a request that succeeds counts.
@@ -87,9 +99,9 @@ impl Metrics {
             connections: ConnectionMetrics::default(),
             first_response: Family::new_with_constructor(Buckets::Milliseconds),
             cache: Family::default(),
-            triton_failure: Family::default(),
             triton_pending: Family::default(),
             answered: Arc::default(),
+            served: Arc::default(),
         };
         let mut registry = Registry::default();
         names::SERVER_READY.register(&mut registry, metrics.ready.clone());
@@ -110,7 +122,6 @@ impl Metrics {
         names::SERVER_CONNECTIONS_LIMIT.register(&mut registry, metrics.connections.limit.clone());
         names::SERVER_CONNECTIONS_REFUSALS.register(&mut registry, metrics.connections.refused.clone());
         names::SERVER_CACHE.register(&mut registry, metrics.cache.clone());
-        names::TRITON_FAILURE.register(&mut registry, metrics.triton_failure.clone());
         names::TRITON_PENDING.register(&mut registry, metrics.triton_pending.clone());
         names::TRITON_FIRST_RESPONSE_MS.register(&mut registry, metrics.first_response.clone());
         metrics.registry = Arc::new(registry);
@@ -121,10 +132,10 @@ impl Metrics {
     ///
     /// # Errors
     /// None in practice: it writes into memory.
-    pub fn encode(&self, models: &[ModelStatistics]) -> Result<String, fmt::Error> {
+    pub fn encode(&self, models: &[Counts], cache: &CacheCounts) -> Result<String, fmt::Error> {
         let mut text = String::new();
         text::encode_registry(&mut text, &self.registry)?;
-        text::encode_registry(&mut text, &triton(models))?;
+        text::encode_registry(&mut text, &triton(models, cache))?;
         text::encode_eof(&mut text)?;
         Ok(text)
     }
@@ -134,8 +145,8 @@ impl Metrics {
         self.ready.set(i64::from(ready));
     }
 
-    /// A request ended. `model` is one that is served, or [`UNKNOWN_MODEL`]; `version` is what was asked for.
-    pub fn request(&self, model: &str, version: &str, code: Code, took: Duration) {
+    /// A request ended. `model` is one of which somebody holds a [`Served`], or [`UNKNOWN_MODEL`].
+    pub fn request(&self, model: &str, code: Code, took: Duration) {
         if code == Code::Ok {
             let known = self.answered.read().unwrap_or_else(PoisonError::into_inner).get(model).cloned();
             let answered = known.unwrap_or_else(|| self.answered(model));
@@ -145,14 +156,6 @@ impl Metrics {
         }
         self.requests.get_or_create(&[label("model", model), label("code", code_label(code))]).inc();
         self.request_seconds.get_or_create(&[label("model", model)]).observe(took.as_secs_f64());
-        let reason = match code {
-            Code::ResourceExhausted | Code::Unavailable => "REJECTED",
-            Code::Cancelled | Code::DeadlineExceeded => "CANCELED",
-            Code::Internal => "BACKEND",
-            _ => "OTHER",
-        };
-        let [model, version] = versioned(model, version);
-        self.triton_failure.get_or_create(&[model, version, label("reason", reason)]).add(1);
     }
 
     fn answered(&self, model: &str) -> Answered {
@@ -180,8 +183,60 @@ impl Metrics {
         self.first_response.get_or_create(&versioned(model, version)).observe(took.as_secs_f64() * 1000.0);
     }
 
+    /// For whoever answers for a version of a model: its series are there, from zero on, for as long as anybody holds this.
+    pub fn served(&self, model: &str, version: &str) -> Arc<Served> {
+        let mut served = self.served_by_name();
+        *served.entry(model.to_owned()).or_default().entry(version.to_owned()).or_default() += 1;
+        self.answered(model);
+        let _zero = self.triton_pending.get_or_create(&versioned(model, version));
+        Arc::new(Served { metrics: self.clone(), model: model.to_owned(), version: version.to_owned() })
+    }
+
+    /// Takes away what has the label of a version that nobody serves any more, and of its model where that was the last one.
+    fn forget(&self, model: &str, version: &str) {
+        let mut served = self.served_by_name();
+        let Some(versions) = served.get_mut(model) else { return };
+        if let Some(holders) = versions.get_mut(version) {
+            *holders -= 1;
+            if *holders > 0 {
+                return;
+            }
+        }
+        versions.remove(version);
+        let labels = versioned(model, version);
+        self.triton_pending.remove(&labels);
+        self.first_response.remove(&labels);
+        if !versions.is_empty() {
+            return;
+        }
+        served.remove(model);
+        self.answered.write().unwrap_or_else(PoisonError::into_inner).remove(model);
+        for code in (0..=16).map(Code::from_i32) {
+            self.requests.remove(&[label("model", model), label("code", code_label(code))]);
+        }
+        for outcome in ["hit", "miss"] {
+            self.cache.remove(&[label("model", model), label("outcome", outcome)]);
+        }
+        let own = [label("model", model)];
+        let histograms =
+            [&self.request_seconds, &self.queue_seconds, &self.batch_rows, &self.batch_cost, &self.padding];
+        for histogram in histograms.into_iter().chain([&self.run_seconds]) {
+            histogram.remove(&own);
+        }
+        self.queue_requests.remove(&own);
+        self.batch_rows_limit.remove(&own);
+        self.abandoned.remove(&own);
+    }
+
+    /// Only counting happens under it.
+    fn served_by_name(&self) -> MutexGuard<'_, HashMap<String, HashMap<String, usize>>> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The metrics of one version of a graph.
     pub fn graph(&self, graph: &str, version: &str) -> GraphMetrics {
+        // First, so that what follows is not taken away.
+        let served = self.served(graph, version);
         let own = [label("model", graph)];
         let cache = |outcome| self.cache.get_or_create_owned(&[label("model", graph), label("outcome", outcome)]);
         GraphMetrics {
@@ -196,7 +251,31 @@ impl Metrics {
             hits: cache("hit"),
             misses: cache("miss"),
             pending: self.triton_pending.get_or_create_owned(&versioned(graph, version)),
+            _served: served,
         }
+    }
+}
+
+/// A version of a model is served: see [`Metrics::served`].
+pub struct Served {
+    metrics: Metrics,
+    model: String,
+    version: String,
+}
+
+impl fmt::Debug for Served {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Served")
+            .field("model", &self.model)
+            .field("version", &self.version)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.metrics.forget(&self.model, &self.version);
     }
 }
 
@@ -289,6 +368,32 @@ impl Waiting {
     }
 }
 
+impl Waiting {
+    /// So many more wait, for something beside the queue, until this is dropped.
+    pub(crate) fn more(&self, requests: usize) -> Elsewhere<'_> {
+        let elsewhere = Elsewhere { waiting: self, requests: requests as i64 };
+        for gauge in &self.gauges {
+            gauge.inc_by(elsewhere.requests);
+        }
+        elsewhere
+    }
+}
+
+/// Requests that wait for something beside a queue: their turn in a sequence, or the machine.
+#[derive(Debug)]
+pub(crate) struct Elsewhere<'a> {
+    waiting: &'a Waiting,
+    requests: i64,
+}
+
+impl Drop for Elsewhere<'_> {
+    fn drop(&mut self) {
+        for gauge in &self.waiting.gauges {
+            gauge.dec_by(self.requests);
+        }
+    }
+}
+
 impl Drop for Waiting {
     fn drop(&mut self) {
         self.set(0);
@@ -309,6 +414,8 @@ pub struct GraphMetrics {
     hits: Counter,
     misses: Counter,
     pending: Gauge,
+    /// None of these is taken away before.
+    _served: Arc<Served>,
 }
 
 impl GraphMetrics {
@@ -352,7 +459,7 @@ impl GraphMetrics {
 }
 
 /// What models count, under Triton's names.
-fn triton(models: &[ModelStatistics]) -> Registry {
+fn triton(models: &[Counts], cache: &CacheCounts) -> Registry {
     type Value = fn(&ModelStatistics) -> u64;
     fn part(
         model: &ModelStatistics,
@@ -377,12 +484,63 @@ fn triton(models: &[ModelStatistics]) -> Registry {
     let mut registry = Registry::default();
     for (metric, value) in values {
         let family = Family::<Labels<2>, Untyped>::default();
-        for model in models {
-            family.get_or_create(&versioned(&model.name, &model.version)).add(value(model));
+        for Counts { statistics, .. } in models {
+            family.get_or_create(&versioned(&statistics.name, &statistics.version)).add(value(statistics));
         }
         metric.register(&mut registry, family);
     }
+    let failures = Family::<Labels<3>, Untyped>::default();
+    for Counts { statistics, failures: counts } in models {
+        for (reason, count) in Failure::ALL.into_iter().zip(counts) {
+            let [model, version] = versioned(&statistics.name, &statistics.version);
+            failures.get_or_create(&[model, version, label("reason", reason.as_str())]).add(*count);
+        }
+    }
+    names::TRITON_FAILURE.register(&mut registry, failures);
+    cache.register(&mut registry);
     registry
+}
+
+/// What the response cache has done, for all models together.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct CacheCounts {
+    /// Answers that are in it.
+    pub entries: u64,
+    /// Which part of its bytes they take.
+    pub used: f64,
+    /// Answers that had to go before they were old, because others came.
+    pub evictions: u64,
+    /// Requests that found an answer.
+    pub hits: u64,
+    /// Requests that found none.
+    pub misses: u64,
+    /// Time that looking took.
+    pub lookups: Duration,
+    /// Time that keeping took.
+    pub insertions: Duration,
+}
+
+impl CacheCounts {
+    fn register(&self, registry: &mut Registry) {
+        let untyped = |value: u64| {
+            let metric = Untyped::default();
+            metric.add(value);
+            metric
+        };
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let entries: Gauge = Gauge::default();
+        entries.set(i64::try_from(self.entries).unwrap_or(i64::MAX));
+        let used = Gauge::<f64, AtomicU64>::default();
+        used.set(self.used);
+        names::TRITON_CACHE_ENTRIES.register(registry, entries);
+        names::TRITON_CACHE_UTIL.register(registry, used);
+        names::TRITON_CACHE_EVICTIONS.register(registry, untyped(self.evictions));
+        names::TRITON_CACHE_LOOKUPS.register(registry, untyped(self.hits + self.misses));
+        names::TRITON_CACHE_ALL_HITS.register(registry, untyped(self.hits));
+        names::TRITON_CACHE_ALL_MISSES.register(registry, untyped(self.misses));
+        names::TRITON_CACHE_LOOKUP_US.register(registry, untyped(micros(self.lookups)));
+        names::TRITON_CACHE_INSERTION_US.register(registry, untyped(micros(self.insertions)));
+    }
 }
 
 /// Bucket bounds by what is measured.
@@ -489,9 +647,11 @@ mod tests {
         graph.batch_rows_limit(8);
         graph.padded(6, 2);
         graph.cache(true);
-        metrics.request("m", "3", Code::Ok, Duration::from_micros(90));
+        metrics.request("m", Code::Ok, Duration::from_micros(90));
         metrics.first_response("m", "3", Duration::from_millis(700));
-        metrics.request("m", "", Code::ResourceExhausted, Duration::ZERO);
+        metrics.request("m", Code::ResourceExhausted, Duration::ZERO);
+        let elsewhere = graph.waiting();
+        let _more = elsewhere.more(2);
         let statistics = ModelStatistics {
             name: "m".to_owned(),
             version: "3".to_owned(),
@@ -502,7 +662,8 @@ mod tests {
             }),
             ..Default::default()
         };
-        let text = metrics.encode(&[statistics]).unwrap();
+        let cache = CacheCounts { used: 0.25, hits: 3, misses: 4, ..CacheCounts::default() };
+        let text = metrics.encode(&[Counts { statistics, failures: [1, 0, 0, 0] }], &cache).unwrap();
         for metric in names::ALL
             .iter()
             .filter(|metric| ["sensorium_server_", "nv_"].iter().any(|own| metric.name.starts_with(own)))
@@ -514,15 +675,48 @@ mod tests {
         for line in [
             r#"nv_inference_compute_infer_duration_us{model="m",version="3"} 140"#,
             r#"nv_inference_count{model="m",version="3"} 4"#,
-            r#"nv_inference_request_failure{model="m",version="",reason="REJECTED"} 1"#,
+            r#"nv_inference_request_failure{model="m",version="3",reason="REJECTED"} 1"#,
+            r#"nv_inference_request_failure{model="m",version="3",reason="BACKEND"} 0"#,
+            "nv_cache_num_lookups 7",
+            "nv_cache_util 0.25",
             r#"nv_inference_first_response_histogram_ms_bucket{le="2000.0",model="m",version="3"} 1"#,
             r#"sensorium_server_padding_ratio_sum{model="m"} 0.25"#,
-            r#"sensorium_server_queue_requests{model="m"} 1"#,
+            r#"sensorium_server_queue_requests{model="m"} 3"#,
             r#"sensorium_server_batch_rows_limit{model="m"} 8"#,
             r#"sensorium_server_requests_total{model="m",code="OK"} 1"#,
         ] {
             assert!(text.contains(&format!("\n{line}\n")), "{line} is not in\n{text}");
         }
         assert!(text.ends_with("# EOF\n") && text.matches("# EOF").count() == 1);
+    }
+
+    #[test]
+    fn series_of_a_model_are_there_from_zero_until_nobody_serves_it() {
+        let metrics = Metrics::new();
+        let count = || {
+            let text = metrics.encode(&[], &CacheCounts::default()).unwrap();
+            let of = |name: &str| text.lines().filter(|line| line.contains(&format!("model=\"{name}\""))).count();
+            (of("m"), of("other"), text.contains(r#"sensorium_server_requests_total{model="m",code="OK"} 0"#))
+        };
+        let _other = metrics.served("other", "1");
+        let others = count().1;
+        let (old, new) = (metrics.graph("m", "1"), metrics.graph("m", "2"));
+        assert!(count().2, "the first request is an increase");
+        metrics.request("m", Code::Internal, Duration::ZERO);
+        metrics.request("m", Code::Ok, Duration::ZERO);
+        metrics.first_response("m", "1", Duration::ZERO);
+        new.cache(false);
+        let both = count().0;
+        let again = metrics.graph("m", "1");
+        drop(old);
+        assert_eq!(count().0, both, "another load of the same version is there");
+        drop(again);
+        assert!(count().0 < both && count().0 > 0, "the other version is there");
+        let late = new.waiting();
+        drop(new);
+        assert_eq!(count(), (0, others, false));
+        late.set(3);
+        let _anew = metrics.graph("m", "1");
+        assert!(count().2, "and counts from zero");
     }
 }

@@ -3,7 +3,7 @@
 //! On the way down the order is fixed: readiness goes off, no connection or call is admitted any more, calls in flight
 //! finish up to a deadline, engines close, and health and metrics go last, so that the end can be watched.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, num::NonZeroU32, time::Duration};
 
 use sensorium_telemetry::{LogControl, TraceControl};
 use tokio::{
@@ -32,6 +32,8 @@ use crate::{
 
 /// How long after the deadline of a drain it waits for an engine that is in a run, and then for those who are still reading.
 const LAST: Duration = Duration::from_millis(500);
+/// Connections to the metrics port at a time: its own, and a few of those who look on.
+const ONLOOKERS: NonZeroU32 = NonZeroU32::new(32).unwrap();
 /// How long before the end of a drain requests of many steps end.
 const LAST_STEPS: Duration = Duration::from_secs(1);
 
@@ -152,7 +154,9 @@ pub async fn serve(
     let measured = App::from(scrape::metrics(metrics.clone(), service.clone()).merge(rest::health(service.clone())));
     // Who looks on takes nothing from those whom it looks at: two answers of metrics at a time refused a request that had room.
     let budget = Budget::new(config.max_inflight_bytes, Metrics::new().budget());
-    let scrapes = Door { tls: None, places: None, budget, ..door(listeners.metrics, &measured, &close, &close) };
+    // Nor do their connections take the files of those that are served.
+    let onlookers = Some(Places::new(ONLOOKERS, Metrics::new().connections()));
+    let scrapes = Door { tls: None, places: onlookers, budget, ..door(listeners.metrics, &measured, &close, &close) };
     let mut scrapes = Task::spawn("the metrics endpoint", scrapes);
 
     let opening = opening(&config, &metrics, &lost)?;
@@ -183,6 +187,7 @@ pub async fn serve(
     metrics.set_ready(false);
     front::end_report(reporter).await;
     drain.cancel();
+    repository.end_changes();
     service.end_streams();
     let deadline = Instant::now() + config.drain;
     let finished = async {

@@ -17,6 +17,7 @@ mod traces;
 
 use std::time::Duration;
 
+use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::{
     Layer as _,
     layer::SubscriberExt as _,
@@ -24,8 +25,8 @@ use tracing_subscriber::{
 };
 
 pub use logs::{FilterError, LogControl};
-pub use sampling::{Sampling, TraceControl};
-pub use traces::Parent;
+pub use sampling::{Sampling, SetSampling, TraceControl};
+pub use traces::{Parent, record_end};
 
 /// An error and its causes in one line, as logs and messages want them.
 ///
@@ -86,6 +87,8 @@ pub struct Telemetry {
     /// Which requests are traced.
     pub traces: TraceControl,
     exporter: Option<opentelemetry_sdk::trace::SdkTracerProvider>,
+    /// Writes the last lines of the log when it is dropped.
+    _lines: WorkerGuard,
 }
 
 impl Telemetry {
@@ -99,16 +102,18 @@ impl Telemetry {
     }
 }
 
-/// Sends the logs of this process to stderr: one JSON object per line that names `service`, or, where stderr is a
+/// Sends the logs of this process to stderr, as they come: one JSON object per line that names `service`, or, where stderr is a
 /// terminal, lines for people. `SENSORIUM_LOG` chooses the levels, `info` by default. Exports no traces.
 ///
 /// # Errors
 /// [`InitError::Filter`] when `SENSORIUM_LOG` does not parse; [`InitError::AlreadySet`] on a second call.
 pub fn init(service: &'static str) -> Result<(), InitError> {
-    start(Options { service, otlp_endpoint: None, sampling: Sampling::default() }).map(drop)
+    let (filter, _) = logs::filter(std::env::var(logs::FILTER_VARIABLE).ok())?;
+    let lines = logs::lines(service, std::io::stderr).with_filter(filter);
+    tracing_subscriber::registry().with(lines).try_init().map_err(InitError::AlreadySet)
 }
 
-/// As [`init`], and sends spans to a collector. With an endpoint this must run inside a Tokio runtime, which carries
+/// As [`init`], and sends spans to a collector. Nobody waits for whoever reads the lines: where 8,192 of them wait, more are dropped. With an endpoint this must run inside a Tokio runtime, which carries
 /// the connection.
 ///
 /// # Errors
@@ -117,13 +122,14 @@ pub fn start(options: Options) -> Result<Telemetry, InitError> {
     let (filter, logs) = logs::filter(std::env::var(logs::FILTER_VARIABLE).ok())?;
     let exporter = options.otlp_endpoint.map(|endpoint| traces::exporter(options.service, endpoint)).transpose()?;
     let spans = exporter.as_ref().map(traces::layer);
+    let (writer, lines) = logs::aside();
     tracing_subscriber::registry()
-        .with(logs::lines(options.service).with_filter(filter))
+        .with(logs::lines(options.service, writer).with_filter(logs::WithRequests(filter)))
         .with(spans)
         .try_init()
         .map_err(InitError::AlreadySet)?;
     let traces = TraceControl::new(exporter.is_some(), options.sampling);
-    Ok(Telemetry { logs, traces, exporter })
+    Ok(Telemetry { logs, traces, exporter, _lines: lines })
 }
 
 #[cfg(test)]

@@ -6,19 +6,25 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use tracing::{Event, Subscriber};
+use tracing::{
+    Event, Metadata, Subscriber,
+    span::{Attributes, Id, Record},
+    subscriber::Interest,
+};
+use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
-    filter::ParseError,
+    filter::{LevelFilter, ParseError},
     fmt::{
-        FmtContext, FormatEvent, FormatFields,
+        FmtContext, FormatEvent, FormatFields, MakeWriter,
         format::{Format, Json, JsonFields, Writer},
     },
+    layer::{Context, Filter},
     registry::LookupSpan,
     reload,
 };
 
-use crate::traces::TraceId;
+use crate::traces::{REQUEST, TraceId};
 
 /// The environment variable that chooses what is logged.
 pub(crate) const FILTER_VARIABLE: &str = "SENSORIUM_LOG";
@@ -53,9 +59,11 @@ impl LogControl {
     /// [`FilterError`], and nothing changes.
     pub fn set(&self, value: &str) -> Result<(), FilterError> {
         let filter = parse(value)?;
+        // Until it holds: of two at once the last one is what is said, too.
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         // Fails only when the subscriber is gone, and then there is nothing to write.
         let _ = self.reload.reload(filter);
-        value.clone_into(&mut self.current.lock().unwrap_or_else(PoisonError::into_inner));
+        value.clone_into(&mut current);
         Ok(())
     }
 }
@@ -72,9 +80,72 @@ fn parse(value: &str) -> Result<EnvFilter, FilterError> {
     EnvFilter::builder().parse(value).map_err(|source| FilterError { value: value.to_owned(), source })
 }
 
-/// JSON to stderr, or lines for people where it is a terminal.
-pub(crate) fn lines(service: &'static str) -> Box<dyn Layer<Registry> + Send + Sync> {
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+/// A filter of lines that lets spans of requests through, whatever the level: a line about a request has the id of its trace also where nothing but
+/// errors is written.
+pub(crate) struct WithRequests<F>(pub(crate) F);
+
+fn is_request(metadata: &Metadata<'_>) -> bool {
+    metadata.is_span() && metadata.name() == REQUEST && metadata.target().starts_with("sensorium")
+}
+
+impl<S, F: Filter<S>> Filter<S> for WithRequests<F> {
+    fn enabled(&self, metadata: &Metadata<'_>, context: &Context<'_, S>) -> bool {
+        is_request(metadata) || self.0.enabled(metadata, context)
+    }
+
+    fn callsite_enabled(&self, metadata: &'static Metadata<'static>) -> Interest {
+        if is_request(metadata) { Interest::always() } else { self.0.callsite_enabled(metadata) }
+    }
+
+    fn event_enabled(&self, event: &Event<'_>, context: &Context<'_, S>) -> bool {
+        self.0.event_enabled(event, context)
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        // Those spans are of that level.
+        self.0.max_level_hint().map(|hint| hint.max(LevelFilter::INFO))
+    }
+
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+        self.0.on_new_span(attributes, id, context);
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
+        self.0.on_record(id, values, context);
+    }
+
+    fn on_enter(&self, id: &Id, context: Context<'_, S>) {
+        self.0.on_enter(id, context);
+    }
+
+    fn on_exit(&self, id: &Id, context: Context<'_, S>) {
+        self.0.on_exit(id, context);
+    }
+
+    fn on_close(&self, id: Id, context: Context<'_, S>) {
+        self.0.on_close(id, context);
+    }
+}
+
+/// Lines that wait to be written at most. One that finds so many is dropped.
+const WAITING: usize = 8192;
+
+/// Standard error, written to by a thread of its own: whoever reads it may be slow, or have stopped, and nobody who has something to say waits for
+/// that. The last lines are written when the guard is dropped, if they are taken within a second.
+pub(crate) fn aside() -> (NonBlocking, WorkerGuard) {
+    NonBlockingBuilder::default()
+        .buffered_lines_limit(WAITING)
+        .lossy(true)
+        .thread_name("logs")
+        .finish(std::io::stderr())
+}
+
+/// JSON to `writer`, or lines for people where standard error is a terminal.
+pub(crate) fn lines<W>(service: &'static str, writer: W) -> Box<dyn Layer<Registry> + Send + Sync>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer);
     if std::io::stderr().is_terminal() {
         lines.with_target(false).boxed()
     } else {
@@ -119,6 +190,7 @@ mod tests {
     use tracing_subscriber::layer::SubscriberExt as _;
 
     use super::*;
+    use crate::{Parent, traces::keep_trace};
 
     #[derive(Clone, Default)]
     struct Captured(Arc<Mutex<Vec<u8>>>);
@@ -180,6 +252,26 @@ mod tests {
         assert_eq!(control.filter(), "off");
         let text = captured.text();
         assert!(text.contains("between") && !text.contains("before") && !text.contains("after"), "{text}");
+    }
+
+    #[test]
+    fn a_line_of_a_request_has_its_trace_whatever_the_level() {
+        let captured = Captured::default();
+        let (filter, _control) = filter(Some("error".to_owned())).unwrap();
+        let subscriber = tracing_subscriber::registry().with(layer(&captured).with_filter(WithRequests(filter)));
+        tracing::subscriber::with_default(subscriber, || {
+            let span = tracing::info_span!("infer", model = "vqa");
+            let parent = Parent::parse(&format!("00-{}-{}-01", "ab".repeat(16), "cd".repeat(8)), None).unwrap();
+            keep_trace(&span, &parent);
+            let _entered = span.entered();
+            let _other = tracing::info_span!("other").entered();
+            tracing::info!("too much");
+            tracing::error!("failed");
+        });
+        let text = captured.text();
+        let line: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(line["trace_id"], "ab".repeat(16), "{text}");
+        assert_eq!(line["spans"].as_array().map(Vec::len), Some(1), "{text}");
     }
 
     #[test]

@@ -74,9 +74,9 @@ metrics! {
     SERVER_REQUEST_SECONDS = Histogram "sensorium_server_request_seconds" ["model"]
         "Time from a request's arrival to its response, requests that failed included";
     SERVER_QUEUE_SECONDS = Histogram "sensorium_server_queue_seconds" ["model"]
-        "Time a request waited in the queue of a graph";
+        "Time a request waited until an engine began with it";
     SERVER_QUEUE_REQUESTS = Gauge "sensorium_server_queue_requests" ["model"]
-        "Requests in the queue of a graph now";
+        "Requests that wait for an engine now: in the queue, for their turn in a sequence, or for the machine";
     SERVER_BATCH_ROWS = Histogram "sensorium_server_batch_rows" ["model"]
         "Rows of one engine run";
     SERVER_BATCH_ROWS_LIMIT = Gauge "sensorium_server_batch_rows_limit" ["model"]
@@ -138,7 +138,7 @@ metrics! {
     TRITON_REQUEST_US = Untyped "nv_inference_request_duration_us" ["model", "version"]
         "Sum of the times of requests that succeeded, in microseconds";
     TRITON_QUEUE_US = Untyped "nv_inference_queue_duration_us" ["model", "version"]
-        "Sum of the times that requests waited in queues, in microseconds";
+        "Sum of the times that requests waited until an engine began with them, in microseconds";
     TRITON_INPUT_US = Untyped "nv_inference_compute_input_duration_us" ["model", "version"]
         "Sum of the times that inputs were put together, in microseconds; each request of a batch counts the whole of it";
     TRITON_INFER_US = Untyped "nv_inference_compute_infer_duration_us" ["model", "version"]
@@ -153,8 +153,24 @@ metrics! {
         "Sum of the times that answers took from the response cache, in microseconds";
     TRITON_CACHE_MISS_US = Untyped "nv_cache_miss_duration_per_model" ["model", "version"]
         "Sum of the times that looking into the response cache and filling it took, in microseconds";
+    TRITON_CACHE_ENTRIES = Gauge "nv_cache_num_entries" []
+        "Answers in the response cache";
+    TRITON_CACHE_UTIL = Gauge "nv_cache_util" []
+        "Part of the response cache's bytes that is taken, from 0 to 1";
+    TRITON_CACHE_EVICTIONS = Untyped "nv_cache_num_evictions" []
+        "Answers that had to leave the response cache for others";
+    TRITON_CACHE_LOOKUPS = Untyped "nv_cache_num_lookups" []
+        "Requests that were looked for in the response cache";
+    TRITON_CACHE_ALL_HITS = Untyped "nv_cache_num_hits" []
+        "Requests of all models that were answered from the response cache";
+    TRITON_CACHE_ALL_MISSES = Untyped "nv_cache_num_misses" []
+        "Requests of all models that were looked for in the response cache and not found";
+    TRITON_CACHE_LOOKUP_US = Untyped "nv_cache_lookup_duration" []
+        "Sum of the times that looking into the response cache took, in microseconds";
+    TRITON_CACHE_INSERTION_US = Untyped "nv_cache_insertion_duration" []
+        "Sum of the times that keeping answers in the response cache took, in microseconds";
     TRITON_PENDING = Gauge "nv_inference_pending_request_count" ["model", "version"]
-        "Requests in the queue now";
+        "Requests that wait now: in the queue, for their turn in a sequence, or for the machine";
     TRITON_FIRST_RESPONSE_MS = Histogram "nv_inference_first_response_histogram_ms" ["model", "version"]
         "Time until the first response of requests that have several, in milliseconds";
 }
@@ -183,7 +199,8 @@ mod tests {
     fn names_follow_the_convention_of_their_kind() {
         for metric in ALL {
             assert_eq!(metric.name.ends_with("_total"), metric.kind == Kind::Counter, "{}", metric.name);
-            assert_eq!(metric.name.starts_with("nv_"), metric.labels.contains(&"version"), "{}", metric.name);
+            let is_of_models = metric.name.starts_with("nv_") && !metric.labels.is_empty();
+            assert_eq!(is_of_models, metric.labels.contains(&"version"), "{}", metric.name);
             assert!(
                 ["nv_inference_", "nv_cache_", "sensorium_"].iter().any(|prefix| metric.name.starts_with(prefix)),
                 "{}",

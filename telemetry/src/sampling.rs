@@ -28,50 +28,63 @@ impl Default for Sampling {
     }
 }
 
+/// The parts of a [`Sampling`] that somebody has set; the others are as they are for all models, or were at the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SetSampling {
+    /// Whether any request is traced.
+    pub enabled: Option<bool>,
+    /// One request of how many.
+    pub rate: Option<u64>,
+    /// How many more at most, and `Some(None)` for no end.
+    pub count: Option<Option<u64>>,
+}
+
 /// Decides which requests are traced. Clones share the decision.
 #[derive(Clone, Debug)]
 pub struct TraceControl {
     exported: bool,
+    /// What holds while nobody has set anything.
+    start: Sampling,
     state: Arc<RwLock<State>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct State {
-    all: Counted,
-    models: BTreeMap<String, Counted>,
+    all: Scope,
+    models: BTreeMap<String, Scope>,
 }
 
-/// A setting and what has been counted since it was made.
-#[derive(Debug)]
-struct Counted {
-    sampling: Sampling,
+/// What was set for all models, or for one, and what has been counted since.
+#[derive(Debug, Default)]
+struct Scope {
+    set: SetSampling,
     seen: AtomicU64,
+    /// How many more are traced, where there is an end.
     left: AtomicI64,
 }
 
-impl Counted {
-    fn new(sampling: Sampling) -> Self {
-        let left = sampling.count.map_or(i64::MAX, |count| i64::try_from(count).unwrap_or(i64::MAX));
-        Self { sampling, seen: AtomicU64::new(0), left: AtomicI64::new(left) }
+impl Scope {
+    fn left(&self) -> u64 {
+        u64::try_from(self.left.load(Ordering::Relaxed)).unwrap_or(0)
     }
 
-    fn sample(&self, parent: Option<&Parent>) -> bool {
-        if !self.sampling.enabled {
-            return false;
+    /// Sets `set`, and counts anew what that changes.
+    fn change(&mut self, set: SetSampling, count: Option<u64>) {
+        if set.count.is_some() || self.set.count.is_some() {
+            let left = count.map_or(i64::MAX, |count| i64::try_from(count).unwrap_or(i64::MAX));
+            self.left = AtomicI64::new(left);
         }
-        let chosen = match parent {
-            Some(parent) => parent.is_sampled(),
-            None => self.seen.fetch_add(1, Ordering::Relaxed).is_multiple_of(self.sampling.rate.max(1)),
-        };
-        chosen && (self.sampling.count.is_none() || self.left.fetch_sub(1, Ordering::Relaxed) > 0)
+        (self.set, self.seen) = (set, AtomicU64::new(0));
     }
 }
 
 impl TraceControl {
-    /// Traces as `sampling` says, if spans are exported at all.
-    pub fn new(exported: bool, sampling: Sampling) -> Self {
-        let state = State { all: Counted::new(sampling), models: BTreeMap::new() };
-        Self { exported, state: Arc::new(RwLock::new(state)) }
+    /// Traces as `start` says, if spans are exported at all.
+    pub fn new(exported: bool, start: Sampling) -> Self {
+        let mut state = State::default();
+        let left = start.count.map_or(i64::MAX, |count| i64::try_from(count).unwrap_or(i64::MAX));
+        state.all.left = AtomicI64::new(left);
+        Self { exported, start, state: Arc::new(RwLock::new(state)) }
     }
 
     /// Whether spans go anywhere.
@@ -85,23 +98,59 @@ impl TraceControl {
             return false;
         }
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        state.models.get(model).unwrap_or(&state.all).sample(parent)
+        let own = state.models.get(model);
+        let sampling = self.applying(&state, own);
+        if !sampling.enabled {
+            return false;
+        }
+        // Each part is counted where it was set.
+        let scope = |is_own: fn(&SetSampling) -> bool| own.filter(|own| is_own(&own.set)).unwrap_or(&state.all);
+        let chosen = parent.map_or_else(
+            || {
+                let seen = &scope(|set| set.rate.is_some()).seen;
+                seen.fetch_add(1, Ordering::Relaxed).is_multiple_of(sampling.rate.max(1))
+            },
+            Parent::is_sampled,
+        );
+        let left = || scope(|set| set.count.is_some()).left.fetch_sub(1, Ordering::Relaxed);
+        chosen && (sampling.count.is_none() || left() > 0)
     }
 
-    /// What applies to `model`, or to models without a setting of their own.
+    /// What applies to `model`, or to models for which nothing is set, with the count of those that are left.
     pub fn sampling(&self, model: Option<&str>) -> Sampling {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        model.and_then(|model| state.models.get(model)).unwrap_or(&state.all).sampling
+        self.applying(&state, model.and_then(|model| state.models.get(model)))
     }
 
-    /// Applies `sampling` to `model`, or to all models without a setting of their own, and counts anew. `None` takes a
-    /// model's own setting away, or returns to the default for all.
-    pub fn set(&self, model: Option<&str>, sampling: Option<Sampling>) {
+    fn applying(&self, state: &State, own: Option<&Scope>) -> Sampling {
+        let over = |below: Sampling, scope: &Scope| {
+            let count = scope.set.count.unwrap_or(below.count);
+            Sampling {
+                enabled: scope.set.enabled.unwrap_or(below.enabled),
+                rate: scope.set.rate.unwrap_or(below.rate),
+                count: if scope.set.count.is_some() { count.map(|_| scope.left()) } else { count },
+            }
+        };
+        let start = Sampling { count: self.start.count.map(|_| state.all.left()), ..self.start };
+        let all = over(start, &state.all);
+        own.map_or(all, |own| over(all, own))
+    }
+
+    /// What was set for `model`, or for all.
+    pub fn set_for(&self, model: Option<&str>) -> SetSampling {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        let scope = model.map_or(Some(&state.all), |model| state.models.get(model));
+        scope.map(|scope| scope.set).unwrap_or_default()
+    }
+
+    /// Sets `set`, and nothing else, for `model`, or for all: what it leaves out for a model is as for all, and for all as at the start.
+    pub fn set(&self, model: Option<&str>, set: SetSampling) {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-        match (model, sampling) {
-            (None, sampling) => state.all = Counted::new(sampling.unwrap_or_default()),
-            (Some(model), None) => drop(state.models.remove(model)),
-            (Some(model), Some(sampling)) => drop(state.models.insert(model.to_owned(), Counted::new(sampling))),
+        let Some(model) = model else { return state.all.change(set, set.count.unwrap_or(self.start.count)) };
+        if set == SetSampling::default() {
+            state.models.remove(model);
+        } else {
+            state.models.entry(model.to_owned()).or_default().change(set, set.count.flatten());
         }
     }
 }
@@ -118,19 +167,32 @@ mod tests {
     fn one_request_of_the_rate_is_traced_and_no_more_than_the_count() {
         let control = TraceControl::new(true, Sampling { enabled: true, rate: 10, count: None });
         assert_eq!(sampled(&control, "m", 100), 10);
-        control.set(None, Some(Sampling { enabled: true, rate: 10, count: Some(3) }));
-        assert_eq!(sampled(&control, "m", 100), 3);
-        control.set(None, Some(Sampling { enabled: false, ..Sampling::default() }));
+        control.set(None, SetSampling { count: Some(Some(3)), ..SetSampling::default() });
+        assert_eq!(sampled(&control, "m", 20), 2);
+        assert_eq!(control.sampling(None).count, Some(1), "so many are left");
+        assert_eq!(sampled(&control, "m", 100), 1);
+        assert_eq!(control.sampling(None).count, Some(0));
+        control.set(None, SetSampling { enabled: Some(false), ..SetSampling::default() });
         assert_eq!(sampled(&control, "m", 100), 0);
+        assert_eq!(control.sampling(None).count, None, "as at the start");
     }
 
     #[test]
-    fn a_model_can_have_a_setting_of_its_own() {
-        let control = TraceControl::new(true, Sampling { enabled: false, ..Sampling::default() });
-        control.set(Some("m"), Some(Sampling { enabled: true, rate: 2, count: None }));
+    fn what_is_not_set_for_a_model_is_as_for_all_and_for_all_as_at_the_start() {
+        let start = Sampling { enabled: true, rate: 5, count: None };
+        let control = TraceControl::new(true, start);
+        control.set(Some("m"), SetSampling { rate: Some(2), ..SetSampling::default() });
+        assert_eq!((sampled(&control, "m", 10), sampled(&control, "other", 10)), (5, 2));
+        control.set(None, SetSampling { enabled: Some(false), ..SetSampling::default() });
+        assert_eq!((sampled(&control, "m", 10), sampled(&control, "other", 10)), (0, 0), "off is off for it, too");
+        assert_eq!(control.sampling(Some("m")), Sampling { enabled: false, rate: 2, count: None });
+        control.set(Some("m"), SetSampling { enabled: Some(true), ..control.set_for(Some("m")) });
         assert_eq!((sampled(&control, "m", 10), sampled(&control, "other", 10)), (5, 0));
-        control.set(Some("m"), None);
-        assert_eq!(sampled(&control, "m", 10), 0);
+        control.set(None, SetSampling { count: Some(Some(3)), ..SetSampling::default() });
+        assert_eq!(sampled(&control, "m", 10), 3, "all of them together");
+        control.set(Some("m"), SetSampling::default());
+        control.set(None, SetSampling::default());
+        assert_eq!((control.sampling(Some("m")), control.sampling(None)), (start, start));
     }
 
     #[test]

@@ -17,14 +17,14 @@ use opentelemetry_sdk::{
     error::OTelSdkResult,
     trace::{SamplingDecision, SamplingResult, SdkTracerProvider, ShouldSample, SpanData},
 };
-use tracing::{Level, Span, Subscriber};
+use tracing::{Level, Span, Subscriber, field::Empty};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_subscriber::{Layer, Registry, filter::Targets, registry::LookupSpan};
 
 use crate::{InitError, TraceControl};
 
 /// The name of the span of a request, with which a trace begins here.
-const REQUEST: &str = "infer";
+pub(crate) const REQUEST: &str = "infer";
 
 /// The trace of whoever sent a request, as its `traceparent` says (W3C Trace Context, level 1).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,26 +96,55 @@ impl fmt::Display for TraceId {
 
 impl TraceControl {
     /// The span of a request to `model`: one that is exported if this request is traced, else one that does nothing.
-    /// Of `model` and `id`, which may be anything a client sends, it keeps the beginning.
-    pub fn request_span(&self, model: &str, id: &str, parent: Option<&Parent>) -> Span {
+    /// `served` is the version of the model, where it is there: requests for others are traced only as part of somebody's trace, as anybody
+    /// can make up names. Of `model` and `id`, which may be anything a client sends, it keeps the beginning.
+    pub fn request_span(&self, model: &str, served: Option<&str>, id: &str, parent: Option<&Parent>) -> Span {
         const LONGEST: usize = 80;
-        if !self.sample(model, parent) {
+        if (served.is_none() && parent.is_none()) || !self.sample(model, parent) {
             return Span::none();
         }
         let beginning = |text: &str| text.chars().take(LONGEST).collect::<String>();
         let (model, id) = (beginning(model), beginning(id));
-        let span =
-            tracing::info_span!("infer", model, id, otel.kind = "server", otel.status_code = tracing::field::Empty);
+        let span = tracing::info_span!(
+            "infer",
+            model,
+            version = served.unwrap_or(""),
+            id,
+            otel.kind = "server",
+            otel.status_code = Empty,
+            otel.status_description = Empty,
+            rpc.grpc.status_code = Empty,
+            cache_hit = Empty,
+            queue_us = Empty,
+            compute_input_us = Empty,
+            compute_infer_us = Empty,
+            compute_output_us = Empty,
+        );
         if let Some(parent) = parent {
             parent.adopt(&span);
         }
-        let trace = TraceId(span.context().span().span_context().trace_id());
-        span.with_subscriber(|(id, dispatch)| {
-            if let Some(span) = dispatch.downcast_ref::<Registry>().and_then(|registry| registry.span(id)) {
-                span.extensions_mut().insert(trace);
-            }
-        });
+        keep_trace(&span, &Parent(span.context().span().span_context().clone()));
         span
+    }
+}
+
+/// Keeps the id of a trace with a span of it, for log lines.
+pub(crate) fn keep_trace(span: &Span, of: &Parent) {
+    let trace = TraceId(of.0.trace_id());
+    span.with_subscriber(|(id, dispatch)| {
+        if let Some(span) = dispatch.downcast_ref::<Registry>().and_then(|registry| registry.span(id)) {
+            span.extensions_mut().insert(trace);
+        }
+    });
+}
+
+/// Says on `span` how what it stands for ended: by which code of gRPC, and, where `failed`, why. The convention of OpenTelemetry for servers is that
+/// what its caller did wrong is no error of the span.
+pub fn record_end(span: &Span, code: i32, failed: Option<&str>) {
+    span.record("rpc.grpc.status_code", code);
+    if let Some(why) = failed {
+        span.record("otel.status_code", "ERROR");
+        span.record("otel.status_description", why);
     }
 }
 
@@ -176,6 +205,7 @@ where
     tracing_opentelemetry::layer()
         .with_tracer(provider.tracer("sensorium"))
         .with_location(false)
+        .with_target(false)
         .with_threads(false)
         .with_tracked_inactivity(false)
         // What happens below our own spans is not about requests.

@@ -331,13 +331,43 @@ async fn a_mirror_mends_what_a_killed_process_left() {
     fs::write(mirror.folder().join("a/1/model.onnx"), "who").unwrap();
     fs::write(mirror.folder().join("unknown"), "").unwrap();
     let scratch = mirror.folder().with_file_name("scratch");
-    for (name, age) in [(".tmpDead", Duration::from_hours(2)), (".tmpLiving", Duration::ZERO)] {
+    let mut living = Vec::new();
+    for (name, age, is_locked) in [(".tmpDead", 60, false), (".tmpLiving", 60, true), (".tmpNew", 0, false)] {
         let file = fs::File::create(scratch.join(name)).unwrap();
-        file.set_modified(SystemTime::now() - age).unwrap();
+        file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
+        if is_locked {
+            file.lock().unwrap();
+            living.push(file);
+        }
     }
     mirror.refresh().await.unwrap();
     assert_eq!(contents(mirror.folder()), ["a/1/model.onnx=whole"]);
-    assert_eq!(contents(&scratch), [".tmpLiving="]);
+    assert_eq!(contents(&scratch), [".tmpLiving=", ".tmpNew="]);
+}
+
+#[tokio::test]
+async fn what_cannot_be_had_keeps_no_other_folder_from_being_whole() {
+    let server = Server::start().await;
+    let cache = tempfile::tempdir().unwrap();
+    let mirror = server.mirror("repository", cache.path());
+    for model in ["a", "b", "c"] {
+        server.write(&format!("repository/{model}/config.pbtxt"), "new");
+        server.write(&format!("repository/{model}/1/model.onnx"), model);
+    }
+    server.refuse(Some("GET /models/repository/b/1/model.onnx"));
+    let missing = mirror.refresh().await.unwrap();
+    assert_eq!(missing.keys().collect::<Vec<_>>(), ["b"]);
+    assert!(missing["b"].to_string().contains("b/1/model.onnx"), "{}", missing["b"]);
+    let here =
+        ["a/1/model.onnx=a", "a/config.pbtxt=new", "b/config.pbtxt=new", "c/1/model.onnx=c", "c/config.pbtxt=new"];
+    assert_eq!(contents(mirror.folder()), here);
+    let next = server.mirror("repository", cache.path());
+    assert_eq!(next.partial(), ["b".to_owned()].into(), "the next process knows it, too");
+    server.refuse(Some("GET /models"));
+    next.refresh().await.unwrap_err();
+    assert_eq!(next.partial(), ["b".to_owned()].into());
+    server.refuse(None);
+    assert!(next.refresh().await.unwrap().is_empty() && next.partial().is_empty());
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -37,7 +37,7 @@ use super::{
     going::Going,
     guard,
     impatient::Impatient,
-    metered::Metered,
+    metered::{Metered, Sent},
     places::Places,
     readers::{Reader, Readers},
     unary::{Answer, Unary},
@@ -60,6 +60,8 @@ const LINGER: Duration = Duration::from_millis(500);
 /// How long a connection that was told to end, and on which nothing is under way, may take to hear of it: a client that vanished
 /// never does.
 const LAST_WORDS: Duration = Duration::from_secs(3);
+/// How long it is not said again that connections cannot be accepted.
+const TOLD: Duration = Duration::from_mins(1);
 /// Connections that wait to be taken at most, as tokio asks of the system.
 const BACKLOG: usize = 1024;
 /// How long a request may rest while it arrives, and an answer while it is sent: what there is of them takes its part of the
@@ -141,6 +143,7 @@ impl Door {
         // What tells connections that were made before the drain to end, and those since. A client that hears of it connects
         // anew at once: where that is over, it has to be refused by then, and not to wait in a queue that nobody comes to.
         let (early, late) = (CancellationToken::new(), CancellationToken::new());
+        let mut told: Option<Instant> = None;
         loop {
             let finish = if early.is_cancelled() { &late } else { &early };
             tokio::select! {
@@ -155,7 +158,10 @@ impl Door {
                     Ok(accepted) => take(accepted, finish),
                     Err(error) => {
                         // Out of file descriptors, most likely: connections that end give some back.
-                        tracing::warn!(%error, "a connection could not be accepted");
+                        if told.is_none_or(|told| told.elapsed() >= TOLD) {
+                            told = Some(Instant::now());
+                            tracing::warn!(%error, "a connection could not be accepted");
+                        }
                         time::sleep(Duration::from_millis(50)).await;
                     }
                 },
@@ -236,8 +242,10 @@ impl Inside {
         let asks_for_reflection = head.uri.path().starts_with("/grpc.reflection.");
         let patience = if asks_for_reflection { SILENCE } else { STALL };
         let mut body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, patience);
-        if asks_for_reflection || head.uri.path().ends_with("/ModelStreamInfer") {
-            body = body.of_stream();
+        if asks_for_reflection {
+            body = body.of_stream(Sent::Unclaimed);
+        } else if head.uri.path().ends_with("/ModelStreamInfer") {
+            body = body.of_stream(Sent::Claimed);
         }
         if let Some(infer) = &self.app.infer {
             let admit = || guard::admit(infer.admission.as_ref(), &head.headers, peer.as_deref());

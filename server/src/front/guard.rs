@@ -18,7 +18,10 @@ use http_body::{Frame, SizeHint};
 use tonic::{Code, Status};
 
 use super::{Peer, is_grpc, refuse};
-use crate::security::{Admission, AdmissionError, Pass};
+use crate::{
+    security::{Admission, AdmissionError, Pass},
+    service::Service,
+};
 
 /// Probes come from the machines that run the server, and carry no tokens.
 const FOR_EVERYBODY: [&str; 8] = [
@@ -32,12 +35,24 @@ const FOR_EVERYBODY: [&str; 8] = [
     "/grpc.health.v1.Health/Watch",
 ];
 
-pub(super) async fn guard(State(admission): State<Admission>, request: Request, next: Next) -> Response {
-    if FOR_EVERYBODY.contains(&request.uri().path()) {
+/// How the paths of inference end, whose refusals are counted as those of requests.
+const INFERENCE: [&str; 5] = ["/infer", "/generate", "/generate_stream", "/ModelInfer", "/ModelStreamInfer"];
+
+pub(super) async fn guard(
+    State((admission, service)): State<(Admission, Service)>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let path = request.uri().path();
+    if FOR_EVERYBODY.contains(&path) {
         return next.run(request).await;
     }
+    let is_inference = INFERENCE.iter().any(|end| path.ends_with(end));
     let (peer, is_grpc) = (request.extensions().get::<Arc<Peer>>().cloned(), is_grpc(request.headers()));
     let pass = admit(Some(&admission), request.headers(), peer.as_deref());
+    if let (true, Err(status)) = (is_inference, &pass) {
+        service.refused(status.code());
+    }
     behind(pass, is_grpc, next.run(request)).await
 }
 

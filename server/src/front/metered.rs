@@ -61,8 +61,18 @@ struct Messages {
     max: usize,
     head: [u8; HEAD],
     place: Place,
-    /// Whether there may be any number of them, so that each gives its bytes back by itself. Nobody asks for those of other calls.
-    are_many: bool,
+    sent: Sent,
+}
+
+/// How many messages a call sends, and who gives their bytes back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sent {
+    /// One, whose bytes the call holds.
+    One,
+    /// Any number, each of which is claimed by who reads it.
+    Claimed,
+    /// Any number that nobody claims: small questions, which are done with when they are read.
+    Unclaimed,
 }
 
 /// A flag, which is 1 for a compressed message, and the length.
@@ -89,14 +99,14 @@ impl<B> Metered<B> {
             max,
             head: [0; HEAD],
             place: Place::Head(0),
-            are_many: false,
+            sent: Sent::One,
         });
         Self { body, tally, messages, ready: VecDeque::new(), patience, until: None, since: 0 }
     }
 
     /// As one of a call that may ask again and again, as late as it likes.
-    pub(super) fn of_stream(self) -> Self {
-        let messages = self.messages.map(|messages| Messages { are_many: true, ..messages });
+    pub(super) fn of_stream(self, sent: Sent) -> Self {
+        let messages = self.messages.map(|messages| Messages { sent, ..messages });
         Self { messages, ..self }
     }
 
@@ -107,7 +117,7 @@ impl<B> Metered<B> {
         let is_between = self
             .messages
             .as_ref()
-            .is_some_and(|messages| messages.are_many && matches!(messages.place, Place::Head(0)));
+            .is_some_and(|messages| messages.sent != Sent::One && matches!(messages.place, Place::Head(0)));
         if is_between && self.tally.holds_nothing() {
             (self.until, self.since) = (None, 0);
             return Ok(());
@@ -247,8 +257,10 @@ impl Messages {
     /// One of this length is whole.
     fn end(&mut self, length: usize, tally: &Tally) {
         self.place = Place::Head(0);
-        if self.are_many {
-            tally.end_message(HEAD + length);
+        match self.sent {
+            Sent::One => {}
+            Sent::Claimed => tally.end_message(HEAD + length),
+            Sent::Unclaimed => tally.give(HEAD + length),
         }
     }
 
@@ -324,7 +336,7 @@ mod tests {
             1000,
             Duration::from_mins(1),
         )
-        .of_stream();
+        .of_stream(Sent::Claimed);
         let collected = body.collect().await.map_err(|error| *error.downcast::<Status>().unwrap())?;
         Ok(collected.to_bytes())
     }
@@ -411,7 +423,8 @@ mod tests {
             let pieces = tokio_stream::once(piece).chain(futures::stream::pending());
             let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, kind.parse().unwrap())]);
             let tally = budget.tally();
-            let mut body = Metered::new(StreamBody::new(pieces), &headers, tally.clone(), 1000, PATIENCE).of_stream();
+            let mut body =
+                Metered::new(StreamBody::new(pieces), &headers, tally.clone(), 1000, PATIENCE).of_stream(Sent::Claimed);
             assert!(body.frame().await.unwrap().is_ok());
             assert_eq!(is_claimed.then(|| tally.claim_message().is_some()), is_claimed.then_some(true));
             // Ten times as long says that it is never; who is given up ends the wait.

@@ -93,13 +93,13 @@ pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admissi
         admission: admission.clone(),
     };
     let routes = grpc
-        .merge(rest::router(service, max_request_bytes))
+        .merge(rest::router(service.clone(), max_request_bytes))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
         .layer(MapResponseLayer::new(as_this_server_says));
     let routes = match admission {
         None => routes,
-        Some(admission) => routes.layer(axum::middleware::from_fn_with_state(admission, guard::guard)),
+        Some(admission) => routes.layer(axum::middleware::from_fn_with_state((admission, service), guard::guard)),
     };
     (App { routes, infer: Some(Arc::new(infer)) }, reporter)
 }

@@ -7,19 +7,36 @@
 use std::{
     collections::BTreeMap,
     panic::{AssertUnwindSafe, resume_unwind},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use futures::FutureExt as _;
-use moka::future::Cache;
+use moka::{future::Cache, notification::RemovalCause};
 use sensorium_engine::{RawTensor, dtype_name};
 
 use super::{Fitted, Parameter};
-use crate::error::InferError;
+use crate::{error::InferError, metrics::CacheCounts};
 
 /// Answers of all models, bounded by their bytes. Clones share them.
 #[derive(Clone, Debug)]
-pub struct ResponseCache(Cache<Key, Answer>);
+pub struct ResponseCache {
+    answers: Cache<Key, Answer>,
+    counted: Arc<Counted>,
+}
+
+/// What [`CacheCounts`] tells.
+#[derive(Debug, Default)]
+struct Counted {
+    evictions: AtomicU64,
+    hits: AtomicU64,
+    misses: AtomicU64,
+    lookup_nanos: AtomicU64,
+    insertion_nanos: AtomicU64,
+}
 
 type Key = [u8; 32];
 type Answer = Arc<Vec<RawTensor>>;
@@ -35,12 +52,47 @@ impl ResponseCache {
                 answer.iter().map(|tensor| tensor.data().len() + size_of::<RawTensor>() + 8 * tensor.shape().len());
             u32::try_from(tensors.sum::<usize>() + OVERHEAD).unwrap_or(u32::MAX)
         };
-        Self(Cache::builder().max_capacity(bytes).weigher(weigh).build())
+        let counted = Arc::new(Counted::default());
+        let counter = counted.clone();
+        let evicted = move |_: Arc<Key>, _: Answer, cause: RemovalCause| {
+            if cause == RemovalCause::Size {
+                counter.evictions.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        let answers = Cache::builder().max_capacity(bytes).weigher(weigh).eviction_listener(evicted).build();
+        Self { answers, counted }
     }
 
-    /// Bytes that the answers take now, roughly.
-    pub fn bytes(&self) -> u64 {
-        self.0.weighted_size()
+    /// What it has done, and how full it is, roughly.
+    pub fn counts(&self) -> CacheCounts {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let most = self.answers.policy().max_capacity().unwrap_or(0).max(1);
+        CacheCounts {
+            entries: self.answers.entry_count(),
+            used: self.answers.weighted_size() as f64 / most as f64,
+            evictions: count(&self.counted.evictions),
+            hits: count(&self.counted.hits),
+            misses: count(&self.counted.misses),
+            lookups: Duration::from_nanos(count(&self.counted.lookup_nanos)),
+            insertions: Duration::from_nanos(count(&self.counted.insertion_nanos)),
+        }
+    }
+
+    /// A request was looked for, which took so long.
+    pub(super) fn looked(&self, is_hit: bool, took: Duration) {
+        let counter = if is_hit { &self.counted.hits } else { &self.counted.misses };
+        counter.fetch_add(1, Ordering::Relaxed);
+        self.counted.lookup_nanos.fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// An answer was kept, which took so long.
+    pub(super) fn kept(&self, took: Duration) {
+        self.counted.insertion_nanos.fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// The answer to `key`, if somebody knows it.
+    pub(super) async fn find(&self, key: &Key) -> Option<Vec<RawTensor>> {
+        self.answers.get(key).await.map(|answer| answer.as_ref().clone())
     }
 
     /// The answer to `key`, from `run` if nobody knows it; whoever asks meanwhile waits for the same run.
@@ -60,7 +112,7 @@ impl ResponseCache {
                 Ok(Arc::new(run().await?.iter().map(RawTensor::detached).collect::<Vec<_>>()))
             };
             // Whoever has waited for two hundred others, each of which had begun to run it and left, is given up by a panic.
-            let answer = AssertUnwindSafe(self.0.try_get_with::<_, InferError>(key, keep)).catch_unwind().await;
+            let answer = AssertUnwindSafe(self.answers.try_get_with::<_, InferError>(key, keep)).catch_unwind().await;
             match answer {
                 Ok(Ok(answer)) => return Ok(answer.as_ref().clone()),
                 Ok(Err(error)) if is_own || !error.is_one_callers() => return Err(InferError::Shared(error)),
@@ -215,7 +267,9 @@ mod tests {
         for question in 0..200_u8 {
             cache.answer([question; 32], async || Ok(vec![tensor(DType::Uint8, &[1024])])).await.unwrap();
         }
-        cache.0.run_pending_tasks().await;
-        assert!(cache.bytes() <= 64 << 10, "{}", cache.bytes());
+        cache.answers.run_pending_tasks().await;
+        let counts = cache.counts();
+        assert!(counts.used <= 1.0 && counts.used > 0.5, "{counts:?}");
+        assert!(counts.entries > 0 && counts.entries + counts.evictions == 200, "{counts:?}");
     }
 }

@@ -9,9 +9,11 @@ use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use sensorium_artifact::TensorSpec;
 use sensorium_engine::{RawTensor, dtype_name};
 use sensorium_proto::inference::{ModelConfig, ModelEnsembling};
+use sensorium_telemetry::error_line;
+use tracing::Instrument as _;
 
 use super::{Entered, Fitted, Interface, ModelVersion, NamedTensor, Request, Response, Timings};
-use crate::error::InferError;
+use crate::{error::InferError, spans};
 
 /// Finds the model of a step when a request comes, so that a step's model may be loaded again under the ensemble.
 pub(crate) type Find = Arc<dyn Fn(&str, &str) -> Result<Arc<ModelVersion>, InferError> + Send + Sync>;
@@ -39,6 +41,8 @@ pub(crate) struct Ensemble {
     outputs: Vec<String>,
     /// How many sizes each of the outputs has.
     ranks: Vec<usize>,
+    /// Whether any of its models had sequences when it was loaded.
+    has_sequences: bool,
     find: Find,
 }
 
@@ -82,6 +86,8 @@ impl Ensemble {
             return Err("its ensemble_scheduling has no step".to_owned());
         }
         let order = check(&steps, interface, config.max_batch_size, &find)?;
+        let is_of_sequences = |step: &Step| find(&step.model, &step.version).is_ok_and(|model| model.has_sequences());
+        let has_sequences = steps.iter().any(is_of_sequences);
         let names = |specs: &[TensorSpec]| specs.iter().map(|spec| spec.name.clone()).collect();
         Ok(Self {
             name: config.name.clone(),
@@ -90,8 +96,13 @@ impl Ensemble {
             inputs: names(&interface.inputs),
             outputs: names(&interface.outputs),
             ranks: interface.outputs.iter().map(|spec| spec.shape.len()).collect(),
+            has_sequences,
             find,
         })
+    }
+
+    pub(super) fn has_sequences(&self) -> bool {
+        self.has_sequences
     }
 
     /// That its steps still fit together, as the models are now.
@@ -164,10 +175,21 @@ impl Ensemble {
 
     /// Boxed, because a step may be an ensemble, too.
     fn call(&self, Entering { index, model, entered }: Entering, request: Request) -> Call<'_> {
-        Box::pin(async move {
-            let response = model.answer(request, Some(entered)).await.map_err(|source| self.failed(index, source))?;
-            Ok((&self.steps[index], response))
-        })
+        // Within the span of the request, if it has one.
+        let span = spans::step(model.name(), model.version());
+        let own = span.clone();
+        let call = async move {
+            let answer = model.answer(request, Some(entered)).await;
+            match &answer {
+                Ok(response) => {
+                    spans::answered(&own);
+                    spans::timed(&own, &response.timings);
+                }
+                Err(error) => spans::failed(&own, error.code(), &error_line(error)),
+            }
+            Ok((&self.steps[index], answer.map_err(|source| self.failed(index, source))?))
+        };
+        Box::pin(call.instrument(span))
     }
 
     fn failed(&self, index: usize, source: InferError) -> InferError {

@@ -14,6 +14,7 @@ use sensorium_modality::Tensor;
 
 use crate::{
     error::InferError,
+    metrics::Elsewhere,
     scheduler::{Done, Scheduler, Work},
 };
 
@@ -63,6 +64,11 @@ impl Graph {
         // What contradicts itself across inputs must not meet other requests in a batch.
         self.signature.validate(&work.inputs).map_err(|source| InferError::engine(&self.name, source))?;
         Ok(self.scheduler.run(work).await?)
+    }
+
+    /// One more waits for it, before it comes to its queue, until this is dropped.
+    pub(super) fn waits(&self) -> Elsewhere<'_> {
+        self.scheduler.waits()
     }
 
     /// As a pipeline calls it: typed tensors by name in, all outputs out.

@@ -18,7 +18,7 @@ use sensorium_engine::{DType, RawTensor};
 use super::{Binding, Fitted, Graph, ModelVersion, NamedTensor, Request, Response, Runs, Statistics, Timings};
 use super::{
     sequence::{Own, SequenceError, Sequences},
-    statistics::Responded,
+    statistics::{Failure, Responded},
 };
 use crate::{
     error::InferError,
@@ -81,8 +81,15 @@ impl ModelVersion {
             return Err(InferError::OneResponse { model: self.name.clone() });
         };
         let iteration = iteration.clone();
-        let count = Count::new(self.statistics.clone());
-        self.check_artifact(&request)?;
+        let mut count = Count::new(self.statistics.clone());
+        let taken = self.take_place(&iteration, &mut request).await;
+        let Taken { inputs, outputs, wanted, end, sequence, waited } =
+            taken.inspect_err(|error| count.why = error.code().into())?;
+        Ok(Steps { model: self, iteration, request, inputs, outputs, wanted, end, sequence, waited, done: 0, count })
+    }
+
+    async fn take_place(&self, iteration: &Arc<Iteration>, request: &mut Request) -> Result<Taken, InferError> {
+        self.check_artifact(request)?;
         let inputs = std::mem::take(&mut request.inputs);
         let fitted = self.interface.fit(inputs, &request.outputs)?;
         if fitted.rows != 1 {
@@ -103,10 +110,21 @@ impl ModelVersion {
         });
         outputs.extend_from_slice(iteration.sequences.state_outputs());
         let asked = Instant::now();
+        let waiting = iteration.graphs.first().map(|graph| graph.waits());
         let sequence = Own::begin(iteration.sequences.clone(), iteration.ids.fetch_add(1, Ordering::Relaxed)).await?;
-        let waited = asked.elapsed();
-        Ok(Steps { model: self, iteration, request, inputs, outputs, wanted, end, sequence, waited, done: 0, count })
+        drop(waiting);
+        Ok(Taken { inputs, outputs, wanted, end, sequence, waited: asked.elapsed() })
     }
+}
+
+/// What a request that has several responses has of its model: see [`Steps`].
+struct Taken {
+    inputs: Vec<Option<RawTensor>>,
+    outputs: Vec<usize>,
+    wanted: Vec<usize>,
+    end: Option<usize>,
+    sequence: Own,
+    waited: Duration,
 }
 
 /// A request under way. Dropping it, in any moment, is its end.
@@ -142,8 +160,8 @@ impl Steps {
             return None;
         }
         let step = self.step().await;
-        if step.is_err() {
-            self.count.failed(self.done);
+        if let Err(error) = &step {
+            self.count.failed(self.done, error.code().into());
         }
         Some(step)
     }
@@ -197,12 +215,15 @@ struct Count {
     responses: usize,
     spent: Timings,
     is_over: bool,
+    /// What it counts if it is dropped before it is over.
+    why: Failure,
 }
 
 impl Count {
     fn new(statistics: Arc<Statistics>) -> Self {
         let now = Instant::now();
-        Self { statistics, started: now, since: now, responses: 0, spent: Timings::default(), is_over: false }
+        let (spent, why) = (Timings::default(), Failure::Canceled);
+        Self { statistics, started: now, since: now, responses: 0, spent, is_over: false, why }
     }
 
     fn made(&mut self, index: usize, timings: Timings, is_last: bool) {
@@ -216,10 +237,10 @@ impl Count {
         }
     }
 
-    fn failed(&mut self, index: usize) {
+    fn failed(&mut self, index: usize, why: Failure) {
         self.is_over = true;
         self.statistics.responded(index, Responded::Failed(self.since.elapsed()));
-        self.statistics.failed(self.started.elapsed());
+        self.statistics.failed(self.started.elapsed(), why);
     }
 }
 
@@ -230,7 +251,7 @@ impl Drop for Count {
             if self.responses > 0 {
                 self.statistics.responded(self.responses, Responded::Cancelled(self.since.elapsed()));
             }
-            self.statistics.failed(self.started.elapsed());
+            self.statistics.failed(self.started.elapsed(), self.why);
         }
     }
 }

@@ -25,6 +25,7 @@ use std::{
 use sensorium_artifact::TensorSpec;
 use sensorium_engine::RawTensor;
 use sensorium_proto::inference::{ModelConfig, ModelStatistics, model_config::SchedulingChoice};
+use tonic::Code;
 
 pub(crate) use self::sequence::{IDLE, Seated, Stateful};
 pub(crate) use self::{
@@ -42,12 +43,12 @@ pub use self::{
     multimodal::{Item, Multimodal, Task},
     request::{NamedTensor, Parameter, Request, Response, Sequence, SequenceId, Timings},
     sequence::{SequenceError, Sequences},
-    statistics::{Responded, Statistics},
+    statistics::{Failure, Responded, Statistics},
 };
 use self::{ensemble::Entering, sequence::Turn, sizes::Sizes};
 use crate::{
     error::InferError,
-    metrics::GraphMetrics,
+    metrics::{Counts, GraphMetrics, Served},
     scheduler::{ScheduleError, Work},
 };
 
@@ -65,6 +66,8 @@ pub struct ModelVersion {
     artifact: Option<String>,
     /// Where answers are kept, if the model's configuration wants them to be.
     cache: Option<(ResponseCache, GraphMetrics)>,
+    /// Its series are shown while it is here.
+    _served: Option<Arc<Served>>,
     /// Which load of which model this is, among all of the process.
     load: u64,
     sizes: Sizes,
@@ -111,9 +114,27 @@ impl ModelVersion {
     ) -> Self {
         static LOADS: AtomicU64 = AtomicU64::new(0);
         let load = LOADS.fetch_add(1, Ordering::Relaxed);
-        let (labels, artifact, cache) = (BTreeMap::new(), None, None);
+        let (labels, artifact, cache, served) = (BTreeMap::new(), None, None, None);
         let (name, sizes) = (config.name.clone(), Sizes::new(interface.outputs.len()));
-        Self { name, version, config, interface, statistics, labels, artifact, cache, load, sizes, runs }
+        Self {
+            name,
+            version,
+            config,
+            interface,
+            statistics,
+            labels,
+            artifact,
+            cache,
+            _served: served,
+            load,
+            sizes,
+            runs,
+        }
+    }
+
+    /// Shown in the metrics as one that is served.
+    pub(crate) fn in_metrics(self, served: Arc<Served>) -> Self {
+        Self { _served: Some(served), ..self }
     }
 
     /// With names for the classes of some outputs.
@@ -127,9 +148,9 @@ impl ModelVersion {
     }
 
     /// With answers kept in `cache`, where the configuration wants them to be, and while they depend on the request alone.
-    pub(crate) fn with_cache(self, cache: &ResponseCache, metrics: GraphMetrics) -> Self {
+    pub(crate) fn with_cache(self, cache: &ResponseCache, metrics: impl FnOnce() -> GraphMetrics) -> Self {
         let wanted = self.config.response_cache.is_some_and(|cache| cache.enable);
-        Self { cache: wanted.then(|| (cache.clone(), metrics)), ..self }
+        Self { cache: wanted.then(|| (cache.clone(), metrics())), ..self }
     }
 
     /// Which load of which model the answer to a request that has entered depends on: of this one, and of those that are called for
@@ -196,6 +217,15 @@ impl ModelVersion {
         self.labels.get(output)?.get(index).map(String::as_str).filter(|label| !label.is_empty())
     }
 
+    /// Whether a request may have to wait for what comes behind it, as the end of a sequence.
+    pub(crate) fn has_sequences(&self) -> bool {
+        match &self.runs {
+            Runs::Sequence(..) => true,
+            Runs::Ensemble(ensemble) => ensemble.has_sequences(),
+            Runs::Graph(..) | Runs::Iteration(_) | Runs::Multimodal(_) => false,
+        }
+    }
+
     /// Whether a request may have any number of answers, so that only a stream can carry them.
     pub fn is_decoupled(&self) -> bool {
         self.config.model_transaction_policy.is_some_and(|policy| policy.decoupled)
@@ -240,25 +270,25 @@ impl ModelVersion {
 
     /// As [`ModelVersion::infer`], of a request that may have entered.
     async fn answer(&self, mut request: Request, entered: Option<Entered>) -> Result<Response, InferError> {
-        let mut counted = Counted { statistics: &self.statistics, started: Instant::now(), is_answered: false };
-        self.check_artifact(&request)?;
+        let canceled = Some(Failure::Canceled);
+        let mut counted = Counted { statistics: &self.statistics, started: Instant::now(), failed: canceled };
+        counted.note(self.check_artifact(&request))?;
         let inputs = std::mem::take(&mut request.inputs);
-        let fitted = self.interface.fit(inputs, &request.outputs)?;
+        let fitted = counted.note(self.interface.fit(inputs, &request.outputs))?;
         let entered = match entered {
             Some(entered) => entered,
-            None => self.enter_fitted(&fitted, &request)?,
+            None => counted.note(self.enter_fitted(&fitted, &request))?,
         };
         let (rows, wanted) = (fitted.rows, fitted.outputs.clone());
         let cache = self.cache.as_ref().and_then(|(cache, metrics)| Some((cache, metrics, self.loads(&entered)?)));
         let (outputs, timings) = match cache {
             Some((cache, metrics, loads)) => {
-                let (outputs, timings) = Box::pin(self.run_once(cache, &loads, fitted, &request, entered)).await?;
-                metrics.cache(timings.cache_hit);
-                (outputs, timings)
+                let answer = Box::pin(self.run_once((cache, metrics), &loads, fitted, &request, entered)).await;
+                counted.note(answer)?
             }
-            None => self.run(fitted, &request, entered).await?,
+            None => counted.note(self.run(fitted, &request, entered).await)?,
         };
-        counted.is_answered = true;
+        counted.failed = None;
         for (output, tensor) in wanted.iter().zip(&outputs) {
             self.sizes.note(*output, tensor.data().len() / rows.max(1));
         }
@@ -285,6 +315,10 @@ impl ModelVersion {
     }
 
     fn enter_fitted(&self, fitted: &Fitted, request: &Request) -> Result<Entered, InferError> {
+        /// One request after the other: of two that go through the same sequence models, each could have the seat that the other waits for.
+        static ENTERING: Mutex<()> = Mutex::new(());
+        let is_ensemble = matches!(self.runs, Runs::Ensemble(_));
+        let _entering = is_ensemble.then(|| ENTERING.lock().unwrap_or_else(PoisonError::into_inner));
         let mut outputs = fitted.outputs.iter().map(|&output| self.outputs()[output].name.as_str());
         self.enter(&mut outputs, fitted.rows, request)
     }
@@ -312,7 +346,7 @@ impl ModelVersion {
     /// Runs a request whose answer nobody knows.
     async fn run_once(
         &self,
-        cache: &ResponseCache,
+        (cache, metrics): (&ResponseCache, &GraphMetrics),
         loads: &[u64],
         fitted: Fitted,
         request: &Request,
@@ -323,6 +357,13 @@ impl ModelVersion {
         // How long it took, and what it took it with, unless it failed.
         let ran: Mutex<Option<(Option<Timings>, Duration)>> = Mutex::default();
         let key = cache::key(loads, &fitted, &request.parameters);
+        let found = cache.find(&key).await;
+        let looked = started.elapsed();
+        if let Some(outputs) = found {
+            metrics.cache(true);
+            cache.looked(true, looked);
+            return Ok((outputs, Timings { cache_hit: true, ..Timings::default() }));
+        }
         let run = async || {
             let began = Instant::now();
             let first = entered.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -335,10 +376,16 @@ impl ModelVersion {
         };
         let outputs = cache.answer(key, run).await;
         let ran = ran.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // Whoever waited for another's run has found its answer, and waited.
+        let waited = started.elapsed().saturating_sub(looked);
+        metrics.cache(ran.is_none());
+        cache.looked(ran.is_none(), looked);
         if let Some((_, took)) = &ran {
-            self.statistics.missed(started.elapsed().saturating_sub(*took));
+            let kept = waited.saturating_sub(*took);
+            cache.kept(kept);
+            self.statistics.missed(looked + kept);
         }
-        let hit = Timings { cache_hit: true, ..Timings::default() };
+        let hit = Timings { cache_hit: true, queue: waited, ..Timings::default() };
         Ok((outputs?, ran.and_then(|(timings, _)| timings).unwrap_or(hit)))
     }
 
@@ -352,7 +399,7 @@ impl ModelVersion {
                 let Fitted { inputs, rows, outputs: wanted } = fitted;
                 let (inputs, outputs) = binding.bind(inputs, &wanted).map_err(unfit)?;
                 let Completed { inputs, scattered } = binding.ragged.complete(inputs).map_err(unfit)?;
-                let work = Work { inputs, rows, outputs, scattered, priority, timeout, deadline, is_probe: false };
+                let work = Work { inputs, rows, outputs, scattered, priority, timeout, deadline, ..Work::default() };
                 let done = graph.run(work).await?;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }
@@ -361,21 +408,22 @@ impl ModelVersion {
                 Sequences::check_rows(rows)?;
                 let (inputs, mut outputs) = binding.bind(inputs, &wanted).map_err(unfit)?;
                 let begun = turn.begin(inputs);
+                // It is in no queue yet, and waits all the same.
+                let waiting = graphs.first().map(|graph| graph.waits());
                 let (step, inputs) = match timeout {
                     Some(timeout) => tokio::time::timeout(timeout, begun)
                         .await
                         .map_err(|_| ScheduleError::TimedOut { graph: self.name.clone() })??,
                     None => begun.await?,
                 };
-                let waited = started.elapsed();
+                drop(waiting);
                 let stopped = || ScheduleError::Stopped { graph: self.name.clone() };
                 let graph = graphs.get(step.instance).ok_or_else(stopped)?;
                 outputs.extend_from_slice(sequences.state_outputs());
-                let scattered = Vec::new();
-                let work = Work { inputs, rows, outputs, scattered, priority, timeout, deadline, is_probe: false };
+                let since = Some(started);
+                let work = Work { inputs, rows, outputs, priority, timeout, deadline, since, ..Work::default() };
                 let mut done = graph.run(work).await?;
                 step.finish(&done.outputs.split_off(wanted.len()));
-                done.timings.queue += waited;
                 Ok((binding.unbind(&wanted, done.outputs).map_err(unfit)?, done.timings))
             }
             (Runs::Ensemble(ensemble), Entered::ByStep(steps)) => {
@@ -400,6 +448,16 @@ impl ModelVersion {
         self.statistics.report(&self.name, &self.version)
     }
 
+    /// The same, with what the metrics tell beside that.
+    pub(crate) fn counts(&self) -> Counts {
+        Counts { statistics: self.statistics(), failures: self.statistics.failures() }
+    }
+
+    /// Counts a request that was refused before it came here.
+    pub(crate) fn refused(&self, code: Code) {
+        self.statistics.failed(Duration::ZERO, code.into());
+    }
+
     /// Runs what waits and gives the engine's memory back.
     pub async fn stop(&self) {
         for graph in self.graphs() {
@@ -412,13 +470,20 @@ impl ModelVersion {
 struct Counted<'a> {
     statistics: &'a Statistics,
     started: Instant,
-    is_answered: bool,
+    /// What it counts when it is dropped.
+    failed: Option<Failure>,
+}
+
+impl Counted<'_> {
+    fn note<T, E: Into<InferError>>(&mut self, result: Result<T, E>) -> Result<T, InferError> {
+        result.map_err(Into::into).inspect_err(|error| self.failed = Some(error.code().into()))
+    }
 }
 
 impl Drop for Counted<'_> {
     fn drop(&mut self) {
-        if !self.is_answered {
-            self.statistics.failed(self.started.elapsed());
+        if let Some(why) = self.failed {
+            self.statistics.failed(self.started.elapsed(), why);
         }
     }
 }

@@ -10,6 +10,7 @@ use sensorium_modality::Tensor;
 use super::{Fitted, Graph, Interface};
 use crate::{
     error::{InferError, PartsError},
+    metrics::Served,
     pool::CpuPool,
     wire::excerpt,
 };
@@ -56,6 +57,8 @@ pub struct Multimodal {
     graphs: Graphs,
     pool: CpuPool,
     max_rows: usize,
+    /// Its series are shown while it is here.
+    _served: Option<Arc<Served>>,
 }
 
 /// The graphs of one artifact, by their names in it.
@@ -90,7 +93,12 @@ impl Multimodal {
         pool: CpuPool,
         max_rows: usize,
     ) -> Self {
-        Self { name, digest, pipeline: Arc::new(pipeline), graphs, pool, max_rows }
+        Self { name, digest, pipeline: Arc::new(pipeline), graphs, pool, max_rows, _served: None }
+    }
+
+    /// Shown in the metrics as one that is served.
+    pub(crate) fn in_metrics(self, served: Arc<Served>) -> Self {
+        Self { _served: Some(served), ..self }
     }
 
     /// Digest of the artifact.

@@ -10,6 +10,8 @@ use sensorium_proto::inference::{
     InferBatchStatistics, InferResponseStatistics, InferStatistics, ModelStatistics, StatisticDuration,
 };
 
+use tonic::Code;
+
 use super::Timings;
 
 /// Responses of one request that are counted each by itself; what comes after them is counted with the last. A scrape must
@@ -30,6 +32,8 @@ struct Counters {
     last_inference: u64,
     success: Sum,
     fail: Sum,
+    /// Of these, in the order of [`Failure::ALL`].
+    failures: [u64; Failure::ALL.len()],
     queue: Sum,
     compute_input: Sum,
     compute_infer: Sum,
@@ -61,6 +65,45 @@ pub enum Responded {
     Cancelled(Duration),
 }
 
+/// Why a request has no answer, as `nv_inference_request_failure` tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// There was too much to do, or nobody to do it.
+    Rejected,
+    /// Its caller left, or stopped waiting.
+    Canceled,
+    /// What runs the model failed.
+    Backend,
+    /// Anything else, such as a request that does not fit.
+    Other,
+}
+
+impl Failure {
+    /// Each of them.
+    pub const ALL: [Self; 4] = [Self::Rejected, Self::Canceled, Self::Backend, Self::Other];
+
+    /// The word in the metric.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Rejected => "REJECTED",
+            Self::Canceled => "CANCELED",
+            Self::Backend => "BACKEND",
+            Self::Other => "OTHER",
+        }
+    }
+}
+
+impl From<Code> for Failure {
+    fn from(code: Code) -> Self {
+        match code {
+            Code::ResourceExhausted | Code::Unavailable => Self::Rejected,
+            Code::Cancelled | Code::DeadlineExceeded => Self::Canceled,
+            Code::Internal => Self::Backend,
+            _ => Self::Other,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, Default)]
 struct Sum {
     count: u64,
@@ -82,17 +125,17 @@ impl From<Sum> for Option<StatisticDuration> {
 
 impl Statistics {
     /// A request of `rows` rows was answered after `took`. An answer from the cache counts as a success of its own kind:
-    /// no inference, no queue, no computing.
+    /// no inference, no computing, and in the queue as long as it waited for somebody who ran the same.
     pub fn succeeded(&self, took: Duration, rows: usize, timings: &Timings) {
         self.change(|counters| {
             counters.last_inference = now();
             counters.success.add(took);
+            counters.queue.add(timings.queue);
             if timings.cache_hit {
-                counters.cache_hit.add(took);
+                counters.cache_hit.add(took.saturating_sub(timings.queue));
                 return;
             }
             counters.inferences += rows as u64;
-            counters.queue.add(timings.queue);
             counters.compute_input.add(timings.compute_input);
             counters.compute_infer.add(timings.compute_infer);
             counters.compute_output.add(timings.compute_output);
@@ -100,8 +143,16 @@ impl Statistics {
     }
 
     /// A request ended without an answer after `took`.
-    pub fn failed(&self, took: Duration) {
-        self.change(|counters| counters.fail.add(took));
+    pub fn failed(&self, took: Duration, why: Failure) {
+        self.change(|counters| {
+            counters.fail.add(took);
+            counters.failures[why as usize] += 1;
+        });
+    }
+
+    /// Requests without an answer by the reason, in the order of [`Failure::ALL`].
+    pub fn failures(&self) -> [u64; Failure::ALL.len()] {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).failures
     }
 
     /// The response with this place among those of its request, from 0 on, ended.
@@ -126,6 +177,11 @@ impl Statistics {
     /// A request was not in the cache; looking it up and keeping its answer took `took`.
     pub fn missed(&self, took: Duration) {
         self.change(|counters| counters.cache_miss.add(took));
+    }
+
+    /// An engine ran a batch that failed.
+    pub fn ran_in_vain(&self) {
+        self.change(|counters| counters.executions += 1);
     }
 
     /// An engine ran a batch of `rows` rows.
@@ -214,9 +270,11 @@ mod tests {
         statistics.succeeded(Duration::from_nanos(900), 2, &ran);
         statistics.succeeded(Duration::from_nanos(900), 1, &ran);
         statistics.succeeded(Duration::from_nanos(10), 1, &Timings { cache_hit: true, ..Timings::default() });
-        statistics.failed(Duration::from_nanos(5));
+        statistics.failed(Duration::from_nanos(5), Code::Internal.into());
+        statistics.ran_in_vain();
         let report = statistics.report("m", "1");
-        assert_eq!((report.inference_count, report.execution_count), (3, 1));
+        assert_eq!((report.inference_count, report.execution_count), (3, 2));
+        assert_eq!(statistics.failures(), [0, 0, 1, 0]);
         let stats = report.inference_stats.unwrap();
         assert_eq!(stats.success, Some(StatisticDuration { count: 3, ns: 1810 }));
         assert_eq!(stats.compute_infer, Some(StatisticDuration { count: 2, ns: 1400 }));

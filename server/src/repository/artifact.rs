@@ -10,7 +10,7 @@ use std::{
 };
 
 use sensorium_artifact::{Digest, MANIFEST_FILE, Manifest, Store};
-use sensorium_engine::{Engine, Pipeline, PipelineError, Signature, open_graph};
+use sensorium_engine::{Engine, Pipeline, PipelineError, SameFile, Signature, open_graph};
 use sensorium_proto::inference::{ModelConfig, ModelDynamicBatching, model_config::SchedulingChoice};
 use sensorium_telemetry::error_line;
 use tempfile::TempDir;
@@ -124,7 +124,9 @@ fn open(
         let pipeline = Pipeline::new(&folder.path, manifest, opening.limits).map_err(failed)?;
         let (digest, pool) = (digest.to_string(), opening.pool.clone());
         let max_rows = opening.batching.max_rows;
-        let multimodal = Arc::new(Multimodal::new(name.to_owned(), digest, pipeline, graphs, pool, max_rows));
+        let served = opening.metrics.served(name, &version.to_string());
+        let multimodal = Multimodal::new(name.to_owned(), digest, pipeline, graphs, pool, max_rows);
+        let multimodal = Arc::new(multimodal.in_metrics(served));
         if let Some(interface) = multimodal.interface() {
             let config = ModelConfig {
                 name: name.to_owned(),
@@ -154,13 +156,17 @@ struct Engines {
 
 /// One engine of this process.
 fn here(folder: &Folder, graph: &sensorium_artifact::Graph, opening: &Opening) -> Result<Engines, PipelineError> {
+    let same = SameFile::at(&folder.path.join(&graph.file));
     let engine = open_graph(&folder.path, graph, opening.engine)?;
     let reopen: Reopen = {
         let (folder, graph, options) = (folder.clone(), graph.clone(), opening.engine);
         Arc::new(move || {
             // The whole of it: a closure captures no more than the fields that it names.
             let Folder { path, _kept } = &folder;
-            open_graph(path, &graph, options).map_err(|error| error_line(&error))
+            let is_same = || same.check().map_err(|error| error_line(&error));
+            is_same()?;
+            let engine = open_graph(path, &graph, options).map_err(|error| error_line(&error))?;
+            is_same().map(|()| engine)
         })
     };
     Ok(Engines {
@@ -230,7 +236,8 @@ fn open_one(name: &str, version: u64, engines: Engines, opening: &Opening) -> st
     };
     let scheduler = Scheduler::start(setup, &signature).map_err(std::io::Error::other)?;
     let runs = Runs::Graph(Graph::new(name.to_owned(), signature, scheduler, None), binding);
-    Ok(ModelVersion::new(version.to_string(), config, interface, statistics, runs))
+    let model = ModelVersion::new(version.to_string(), config, interface, statistics, runs);
+    Ok(model.in_metrics(opening.metrics.served(name, &version.to_string())))
 }
 
 #[cfg(test)]

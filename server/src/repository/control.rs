@@ -45,8 +45,7 @@ impl Registry {
     /// [`LoadError`] for the first artifact that cannot be served, or a repository that cannot be read.
     pub async fn open(config: RepositoryConfig, opening: Opening) -> Result<Self, LoadError> {
         let places = config.repositories.iter().map(|repository| {
-            let failed = |source| LoadError::Remote { path: repository.clone(), source: Box::new(source) };
-            Place::parse(repository, &opening).map_err(failed)
+            Place::parse(repository, &opening).map_err(|source| LoadError::remote(repository, source))
         });
         let places = places.collect::<Result<_, _>>()?;
         let registry = Self(Arc::new(super::Inner {
@@ -70,7 +69,7 @@ impl Registry {
         if let Err(error) = registry.refresh().await {
             // Who polls asks again soon, and serves until then what was fetched before.
             let is_asked_again = matches!(registry.0.config.mode, ControlMode::Poll(_));
-            if !is_asked_again || registry.look()?.is_empty() {
+            if !is_asked_again || registry.look().map_or(true, |found| found.is_empty()) {
                 return Err(error);
             }
             tracing::warn!(error = error_line(&error), "the models are as they were fetched before");
@@ -86,7 +85,10 @@ impl Registry {
         };
         // As they were before they were opened: what changes meanwhile is another.
         let watched = match registry.0.config.mode {
-            ControlMode::Poll(interval) => Some((interval, poll::fingerprints(found))),
+            ControlMode::Poll(interval) => {
+                let whole = found.into_iter().filter(|(name, path)| registry.missing(name, path).is_none());
+                Some((interval, poll::fingerprints(whole.collect())))
+            }
             ControlMode::None | ControlMode::Explicit => None,
         };
         registry.bring_all(wanted).await;
@@ -130,20 +132,35 @@ impl Registry {
     ///
     /// # Errors
     /// [`LoadError::Remote`].
-    pub(super) async fn refresh(&self) -> Result<(), LoadError> {
-        self.refresh_before(|_| false).await
-    }
-
-    /// As [`Registry::refresh`], up to the first one that is here and `has` what is asked for.
-    async fn refresh_before(&self, has: impl Fn(&Path) -> bool) -> Result<(), LoadError> {
-        for (place, uri) in self.0.places.iter().zip(&self.0.config.repositories) {
-            if place.is_here() && has(place.path()) {
-                break;
-            }
-            let failed = |source| LoadError::Remote { path: uri.clone(), source: Box::new(source) };
-            place.refresh().await.map_err(failed)?;
+    async fn refresh(&self) -> Result<(), LoadError> {
+        for (place, uri) in self.places() {
+            place.refresh().await.map_err(|source| LoadError::remote(uri, source))?;
         }
         Ok(())
+    }
+
+    /// The same for a load of `name`, to which only the repository that has it has to answer.
+    async fn refresh_for(&self, name: &str) -> Result<(), LoadError> {
+        let has = |place: &Place| folder::is_model_name(name) && place.path().join(name).is_dir();
+        let (mut is_found, mut failed) = (false, None);
+        for (place, uri) in self.places() {
+            if !is_found && place.is_here() && has(place) {
+                return Ok(());
+            }
+            let refreshed = place.refresh().await.map_err(|source| LoadError::remote(uri, source));
+            let is_its_own = !is_found && has(place);
+            is_found |= is_its_own;
+            match refreshed {
+                Err(error) if is_its_own => return Err(error),
+                Err(error) => drop(failed.get_or_insert(error)),
+                Ok(()) => {}
+            }
+        }
+        if is_found { Ok(()) } else { failed.map_or(Ok(()), Err) }
+    }
+
+    fn places(&self) -> impl Iterator<Item = (&Place, &String)> {
+        self.0.places.iter().zip(&self.0.config.repositories)
     }
 
     /// Loads a model, or loads it again: what is in flight finishes on the old one. A load that has begun ends, whether or not
@@ -170,12 +187,11 @@ impl Registry {
         _changing: OwnedMutexGuard<()>,
     ) -> Result<(), ControlError> {
         let failed = |error: LoadError| ControlError::Failed { name: name.to_owned(), reason: error_line(&error) };
-        if self.0.background.is_cancelled() {
+        // A bucket that does not answer must not hold the end.
+        let Some(refreshed) = self.0.background.run_until_cancelled(self.refresh_for(name)).await else {
             return Err(ControlError::Failed { name: name.to_owned(), reason: "this server ends".to_owned() });
-        }
-        self.refresh_before(|repository| folder::is_model_name(name) && repository.join(name).is_dir())
-            .await
-            .map_err(failed)?;
+        };
+        refreshed.map_err(failed)?;
         let mut course = Course::default();
         let brought = self.bring(name, parameters, &[], &mut course).await;
         self.check_above(&course.brought);
@@ -290,6 +306,9 @@ impl Registry {
         above: &[&str],
         course: &mut Course,
     ) -> Result<Loaded, String> {
+        if let Some(reason) = self.missing(name, &path) {
+            return Err(reason);
+        }
         let cut_short = |_| "opening it was cut short".to_owned();
         let own = name.to_owned();
         let found =
@@ -366,12 +385,14 @@ impl Registry {
         let mut below = if dependents { steps_of(name) } else { BTreeSet::new() };
         self.remove(&unit);
         while let Some(step) = below.pop_first() {
-            let is_wanted = self.read().by_name.get(&step).is_some_and(|entry| entry.is_wanted);
+            // What comes with it goes with it.
+            let Some(unit) = self.read().by_name.get(&step).map(|entry| entry.unit.clone()) else { continue };
+            let (is_wanted, names) = self.read().unit(&unit);
             let is_needed =
-                || self.loaded().iter().any(|model| model.steps().iter().any(|(needed, _)| *needed == step));
+                || self.loaded().iter().any(|model| model.steps().iter().any(|(needed, _)| names.contains(*needed)));
             if !is_wanted && !is_needed() {
-                below.extend(steps_of(&step));
-                self.remove(&step);
+                below.extend(self.steps_of(&names));
+                self.remove(&unit);
             }
         }
         Ok(())
@@ -406,6 +427,25 @@ impl Registry {
         }
     }
 
+    /// Why the folder of a model is not here as a whole, where it is in a bucket.
+    fn missing(&self, name: &str, path: &Path) -> Option<String> {
+        let place = self.0.places.iter().find(|place| place.path().join(name) == path)?;
+        place.missing(name)
+    }
+
+    /// Says in the index why a model cannot be what it is in its bucket.
+    pub(super) fn note_missing(&self, name: &str) {
+        let origin = self.origin(name, &LoadParameters::default());
+        if let Some(Origin::Folder(path)) = origin
+            && let Some(reason) = self.missing(name, &path)
+        {
+            if !self.read().by_name.contains_key(name) {
+                self.loading(name);
+            }
+            self.note_failure(name, 0, &reason);
+        }
+    }
+
     /// Notes why a version could not be loaded. Where an older load of it still answers, that is what the reason is about.
     fn note_failure(&self, name: &str, version: u64, reason: &str) {
         let mut models = self.write();
@@ -422,9 +462,14 @@ impl Registry {
         }
     }
 
+    /// No model comes any more, and nobody looks after repositories.
+    pub fn end_changes(&self) {
+        self.0.background.cancel();
+    }
+
     /// Runs what waits and closes every engine. Nothing is admitted any more, and no model comes.
     pub async fn stop(&self) {
-        self.0.background.cancel();
+        self.end_changes();
         let _changing = self.0.changing.lock().await;
         for graph in self.graphs() {
             graph.stop().await;

@@ -72,6 +72,13 @@ pub enum LoadError {
     },
 }
 
+impl LoadError {
+    /// What is wrong with the repository at `uri`.
+    pub(super) fn remote(uri: &str, source: ArtifactError) -> Self {
+        Self::Remote { path: uri.to_owned(), source: Box::new(source) }
+    }
+}
+
 /// Why a client's wish to load or unload a model was not granted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ControlError {

@@ -9,6 +9,7 @@ mod engines;
 mod error;
 mod folder;
 mod iteration;
+mod lengths;
 mod openers;
 mod peers;
 mod place;
@@ -41,7 +42,7 @@ pub use self::{
 };
 use crate::{
     error::InferError,
-    metrics::Metrics,
+    metrics::{CacheCounts, Counts, Metrics},
     model::{Graph, ModelVersion, Multimodal, ResponseCache},
     pool::CpuPool,
     scheduler::{Batching, Slots},
@@ -194,6 +195,12 @@ struct Models {
 }
 
 impl Models {
+    /// Whether anybody asked for something of `unit` by name, and what is of it.
+    fn unit(&self, unit: &str) -> (bool, BTreeSet<String>) {
+        let entries = || self.by_name.iter().filter(|(_, entry)| entry.unit == unit);
+        (entries().any(|(_, entry)| entry.is_wanted), entries().map(|(name, _)| name.clone()).collect())
+    }
+
     /// What was loaded from `unit`.
     fn of_unit(&self, unit: &str) -> impl Iterator<Item = &Arc<ModelVersion>> {
         let entries = self.by_name.values().filter(move |entry| entry.unit == unit);
@@ -337,6 +344,16 @@ impl Registry {
             .filter(|model| name.is_empty() || model.name() == name)
             .map(|model| model.statistics())
             .collect())
+    }
+
+    /// What every version that is ready has counted.
+    pub(crate) fn counts(&self) -> Vec<Counts> {
+        self.loaded().iter().map(|model| model.counts()).collect()
+    }
+
+    /// What the response cache has done.
+    pub(crate) fn cache_counts(&self) -> CacheCounts {
+        self.0.opening.responses.counts()
     }
 
     /// Every model version there is, or those that are ready. A model that lies in a repository and that nobody asked for

@@ -1,8 +1,13 @@
 //! Where repositories are.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use sensorium_artifact::{ArtifactError, Mirror, Volumes};
+use sensorium_telemetry::error_line;
 
 use super::Opening;
 
@@ -11,8 +16,11 @@ use super::Opening;
 pub(super) enum Place {
     Folder(PathBuf),
     /// A copy of what is in a bucket.
-    Mirror(Mirror),
+    Mirror(Mirror, Missing),
 }
+
+/// Why models of a bucket are not here as a whole, by name.
+pub(super) type Missing = Arc<Mutex<BTreeMap<String, String>>>;
 
 impl Place {
     /// A path, or the URI of a folder or prefix.
@@ -26,7 +34,7 @@ impl Place {
 
     fn parse_with(repository: &str, volumes: &Volumes, cache: &Path) -> Result<Self, ArtifactError> {
         if repository.starts_with("s3://") {
-            return Mirror::open(repository, cache).map(Self::Mirror);
+            return Mirror::open(repository, cache).map(|mirror| Self::Mirror(mirror, Missing::default()));
         }
         if repository.contains("://") {
             return volumes.local_path(repository).map(Self::Folder);
@@ -43,18 +51,36 @@ impl Place {
     pub(super) fn path(&self) -> &Path {
         match self {
             Self::Folder(path) => path,
-            Self::Mirror(mirror) => mirror.folder(),
+            Self::Mirror(mirror, _) => mirror.folder(),
         }
     }
 
-    /// Makes a copy what its original is now.
+    /// Makes a copy what its original is now. A model of which something could not be had is [`Place::missing`], and keeps no others from coming.
     ///
     /// # Errors
-    /// The remote store's.
+    /// The remote store's, where it does not say what there is.
     pub(super) async fn refresh(&self) -> Result<(), ArtifactError> {
+        let Self::Mirror(mirror, missing) = self else { return Ok(()) };
+        let (now, refreshed) = match mirror.refresh().await {
+            Ok(missing) => (missing.into_iter().map(|(model, error)| (model, error_line(&error))).collect(), Ok(())),
+            Err(error) => {
+                let half = |model| (model, "only a part of it has been fetched".to_owned());
+                (mirror.partial().into_iter().map(half).collect::<BTreeMap<_, _>>(), Err(error))
+            }
+        };
+        let before = std::mem::replace(&mut *missing.lock().unwrap_or_else(PoisonError::into_inner), now.clone());
+        // Once.
+        for (model, reason) in now.iter().filter(|(model, reason)| before.get(*model) != Some(*reason)) {
+            tracing::warn!(model, reason, "a model could not be fetched, and it stays as it is");
+        }
+        refreshed
+    }
+
+    /// Why a model is not here as a whole, where it is not.
+    pub(super) fn missing(&self, model: &str) -> Option<String> {
         match self {
-            Self::Folder(_) => Ok(()),
-            Self::Mirror(mirror) => mirror.refresh().await,
+            Self::Folder(_) => None,
+            Self::Mirror(_, missing) => missing.lock().unwrap_or_else(PoisonError::into_inner).get(model).cloned(),
         }
     }
 }

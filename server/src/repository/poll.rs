@@ -30,11 +30,14 @@ struct Watched {
     models: BTreeMap<String, PathBuf>,
     /// What fetches it, while that lasts.
     fetching: Option<AbortOnDropHandle<Result<(), ArtifactError>>>,
+    /// Whether it could not be read at the last look, which has been said.
+    is_away: bool,
 }
 
 impl Watched {
     fn new(place: &Place) -> Self {
-        Self { place: place.clone(), models: folder::models(place.path()).unwrap_or_default(), fetching: None }
+        let models = folder::models(place.path()).unwrap_or_default();
+        Self { place: place.clone(), models, fetching: None, is_away: false }
     }
 
     /// Whether it is here as a whole; a bucket is fetched before, and goes on being fetched after `patience`.
@@ -48,23 +51,34 @@ impl Watched {
         });
         let Ok(fetched) = time::timeout(patience, fetching).await else { return false };
         self.fetching = None;
-        if let Ok(Err(error)) = &fetched {
+        let is_here = matches!(fetched, Ok(Ok(())));
+        if let Ok(Err(error)) = &fetched
+            && !self.is_away
+        {
+            // Once, as all that can be said of the next looks is the same.
             tracing::warn!(error = error_line(error), "the models of a repository stay as they are");
         }
-        matches!(fetched, Ok(Ok(())))
+        self.is_away = !is_here;
+        is_here
     }
 
     /// Its models. Blocks.
     fn look(&mut self, is_whole: bool) -> Look {
         let read = if is_whole { folder::models(self.place.path()).map(Some) } else { Ok(None) };
-        let found = read.unwrap_or_else(|error| {
-            let path = self.place.path().display().to_string();
-            tracing::warn!(path, %error, "a repository cannot be read, and its models stay as they are");
-            None
+        let read = read.inspect_err(|error| {
+            if !self.is_away {
+                let path = self.place.path().display().to_string();
+                tracing::warn!(path, %error, "a repository cannot be read, and its models stay as they are");
+            }
         });
+        self.is_away = !is_whole || read.is_err();
+        let found = read.unwrap_or(None);
         let Some(found) = found else { return self.models.keys().map(|name| (name.clone(), None)).collect() };
         self.models.clone_from(&found);
-        fingerprints(found)
+        let (whole, missing) = found.into_iter().partition(|(name, _)| self.place.missing(name).is_none());
+        let mut look = fingerprints(whole);
+        look.extend(BTreeMap::into_iter(missing).map(|(name, _)| (name, None)));
+        look
     }
 }
 
@@ -103,6 +117,9 @@ async fn watch(registry: Weak<Inner>, interval: Duration, mut repositories: Vec<
             tracing::info!(model = name, "gone from its repository");
             registry.remove(&name);
             loaded.remove(&name);
+        }
+        for name in now.iter().filter(|(_, found)| found.is_none()).map(|(name, _)| name) {
+            registry.note_missing(name);
         }
         if !stable.is_empty() {
             // Also after a failure: it is tried again when something changes.
@@ -179,7 +196,7 @@ pub(super) fn fingerprints(found: BTreeMap<String, PathBuf>) -> Look {
 mod tests {
     use sensorium_artifact::Mirror;
 
-    use super::*;
+    use super::{super::place::Missing, *};
 
     fn loaded(models: &[(&str, u64)]) -> Loaded {
         models.iter().map(|(name, fingerprint)| ((*name).to_owned(), *fingerprint)).collect()
@@ -236,7 +253,8 @@ mod tests {
         for model in [mirror.folder().join("both"), mirror.folder().join("far"), here.join("both"), here.join("near")] {
             std::fs::create_dir_all(model).unwrap();
         }
-        let mut repositories = [Place::Mirror(mirror), Place::Folder(here.clone())].map(|place| Watched::new(&place));
+        let mut repositories =
+            [Place::Mirror(mirror, Missing::default()), Place::Folder(here.clone())].map(|place| Watched::new(&place));
         let fetched = repositories.iter_mut().map(|repository| repository.fetch(Duration::from_millis(50)));
         let are_whole = join_all(fetched).await;
         assert_eq!(are_whole, [false, true]);

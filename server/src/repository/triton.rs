@@ -15,7 +15,7 @@ use super::{
     config::{self, Written},
     engines,
     folder::{Folder, fingerprint},
-    iteration, openers,
+    iteration, lengths, openers,
 };
 use crate::{
     inside::inside,
@@ -111,8 +111,9 @@ impl Found {
             match opened.and_then(labelled) {
                 Ok((model, remark)) => {
                     loaded.remarks.extend(remark.map(|remark| (version, remark)));
-                    let metrics = opening.metrics.graph(name, &version.to_string());
-                    loaded.versions.push(model.with_cache(&opening.responses, metrics));
+                    let (metrics, served) = (&opening.metrics, version.to_string());
+                    let cached = model.with_cache(&opening.responses, || metrics.graph(name, &served));
+                    loaded.versions.push(cached.in_metrics(metrics.served(name, &served)));
                 }
                 Err(reason) => {
                     loaded.failed.insert(version, reason);
@@ -188,8 +189,12 @@ fn open_version(
         Arc::new(move || {
             // An engine that died is opened again from the same file, so that stays.
             let _kept = &own;
-            same.check().map_err(|error| error_line(&error))?;
-            (opener.open)(&file, options, &declared).map_err(|error| error_line(&error))
+            let open = || {
+                same.check()?;
+                let engine = (opener.open)(&file, options, &declared)?;
+                same.check().map(|()| engine)
+            };
+            open().map_err(|error| error_line(&error))
         })
     };
     let mut engines = engines::open(count, &reopen)?;
@@ -213,6 +218,10 @@ fn open_version(
     let sample = engines::warm_up(&mut engines, &config, &binding, folder)?;
     let mut policy = Policy::of_model(&config, opening.batching)?;
     policy.padding = engines::padding(&config)?;
+    if let Some(padding) = policy.padding.as_mut().filter(|_| binding.ragged.joins().is_empty()) {
+        let shown: Vec<usize> = binding.outputs.iter().map(|bound| bound.index).collect();
+        padding.follows = lengths::follows(engines[0].as_mut(), padding, &shown)?;
+    }
     if config.parameters.contains_key(RESET_METHOD) && interface.max_rows.is_some_and(|rows| rows > 1) {
         return Err(format!(
             "its parameter {RESET_METHOD} forgets all rows of an instance at once; write max_batch_size: 0, and as many \

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     blocking::{aside, in_place},
     model::ModelVersion,
-    service::{Call, mark},
+    service::mark,
 };
 
 pub(super) async fn generate(
@@ -38,10 +38,11 @@ pub(super) async fn generate(
     headers: HeaderMap,
     body: Arriving,
 ) -> Result<Response, Refusal> {
+    let call = rest.service.call(&headers)?;
     // Until there is an answer.
     let held = body.tally();
     let (_, request) = read(&rest, target, &headers, body).await?;
-    let answer = rest.service.infer(request, &Call::new(&headers)).await?;
+    let answer = rest.service.infer(request, &call).await?;
     let size = answer.raw_output_contents.iter().map(Bytes::len).sum();
     drop(held);
     let text = aside(size, move || answer_object(answer)).await?;
@@ -56,7 +57,7 @@ pub(super) async fn generate_stream(
     headers: HeaderMap,
     body: Arriving,
 ) -> Result<Response, Refusal> {
-    let call = Call::new(&headers);
+    let call = rest.service.call(&headers)?;
     let held = body.tally();
     let (model, request) = read(&rest, target, &headers, body).await?;
     if !model.iterates() {
@@ -93,17 +94,19 @@ fn events(answers: impl Stream<Item = Result<ModelInferResponse, Status>> + Send
 type Asked = (Arc<ModelVersion>, ModelInferRequest);
 
 async fn read(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<Asked, Refusal> {
-    try_read(rest, target, headers, body).await.inspect_err(|refusal| rest.service.refused(refusal.code()))
+    let read = try_read(rest, &target, headers, body).await;
+    let unread = |refusal: &Refusal| rest.service.unread(&target.model, &target.version, refusal.code());
+    let (model, mut request) = read.inspect_err(unread)?;
+    (request.model_name, request.model_version) = (target.model, target.version);
+    Ok((model, request))
 }
 
-async fn try_read(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<Asked, Refusal> {
+async fn try_read(rest: &Rest, target: &Target, headers: &HeaderMap, body: Arriving) -> Result<Asked, Refusal> {
     let growth = Growth::new(body.tally());
     let body = body::read(headers, body, rest.max_bytes).await?;
     let model = rest.service.model(&target.model, &target.version)?;
     let own = model.clone();
-    let mut request = aside(body.len(), move || fields(&own, &body, growth)).await?;
-    request.model_name = target.model;
-    request.model_version = target.version;
+    let request = aside(body.len(), move || fields(&own, &body, growth)).await?;
     Ok((model, request))
 }
 

@@ -19,13 +19,7 @@ use super::{
     response::{self, Wanted},
     tensor::Growth,
 };
-use crate::{
-    blocking::aside,
-    budget::Tally,
-    model::ModelVersion,
-    service::{Call, Service},
-    wire,
-};
+use crate::{blocking::aside, budget::Tally, model::ModelVersion, service::Service, wire};
 
 /// The handler by itself, for whoever spares the request its way through the router: of a dozen routes this is the one that
 /// is called all the time.
@@ -64,11 +58,13 @@ pub(super) async fn infer(
 }
 
 async fn answer(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving) -> Result<Response, Refusal> {
-    let call = Call::new(headers);
+    let call = rest.service.call(headers)?;
     // Until there is an answer.
     let _held = body.tally();
-    let read = read(rest, target, headers, body).await;
-    let (request, wanted) = read.inspect_err(|refusal| rest.service.refused(refusal.code()))?;
+    let read = read(rest, &target, headers, body).await;
+    let unread = |refusal: &Refusal| rest.service.unread(&target.model, &target.version, refusal.code());
+    let (mut request, wanted) = read.inspect_err(unread)?;
+    (request.model_name, request.model_version) = (target.model, target.version);
     let answer = rest.service.infer(request, &call).await?;
     let size = answer.raw_output_contents.iter().map(Bytes::len).sum();
     let written = aside(size, move || response::write(answer, &wanted)).await.map_err(Refusal::invalid)?;
@@ -78,14 +74,14 @@ async fn answer(rest: &Rest, target: Target, headers: &HeaderMap, body: Arriving
 /// A request that has arrived. What it takes beyond its bytes on the wire is taken with them.
 async fn read(
     rest: &Rest,
-    target: Target,
+    target: &Target,
     headers: &HeaderMap,
     body: Arriving,
 ) -> Result<(ModelInferRequest, Wanted), Refusal> {
     let growth = Growth::new(body.tally());
     let body = body::read(headers, body, rest.max_bytes).await?;
     let length = headers.get(HEADER_LENGTH).map(|value| value.to_str().unwrap_or("?").to_owned());
-    let (mut request, wanted) = if length.as_deref() == Some("0") {
+    let read = if length.as_deref() == Some("0") {
         // Who sends bytes alone can say nothing of the way back, and reads bytes.
         let wanted = Wanted { all: true, ..Wanted::default() };
         (raw(&*rest.service.model(&target.model, &target.version)?, body)?, wanted)
@@ -94,9 +90,7 @@ async fn read(
         let text = length.as_ref().and_then(|length| length.parse().ok()).unwrap_or(body.len());
         aside(text, move || request::read(&body, length.as_deref(), growth)).await?
     };
-    request.model_name = target.model;
-    request.model_version = target.version;
-    Ok((request, wanted))
+    Ok(read)
 }
 
 /// A body that is nothing but the one input of a model, whose shape the model's configuration gives up to one size. A

@@ -37,7 +37,7 @@ pub(super) struct Queue {
     pub(super) shapes: Shapes,
     pub(super) metrics: GraphMetrics,
     /// How many wait, as it is shown.
-    waiting: Waiting,
+    pub(super) waiting: Waiting,
     pub(super) statistics: Arc<Statistics>,
     /// Where the callers are, if there is one.
     pub(super) runtime: Option<Handle>,
@@ -165,7 +165,8 @@ impl Queue {
                 return Err(ScheduleError::TooLate { graph: self.graph.clone(), expected });
             }
         }
-        let job = Job { work, reply, span: Span::current(), admitted: now, place: None };
+        let admitted = work.since.unwrap_or(now);
+        let job = Job { work, reply, span: Span::current(), admitted, place: None };
         let number = state.line.push(&self.policy, ticket, job).map_err(|refused| self.refusal(refused))?;
         self.waiting.set(state.line.len());
         let is_promised = self.callers_may_run && state.promise(now);

@@ -45,11 +45,11 @@ use self::{
     shape::Shapes,
 };
 pub use self::{
-    policy::{Delay, Join, Padding, Policy, QueuePolicy},
+    policy::{Delay, Follows, Join, Padding, Policy, QueuePolicy},
     slots::Slots,
 };
 use crate::{
-    metrics::GraphMetrics,
+    metrics::{Elsewhere, GraphMetrics},
     model::{Statistics, Timings},
 };
 
@@ -73,6 +73,8 @@ pub struct Work {
     pub timeout: Option<Duration>,
     /// When its caller stops waiting.
     pub deadline: Option<Instant>,
+    /// Since when it waits, where it has waited for something else before.
+    pub since: Option<Instant>,
     /// Whether the server itself asks, to see that the engine runs: such work runs alone and counts nowhere.
     pub is_probe: bool,
 }
@@ -267,6 +269,7 @@ impl Scheduler {
         if let Some(timeout) = place.timeout.filter(|timeout| deadline.is_none_or(|deadline| *timeout < deadline)) {
             outcome = tokio::time::timeout_at(timeout.into(), &mut answer).await.ok();
             if outcome.is_none() && place.withdraw() {
+                self.runner.queue.metrics.abandoned();
                 return Err(ScheduleError::TimedOut { graph: graph() });
             }
         }
@@ -279,6 +282,11 @@ impl Scheduler {
         };
         place.leave();
         outcome.unwrap_or_else(|_| Err(ScheduleError::Stopped { graph: graph() }))
+    }
+
+    /// One more waits for this graph, before it comes to its queue, until this is dropped.
+    pub(crate) fn waits(&self) -> Elsewhere<'_> {
+        self.runner.queue.waiting.more(1)
     }
 
     /// Time since an engine last ran something without failing; `None` before one did.

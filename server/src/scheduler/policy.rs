@@ -71,6 +71,19 @@ pub struct QueuePolicy {
 pub struct Padding {
     /// The value for each input, by name.
     pub values: BTreeMap<String, f64>,
+    /// For each output of the graph, which of its sizes follow those of inputs; `None` where only their names tell.
+    pub follows: Option<Vec<Vec<Follows>>>,
+}
+
+/// A size of an output that is as large as one of an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Follows {
+    /// Which size of the output.
+    pub axis: usize,
+    /// Which input.
+    pub input: usize,
+    /// Which size of that.
+    pub followed: usize,
 }
 
 impl Eq for Padding {}

@@ -12,8 +12,9 @@ use std::{
 
 use bytes::BytesMut;
 use sensorium_engine::{Engine, EngineError, RawTensor, Waiters};
-use sensorium_telemetry::error_line;
+use sensorium_telemetry::{error_line, record_end};
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 
 use super::{
     Done, LONGEST_PROBE, ScheduleError, Work,
@@ -66,17 +67,17 @@ impl fmt::Debug for Ready {
 /// What is written down of some jobs that run at once.
 #[derive(Clone, Copy)]
 struct Batch {
-    /// When they were taken from the queue.
-    taken: Instant,
+    /// When an engine began with them.
+    begun: Instant,
     rows: usize,
     /// Whether the server itself asks: that counts nowhere.
     is_probe: bool,
 }
 
 impl Batch {
-    fn of(jobs: &[Job], taken: Instant) -> Self {
+    fn of(jobs: &[Job], begun: Instant) -> Self {
         let rows = jobs.iter().map(|job| job.work.rows).sum();
-        Self { taken, rows, is_probe: jobs.iter().any(|job| job.work.is_probe) }
+        Self { begun, rows, is_probe: jobs.iter().any(|job| job.work.is_probe) }
     }
 }
 
@@ -98,20 +99,22 @@ impl Runner {
     /// Runs `jobs` on `ready` and puts the answers into `outbox`. Slots that are not `held` are waited for.
     pub(super) fn run_batch(&self, ready: &mut Ready, mut jobs: Vec<Job>, held: Option<Held<'_>>, outbox: &mut Outbox) {
         let queue = &self.queue;
-        let batch = Batch::of(&jobs, Instant::now());
-        for job in jobs.iter().filter(|_| !batch.is_probe) {
-            queue.metrics.queued(batch.taken.saturating_duration_since(job.admitted));
-        }
+        let taken = Instant::now();
         let mut owed = Owed { queue, places: jobs.iter().filter_map(|job| job.place).collect() };
         let held = held.or_else(|| self.share.try_hold()).unwrap_or_else(|| {
             queue.deliver(outbox);
+            let _waiting = queue.waiting.more(jobs.len());
             self.share.hold()
         });
+        let batch = Batch::of(&jobs, Instant::now());
+        for job in jobs.iter().filter(|_| !batch.is_probe) {
+            queue.metrics.queued(batch.begun.saturating_duration_since(job.admitted));
+        }
         let Ready { engine, rooms, .. } = ready;
         let outcomes = self.outcomes(engine.as_mut(), &mut jobs, batch, rooms);
         drop(held);
         owed.places.clear();
-        let took = batch.taken.elapsed();
+        let took = taken.elapsed();
         (ready.was_busy, ready.took, ready.answered) = (true, took, jobs.len());
         let bytes = jobs.iter().map(|job| job.work.bytes()).sum();
         let is_answered = outcomes.iter().any(Result::is_ok);
@@ -139,7 +142,7 @@ impl Runner {
                 tracing::debug!(graph = self.queue.graph, requests = jobs.len(), %error, "batch failed, running its halves");
                 let (first, second) = jobs.split_at_mut(jobs.len() / 2);
                 let mut half = |jobs: &mut [Job]| {
-                    let batch = Batch::of(jobs, batch.taken);
+                    let batch = Batch::of(jobs, batch.begun);
                     self.outcomes(engine, jobs, batch, rooms)
                 };
                 let mut outcomes = half(first);
@@ -158,7 +161,7 @@ impl Runner {
         rooms: &mut Rooms,
     ) -> Result<Vec<Done>, ScheduleError> {
         let queue = &self.queue;
-        let Batch { taken, rows, is_probe } = batch;
+        let Batch { begun, rows, is_probe } = batch;
         let failed = |source| match source {
             EngineError::CutShort => ScheduleError::DeadlineExceeded { graph: queue.graph.clone() },
             source => ScheduleError::Engine { graph: queue.graph.clone(), source: Box::new(source) },
@@ -166,10 +169,12 @@ impl Runner {
         let unfit = || ScheduleError::Outputs { graph: queue.graph.clone(), rows };
 
         let span = tracing::info_span!(parent: None, "batch", model = queue.graph, rows, requests = jobs.len());
-        for job in &*jobs {
+        for job in jobs.iter().filter(|job| !job.span.is_none()) {
             span.follows_from(&job.span);
+            // Who looks at the request finds its batch, too.
+            job.span.follows_from(&span);
         }
-        let _entered = span.entered();
+        let _entered = span.enter();
         let started = Instant::now();
         let never_fills = self.never_fills.load(Ordering::Relaxed);
         let filling = if never_fills { 0 } else { queue.policy.filling(rows) };
@@ -179,8 +184,14 @@ impl Runner {
         let poll_gone = &mut |context: &mut Context<'_>| poll_gone(jobs, context);
         // What nobody asked for must not take an engine for good.
         let found = engine.run_for(&inputs, &wanted, Waiters { is_strict: is_probe, deadline, poll_gone });
-        let found = found.map_err(|error| failed(engine.signature().explain(&inputs, error)))?;
         let ran = Instant::now();
+        let found = found.map_err(|error| failed(engine.signature().explain(&inputs, error))).inspect_err(|error| {
+            record_end(&span, Code::Internal.into(), Some(&error_line(error)));
+            if !is_probe {
+                queue.metrics.ran(rows, ran - joined);
+                queue.statistics.ran_in_vain();
+            }
+        })?;
         let works = works_of(jobs);
         let found = if filling == 0 {
             found
@@ -213,7 +224,7 @@ impl Runner {
         }
         let done = |(outputs, job): (Vec<_>, &Job)| Done {
             outputs,
-            timings: Timings { queue: taken.saturating_duration_since(job.admitted), ..timings },
+            timings: Timings { queue: begun.saturating_duration_since(job.admitted), ..timings },
         };
         Ok(outputs.into_iter().zip(&*jobs).map(done).collect())
     }

@@ -8,7 +8,7 @@ use sensorium_engine::{DType, RawTensor, RawTensorError, Signature, element_size
 use super::{
     Work,
     extent::{self, Extent},
-    policy::{Join, Policy},
+    policy::{Follows, Join, Policy},
 };
 
 /// The sizes of a graph's inputs that requests decide, beyond the batch.
@@ -19,8 +19,8 @@ pub(super) struct Shapes {
     fills: Vec<Vec<u8>>,
     /// How inputs are put together that are no rows.
     joins: BTreeMap<usize, Join>,
-    /// Per output, the axes that grow when an input is padded: the output's axis, and the input and axis it follows.
-    grown: Vec<Vec<(usize, usize, usize)>>,
+    /// Per output, the sizes that grow when an input is padded.
+    grown: Vec<Vec<Follows>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -58,15 +58,16 @@ impl Shapes {
                 |axis: &&Axis| axis.is_padded && signature.input_symbol(axis.input, axis.position) == Some(symbol);
             axes.iter().find(followed).map(|axis| (axis.input, axis.position))
         };
-        let grown = (0..signature.outputs().len()).map(|output| {
+        let named = |output: usize| {
             let axes = 1..signature.outputs()[output].shape.len();
             let follows = |axis| {
                 let (input, followed) = padded(signature.output_symbol(output, axis)?)?;
-                Some((axis, input, followed))
+                Some(Follows { axis, input, followed })
             };
             axes.filter_map(follows).collect()
-        });
-        let grown = grown.collect();
+        };
+        let tried = policy.padding.as_ref().and_then(|padding| padding.follows.clone());
+        let grown = tried.unwrap_or_else(|| (0..signature.outputs().len()).map(named).collect());
         Ok(Self { axes, fills, joins: policy.joins.clone(), grown })
     }
 
@@ -147,12 +148,20 @@ impl Shapes {
     /// A request's rows of output `output` without what padding made of them.
     pub(super) fn trim(&self, output: usize, rows: RawTensor, work: &Work) -> Result<RawTensor, RawTensorError> {
         let mut shape = rows.shape().to_vec();
-        for &(axis, input, followed) in &self.grown[output] {
+        for &Follows { axis, input, followed } in &self.grown[output] {
             if let Some(size) = shape.get_mut(axis) {
                 *size = (*size).min(work.inputs[input].shape()[followed]);
             }
         }
-        let Some(size) = element_size(rows.dtype()).filter(|_| shape != rows.shape()) else { return Ok(rows) };
+        if shape == rows.shape() {
+            return Ok(rows);
+        }
+        let Some(size) = element_size(rows.dtype()) else {
+            let strings: Vec<&[u8]> = rows.strings().collect();
+            let mut kept = Vec::new();
+            runs(&shape, rows.shape(), 1, |_, from, length| kept.extend_from_slice(&strings[from..from + length]));
+            return RawTensor::from_strings(shape, &kept);
+        };
         let elements = RawTensor::element_count(rows.dtype(), &shape).unwrap_or(0);
         let mut data = BytesMut::with_capacity(elements * size);
         runs(&shape, rows.shape(), size, |_, from, length| data.extend_from_slice(&rows.data()[from..from + length]));
@@ -270,9 +279,27 @@ mod tests {
     }
 
     #[test]
+    fn what_padding_added_is_cut_off_texts_too() {
+        let grown = vec![vec![Follows { axis: 1, input: 0, followed: 1 }]];
+        let shapes = Shapes { axes: Vec::new(), fills: vec![Vec::new()], joins: BTreeMap::new(), grown };
+        let input = RawTensor::from_vec(DType::Int32, vec![2, 1], vec![7_i32, 8]).unwrap();
+        let work = Work { inputs: vec![input], rows: 2, ..Work::default() };
+        let numbers = RawTensor::from_vec(DType::Int32, vec![2, 2], vec![1_i32, 2, 3, 4]).unwrap();
+        assert_eq!(*shapes.trim(0, numbers, &work).unwrap().numbers::<i32>(), [1, 3]);
+        let texts = RawTensor::from_strings(vec![2, 2, 1], &["a", "-", "long", "-"]).unwrap();
+        let kept = RawTensor::from_strings(vec![2, 1, 1], &["a", "long"]).unwrap();
+        assert_eq!(shapes.trim(0, texts, &work).unwrap(), kept);
+    }
+
+    #[test]
     fn rows_without_elements_join_at_once_or_not_at_all() {
         let fills = vec![fill(DType::Fp32, 0.0).unwrap()];
-        let shapes = Shapes { axes: Vec::new(), fills, joins: BTreeMap::new(), grown: vec![vec![(1, 0, 1)]] };
+        let shapes = Shapes {
+            axes: Vec::new(),
+            fills,
+            joins: BTreeMap::new(),
+            grown: vec![vec![Follows { axis: 1, input: 0, followed: 1 }]],
+        };
         let empty = |size: i64| RawTensor::new(DType::Fp32, vec![1, size, 0], Bytes::new()).unwrap();
         let join = |parts: &[&RawTensor]| shapes.join(0, parts, &mut BytesMut::new());
         let (long, short) = (empty(1 << 40), empty(3));

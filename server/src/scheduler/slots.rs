@@ -8,7 +8,7 @@
 //! other, not all before everybody else. A model that was away does not save up: it begins where the others are.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -23,7 +23,6 @@ pub struct Slots(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     state: Mutex<Fair>,
-    freed: Condvar,
 }
 
 /// Who is next. Pure.
@@ -35,8 +34,8 @@ struct Fair {
     callers: usize,
     /// Runs that hold slots.
     running: Vec<Run>,
-    /// Virtual times of those that wait, with their ticket numbers.
-    waiting: BTreeSet<(Duration, u64)>,
+    /// Virtual times of those that wait, with their ticket numbers, and what wakes each: only the first has anything to do.
+    waiting: BTreeMap<(Duration, u64), Arc<Condvar>>,
     tickets: u64,
     /// The virtual time of whoever was served last: where newcomers begin.
     now: Duration,
@@ -85,7 +84,7 @@ pub(super) struct Held<'a> {
 impl Slots {
     /// As many slots as threads may run at a time, at least 1.
     pub fn new(count: usize) -> Self {
-        Self(Arc::new(Inner { state: Mutex::new(Fair::new(count.max(1))), freed: Condvar::new() }))
+        Self(Arc::new(Inner { state: Mutex::new(Fair::new(count.max(1))) }))
     }
 
     /// A claim for one more model, whose runs take `threads` threads each.
@@ -106,18 +105,24 @@ impl Share {
         let mut state = self.slots.lock();
         let (place, charged) = self.claim(&mut state);
         if !state.try_enter(place, self.width) {
-            state.waiting.insert(place);
+            let woken = Arc::new(Condvar::new());
+            state.waiting.insert(place, woken.clone());
             loop {
                 let now = Instant::now();
                 let next = state.forgive(now);
                 if state.try_enter(place, self.width) {
                     break;
                 }
-                let rest = next.map_or(PATIENCE, |next| next.saturating_duration_since(now));
-                state = self.slots.0.freed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0;
+                state = if state.is_first(place) {
+                    let rest = next.map_or(PATIENCE, |next| next.saturating_duration_since(now));
+                    woken.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0
+                } else {
+                    // Whoever is before it wakes it.
+                    woken.wait(state).unwrap_or_else(PoisonError::into_inner)
+                };
             }
-            // There may be enough left for the next.
-            self.slots.0.freed.notify_all();
+            // There may be enough left for the next, who looks at the clock from now on.
+            state.wake_first();
         }
         self.begin(&mut state, place.1, charged)
     }
@@ -163,7 +168,7 @@ impl Share {
 
 impl Fair {
     fn new(total: usize) -> Self {
-        let (running, waiting) = (Vec::new(), BTreeSet::new());
+        let (running, waiting) = (Vec::new(), BTreeMap::new());
         Self { total, free: total, callers: 0, running, waiting, tickets: 0, now: Duration::ZERO }
     }
 
@@ -184,7 +189,7 @@ impl Fair {
 
     /// Takes slots for `place` if they are free and nobody has a better claim.
     fn try_enter(&mut self, place: (Duration, u64), width: usize) -> bool {
-        let is_next = self.waiting.first().is_none_or(|first| *first >= place);
+        let is_next = self.waiting.first_key_value().is_none_or(|(first, _)| *first >= place);
         if self.free < width || !is_next {
             return false;
         }
@@ -192,6 +197,16 @@ impl Fair {
         self.free -= width;
         self.now = self.now.max(place.0);
         true
+    }
+
+    fn is_first(&self, place: (Duration, u64)) -> bool {
+        self.waiting.first_key_value().is_some_and(|(first, _)| *first == place)
+    }
+
+    fn wake_first(&self) {
+        if let Some((_, woken)) = self.waiting.first_key_value() {
+            woken.notify_one();
+        }
     }
 
     /// Gives the slots of runs to others that have had them for too long by `now`; when the next one will have.
@@ -234,16 +249,14 @@ impl Drop for Held<'_> {
             state.free -= self.share.width;
         }
         self.share.used.lock().unwrap_or_else(PoisonError::into_inner).settle(self.charged, took);
-        let others_wait = !state.waiting.is_empty();
-        drop(state);
-        if others_wait {
-            self.share.slots.0.freed.notify_all();
-        }
+        state.wake_first();
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn seconds(seconds: u64) -> Duration {
@@ -254,7 +267,7 @@ mod tests {
     fn the_model_that_used_least_goes_first() {
         let mut fair = Fair::new(1);
         assert!(fair.try_enter((seconds(5), 0), 1), "nobody else wants it");
-        fair.waiting.extend([(seconds(9), 1), (seconds(6), 2)]);
+        fair.waiting.extend([(seconds(9), 1), (seconds(6), 2)].map(|place| (place, Arc::default())));
         assert!(!fair.try_enter((seconds(6), 2), 1), "there is no slot");
         fair.free = 1;
         assert!(!fair.try_enter((seconds(9), 1), 1), "another has used less");
@@ -327,7 +340,7 @@ mod tests {
 
         fn ask(&mut self, model: usize) {
             let place = self.fair.place(&mut self.models[model].2);
-            self.fair.waiting.insert(place);
+            self.fair.waiting.insert(place, Arc::default());
             self.waiting.push((model, place, self.models[model].2.run));
             self.enter();
         }

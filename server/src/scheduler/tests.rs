@@ -17,7 +17,10 @@ use tokio::{runtime::Handle, sync::mpsc as tokio_mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use super::{Batching, Done, Policy, Reopen, ScheduleError, Scheduler, Setup, Slots, Work, shape::Shapes};
-use crate::{metrics::Metrics, model::Statistics};
+use crate::{
+    metrics::{CacheCounts, Metrics},
+    model::Statistics,
+};
 
 /// Doubles `x`. Fails on a negative number, loses its GPU by an infinite one, dies of a NaN, and says beforehand what it was given.
 struct Doubler {
@@ -178,7 +181,7 @@ impl Bench {
 
     /// Whether the page of metrics has this line.
     fn shows(&self, line: &str) -> bool {
-        self.metrics.encode(&[]).unwrap().lines().any(|own| own == line)
+        self.metrics.encode(&[], &CacheCounts::default()).unwrap().lines().any(|own| own == line)
     }
 
     /// A caller that waits for its answer, once its work is in the queue or in the engine.

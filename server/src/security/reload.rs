@@ -1,9 +1,10 @@
 //! Files that are read again when they change: certificates are renewed and tokens rotated without a restart.
 
 use std::{
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use sensorium_telemetry::error_line;
@@ -92,12 +93,22 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
     }
 }
 
-fn changes(files: &[PathBuf]) -> Vec<Option<SystemTime>> {
-    files.iter().map(|file| file.metadata().and_then(|metadata| metadata.modified()).ok()).collect()
+/// Device, inode and bytes of a file; when it was written, and when anything of it was changed: whoever replaces one may keep its time.
+type Stamp = ([u64; 3], [i64; 4]);
+
+fn changes(files: &[PathBuf]) -> Vec<Option<Stamp>> {
+    let stamp = |file: &PathBuf| {
+        let found = file.metadata().ok()?;
+        let times = [found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec()];
+        Some(([found.dev(), found.ino(), found.size()], times))
+    };
+    files.iter().map(stamp).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
 
     #[tokio::test]
@@ -122,6 +133,10 @@ mod tests {
         assert_eq!(*number.get(), 1);
         write("3", 3);
         while *number.get() != 3 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        write("4", 3);
+        while *number.get() != 4 {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }

@@ -3,15 +3,18 @@
 use std::time::{Duration, Instant};
 
 use sensorium_telemetry::Parent;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tonic::codegen::http::HeaderMap;
 
 /// One call, over gRPC or HTTP.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Call {
     /// When its caller stops waiting.
     pub deadline: Option<Instant>,
     /// The trace that it is part of.
     pub parent: Option<Parent>,
+    /// Its place among those that the drain waits for, where it has one before its body has come.
+    pub(super) running: Option<TaskTrackerToken>,
 }
 
 impl Call {
@@ -23,6 +26,7 @@ impl Call {
             // A deadline beyond what the clock can count is none.
             deadline: timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
             parent: text("traceparent").and_then(|parent| Parent::parse(parent, text("tracestate"))),
+            running: None,
         }
     }
 }

@@ -11,19 +11,26 @@ use bytes::Bytes;
 use futures::future::{Either, ready};
 use sensorium_proto::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use tokio_stream::{Stream, StreamExt as _};
-use tokio_util::task::AbortOnDropHandle;
-use tonic::{Status, Streaming};
-use tracing::Instrument as _;
+use tokio_util::task::{AbortOnDropHandle, task_tracker::TaskTrackerToken};
+use tonic::{Status, Streaming, codegen::http::HeaderMap};
+use tracing::{Instrument as _, Span};
 
 use super::{
     Call, Service, mark,
     replies::{Begun, End, Replies},
 };
-use crate::{budget::Tally, error::InferError, model::ModelVersion, wire};
+use crate::{
+    budget::{Taken, Tally},
+    error::InferError,
+    model::{ModelVersion, Request},
+    spans, wire,
+};
 
 /// Requests of one stream that are worked on at a time; many more where they are of sequences, which may wait for what comes behind
 /// them. A client that sends more waits, by the flow control of HTTP/2.
 const IN_FLIGHT: usize = 64;
+/// Bytes of a request that is under way, beside its message: its task, and what it waits with.
+const UNDER_WAY: usize = 8 << 10;
 /// A stream on which nothing has happened for so long does not hold a drain: its client may be about to send for longer than a
 /// message takes to come, and not for longer than anybody wants to wait.
 const QUIET: Duration = Duration::from_secs(1);
@@ -71,13 +78,18 @@ impl Service {
             // A stream may last for days: each of its messages gives its bytes back when it is answered.
             let message = tally.as_ref().filter(|_| request.is_ok()).and_then(Tally::claim_message);
             let grown = request.as_ref().map_or(Ok(None), |request| shared.0.claim_growth(request));
-            let grown = grown.inspect_err(|status| shared.0.refused(status.code()));
-            let is_of_sequence = request.as_ref().is_ok_and(|request| request.parameters.contains_key("sequence_id"));
             let found = request.as_ref().map(|request| {
                 let model = shared.0.model(&request.model_name, &request.model_version);
                 (model, request.id.clone(), request.model_name.clone())
             });
             let found = found.map_err(Status::clone);
+            let is_of_sequence = matches!(&found, Ok((Ok(model), ..)) if model.has_sequences());
+            // Of these there may be many, each of which is more than its message.
+            let kept = grown.and_then(|grown| {
+                let kept = is_of_sequence.then(|| shared.0.budget.claim(UNDER_WAY)).transpose();
+                kept.map(|kept| (grown, kept)).map_err(Status::from)
+            });
+            let grown = kept.inspect_err(|status| shared.0.refused(status.code()));
             match (found, request) {
                 (Ok((Ok(model), id, name)), Ok(request)) if model.iterates() && grown.is_ok() => {
                     let answers = shared.0.infer_many(model, request, shared.1.clone());
@@ -132,14 +144,17 @@ impl Service {
     ) -> Result<ModelInferResponse, Status> {
         let name = request.model_name.clone();
         let served = model.as_ref().ok().cloned();
-        let span = self.traces.request_span(&name, &request.id, call.parent.as_ref());
+        let version = served.as_ref().map(|model| model.version());
+        let span = self.traces.request_span(&name, version, &request.id, call.parent.as_ref());
         // Pinned here: a future that is handed on by value has room for itself in each of those that it is handed to.
         let answer = pin!(async {
             let model = model?;
-            accept(&model).map_err(|error| error.into_status(&name))?;
+            accept(&model)
+                .inspect_err(|error| model.refused(error.code()))
+                .map_err(|error| error.into_status(&name))?;
             self.run(&model, request, call).await.map_err(|error| error.into_status(&name))
         });
-        self.observed(served.as_deref().map(|model| (model.name(), model.version())), answer).instrument(span).await
+        self.observed(served.as_deref().map(ModelVersion::name), answer).instrument(span).await
     }
 
     async fn run(
@@ -148,22 +163,50 @@ impl Service {
         request: ModelInferRequest,
         call: &Call,
     ) -> Result<ModelInferResponse, InferError> {
-        let _running = self.admit()?;
         let id = request.id.clone();
+        let begun = self.begin(model, request, call).inspect_err(|error| model.refused(error.code()));
+        let (_running, _room, request, reply) = begun?;
+        let answer = within(call, pin!(model.infer(request))).await?;
+        spans::timed(&Span::current(), &answer.timings);
+        Ok(wire::encode(model, id, answer, &reply, &self.memory)?)
+    }
+
+    /// What a request needs before its model hears of it: a place among those that the drain waits for, and room for its answer.
+    fn begin(
+        &self,
+        model: &ModelVersion,
+        request: ModelInferRequest,
+        call: &Call,
+    ) -> Result<(TaskTrackerToken, Taken, Request, wire::Reply), InferError> {
+        let running = self.admit(call)?;
         let wire::Decoded { mut request, reply } = wire::decode(request, &self.memory)?;
         request.deadline = call.deadline;
         // Before anything runs: what is refused here has changed nothing, and may be tried again. Nobody knows how long an answer
         // stays that nobody reads.
         // One that finds little under way is let in whatever is expected, and shows whether that still holds.
         let expected = model.expected_answer(&request).min(self.budget.limit() / 2);
-        let _room = self.budget.claim(expected)?;
-        let answer = within(call, pin!(model.infer(request))).await?;
-        Ok(wire::encode(model, id, answer, &reply, &self.memory)?)
+        let room = self.budget.claim(expected)?;
+        Ok((running, room, request, reply))
+    }
+
+    /// A call that has come so far: the drain waits for the rest of it.
+    ///
+    /// # Errors
+    /// That there is one already.
+    pub(crate) fn call(&self, headers: &HeaderMap) -> Result<Call, Status> {
+        let mut call = Call::new(headers);
+        let running = self.admit(&call).map_err(|error| error.into_status(""));
+        call.running = Some(running.inspect_err(|status| self.refused(status.code()))?);
+        Ok(call)
     }
 
     /// A place among those that the drain waits for.
-    pub(super) fn admit(&self) -> Result<tokio_util::task::task_tracker::TaskTrackerToken, InferError> {
-        if self.running.is_closed() { Err(InferError::Draining) } else { Ok(self.running.token()) }
+    pub(super) fn admit(&self, call: &Call) -> Result<TaskTrackerToken, InferError> {
+        match &call.running {
+            Some(running) => Ok(running.clone()),
+            None if self.running.is_closed() => Err(InferError::Draining),
+            None => Ok(self.running.token()),
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::{
     time::{self, Instant},
 };
 use tokio_stream::Stream;
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::task::{AbortOnDropHandle, task_tracker::TaskTrackerToken};
 use tonic::Status;
 use tracing::Instrument as _;
 
@@ -77,7 +77,8 @@ impl Service {
     pub(crate) fn infer_many(&self, model: Arc<ModelVersion>, request: ModelInferRequest, call: Call) -> Answers {
         let (out, responses) = mpsc::channel(1);
         let service = self.clone();
-        let span = self.traces.request_span(&request.model_name, &request.id, call.parent.as_ref());
+        let span =
+            self.traces.request_span(&request.model_name, Some(model.version()), &request.id, call.parent.as_ref());
         let answered = async move {
             let name = request.model_name.clone();
             let ended = {
@@ -85,7 +86,7 @@ impl Service {
                     let steps = pin!(service.iterate(&model, request, &call, &out));
                     within(&call, steps).await.map_err(|error| error.into_status(&name))
                 });
-                service.observed(Some((model.name(), model.version())), steps).await
+                service.observed(Some(model.name()), steps).await
             };
             // Whoever unloads the model waits for this.
             drop(model);
@@ -105,17 +106,10 @@ impl Service {
         call: &Call,
         out: &mpsc::Sender<Result<(ModelInferResponse, bool), Status>>,
     ) -> Result<(), InferError> {
-        let _running = self.admit()?;
         let id = request.id.clone();
-        let wire::Decoded { mut request, reply } = wire::decode(request, &self.memory)?;
+        let decoded = self.decoded(request, call).inspect_err(|error| model.refused(error.code()));
+        let (_running, wire::Decoded { mut request, reply }) = decoded?;
         request.deadline = call.deadline;
-        if let Some((output, _)) = reply.outputs.iter().find(|(_, form)| matches!(form, Form::Shared(_))) {
-            return Err(InferError::Invalid(InvalidRequest::Parameter {
-                at: format!("output {:?}", wire::excerpt(output)),
-                name: "shared_memory_region".to_owned(),
-                reason: "the model has several responses, and each would overwrite the one before",
-            }));
-        }
         let (patience, asked) = (model.patience(), Instant::now());
         let steps = async {
             let mut is_first = true;
@@ -141,5 +135,23 @@ impl Service {
             ended = steps => ended,
             () = self.cut_short.cancelled() => Err(InferError::Draining),
         }
+    }
+
+    /// A place among those that the drain waits for, and what is asked.
+    fn decoded(
+        &self,
+        request: ModelInferRequest,
+        call: &Call,
+    ) -> Result<(TaskTrackerToken, wire::Decoded), InferError> {
+        let running = self.admit(call)?;
+        let decoded = wire::decode(request, &self.memory)?;
+        if let Some((output, _)) = decoded.reply.outputs.iter().find(|(_, form)| matches!(form, Form::Shared(_))) {
+            return Err(InferError::Invalid(InvalidRequest::Parameter {
+                at: format!("output {:?}", wire::excerpt(output)),
+                name: "shared_memory_region".to_owned(),
+                reason: "the model has several responses, and each would overwrite the one before",
+            }));
+        }
+        Ok((running, decoded))
     }
 }

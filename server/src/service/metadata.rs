@@ -3,13 +3,16 @@
 use sensorium_artifact::TensorSpec;
 use sensorium_proto::inference::{
     ModelConfigRequest, ModelConfigResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
-    ModelStatistics, ModelStatisticsRequest, ModelStatisticsResponse, ServerMetadataResponse,
-    model_metadata_response::TensorMetadata,
+    ModelStatisticsRequest, ModelStatisticsResponse, ServerMetadataResponse, model_metadata_response::TensorMetadata,
 };
 use tonic::Status;
 
 use super::Service;
-use crate::{model::ARTIFACT_DIGEST, wire};
+use crate::{
+    metrics::{CacheCounts, Counts},
+    model::ARTIFACT_DIGEST,
+    wire,
+};
 
 /// What `ServerMetadata` calls this server.
 const SERVER_NAME: &str = "sensorium";
@@ -74,9 +77,9 @@ impl Service {
         Ok(ModelConfigResponse { config: Some(model.config().clone()) })
     }
 
-    /// Of all models.
-    pub(crate) fn statistics(&self) -> Vec<ModelStatistics> {
-        self.repository.get().and_then(|repository| repository.statistics("", "").ok()).unwrap_or_default()
+    /// What all models have counted.
+    pub(crate) fn counts(&self) -> (Vec<Counts>, CacheCounts) {
+        self.repository.get().map(|repository| (repository.counts(), repository.cache_counts())).unwrap_or_default()
     }
 
     pub(crate) fn model_statistics(&self, request: &ModelStatisticsRequest) -> Result<ModelStatisticsResponse, Status> {

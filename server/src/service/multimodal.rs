@@ -26,14 +26,14 @@ impl MultimodalService for Service {
         let request = request.into_inner();
         let name = request.model.clone();
         let model = self.repository()?.multimodal(&name);
-        let span = self.traces.request_span(&name, &request.id, call.parent.as_ref());
         let is_served = model.is_ok();
+        let span = self.traces.request_span(&name, is_served.then_some(""), &request.id, call.parent.as_ref());
         let answer = async {
-            let _running = self.admit()?;
+            let _running = self.admit(&call)?;
             within(&call, pin!(perform(&*model?, request, &call))).await
         };
         let answer = pin!(async { answer.await.map_err(|error: InferError| error.into_status(&name)) });
-        self.observed(is_served.then_some((&name, "")), answer).instrument(span).await.map(Response::new)
+        self.observed(is_served.then_some(&name), answer).instrument(span).await.map(Response::new)
     }
 }
 

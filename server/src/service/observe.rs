@@ -6,48 +6,74 @@ use std::{
 };
 
 use tonic::{Code, Status};
+use tracing::Span;
 
 use super::Service;
-use crate::metrics::{Metrics, UNKNOWN_MODEL};
+use crate::{
+    metrics::{Metrics, UNKNOWN_MODEL},
+    spans,
+};
 
 /// Counts one request when it is dropped: a call whose client goes away is dropped in the middle.
 struct Observed<'a> {
     metrics: &'a Metrics,
     model: &'a str,
-    version: &'a str,
     started: Instant,
     code: Code,
+    /// That of the request.
+    span: Span,
+    /// What was wrong, where it was said.
+    message: String,
 }
 
 impl Drop for Observed<'_> {
     fn drop(&mut self) {
-        self.metrics.request(self.model, self.version, self.code, self.started.elapsed());
+        self.metrics.request(self.model, self.code, self.started.elapsed());
+        match self.code {
+            Code::Ok => spans::answered(&self.span),
+            code => spans::failed(&self.span, code, &self.message),
+        }
     }
 }
 
 impl Service {
     /// Counts a request that was refused before anybody knew for which model it is.
     pub(crate) fn refused(&self, code: Code) {
-        self.metrics.request(UNKNOWN_MODEL, "", code, Duration::ZERO);
+        self.metrics.request(UNKNOWN_MODEL, code, Duration::ZERO);
     }
 
-    /// Runs `answer`, a request to this name and version, and counts it; `None` is a model that this server does not have.
+    /// Counts a request for this name and version that could not be read.
+    pub(crate) fn unread(&self, name: &str, version: &str, code: Code) {
+        match self.model(name, version) {
+            Ok(model) => {
+                model.refused(code);
+                self.metrics.request(model.name(), code, Duration::ZERO);
+            }
+            Err(_) => self.refused(code),
+        }
+    }
+
+    /// Runs `answer`, a request to the model of this name, and counts it; `None` is a model that this server does not have.
     /// Failures that are ours are logged here, the one place that sees them all.
     pub(super) async fn observed<T>(
         &self,
-        model: Option<(&str, &str)>,
+        model: Option<&str>,
         answer: Pin<&mut impl Future<Output = Result<T, Status>>>,
     ) -> Result<T, Status> {
         // Labels are of what is served, so that clients cannot make up any.
-        let (model, version) = model.unwrap_or((UNKNOWN_MODEL, ""));
-        let started = Instant::now();
-        let mut observed = Observed { metrics: &self.metrics, model, version, started, code: Code::Cancelled };
+        let model = model.unwrap_or(UNKNOWN_MODEL);
+        let (started, span, message) = (Instant::now(), Span::current(), String::new());
+        let mut observed = Observed { metrics: &self.metrics, model, started, code: Code::Cancelled, span, message };
         let answer = answer.await;
         observed.code = answer.as_ref().map_or_else(Status::code, |_| Code::Ok);
         if let Err(status) = &answer {
+            let error = status.message();
+            if !observed.span.is_none() {
+                error.clone_into(&mut observed.message);
+            }
             match status.code() {
-                Code::Internal => tracing::error!(model, message = status.message(), "request failed"),
-                code => tracing::debug!(model, ?code, message = status.message(), "request refused"),
+                Code::Internal => tracing::error!(model, error, "request failed"),
+                code => tracing::debug!(model, ?code, error, "request refused"),
             }
         }
         answer

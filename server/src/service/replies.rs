@@ -55,6 +55,9 @@ impl End {
 /// read. The bytes of all of them are bounded as they are.
 const SHARE_IN_SEQUENCE: usize = 128;
 
+/// Requests that begin in one go at most: others share the thread.
+const AT_ONCE: usize = 64;
+
 /// The answers to a stream of requests. No more than a number of them are worked on at a time, and none of that goes on
 /// while nobody takes what is there: whoever sends without reading waits.
 pub(super) struct Replies<R, B, F: Future, S> {
@@ -113,20 +116,28 @@ where
         self.weight += weight;
     }
 
-    /// Takes requests while there is room for more; whether there is some left because none came.
+    /// Takes requests while there is room for more; whether there is some left because none came, or because others are to go on first.
     fn fill(&mut self, context: &mut Context<'_>) -> bool {
-        while self.is_open && !self.is_full() {
+        for _ in 0..AT_ONCE {
+            if !self.is_open || self.is_full() {
+                return false;
+            }
             match Pin::new(&mut self.requests).poll_next(context) {
-                Poll::Ready(Some(request)) => match (self.begin)(request) {
-                    Begun::One(answer) => self.push(answer, SHARE_IN_SEQUENCE),
-                    Begun::InSequence(answer) => self.push(answer, 1),
-                    Begun::Many(answers) => self.many.push(answers),
-                },
+                Poll::Ready(Some(request)) => {
+                    // Also where its answer is there at once.
+                    self.end.put_off();
+                    match (self.begin)(request) {
+                        Begun::One(answer) => self.push(answer, SHARE_IN_SEQUENCE),
+                        Begun::InSequence(answer) => self.push(answer, 1),
+                        Begun::Many(answers) => self.many.push(answers),
+                    }
+                }
                 Poll::Ready(None) => self.is_open = false,
                 Poll::Pending => return true,
             }
         }
-        false
+        context.waker().wake_by_ref();
+        true
     }
 
     fn answer(&mut self, context: &mut Context<'_>) -> Option<F::Output> {
@@ -259,6 +270,10 @@ mod tests {
         let requests = futures::stream::iter(0..1000).chain(futures::stream::pending());
         let mut replies = Replies::new(requests, begin, 2, never(), over);
         assert_eq!(replies.next().now_or_never(), None);
+        assert_eq!(*begun.borrow(), AT_ONCE, "others share the thread");
+        for _ in 0..10 {
+            assert_eq!(replies.next().now_or_never(), None);
+        }
         assert_eq!(*begun.borrow(), 2 * SHARE_IN_SEQUENCE, "and these are bounded as well");
     }
 

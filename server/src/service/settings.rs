@@ -6,7 +6,7 @@ use sensorium_proto::inference::{
     LogSettingsRequest, LogSettingsResponse, TraceSettingRequest, TraceSettingResponse, log_settings_request,
     log_settings_response, trace_setting_request, trace_setting_response,
 };
-use sensorium_telemetry::Sampling;
+use sensorium_telemetry::SetSampling;
 use tonic::Status;
 
 use super::Service;
@@ -47,7 +47,7 @@ impl Service {
         }
         if levels != before {
             self.logs.set(levels.filter()).map_err(|error| Status::internal(error.to_string()))?;
-            tracing::info!(level = levels.filter(), "the log level was changed by request");
+            tracing::info!(filter = levels.filter(), "the log level was changed by request");
         }
         // A severity is on below one that is.
         let levels = Levels::of(&self.logs.filter());
@@ -72,14 +72,15 @@ impl Service {
             self.repository()?.model(model, "").map_err(|error| error.into_status(model))?;
         }
         if !request.settings.is_empty() {
-            let current = self.traces.sampling(model);
-            self.traces.set(model, changed(current, request.settings)?);
+            self.traces.set(model, changed(self.traces.set_for(model), request.settings)?);
         }
         let sampling = self.traces.sampling(model);
+        let is_traced = sampling.enabled && self.traces.is_exported();
         let setting =
             |name: &str, value: String| (name.to_owned(), trace_setting_response::SettingValue { value: vec![value] });
         let settings = HashMap::from([
-            setting("trace_level", if sampling.enabled { "TIMESTAMPS" } else { "OFF" }.to_owned()),
+            // Whatever is set: nothing is traced that nobody takes.
+            setting("trace_level", if is_traced { "TIMESTAMPS" } else { "OFF" }.to_owned()),
             setting("trace_rate", sampling.rate.to_string()),
             setting("trace_count", sampling.count.map_or_else(|| "-1".to_owned(), |count| count.to_string())),
             setting("trace_mode", "opentelemetry".to_owned()),
@@ -123,35 +124,42 @@ impl Levels {
     }
 }
 
-/// `current` with the values of a request; `None` when it clears all of them. A setting without a value is cleared.
+/// `set` with the values of a request; a setting without a value is cleared.
 fn changed(
-    current: Sampling,
+    mut set: SetSampling,
     settings: HashMap<String, trace_setting_request::SettingValue>,
-) -> Result<Option<Sampling>, Status> {
-    let mut sampling = current;
-    let mut is_cleared = true;
+) -> Result<SetSampling, Status> {
     for (name, setting) in settings {
-        let Some(value) = setting.value.first() else { continue };
-        is_cleared = false;
+        let Some(value) = setting.value.first() else {
+            match name.as_str() {
+                "trace_level" => set.enabled = None,
+                "trace_rate" => set.rate = None,
+                "trace_count" => set.count = None,
+                _ => {}
+            }
+            continue;
+        };
         let wrong = |wanted: &str| {
             let message = format!("trace setting {:?} is {:?}, it must be {wanted}", excerpt(&name), excerpt(value));
             Status::invalid_argument(message)
         };
         match name.as_str() {
             "trace_level" => {
-                sampling.enabled = match setting.value.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+                let enabled = match setting.value.iter().map(String::as_str).collect::<Vec<_>>()[..] {
                     ["OFF"] => false,
                     ["TIMESTAMPS"] => true,
                     _ => return Err(wrong("OFF or TIMESTAMPS; tensors are not traced")),
-                }
+                };
+                set.enabled = Some(enabled);
             }
             "trace_rate" => {
                 let rate = value.parse().ok().filter(|rate| *rate > 0);
-                sampling.rate = rate.ok_or_else(|| wrong("one request of how many is traced, at least 1"))?;
+                set.rate = Some(rate.ok_or_else(|| wrong("one request of how many is traced, at least 1"))?);
             }
             "trace_count" => {
-                let count: i64 = value.parse().map_err(|_| wrong("how many requests are traced, or -1"))?;
-                sampling.count = u64::try_from(count).ok();
+                let count: Option<i64> = value.parse().ok().filter(|count| *count >= -1);
+                let count = count.ok_or_else(|| wrong("how many requests are traced, or -1"))?;
+                set.count = Some(u64::try_from(count).ok());
             }
             "trace_mode" if value == "opentelemetry" => {}
             "log_frequency" if value == "0" => {}
@@ -161,7 +169,7 @@ fn changed(
             _ => return Err(wrong("one of trace_level, trace_rate and trace_count")),
         }
     }
-    Ok((!is_cleared).then_some(sampling))
+    Ok(set)
 }
 
 #[cfg(test)]
@@ -188,20 +196,21 @@ mod tests {
 
     #[test]
     fn trace_settings_change_what_they_name() {
-        let all = Sampling::default();
-        let asked = settings(&[("trace_rate", "100"), ("trace_count", "5")]);
-        assert_eq!(changed(all, asked).unwrap(), Some(Sampling { enabled: true, rate: 100, count: Some(5) }));
-        let off = changed(all, settings(&[("trace_level", "OFF"), ("trace_count", "-1")])).unwrap().unwrap();
-        assert!(!off.enabled && off.count.is_none());
-        assert_eq!(changed(all, settings(&[("trace_rate", ""), ("trace_level", "")])).unwrap(), None);
+        let none = SetSampling::default();
+        let set = changed(none, settings(&[("trace_rate", "100"), ("trace_count", "5")])).unwrap();
+        assert_eq!(set, SetSampling { enabled: None, rate: Some(100), count: Some(Some(5)) });
+        let set = changed(set, settings(&[("trace_level", "OFF"), ("trace_count", "-1"), ("trace_rate", "")])).unwrap();
+        assert_eq!(set, SetSampling { enabled: Some(false), rate: None, count: Some(None) });
+        assert_eq!(changed(set, settings(&[("trace_count", ""), ("trace_level", "")])).unwrap(), none);
         for wrong in [
             ("trace_rate", "0"),
             ("trace_rate", "x"),
+            ("trace_count", "-2"),
             ("trace_level", "TENSORS"),
             ("trace_file", "/tmp/x"),
             ("other", "1"),
         ] {
-            assert!(changed(all, settings(&[wrong])).is_err(), "{wrong:?}");
+            assert!(changed(none, settings(&[wrong])).is_err(), "{wrong:?}");
         }
     }
 }

@@ -85,6 +85,40 @@ async fn requests_of_unequal_length_run_together_where_padding_is_right() {
     assert_eq!(batches(&registry), [(2, 1)]);
 }
 
+/// Twice `x`, as exporters write it that give each size a name of its own; and a convolution, whose output is shorter by two.
+fn unnamed(is_shorter: bool) -> Vec<u8> {
+    let mut graph = GraphBuilder::new("unnamed");
+    let x = graph.input("x", OnnxDType::F32, &[Dim::Symbol("rows"), Dim::Symbol("length")]);
+    let two = graph.scalar_f32(2.0);
+    let mut y = graph.node("Mul", &[&x, &two], vec![]);
+    if is_shorter {
+        let slice = [("start", 2), ("end", i64::MAX), ("axis", 1)];
+        let [start, end, axis] = slice.map(|(name, value)| graph.initializer_i64(name, &[1], [value]));
+        y = graph.node("Slice", &[&y, &start, &end, &axis], vec![]);
+    }
+    graph.output("y", &y, OnnxDType::F32, &[Dim::Symbol("rows"), Dim::Symbol("Muly_dim_1")]);
+    graph.finish(20).unwrap().to_bytes()
+}
+
+#[tokio::test]
+async fn what_padding_adds_is_cut_off_also_where_no_name_says_where_it_is_and_refused_where_it_cannot_be() {
+    let config = r#"max_batch_size: 8
+        dynamic_batching { preferred_batch_size: 2 max_queue_delay_microseconds: 20000000 }
+        parameters { key: "padding" value { string_value: "x=0" } }"#;
+    let bench = Bench::new();
+    bench.write("m", "1/model.onnx", unnamed(false)).write("m", "config.pbtxt", config);
+    bench.write("shorter", "1/model.onnx", unnamed(true)).write("shorter", "config.pbtxt", config);
+    let registry = bench.open_all().await;
+    let (short, long) = (one(&[1.0, 2.0, 3.0, 4.0, 5.0]), one(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]));
+    let answers = join_all([infer(&registry, "m", short), infer(&registry, "m", long)]).await;
+    let tensors: Vec<_> = answers.into_iter().map(|answer| answer.unwrap().outputs.remove(0).tensor).collect();
+    assert_eq!(tensors[0], f32s(&[1, 5], &[2.0, 4.0, 6.0, 8.0, 10.0]));
+    assert_eq!(tensors[1], f32s(&[1, 6], &[2.0, 4.0, 6.0, 8.0, 10.0, 12.0]));
+    assert_eq!(batches(&registry), [(2, 1)]);
+    let refused = registry.index(false).into_iter().find(|entry| entry.name == "shorter").unwrap().reason;
+    assert!(refused.contains("a size of output `y` is") && refused.contains("leave padding out"), "{refused}");
+}
+
 /// A softmax over all rows: the first size is open, and no batch.
 fn shares() -> Vec<u8> {
     let sizes = [Dim::Symbol("rows"), Dim::Symbol("length")];

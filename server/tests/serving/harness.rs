@@ -91,6 +91,19 @@ impl Server {
 
     /// Starts a server of the artifact `tiny` of a store, which may not be ready yet.
     pub(crate) fn launch(store: &std::path::Path, arguments: &[&str], adjust: impl FnOnce(&mut Command)) -> Self {
+        let (server, lines) = Self::launch_unread(store, arguments, adjust);
+        let kept = server.log.clone();
+        // Read as it comes.
+        std::thread::spawn(move || lines.for_each(|line| kept.lock().unwrap().push(line)));
+        server
+    }
+
+    /// The same, of whose log nobody reads more than it says until it serves: the rest comes with it.
+    pub(crate) fn launch_unread(
+        store: &std::path::Path,
+        arguments: &[&str],
+        adjust: impl FnOnce(&mut Command),
+    ) -> (Self, Box<dyn Iterator<Item = serde_json::Value> + Send>) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sensorium-server"));
         command.arg("--model").arg(format!("tiny=file://{}/tiny", store.display()));
         // Not as flags, which may be among the arguments.
@@ -100,19 +113,20 @@ impl Server {
         command.args(arguments).env("SENSORIUM_LOG", "info").stdin(Stdio::null()).stderr(Stdio::piped());
         adjust(&mut command);
         let mut process = command.spawn().unwrap();
-        let log = Arc::new(Mutex::new(Vec::new()));
         let lines = BufReader::new(process.stderr.take().unwrap()).lines();
-        let kept = log.clone();
-        let mut lines = lines.map_while(Result::ok).map(move |line| {
-            let line: serde_json::Value = serde_json::from_str(&line).expect("every line of a log is JSON");
-            kept.lock().unwrap().push(line.clone());
-            line
+        let mut lines = lines
+            .map_while(Result::ok)
+            .map(|line| serde_json::from_str::<serde_json::Value>(&line).expect("every line of a log is JSON"));
+        let mut log = Vec::new();
+        let serving = lines.by_ref().find(|line| {
+            log.push(line.clone());
+            line["message"] == "serving"
         });
-        let serving = lines.find(|line| line["message"] == "serving").expect("the server says where it serves");
-        // What follows is read as it comes, so that the server never waits for a reader.
-        std::thread::spawn(move || lines.for_each(drop));
+        let serving = serving.expect("the server says where it serves");
         let address = |name: &str| serving[name].as_str().unwrap().parse().unwrap();
-        Self { process, grpc: address("grpc"), http: address("http"), metrics: address("metrics"), log }
+        let (grpc, http, metrics, log) =
+            (address("grpc"), address("http"), address("metrics"), Arc::new(Mutex::new(log)));
+        (Self { process, grpc, http, metrics, log }, Box::new(lines))
     }
 
     /// The lines of its log so far with this message.

@@ -115,6 +115,6 @@ async fn under_overload_every_request_is_answered_or_refused_with_the_limit() {
         }
     }
     assert!(answered > 0 && refused > 0, "{answered} answered, {refused} refused");
-    let rejected = server.sample(r#"nv_inference_request_failure{model="tiny",version="",reason="REJECTED"}"#).await;
+    let rejected = server.sample(r#"sensorium_server_requests_total{model="tiny",code="RESOURCE_EXHAUSTED"}"#).await;
     assert_eq!(rejected, Some(f64::from(refused)));
 }

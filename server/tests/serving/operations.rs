@@ -7,7 +7,7 @@ use sensorium_onnx::{DType, Dim, GraphBuilder};
 use crate::{
     clients::identities,
     counter,
-    harness::{Server, eventually},
+    harness::{Artifacts, Server, eventually},
 };
 
 /// The exit code and output of the server, which is expected to end by itself.
@@ -33,6 +33,23 @@ async fn a_repository_is_checked_without_being_served() {
     let broken = said.lines().find(|line| line.starts_with("identity_int8 ")).unwrap_or_else(|| panic!("{said}"));
     assert!(broken.contains("UNAVAILABLE") && broken.trim_end().len() > "UNAVAILABLE".len() + 64, "{broken}");
     assert!(said.lines().any(|line| line.starts_with("identity_fp32 ") && line.contains("READY")), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_nobody_reads_keeps_neither_requests_nor_the_end_waiting() {
+    let loud = |command: &mut Command| {
+        command.env("SENSORIUM_LOG", "debug");
+    };
+    let (mut server, unread) = Server::launch_unread(Artifacts::shared().path(), &["--drain-seconds", "1"], loud);
+    // Each refusal is a line of two hundred bytes or more, and a pipe takes 64 KiB.
+    for _ in 0..1000 {
+        let body = br#"{"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]}"#;
+        assert_eq!(server.post("/v2/models/nothing/infer", &[], body).await.status, 404);
+    }
+    assert_eq!(server.get(server.http, "/livez").await.0, 200);
+    server.terminate();
+    assert_eq!(server.exit_code().await, Some(0));
+    assert!(unread.count() > 100, "what there was room for is there");
 }
 
 /// A graph whose inputs are returned, each with the rest of its shape behind the batch, or behind nothing.

@@ -6,7 +6,12 @@ use bytes::Bytes;
 use prost::Message as _;
 use sensorium_engine::fixture::{self, QUESTION};
 use sensorium_proto::inference::{ModelInferResponse, grpc_inference_service_client::GrpcInferenceServiceClient};
-use tokio::{io::AsyncWriteExt as _, net::TcpStream, sync::mpsc, task::JoinHandle};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    sync::mpsc,
+    task::JoinHandle,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, codegen::http::Response, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
@@ -37,6 +42,11 @@ async fn requests_in_flight_are_answered_after_sigterm_and_new_ones_find_nobody(
     for _ in 0..8 {
         halves.push(send_half(server.channel().await).await);
     }
+    let body = br#"{"inputs": [{"name": "input_ids", "shape": [1, 2], "datatype": "INT64", "data": [3, 4]}]}"#;
+    let path = "/v2/models/tiny.text_encoder/infer";
+    let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
+    let mut upload = TcpStream::connect(server.http).await.unwrap();
+    upload.write_all(&[head.as_bytes(), &body[..20]].concat()).await.unwrap();
     // A call after the halves on each connection would prove that they arrived; time is the simpler proof.
     tokio::time::sleep(Duration::from_millis(300)).await;
     let mut watch = HealthClient::new(server.channel().await)
@@ -59,6 +69,11 @@ async fn requests_in_flight_are_answered_after_sigterm_and_new_ones_find_nobody(
         let response: ModelInferResponse = answer(half.response.await.unwrap().unwrap()).await;
         assert_eq!(response.raw_output_contents[0], bytes_tensor(&[b"green"]));
     }
+    eventually("nobody new is answered", async || server.post(path, &[], body).await.status == 503).await;
+    upload.write_all(&body[20..]).await.unwrap();
+    let mut answered = [0; 12];
+    upload.read_exact(&mut answered).await.unwrap();
+    assert_eq!(&answered, b"HTTP/1.1 200", "its head had come before");
     assert_eq!(server.exit_code().await, Some(0));
 }
 

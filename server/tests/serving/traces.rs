@@ -48,6 +48,8 @@ fn attribute(span: &Span, name: &str) -> Option<String> {
     let found = span.attributes.iter().find(|attribute| attribute.key == name)?;
     match found.value.as_ref()?.value.as_ref()? {
         Value::StringValue(text) => Some(text.clone()),
+        Value::IntValue(number) => Some(number.to_string()),
+        Value::BoolValue(is_so) => Some(is_so.to_string()),
         value => Some(format!("{value:?}")),
     }
 }
@@ -93,6 +95,30 @@ async fn a_request_is_a_span_of_its_clients_trace_and_batches_link_to_it() {
         None => next(&mut spans, |span| span.name == "batch").await,
     };
     assert!(batch.links.iter().any(|link| hex::encode(&link.trace_id) == TRACE), "{batch:?}");
+    assert_eq!(attribute(&infer, "rpc.grpc.status_code").as_deref(), Some("0"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_span_says_how_its_request_ended_and_where_its_time_went_and_requests_for_nothing_have_none() {
+    let (endpoint, mut spans) = collector().await;
+    let server = Server::start(&["--otlp-endpoint", &endpoint]).await;
+    let body = r#"{"id": "ID", "inputs": [{"name": "NAME", "shape": [1, 2], "datatype": "INT64", "data": [3, 4]}]}"#;
+    let infer = async |model: &str, id: &str, name: &str| {
+        let path = format!("/v2/models/{model}/infer");
+        server.post(&path, &[], body.replace("ID", id).replace("NAME", name).as_bytes()).await.status
+    };
+    assert_eq!(infer("nothing", "unseen", "input_ids").await, 404);
+    assert_eq!(infer("tiny.text_encoder", "wrong", "other").await, 400);
+    assert_eq!(infer("tiny.text_encoder", "right", "input_ids").await, 200);
+    let wrong = next(&mut spans, |span| span.name == "infer").await;
+    assert_eq!(attribute(&wrong, "id").as_deref(), Some("wrong"), "the first one was for no model");
+    assert_eq!(attribute(&wrong, "rpc.grpc.status_code").as_deref(), Some("3"));
+    assert!(wrong.status.is_none_or(|status| status.code == 0), "what the caller did wrong is no error of the server");
+    let right = next(&mut spans, |span| span.name == "infer").await;
+    assert_eq!(attribute(&right, "version").as_deref(), Some("1"));
+    assert_eq!(attribute(&right, "cache_hit").as_deref(), Some("false"));
+    assert!(attribute(&right, "compute_infer_us").is_some() && attribute(&right, "queue_us").is_some(), "{right:?}");
+    assert!(!right.links.is_empty(), "its batch");
 }
 
 #[tokio::test(flavor = "multi_thread")]
