@@ -86,8 +86,8 @@ fn environment(path: &Path) -> Result<Environment, EngineError> {
         minimum_minor: ort::MINOR_VERSION,
     })?;
     let environment = builder.with_name("sensorium").with_telemetry(false).build().map_err(setup)?;
-    // The binding asks for everything and filters later, which would cost a formatted line per operator and run.
-    environment.set_log_level(LogLevel::Error);
+    // The binding asks for everything and filters later, which would cost a formatted line per operator and run. Errors come as such, too.
+    environment.set_log_level(LogLevel::Fatal);
     tracing::debug!(path = %path.display(), "onnxruntime loaded");
     *current = Some(environment.clone());
     Ok(environment)

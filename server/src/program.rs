@@ -64,7 +64,9 @@ fn run(
     if check {
         return runtime.block_on(report(&config));
     }
-    config.make_room().context("could not raise the limit of open files for --max-connections; lower it")?;
+    config.make_room().context(
+        "the limit of open files (ulimit -n) leaves no room for --max-connections and what else is opened; raise it, or lower that",
+    )?;
     tracing::info!(?config, "starting");
     let controls = Controls { logs: telemetry.logs.clone(), traces: telemetry.traces.clone() };
     runtime.block_on(async {

@@ -182,9 +182,13 @@ fn side_by_side<I: Send, T: Send>(
         let some: Vec<I> = rest.by_ref().take(cores).collect();
         let work = &work;
         done.extend(std::thread::scope(|scope| {
-            let threads: Vec<_> = some.into_iter().map(|item| scope.spawn(move || work(item))).collect();
-            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<T, String>>| {
-                thread.join().unwrap_or_else(|_| Err("opening it panicked".to_owned()))
+            let begin = |item| {
+                let thread = std::thread::Builder::new().spawn_scoped(scope, move || work(item));
+                thread.map_err(|error| format!("no thread could be started to open it: {error}"))
+            };
+            let threads: Vec<_> = some.into_iter().map(begin).collect();
+            let join = |thread: Result<std::thread::ScopedJoinHandle<'_, Result<T, String>>, String>| {
+                thread?.join().unwrap_or_else(|_| Err("opening it panicked".to_owned()))
             };
             threads.into_iter().map(join).collect::<Result<Vec<T>, String>>()
         })?);

@@ -115,7 +115,7 @@ impl Folder {
 /// only values of one process compare.
 pub(super) fn fingerprint(path: &Path) -> io::Result<u64> {
     use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-    fn visit(path: &Path, hasher: &mut DefaultHasher) -> io::Result<()> {
+    fn visit(path: &Path, above: &[(u64, u64)], hasher: &mut DefaultHasher) -> io::Result<()> {
         let mut entries = fs::read_dir(path)?.collect::<Result<Vec<_>, _>>()?;
         entries.sort_by_key(fs::DirEntry::file_name);
         for entry in entries {
@@ -129,8 +129,12 @@ pub(super) fn fingerprint(path: &Path) -> io::Result<u64> {
                 }
                 Err(error) => return Err(error),
             };
-            if metadata.is_dir() {
-                visit(&entry.path(), hasher)?;
+            let own = (metadata.dev(), metadata.ino());
+            if metadata.is_dir() && above.contains(&own) {
+                // A link that leads back up.
+                "loop".hash(hasher);
+            } else if metadata.is_dir() {
+                visit(&entry.path(), &[above, &[own]].concat(), hasher)?;
             } else {
                 // Weights that were trained anew have the same size, and whoever copies them may keep their time.
                 (metadata.len(), metadata.dev(), metadata.ino()).hash(hasher);
@@ -141,7 +145,8 @@ pub(super) fn fingerprint(path: &Path) -> io::Result<u64> {
         Ok(())
     }
     let mut hasher = DefaultHasher::new();
-    visit(path, &mut hasher)?;
+    let own = fs::metadata(path)?;
+    visit(path, &[(own.dev(), own.ino())], &mut hasher)?;
     Ok(hasher.finish())
 }
 
@@ -223,6 +228,10 @@ mod tests {
         assert_ne!(two, written, "replaced");
         std::os::unix::fs::symlink("nowhere", folder.path().join(".#config.pbtxt")).unwrap();
         assert_ne!(fingerprint(folder.path()).unwrap(), two, "a link to nothing is no error");
+        for name in ["up", "up too"] {
+            std::os::unix::fs::symlink("..", folder.path().join("1").join(name)).unwrap();
+        }
+        fingerprint(folder.path()).expect("links that lead back up are no end of folders");
     }
 
     #[test]
