@@ -124,7 +124,8 @@ impl Mirror {
             match downloaded {
                 Ok(Some(tag)) => drop(kept.tags.insert(path, tag)),
                 Ok(None) => {}
-                Err(error) => drop(missing.entry(top(&path)).or_insert(error)),
+                Err(error) if path.contains('/') => drop(missing.entry(top(&path)).or_insert(error)),
+                Err(error) => tracing::warn!(path, %error, "a file beside the folders cannot be had"),
             }
             // What is noted is not downloaded again by the next process.
             if since.elapsed() >= NOTED {

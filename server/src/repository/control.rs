@@ -106,9 +106,8 @@ impl Registry {
     pub(super) fn look(&self) -> Result<BTreeMap<String, PathBuf>, LoadError> {
         let mut found = BTreeMap::new();
         for place in &self.0.places {
-            let path = place.path();
-            let failed = |source| LoadError::Repository { path: path.display().to_string(), source };
-            for (name, folder) in folder::models(path).map_err(failed)? {
+            let failed = |source| LoadError::Repository { path: place.path().display().to_string(), source };
+            for (name, folder) in place.models().map_err(failed)? {
                 found.entry(name).or_insert(folder);
             }
         }
@@ -119,7 +118,7 @@ impl Registry {
     fn warn_of_hidden(&self, found: &BTreeMap<String, PathBuf>) {
         for place in &self.0.places {
             // Whether it can be read has been seen.
-            for (name, hidden) in folder::models(place.path()).into_iter().flatten() {
+            for (name, hidden) in place.models().into_iter().flatten() {
                 if let Some(served) = found.get(&name).filter(|served| **served != hidden) {
                     let (served, hidden) = (served.display(), hidden.display());
                     tracing::warn!(model = name, %served, %hidden, "two repositories have a model of this name, and the first one's is served");
@@ -141,14 +140,13 @@ impl Registry {
 
     /// The same for a load of `name`, to which only the repository that has it has to answer.
     async fn refresh_for(&self, name: &str) -> Result<(), LoadError> {
-        let has = |place: &Place| folder::is_model_name(name) && place.path().join(name).is_dir();
         let (mut is_found, mut failed) = (false, None);
         for (place, uri) in self.places() {
-            if !is_found && place.is_here() && has(place) {
+            if !is_found && place.is_here() && place.has(name) {
                 return Ok(());
             }
             let refreshed = place.refresh().await.map_err(|source| LoadError::remote(uri, source));
-            let is_its_own = !is_found && has(place);
+            let is_its_own = !is_found && place.has(name);
             is_found |= is_its_own;
             match refreshed {
                 Err(error) if is_its_own => return Err(error),
@@ -359,9 +357,8 @@ impl Registry {
         if !folder::is_model_name(name) {
             return None;
         }
-        let mut paths = self.0.places.iter().map(|place| place.path().join(name));
-        match paths.find(|path| path.is_dir()) {
-            Some(path) => Some(Origin::Folder(path)),
+        match self.0.places.iter().find(|place| place.has(name)) {
+            Some(place) => Some(Origin::Folder(place.path().join(name))),
             // A model whose files come with the request needs no folder.
             None => (!parameters.files.is_empty()).then(|| Origin::Folder(PathBuf::new())),
         }

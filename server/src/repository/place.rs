@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -9,7 +10,7 @@ use std::{
 use sensorium_artifact::{ArtifactError, Mirror, Volumes};
 use sensorium_telemetry::error_line;
 
-use super::Opening;
+use super::{Opening, folder};
 
 /// A repository's folder of this machine.
 #[derive(Clone, Debug)]
@@ -74,6 +75,26 @@ impl Place {
             tracing::warn!(model, reason, "a model could not be fetched, and it stays as it is");
         }
         refreshed
+    }
+
+    /// The models in it, by name: also those of which nothing has come yet.
+    ///
+    /// # Errors
+    /// The system's, where it cannot be read.
+    pub(super) fn models(&self) -> io::Result<BTreeMap<String, PathBuf>> {
+        let mut models = folder::models(self.path())?;
+        if let Self::Mirror(_, missing) = self {
+            let missing = missing.lock().unwrap_or_else(PoisonError::into_inner);
+            for model in missing.keys().filter(|model| folder::is_model_name(model)) {
+                models.entry(model.clone()).or_insert_with(|| self.path().join(model));
+            }
+        }
+        Ok(models)
+    }
+
+    /// Whether it has a model of this name.
+    pub(super) fn has(&self, model: &str) -> bool {
+        folder::is_model_name(model) && (self.path().join(model).is_dir() || self.missing(model).is_some())
     }
 
     /// Why a model is not here as a whole, where it is not.

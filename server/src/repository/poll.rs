@@ -36,7 +36,7 @@ struct Watched {
 
 impl Watched {
     fn new(place: &Place) -> Self {
-        let models = folder::models(place.path()).unwrap_or_default();
+        let models = place.models().unwrap_or_default();
         Self { place: place.clone(), models, fetching: None, is_away: false }
     }
 
@@ -64,7 +64,7 @@ impl Watched {
 
     /// Its models. Blocks.
     fn look(&mut self, is_whole: bool) -> Look {
-        let read = if is_whole { folder::models(self.place.path()).map(Some) } else { Ok(None) };
+        let read = if is_whole { self.place.models().map(Some) } else { Ok(None) };
         let read = read.inspect_err(|error| {
             if !self.is_away {
                 let path = self.place.path().display().to_string();

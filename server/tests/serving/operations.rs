@@ -35,6 +35,54 @@ async fn a_repository_is_checked_without_being_served() {
     assert!(said.lines().any(|line| line.starts_with("identity_fp32 ") && line.contains("READY")), "{said}");
 }
 
+/// A bucket with the models `good` and `bad`, of which it does not give the latter's file.
+async fn half_a_bucket(model: Vec<u8>) -> String {
+    use axum::{extract::Request, http::StatusCode, response::IntoResponse as _};
+    let answer = move |request: Request| {
+        let model = model.clone();
+        async move {
+            let object = |name: &str| {
+                let size = model.len();
+                format!(
+                    "<Contents><Key>models/{name}/1/model.onnx</Key><Size>{size}</Size><ETag>\"{name}\"</ETag>\
+                     <LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+                )
+            };
+            match request.uri().path() {
+                path if path.ends_with("/bad/1/model.onnx") => StatusCode::FORBIDDEN.into_response(),
+                path if path.ends_with("/good/1/model.onnx") => model.into_response(),
+                _ => {
+                    let objects = object("bad") + &object("good");
+                    format!("<ListBucketResult><IsTruncated>false</IsTruncated>{objects}</ListBucketResult>")
+                        .into_response()
+                }
+            }
+        }
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, axum::Router::new().fallback(answer)).await });
+    format!("http://{address}")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_that_cannot_be_had_keeps_its_model_alone_from_being_served() {
+    let endpoint = half_a_bucket(fs::read(identities().path().join("identity_fp32/1/model.onnx")).unwrap()).await;
+    let cache = tempfile::tempdir().unwrap();
+    for mode in ["none", "poll"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sensorium-server"));
+        command.args(["--model-repository", "s3://bucket/models", "--check", "--model-control-mode", mode]);
+        command.arg("--artifact-cache").arg(cache.path().join(mode));
+        command.env("AWS_ENDPOINT_URL", &endpoint).env("AWS_ACCESS_KEY_ID", "a").env("AWS_SECRET_ACCESS_KEY", "b");
+        let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let line = |name: &str| said.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{said}"));
+        assert!(line("good ").contains("READY"), "{said}");
+        assert!(line("bad ").contains("UNAVAILABLE") && line("bad ").contains("403"), "{said}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_that_nobody_reads_keeps_neither_requests_nor_the_end_waiting() {
     let loud = |command: &mut Command| {
