@@ -100,6 +100,9 @@ impl Mirror {
             .collect();
         let gone = gone(&self.folder, &self.folder, &wanted);
         let gone = gone.map_err(|source| ArtifactError::io("read", &self.folder, source))?;
+        if changed.is_empty() && gone.is_empty() && kept.partial.is_empty() {
+            return Ok(BTreeMap::new());
+        }
         // Until all of a folder is here, it is neither what it was nor what it is to be, also for the next process.
         kept.partial.extend(changed.iter().map(|(path, _)| top(path)).chain(gone.iter().map(|path| top(path))));
         self.keep(&kept)?;

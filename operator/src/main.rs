@@ -93,6 +93,7 @@ fn main() -> ExitCode {
         service: "sensorium-operator",
         otlp_endpoint: options.otlp_endpoint.clone(),
         sampling: sensorium_telemetry::Sampling::default(),
+        lines: sensorium_telemetry::Lines::Aside,
     };
     let telemetry = match sensorium_telemetry::start(traces) {
         Ok(telemetry) => telemetry,
@@ -102,15 +103,15 @@ fn main() -> ExitCode {
         }
     };
     drop(entered);
-    let outcome = runtime.block_on(run(options));
-    telemetry.shutdown();
-    match outcome {
+    let code = match runtime.block_on(run(options)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "the operator ends");
             ExitCode::FAILURE
         }
-    }
+    };
+    telemetry.shutdown();
+    code
 }
 
 async fn run(options: Options) -> anyhow::Result<()> {

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::{CommandFactory as _, FromArgMatches as _};
 use sensorium_engine::Opener;
 use sensorium_lifecycle::{NO_ONNXRUNTIME_TELEMETRY, start_over_with};
-use sensorium_telemetry::{Options, Sampling, Telemetry};
+use sensorium_telemetry::{Lines, Options, Sampling, Telemetry};
 
 use crate::{
     allocator,
@@ -49,6 +49,7 @@ fn prepare(name: &'static str, args: ServerArgs) -> anyhow::Result<(ServerArgs, 
         service: name,
         otlp_endpoint: args.otlp_endpoint.clone().filter(|endpoint| !endpoint.is_empty()),
         sampling: Sampling { rate: args.trace_rate.map_or(1, |rate| rate.get().into()), ..Sampling::default() },
+        lines: Lines::Aside,
     })?;
     Ok((args, runtime, telemetry))
 }

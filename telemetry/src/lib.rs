@@ -74,6 +74,17 @@ pub struct Options {
     pub otlp_endpoint: Option<String>,
     /// Which requests are traced.
     pub sampling: Sampling,
+    /// How lines are written.
+    pub lines: Lines,
+}
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lines {
+    /// By whoever has something to say, who waits for whoever reads it: the last word of a process that is killed is there.
+    AtOnce,
+    /// By a thread of their own: nobody waits for whoever reads them, and where 8,192 wait, more are dropped.
+    Aside,
 }
 
 /// How long the end of a program waits for its last spans to be taken.
@@ -88,11 +99,12 @@ pub struct Telemetry {
     pub traces: TraceControl,
     exporter: Option<opentelemetry_sdk::trace::SdkTracerProvider>,
     /// Writes the last lines of the log when it is dropped.
-    _lines: WorkerGuard,
+    _lines: Option<WorkerGuard>,
 }
 
 impl Telemetry {
-    /// Sends the spans that are waiting to be exported. Blocks for up to a second when nobody takes them.
+    /// Sends the spans that are waiting to be exported, and the last lines. Blocks for up to a second when nobody takes them. What is said after
+    /// this may not be written.
     pub fn shutdown(self) {
         if let Some(exporter) = self.exporter
             && let Err(error) = exporter.shutdown_with_timeout(LAST_SPANS)
@@ -113,7 +125,7 @@ pub fn init(service: &'static str) -> Result<(), InitError> {
     tracing_subscriber::registry().with(lines).try_init().map_err(InitError::AlreadySet)
 }
 
-/// As [`init`], and sends spans to a collector. Nobody waits for whoever reads the lines: where 8,192 of them wait, more are dropped. With an endpoint this must run inside a Tokio runtime, which carries
+/// As [`init`], and sends spans to a collector. With an endpoint this must run inside a Tokio runtime, which carries
 /// the connection.
 ///
 /// # Errors
@@ -122,14 +134,20 @@ pub fn start(options: Options) -> Result<Telemetry, InitError> {
     let (filter, logs) = logs::filter(std::env::var(logs::FILTER_VARIABLE).ok())?;
     let exporter = options.otlp_endpoint.map(|endpoint| traces::exporter(options.service, endpoint)).transpose()?;
     let spans = exporter.as_ref().map(traces::layer);
-    let (writer, lines) = logs::aside();
+    let (lines, guard) = match options.lines {
+        Lines::AtOnce => (logs::lines(options.service, std::io::stderr), None),
+        Lines::Aside => {
+            let (writer, guard) = logs::aside();
+            (logs::lines(options.service, writer), Some(guard))
+        }
+    };
     tracing_subscriber::registry()
-        .with(logs::lines(options.service, writer).with_filter(logs::WithRequests(filter)))
+        .with(lines.with_filter(logs::WithRequests(filter)))
         .with(spans)
         .try_init()
         .map_err(InitError::AlreadySet)?;
     let traces = TraceControl::new(exporter.is_some(), options.sampling);
-    Ok(Telemetry { logs, traces, exporter, _lines: lines })
+    Ok(Telemetry { logs, traces, exporter, _lines: guard })
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use sensorium_artifact::{Volume, Volumes};
 use sensorium_compress::{CompressError, Control};
 use sensorium_dist::{Launch, keep_freed_memory};
 use sensorium_lifecycle::{NO_ONNXRUNTIME_TELEMETRY, start_over_with};
-use sensorium_telemetry::{Options, Parent, Telemetry};
+use sensorium_telemetry::{Lines, Options, Parent, Telemetry};
 use sensorium_trainer::launch::launch;
 use sensorium_trainer::progress::Reporter;
 use sensorium_trainer::publish::publish;
@@ -108,7 +108,12 @@ fn telemetry(runtime: &tokio::runtime::Runtime) -> anyhow::Result<Telemetry> {
     let _entered = runtime.enter();
     let otlp_endpoint = std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok().filter(|endpoint| !endpoint.is_empty());
     let sampling = sensorium_telemetry::Sampling::default();
-    Ok(sensorium_telemetry::start(Options { service: "sensorium-trainer", otlp_endpoint, sampling })?)
+    Ok(sensorium_telemetry::start(Options {
+        service: "sensorium-trainer",
+        otlp_endpoint,
+        sampling,
+        lines: Lines::AtOnce,
+    })?)
 }
 
 /// The span of all that this process does, in the trace that the environment names.

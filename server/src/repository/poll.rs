@@ -23,7 +23,7 @@ type Loaded = BTreeMap<String, u64>;
 /// What a look at the repositories found: fingerprints by name, `None` for a model that could not be read, or is not here as a whole.
 pub(super) type Look = BTreeMap<String, Option<u64>>;
 
-/// A repository, each of which is looked at whatever becomes of the others.
+/// A repository, which is looked at whatever becomes of the others.
 struct Watched {
     place: Place,
     /// Its models, as they were when it could last be read.
