@@ -114,9 +114,13 @@ impl Server {
         adjust(&mut command);
         let mut process = command.spawn().unwrap();
         let lines = BufReader::new(process.stderr.take().unwrap()).lines();
-        let mut lines = lines
-            .map_while(Result::ok)
-            .map(|line| serde_json::from_str::<serde_json::Value>(&line).expect("every line of a log is JSON"));
+        let mut lines = lines.map_while(Result::ok).map(|line| {
+            // Stores of logs refuse a line that has one of these twice.
+            for key in ["\"message\":", "\"level\":"] {
+                assert_eq!(line.matches(key).count(), 1, "{line}");
+            }
+            serde_json::from_str::<serde_json::Value>(&line).expect("every line of a log is JSON")
+        });
         let mut log = Vec::new();
         let serving = lines.by_ref().find(|line| {
             log.push(line.clone());

@@ -184,6 +184,14 @@ async fn a_model_that_is_let_go_gives_its_memory_back() {
         let allowed = if round == 0 { 16 << 20 } else { 4 << 20 };
         let limit = before + allowed;
         eventually("its memory comes back", async || server.memory().0 < limit).await;
+        // All of it: what is still on its way would be taken for what stays, and the next round begins there.
+        let mut last = server.memory().0;
+        eventually("no more of it comes back", async || {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            let now = server.memory().0;
+            std::mem::replace(&mut last, now) < now + (1 << 20)
+        })
+        .await;
         before = server.memory().0.max(before);
     }
 }
