@@ -3,6 +3,7 @@
 //! Everything is written in a temporary place of the same file system, flushed to the disk, then renamed: a rename is
 //! the one change that a file system makes at once. These calls block; use them off the async threads.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -59,41 +60,29 @@ pub fn write(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), Arti
 /// Removes what killed processes left in `folder` in the middle of a [`write`], an hour ago or more. Such files are in
 /// nobody's way, so what fails is logged and tried again by the next sweep.
 pub fn sweep(folder: impl AsRef<Path>) {
-    sweep_named(folder.as_ref(), PARTIAL);
-}
-
-/// As [`sweep`], for files whose names begin with `prefix`, and have nothing but unfinished ones among them.
-pub(crate) fn sweep_named(folder: &Path, prefix: &str) {
-    let is_abandoned = |entry: &fs::DirEntry| {
-        let is_partial = entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix));
-        let age = || entry.metadata().ok()?.modified().ok()?.elapsed().ok();
-        is_partial && age().is_some_and(|age| age >= ABANDONED)
-    };
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten().filter(is_abandoned) {
-        let path = entry.path();
-        match fs::remove_file(&path) {
-            Ok(()) => tracing::info!(file = %path.display(), "removed what a process left half-written when it died"),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {} // another sweep was faster
-            Err(error) => tracing::warn!(file = %path.display(), %error, "could not remove what a dead process left"),
-        }
-    }
+    sweep_where(folder.as_ref(), |path| {
+        let is_partial = path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(PARTIAL));
+        is_partial && age(path).is_some_and(|age| age >= ABANDONED)
+    });
 }
 
 /// Removes the files in `folder` that nobody has locked: those of killed processes. One that was made a moment ago may be about to be.
 pub(crate) fn sweep_unlocked(folder: &Path) {
     const NEW: Duration = Duration::from_secs(10);
-    let is_new = |path: &Path| {
-        let age = fs::metadata(path).and_then(|file| file.modified()).ok().and_then(|time| time.elapsed().ok());
-        age.is_none_or(|age| age < NEW)
-    };
-    for path in fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
-        if is_new(&path) || !File::open(&path).is_ok_and(|file| file.try_lock().is_ok()) {
-            continue;
-        }
+    sweep_where(folder, |path| {
+        age(path).is_some_and(|age| age >= NEW) && File::open(path).is_ok_and(|file| file.try_lock().is_ok())
+    });
+}
+
+fn age(path: &Path) -> Option<Duration> {
+    fs::metadata(path).ok()?.modified().ok()?.elapsed().ok()
+}
+
+fn sweep_where(folder: &Path, is_abandoned: impl Fn(&Path) -> bool) {
+    let paths = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    for path in paths.filter(|path| is_abandoned(path)) {
         match fs::remove_file(&path) {
-            Ok(()) => {
-                tracing::info!(file = %path.display(), "removed what a process left half-downloaded when it died");
-            }
+            Ok(()) => tracing::info!(file = %path.display(), "removed what a process left half-written when it died"),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {} // another sweep was faster
             Err(error) => tracing::warn!(file = %path.display(), %error, "could not remove what a dead process left"),
         }

@@ -98,17 +98,18 @@ impl Mirror {
             .filter(|(path, object)| !self.has(&kept, path, object))
             .map(|(p, o)| (p.clone(), o.clone()))
             .collect();
-        let gone = gone(&self.folder, &self.folder, &wanted);
-        let gone = gone.map_err(|source| ArtifactError::io("read", &self.folder, source))?;
-        if changed.is_empty() && gone.is_empty() && kept.partial.is_empty() {
+        let mut strays = Strays::default();
+        let found = strays.find(&self.folder, &self.folder, &wanted);
+        found.map_err(|source| ArtifactError::io("read", &self.folder, source))?;
+        if changed.is_empty() && strays.files.is_empty() && kept.partial.is_empty() {
             return Ok(BTreeMap::new());
         }
         // Until all of a folder is here, it is neither what it was nor what it is to be, also for the next process.
-        kept.partial.extend(changed.iter().map(|(path, _)| top(path)).chain(gone.iter().map(|path| top(path))));
+        let gone = strays.files.iter().filter_map(|file| file.strip_prefix(&self.folder).ok()?.to_str());
+        kept.partial.extend(changed.iter().map(|(path, _)| path.as_str()).chain(gone).map(top));
         self.keep(&kept)?;
         // First, so that there is room for what comes, and no file where a folder is to be, nor the other way round.
-        prune(&self.folder, &self.folder, &wanted)
-            .map_err(|source| ArtifactError::io("remove what is gone from", &self.folder, source))?;
+        strays.remove().map_err(|source| ArtifactError::io("remove what is gone from", &self.folder, source))?;
         let mut missing = BTreeMap::new();
         let mut downloads = stream::iter(changed.into_iter().map(|(path, object)| async move {
             let target = self.folder.join(&path);
@@ -216,38 +217,38 @@ fn files(prefix: &Key, objects: Vec<ObjectMeta>) -> BTreeMap<String, ObjectMeta>
     files
 }
 
-/// Paths of the files in `folder`, which is below `root`, that are not `wanted`.
-fn gone(root: &Path, folder: &Path, wanted: &BTreeMap<String, ObjectMeta>) -> io::Result<Vec<String>> {
-    let mut all = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let path = entry.path();
-        if entry.file_type()?.is_dir() {
-            all.extend(gone(root, &path, wanted)?);
-        } else if let Some(path) = path.strip_prefix(root).ok().and_then(Path::to_str)
-            && !wanted.contains_key(path)
-        {
-            all.push(path.to_owned());
-        }
-    }
-    Ok(all)
+/// What is in a folder beside what is wanted.
+#[derive(Default)]
+struct Strays {
+    files: Vec<PathBuf>,
+    /// All that there are, those within others first.
+    folders: Vec<PathBuf>,
 }
 
-/// Removes files in `folder`, which is below `root`, that are not `wanted`, and the folders that this leaves empty.
-fn prune(root: &Path, folder: &Path, wanted: &BTreeMap<String, ObjectMeta>) -> io::Result<()> {
-    let is_wanted = |path: &Path| path.strip_prefix(root).ok()?.to_str().map(|path| wanted.contains_key(path));
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let path = entry.path();
-        if entry.file_type()?.is_dir() {
-            prune(root, &path, wanted)?;
-            // One that still holds something stays.
-            let _ = fs::remove_dir(&path);
-        } else if is_wanted(&path) != Some(true) {
-            remove(&path)?;
+impl Strays {
+    /// Adds what is in `folder`, which is below `root`.
+    fn find(&mut self, root: &Path, folder: &Path, wanted: &BTreeMap<String, ObjectMeta>) -> io::Result<()> {
+        let is_wanted = |path: &Path| path.strip_prefix(root).ok()?.to_str().map(|path| wanted.contains_key(path));
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            let path = entry.path();
+            if entry.file_type()?.is_dir() {
+                self.find(root, &path, wanted)?;
+                self.folders.push(path);
+            } else if is_wanted(&path) != Some(true) {
+                self.files.push(path);
+            }
         }
+        Ok(())
     }
-    Ok(())
+
+    /// Removes the files, and the folders that are empty then.
+    fn remove(&self) -> io::Result<()> {
+        self.files.iter().try_for_each(|file| remove(file))?;
+        // One that still holds something stays.
+        self.folders.iter().for_each(|folder| drop(fs::remove_dir(folder)));
+        Ok(())
+    }
 }
 
 fn remove(file: &Path) -> io::Result<()> {

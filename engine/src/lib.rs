@@ -34,7 +34,7 @@ pub use opener::{Declared, DeclaredTensor, ELSEWHERE, Elsewhere, Open, Opener, R
 pub use options::{Device, DeviceError, Optimization, Options};
 pub use pipeline::{Encoded, GraphRunner, LocalPipeline, Pipeline, VqaAnswer, VqaInput, open_graph, rank_answers};
 pub use raw::{RawTensor, RawTensorError, Strings, element_size, smallest_shape};
-pub use same_file::SameFile;
+pub use same_file::{FileStamp, SameFile};
 pub use sensorium_artifact::DType;
 pub use sensorium_artifact::TensorSpec;
 pub use signature::{Signature, artifact_dtype, dtype_name};

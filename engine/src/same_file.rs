@@ -1,5 +1,6 @@
 //! A model's files, which are opened more than once.
 
+use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -10,19 +11,34 @@ use crate::onnxruntime;
 /// came from what is there now would answer by other weights, or take other inputs, while nobody knows.
 #[derive(Clone, Debug)]
 pub struct SameFile {
-    files: Vec<(PathBuf, Option<Stamp>)>,
+    files: Vec<(PathBuf, Option<FileStamp>)>,
 }
 
-/// Device, inode, bytes; when it was written, and when anything of it was changed, in seconds and nanoseconds: whoever copies a file may keep
-/// its time.
-type Stamp = ([u64; 3], [i64; 4]);
+/// What tells a file from another that took its place, or that was written to: device, inode, bytes; when it was written, and when anything of it was
+/// changed, in seconds and nanoseconds, since whoever copies a file may keep its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileStamp([u64; 3], [i64; 4]);
+
+impl FileStamp {
+    /// That of the file at `path`; `None` where there is none that can be seen.
+    pub fn at(path: &Path) -> Option<Self> {
+        std::fs::metadata(path).ok().as_ref().map(Self::from)
+    }
+}
+
+impl From<&Metadata> for FileStamp {
+    fn from(found: &Metadata) -> Self {
+        let times = [found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec()];
+        Self([found.dev(), found.ino(), found.size()], times)
+    }
+}
 
 impl SameFile {
     /// What is at `path` now, and the files that it names, if it is ONNX.
     pub fn at(path: &Path) -> Self {
         let beside = onnxruntime::beside(path).into_iter();
         let files = std::iter::once(path.to_owned()).chain(beside);
-        Self { files: files.map(|path| (path.clone(), stamp(&path))).collect() }
+        Self { files: files.map(|path| (path.clone(), FileStamp::at(&path))).collect() }
     }
 
     /// That all of it is still as it was. To be asked before and after an engine is opened, which reads it meanwhile.
@@ -30,16 +46,10 @@ impl SameFile {
     /// # Errors
     /// [`EngineError::Open`].
     pub fn check(&self) -> Result<(), EngineError> {
-        let Some((path, _)) = self.files.iter().find(|(path, was)| stamp(path) != *was) else { return Ok(()) };
+        let Some((path, _)) = self.files.iter().find(|(path, was)| FileStamp::at(path) != *was) else { return Ok(()) };
         let reason = "it is not the file any more that was opened first; load the model again".to_owned();
         Err(EngineError::Open { origin: path.display().to_string(), reason })
     }
-}
-
-fn stamp(path: &Path) -> Option<Stamp> {
-    let found = std::fs::metadata(path).ok()?;
-    let times = [found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec()];
-    Some(([found.dev(), found.ino(), found.size()], times))
 }
 
 #[cfg(test)]

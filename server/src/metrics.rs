@@ -218,9 +218,8 @@ impl Metrics {
             self.cache.remove(&[label("model", model), label("outcome", outcome)]);
         }
         let own = [label("model", model)];
-        let histograms =
-            [&self.request_seconds, &self.queue_seconds, &self.batch_rows, &self.batch_cost, &self.padding];
-        for histogram in histograms.into_iter().chain([&self.run_seconds]) {
+        let Self { request_seconds, queue_seconds, batch_rows, batch_cost, padding, run_seconds, .. } = self;
+        for histogram in [request_seconds, queue_seconds, batch_rows, batch_cost, padding, run_seconds] {
             histogram.remove(&own);
         }
         self.queue_requests.remove(&own);
@@ -366,9 +365,7 @@ impl Waiting {
             gauge.inc_by(change);
         }
     }
-}
 
-impl Waiting {
     /// So many more wait, for something beside the queue, until this is dropped.
     pub(crate) fn more(&self, requests: usize) -> Elsewhere<'_> {
         let elsewhere = Elsewhere { waiting: self, requests: requests as i64 };

@@ -2,30 +2,9 @@
 
 use sensorium_telemetry::record_end;
 use tonic::Code;
-use tracing::{Span, field::Empty};
+use tracing::Span;
 
 use crate::model::Timings;
-
-/// The span of a step of an ensemble, within that of the request; one that does nothing where the request is not traced.
-pub(crate) fn step(model: &str, version: &str) -> Span {
-    let request = Span::current();
-    if request.is_none() {
-        return request;
-    }
-    tracing::info_span!(
-        "step",
-        model,
-        version,
-        otel.status_code = Empty,
-        otel.status_description = Empty,
-        rpc.grpc.status_code = Empty,
-        cache_hit = Empty,
-        queue_us = Empty,
-        compute_input_us = Empty,
-        compute_infer_us = Empty,
-        compute_output_us = Empty,
-    )
-}
 
 /// There was an answer.
 pub(crate) fn answered(span: &Span) {

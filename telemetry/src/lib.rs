@@ -26,7 +26,7 @@ use tracing_subscriber::{
 
 pub use logs::{FilterError, LogControl};
 pub use sampling::{Sampling, SetSampling, TraceControl};
-pub use traces::{Parent, record_end};
+pub use traces::{Parent, batch_span, record_end, step_span};
 
 /// An error and its causes in one line, as logs and messages want them.
 ///

@@ -71,19 +71,21 @@ impl Scope {
     /// Sets `set`, and counts anew what that changes.
     fn change(&mut self, set: SetSampling, count: Option<u64>) {
         if set.count.is_some() || self.set.count.is_some() {
-            let left = count.map_or(i64::MAX, |count| i64::try_from(count).unwrap_or(i64::MAX));
-            self.left = AtomicI64::new(left);
+            self.left = to_go(count);
         }
         (self.set, self.seen) = (set, AtomicU64::new(0));
     }
+}
+
+fn to_go(count: Option<u64>) -> AtomicI64 {
+    AtomicI64::new(count.map_or(i64::MAX, |count| i64::try_from(count).unwrap_or(i64::MAX)))
 }
 
 impl TraceControl {
     /// Traces as `start` says, if spans are exported at all.
     pub fn new(exported: bool, start: Sampling) -> Self {
         let mut state = State::default();
-        let left = start.count.map_or(i64::MAX, |count| i64::try_from(count).unwrap_or(i64::MAX));
-        state.all.left = AtomicI64::new(left);
+        state.all.left = to_go(start.count);
         Self { exported, start, state: Arc::new(RwLock::new(state)) }
     }
 

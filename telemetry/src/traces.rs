@@ -94,6 +94,36 @@ impl fmt::Display for TraceId {
     }
 }
 
+/// A span with these fields, and room for what is said of its end: a field that is not declared cannot be recorded.
+macro_rules! ending_span {
+    ({ $(parent: $parent:expr,)? name: $name:literal }, $($fields:tt)*) => {
+        tracing::info_span!(
+            $(parent: $parent,)?
+            $name,
+            otel.status_code = Empty,
+            otel.status_description = Empty,
+            rpc.grpc.status_code = Empty,
+            cache_hit = Empty,
+            queue_us = Empty,
+            compute_input_us = Empty,
+            compute_infer_us = Empty,
+            compute_output_us = Empty,
+            $($fields)*
+        )
+    };
+}
+
+/// The span of a step of an ensemble, within that of the request; one that does nothing where the request is not traced.
+pub fn step_span(model: &str, version: &str) -> Span {
+    let request = Span::current();
+    if request.is_none() { request } else { ending_span!({ name: "step" }, model, version) }
+}
+
+/// The span of a run of an engine, which is nobody's child: it is of several requests.
+pub fn batch_span(model: &str, rows: usize, requests: usize) -> Span {
+    ending_span!({ parent: None, name: "batch" }, model, rows, requests)
+}
+
 impl TraceControl {
     /// The span of a request to `model`: one that is exported if this request is traced, else one that does nothing.
     /// `served` is the version of the model, where it is there: requests for others are traced only as part of somebody's trace, as anybody
@@ -105,21 +135,8 @@ impl TraceControl {
         }
         let beginning = |text: &str| text.chars().take(LONGEST).collect::<String>();
         let (model, id) = (beginning(model), beginning(id));
-        let span = tracing::info_span!(
-            "infer",
-            model,
-            version = served.unwrap_or(""),
-            id,
-            otel.kind = "server",
-            otel.status_code = Empty,
-            otel.status_description = Empty,
-            rpc.grpc.status_code = Empty,
-            cache_hit = Empty,
-            queue_us = Empty,
-            compute_input_us = Empty,
-            compute_infer_us = Empty,
-            compute_output_us = Empty,
-        );
+        let version = served.unwrap_or("");
+        let span = ending_span!({ name: "infer" }, model, version, id, otel.kind = "server");
         if let Some(parent) = parent {
             parent.adopt(&span);
         }

@@ -9,7 +9,7 @@ use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use sensorium_artifact::TensorSpec;
 use sensorium_engine::{RawTensor, dtype_name};
 use sensorium_proto::inference::{ModelConfig, ModelEnsembling};
-use sensorium_telemetry::error_line;
+use sensorium_telemetry::{error_line, step_span};
 use tracing::Instrument as _;
 
 use super::{Entered, Fitted, Interface, ModelVersion, NamedTensor, Request, Response, Timings};
@@ -176,7 +176,7 @@ impl Ensemble {
     /// Boxed, because a step may be an ensemble, too.
     fn call(&self, Entering { index, model, entered }: Entering, request: Request) -> Call<'_> {
         // Within the span of the request, if it has one.
-        let span = spans::step(model.name(), model.version());
+        let span = step_span(model.name(), model.version());
         let own = span.clone();
         let call = async move {
             let answer = model.answer(request, Some(entered)).await;

@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use sensorium_engine::FileStamp;
 use sensorium_proto::inference::model_version_policy::PolicyChoice;
 use sensorium_proto::inference::{ModelConfig, model_version_policy::Latest};
 
@@ -136,9 +137,7 @@ pub(super) fn fingerprint(path: &Path) -> io::Result<u64> {
             } else if metadata.is_dir() {
                 visit(&entry.path(), &[above, &[own]].concat(), hasher)?;
             } else {
-                // Weights that were trained anew have the same size, and whoever copies them may keep their time.
-                (metadata.len(), metadata.dev(), metadata.ino()).hash(hasher);
-                (metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec()).hash(hasher);
+                FileStamp::from(&metadata).hash(hasher);
             }
         }
         "end".hash(hasher);

@@ -12,7 +12,7 @@ use std::{
 
 use bytes::BytesMut;
 use sensorium_engine::{Engine, EngineError, RawTensor, Waiters};
-use sensorium_telemetry::{error_line, record_end};
+use sensorium_telemetry::{batch_span, error_line, record_end};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
@@ -168,7 +168,7 @@ impl Runner {
         };
         let unfit = || ScheduleError::Outputs { graph: queue.graph.clone(), rows };
 
-        let span = tracing::info_span!(parent: None, "batch", model = queue.graph, rows, requests = jobs.len());
+        let span = batch_span(&queue.graph, rows, jobs.len());
         for job in jobs.iter().filter(|job| !job.span.is_none()) {
             span.follows_from(&job.span);
             // Who looks at the request finds its batch, too.

@@ -1,12 +1,12 @@
 //! Files that are read again when they change: certificates are renewed and tokens rotated without a restart.
 
 use std::{
-    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
+use sensorium_engine::FileStamp;
 use sensorium_telemetry::error_line;
 use tokio::sync::watch;
 
@@ -93,16 +93,8 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
     }
 }
 
-/// Device, inode and bytes of a file; when it was written, and when anything of it was changed: whoever replaces one may keep its time.
-type Stamp = ([u64; 3], [i64; 4]);
-
-fn changes(files: &[PathBuf]) -> Vec<Option<Stamp>> {
-    let stamp = |file: &PathBuf| {
-        let found = file.metadata().ok()?;
-        let times = [found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec()];
-        Some(([found.dev(), found.ino(), found.size()], times))
-    };
-    files.iter().map(stamp).collect()
+fn changes(files: &[PathBuf]) -> Vec<Option<FileStamp>> {
+    files.iter().map(|file| FileStamp::at(file)).collect()
 }
 
 #[cfg(test)]

@@ -119,6 +119,19 @@ async fn a_span_says_how_its_request_ended_and_where_its_time_went_and_requests_
     assert_eq!(attribute(&right, "cache_hit").as_deref(), Some("false"));
     assert!(attribute(&right, "compute_infer_us").is_some() && attribute(&right, "queue_us").is_some(), "{right:?}");
     assert!(!right.links.is_empty(), "its batch");
+    // No row of the table of words.
+    let beyond = body.replace("NAME", "input_ids").replace("3, 4", "999999999, 4");
+    let failed = server.post("/v2/models/tiny.text_encoder/infer", &[], beyond.as_bytes()).await;
+    assert_eq!(failed.status, 500, "{failed:?}");
+    let is_error = |span: &Span| span.status.as_ref().is_some_and(|status| status.code == 2);
+    let mut names = Vec::new();
+    for _ in 0..2 {
+        let span = next(&mut spans, is_error).await;
+        assert_eq!(attribute(&span, "rpc.grpc.status_code").as_deref(), Some("13"), "{span:?}");
+        names.push(span.name);
+    }
+    names.sort();
+    assert_eq!(names, ["batch", "infer"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
