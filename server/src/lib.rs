@@ -23,11 +23,11 @@ pub mod budget;
 mod coding;
 pub mod config;
 pub mod error;
+mod files;
 #[cfg(feature = "fixture")]
 pub mod fixture;
 pub mod front;
 pub mod health;
-mod inside;
 pub mod metrics;
 pub mod model;
 pub mod pool;

@@ -1,6 +1,6 @@
 //! Metrics for Prometheus.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
 use axum::{
     Router,
@@ -9,9 +9,11 @@ use axum::{
     routing::get,
 };
 
-use crate::{metrics::Metrics, service::Service};
+use crate::{blocking::aside, metrics::Metrics, service::Service};
 
 const OPEN_METRICS: &str = "application/openmetrics-text";
+const OPEN: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const PLAIN: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// `/metrics`: in the OpenMetrics text format for who accepts that, as Prometheus does, else in Prometheus' own, which is all that many
 /// other readers know.
@@ -19,15 +21,14 @@ pub fn metrics(metrics: Metrics, service: Service) -> Router {
     let scrape = move |headers: HeaderMap| async move {
         let accepts = headers.get_all(header::ACCEPT).into_iter().filter_map(|value| value.to_str().ok());
         let is_open = accepts.into_iter().any(|value| value.contains(OPEN_METRICS));
-        let (models, cache) = service.counts();
-        match metrics.encode(&models, &cache) {
-            Ok(text) if is_open => {
-                ([(header::CONTENT_TYPE, format!("{OPEN_METRICS}; version=1.0.0; charset=utf-8"))], text)
-                    .into_response()
-            }
-            Ok(text) => {
-                ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], plain(&text)).into_response()
-            }
+        // Thousands of models have megabytes of them.
+        let text = aside(usize::MAX, move || {
+            let text = metrics.encode(&service.counted())?;
+            Ok::<_, fmt::Error>(if is_open { text } else { plain(&text) })
+        });
+        let kind = if is_open { OPEN } else { PLAIN };
+        match text.await {
+            Ok(text) => ([(header::CONTENT_TYPE, kind)], text).into_response(),
             Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
         }
     };

@@ -131,13 +131,14 @@ pub fn init(service: &'static str) -> Result<(), InitError> {
 /// # Errors
 /// As [`init`], and [`InitError::Exporter`].
 pub fn start(options: Options) -> Result<Telemetry, InitError> {
-    let (filter, logs) = logs::filter(std::env::var(logs::FILTER_VARIABLE).ok())?;
+    let (filter, mut logs) = logs::filter(std::env::var(logs::FILTER_VARIABLE).ok())?;
     let exporter = options.otlp_endpoint.map(|endpoint| traces::exporter(options.service, endpoint)).transpose()?;
     let spans = exporter.as_ref().map(traces::layer);
     let (lines, guard) = match options.lines {
         Lines::AtOnce => (logs::lines(options.service, std::io::stderr), None),
         Lines::Aside => {
             let (writer, guard) = logs::aside();
+            logs.dropped = Some(writer.error_counter());
             (logs::lines(options.service, writer), Some(guard))
         }
     };

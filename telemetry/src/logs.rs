@@ -11,7 +11,7 @@ use tracing::{
     span::{Attributes, Id, Record},
     subscriber::Interest,
 };
-use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
     filter::{LevelFilter, ParseError},
@@ -45,12 +45,19 @@ pub struct FilterError {
 pub struct LogControl {
     reload: reload::Handle<EnvFilter, Registry>,
     current: Arc<Mutex<String>>,
+    /// Where lines may be dropped.
+    pub(crate) dropped: Option<ErrorCounter>,
 }
 
 impl LogControl {
     /// What is written now.
     pub fn filter(&self) -> String {
         self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Lines that were dropped, because as many waited to be written as may.
+    pub fn dropped_lines(&self) -> u64 {
+        self.dropped.as_ref().map_or(0, |dropped| dropped.dropped_lines() as u64)
     }
 
     /// Writes what `value` chooses from now on: a level, or levels by target, as in `SENSORIUM_LOG`.
@@ -73,7 +80,7 @@ impl LogControl {
 pub(crate) fn filter(value: Option<String>) -> Result<(reload::Layer<EnvFilter, Registry>, LogControl), FilterError> {
     let value = value.filter(|value| !value.is_empty()).unwrap_or_else(|| DEFAULT_FILTER.to_owned());
     let (filter, reload) = reload::Layer::new(parse(&value)?);
-    Ok((filter, LogControl { reload, current: Arc::new(Mutex::new(value)) }))
+    Ok((filter, LogControl { reload, current: Arc::new(Mutex::new(value)), dropped: None }))
 }
 
 fn parse(value: &str) -> Result<EnvFilter, FilterError> {

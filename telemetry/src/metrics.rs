@@ -103,6 +103,8 @@ metrics! {
         "Connections that were closed at once because as many were open as may be";
     SERVER_CACHE = Counter "sensorium_server_cache_lookups_total" ["model", "outcome"]
         "Looks into the response cache; the outcome is hit or miss";
+    SERVER_LOG_LINES_DROPPED = Counter "sensorium_server_log_lines_dropped_total" []
+        "Log lines that were not written, because nobody took those before them";
     TRAINER_STEP = Gauge "sensorium_trainer_step" []
         "Updates that are done";
     TRAINER_LOSS = Gauge "sensorium_trainer_loss" []

@@ -47,7 +47,7 @@ impl Drop for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::metrics::{CacheCounts, Metrics};
+    use crate::metrics::{Counted, Metrics};
 
     #[test]
     fn a_place_that_is_given_back_is_the_next_ones() {
@@ -57,7 +57,7 @@ mod tests {
         assert!(places.take().is_none() && places.clone().take().is_none());
         drop(first);
         assert!(places.take().is_some());
-        let page = metrics.encode(&[], &CacheCounts::default()).unwrap();
+        let page = metrics.encode(&Counted::default()).unwrap();
         for line in [
             "sensorium_server_connections 1",
             "sensorium_server_connections_limit 2",

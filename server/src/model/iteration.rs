@@ -83,9 +83,8 @@ impl ModelVersion {
         let iteration = iteration.clone();
         let mut count = Count::new(self.statistics.clone());
         let taken = self.take_place(&iteration, &mut request).await;
-        let Taken { inputs, outputs, wanted, end, sequence, waited } =
-            taken.inspect_err(|error| count.why = error.code().into())?;
-        Ok(Steps { model: self, iteration, request, inputs, outputs, wanted, end, sequence, waited, done: 0, count })
+        let taken = taken.inspect_err(|error| count.why = error.code().into())?;
+        Ok(Steps { model: self, iteration, request, taken, done: 0, count })
     }
 
     async fn take_place(&self, iteration: &Arc<Iteration>, request: &mut Request) -> Result<Taken, InferError> {
@@ -117,23 +116,9 @@ impl ModelVersion {
     }
 }
 
-/// What a request that has several responses has of its model: see [`Steps`].
-struct Taken {
-    inputs: Vec<Option<RawTensor>>,
-    outputs: Vec<usize>,
-    wanted: Vec<usize>,
-    end: Option<usize>,
-    sequence: Own,
-    waited: Duration,
-}
-
-/// A request under way. Dropping it, in any moment, is its end.
+/// What a request that has several responses has of its model.
 #[derive(Debug)]
-pub struct Steps {
-    model: Arc<ModelVersion>,
-    iteration: Arc<Iteration>,
-    /// Without its inputs.
-    request: Request,
+struct Taken {
     /// Of the graph; `None` for those that the server fills.
     inputs: Vec<Option<RawTensor>>,
     /// Of the graph: those of the response, then that which ends it where it is none of them, then the state.
@@ -145,6 +130,16 @@ pub struct Steps {
     sequence: Own,
     /// How long it waited for its place, until a step has told that.
     waited: Duration,
+}
+
+/// A request under way. Dropping it, in any moment, is its end.
+#[derive(Debug)]
+pub struct Steps {
+    model: Arc<ModelVersion>,
+    iteration: Arc<Iteration>,
+    /// Without its inputs.
+    request: Request,
+    taken: Taken,
     done: usize,
     count: Count,
 }
@@ -169,25 +164,25 @@ impl Steps {
     async fn step(&mut self) -> Result<(Response, bool), InferError> {
         let most = self.iteration.bounds.most_steps;
         let (is_first, is_utmost) = (self.done == 0, self.done + 1 >= most);
-        let inputs = self.sequence.fill(self.inputs.clone(), is_first, is_utmost);
-        let graph = self.iteration.graphs.get(self.sequence.instance());
+        let Taken { inputs, outputs, wanted, end, sequence, waited } = &mut self.taken;
+        let inputs = sequence.fill(inputs.clone(), is_first, is_utmost);
+        let graph = self.iteration.graphs.get(sequence.instance());
         let graph = graph.ok_or_else(|| ScheduleError::Stopped { graph: self.model.name.clone() })?;
         let Request { priority, timeout, deadline, .. } = self.request;
-        let work =
-            Work { inputs, rows: 1, outputs: self.outputs.clone(), priority, timeout, deadline, ..Work::default() };
+        let work = Work { inputs, rows: 1, outputs: outputs.clone(), priority, timeout, deadline, ..Work::default() };
         let mut ran = graph.run(work).await?;
         let states = self.iteration.sequences.state_outputs().len();
-        self.sequence.keep(&ran.outputs.split_off(self.outputs.len() - states));
-        let is_last = is_utmost || self.end.and_then(|end| ran.outputs.get(end)).is_some_and(is_set);
+        sequence.keep(&ran.outputs.split_off(outputs.len() - states));
+        let is_last = is_utmost || end.and_then(|end| ran.outputs.get(end)).is_some_and(is_set);
         // What was asked for its end alone is behind what was asked for.
-        ran.outputs.truncate(self.wanted.len());
-        let unbound = self.iteration.binding.unbind(&self.wanted, ran.outputs);
+        ran.outputs.truncate(wanted.len());
+        let unbound = self.iteration.binding.unbind(wanted, ran.outputs);
         let tensors = unbound.map_err(|source| InferError::reshape(&self.model.name, source))?;
-        ran.timings.queue += std::mem::take(&mut self.waited);
+        ran.timings.queue += std::mem::take(waited);
         self.count.made(self.done, ran.timings, is_last);
         self.done += 1;
         let specs = self.model.outputs();
-        let named = self.wanted.iter().zip(tensors);
+        let named = wanted.iter().zip(tensors);
         let named = named.map(|(output, tensor)| NamedTensor { name: specs[*output].name.clone(), tensor });
         Ok((Response { outputs: named.collect(), timings: ran.timings }, is_last))
     }

@@ -17,6 +17,7 @@ use tempfile::TempDir;
 
 use super::{LoadError, Loaded, ModelSource, Opening, complete, engines, remote};
 use crate::{
+    files,
     model::{Binding, Graph, Interface, ModelVersion, Multimodal, Runs, Statistics},
     scheduler::{Policy, Reopen, Scheduler, Setup, Slots},
     security::Outgoing,
@@ -66,7 +67,7 @@ pub(super) fn open_folder(
     opening: &Opening,
 ) -> Result<Loaded, String> {
     let path = folder.join(MANIFEST_FILE);
-    let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let bytes = files::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let manifest = Manifest::from_slice(&path.display().to_string(), &bytes).map_err(|error| error_line(&error))?;
     for file in &manifest.files {
         let (digest, _) = Digest::of_file(&folder.join(&file.path))

@@ -17,7 +17,7 @@ use sensorium_telemetry::error_line;
 
 use super::complete;
 use crate::{
-    inside::inside,
+    files::{self, inside},
     model::{Binding, guesses},
     scheduler::{Padding, Reopen},
 };
@@ -306,7 +306,7 @@ fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -
         Some(InputDataType::InputDataFile(file)) => {
             // Triton keeps these in a folder of this name.
             let path = inside(&folder.join("warmup"), file)?;
-            let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+            let bytes = files::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
             return of_file(dtype, shape, batch, bytes);
         }
     };

@@ -11,6 +11,8 @@ use sensorium_engine::FileStamp;
 use sensorium_proto::inference::model_version_policy::PolicyChoice;
 use sensorium_proto::inference::{ModelConfig, model_version_policy::Latest};
 
+use crate::files;
+
 /// A model's folder, looked at without opening any model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Folder {
@@ -54,13 +56,10 @@ pub(super) fn is_model_name(name: &str) -> bool {
 impl Folder {
     /// Reads the configuration and lists the versions: folders whose name is a number without leading zeros.
     pub(super) fn read(path: &Path) -> io::Result<Self> {
-        let config = match fs::read_to_string(path.join(CONFIG)) {
+        let config = match files::read_text(&path.join(CONFIG)) {
             Ok(text) => Some(text),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                return Err(io::Error::new(error.kind(), format!("{CONFIG} is not UTF-8")));
-            }
-            Err(error) => return Err(error),
+            Err(error) => return Err(io::Error::new(error.kind(), format!("{CONFIG}: {error}"))),
         };
         let mut versions = BTreeMap::new();
         for entry in fs::read_dir(path)? {
@@ -185,7 +184,7 @@ mod tests {
     fn a_configuration_that_is_no_text_is_named() {
         let folder = folder(&["1"]);
         fs::write(folder.path().join(CONFIG), b"\xff\xfen\0").unwrap();
-        assert_eq!(Folder::read(folder.path()).unwrap_err().to_string(), "config.pbtxt is not UTF-8");
+        assert_eq!(Folder::read(folder.path()).unwrap_err().to_string(), "config.pbtxt: it is not UTF-8");
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub use self::{
 };
 use crate::{
     error::InferError,
-    metrics::{CacheCounts, Counts, Metrics},
+    metrics::{Counted, Metrics},
     model::{Graph, ModelVersion, Multimodal, ResponseCache},
     pool::CpuPool,
     scheduler::{Batching, Slots},
@@ -346,14 +346,13 @@ impl Registry {
             .collect())
     }
 
-    /// What every version that is ready has counted.
-    pub(crate) fn counts(&self) -> Vec<Counts> {
-        self.loaded().iter().map(|model| model.counts()).collect()
-    }
-
-    /// What the response cache has done.
-    pub(crate) fn cache_counts(&self) -> CacheCounts {
-        self.0.opening.responses.counts()
+    /// What every version that is ready has counted, and the response cache.
+    pub(crate) fn counted(&self) -> Counted {
+        Counted {
+            models: self.loaded().iter().map(|model| model.counts()).collect(),
+            cache: self.0.opening.responses.counts(),
+            ..Counted::default()
+        }
     }
 
     /// Every model version there is, or those that are ready. A model that lies in a repository and that nobody asked for

@@ -18,7 +18,7 @@ use super::{
     iteration, lengths, openers,
 };
 use crate::{
-    inside::inside,
+    files::{self, inside},
     model::{Ensemble, Find, Graph, Iteration, ModelVersion, Runs, Seated, Sequences, Stateful, Statistics},
     scheduler::{Policy, Reopen, Scheduler, Setup},
 };
@@ -144,7 +144,7 @@ fn open_ensemble(
 fn labels(folder: &Path, config: &ModelConfig) -> Result<BTreeMap<String, Vec<String>>, String> {
     let read = |output: &ModelOutput| {
         let path = inside(folder, &output.label_filename).map_err(|reason| format!("its labels: {reason}"))?;
-        let text = fs::read_to_string(&path).map_err(|error| format!("its labels {}: {error}", path.display()))?;
+        let text = files::read_text(&path).map_err(|error| format!("its labels {}: {error}", path.display()))?;
         Ok((output.name.clone(), text.lines().map(|line| line.trim().to_owned()).collect()))
     };
     config.output.iter().filter(|output| !output.label_filename.is_empty()).map(read).collect()

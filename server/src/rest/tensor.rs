@@ -145,6 +145,21 @@ fn read_element(reader: &Reader<'_>, dtype: DType) -> Result<ReadElement, JsonEr
             }
         };
     }
+    // Infinity is a value where it is written as one; a number that is larger than its type is none.
+    macro_rules! float {
+        ($type:ty, $name:literal) => {
+            |reader, raw| {
+                let at = reader.clone();
+                let written = reader.number()?;
+                let number = written.parse::<$type>().ok();
+                let number = number
+                    .filter(|number| number.is_finite() || !written.ends_with(|last: char| last.is_ascii_digit()));
+                let number = number.ok_or_else(|| at.error(format!("{} is no {}", excerpt(written), $name)))?;
+                raw.extend_from_slice(&number.to_le_bytes());
+                Ok(())
+            }
+        };
+    }
     Ok(match dtype {
         DType::Uint8 => number!(u8, "UINT8"),
         DType::Uint16 => number!(u16, "UINT16"),
@@ -154,8 +169,8 @@ fn read_element(reader: &Reader<'_>, dtype: DType) -> Result<ReadElement, JsonEr
         DType::Int16 => number!(i16, "INT16"),
         DType::Int32 => number!(i32, "INT32"),
         DType::Int64 => number!(i64, "INT64"),
-        DType::Fp32 => number!(f32, "FP32"),
-        DType::Fp64 => number!(f64, "FP64"),
+        DType::Fp32 => float!(f32, "FP32"),
+        DType::Fp64 => float!(f64, "FP64"),
         DType::Bool => |reader, raw| {
             raw.push(u8::from(reader.bool()?));
             Ok(())

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Batching, Done, Policy, Reopen, ScheduleError, Scheduler, Setup, Slots, Work, shape::Shapes};
 use crate::{
-    metrics::{CacheCounts, Metrics},
+    metrics::{Counted, Metrics},
     model::Statistics,
 };
 
@@ -181,7 +181,7 @@ impl Bench {
 
     /// Whether the page of metrics has this line.
     fn shows(&self, line: &str) -> bool {
-        self.metrics.encode(&[], &CacheCounts::default()).unwrap().lines().any(|own| own == line)
+        self.metrics.encode(&Counted::default()).unwrap().lines().any(|own| own == line)
     }
 
     /// A caller that waits for its answer, once its work is in the queue or in the engine.

@@ -8,11 +8,7 @@ use sensorium_proto::inference::{
 use tonic::Status;
 
 use super::Service;
-use crate::{
-    metrics::{CacheCounts, Counts},
-    model::ARTIFACT_DIGEST,
-    wire,
-};
+use crate::{metrics::Counted, model::ARTIFACT_DIGEST, wire};
 
 /// What `ServerMetadata` calls this server.
 const SERVER_NAME: &str = "sensorium";
@@ -77,9 +73,10 @@ impl Service {
         Ok(ModelConfigResponse { config: Some(model.config().clone()) })
     }
 
-    /// What all models have counted.
-    pub(crate) fn counts(&self) -> (Vec<Counts>, CacheCounts) {
-        self.repository.get().map(|repository| (repository.counts(), repository.cache_counts())).unwrap_or_default()
+    /// What is counted beside the metrics.
+    pub(crate) fn counted(&self) -> Counted {
+        let counted = self.repository.get().map(|repository| repository.counted()).unwrap_or_default();
+        Counted { dropped_lines: self.logs.dropped_lines(), ..counted }
     }
 
     pub(crate) fn model_statistics(&self, request: &ModelStatisticsRequest) -> Result<ModelStatisticsResponse, Status> {

@@ -86,15 +86,16 @@ async fn an_object_that_cannot_be_had_keeps_its_model_alone_from_being_served() 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_that_nobody_reads_keeps_neither_requests_nor_the_end_waiting() {
     let loud = |command: &mut Command| {
-        command.env("SENSORIUM_LOG", "debug");
+        command.env("SENSORIUM_LOG", "trace");
     };
     let (mut server, unread) = Server::launch_unread(Artifacts::shared().path(), &["--drain-seconds", "1"], loud);
-    // Each refusal is a line of two hundred bytes or more, and a pipe takes 64 KiB.
+    // Each refusal is some lines of two hundred bytes or more, and a pipe takes 64 KiB.
     for _ in 0..1000 {
         let body = br#"{"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]}"#;
         assert_eq!(server.post("/v2/models/nothing/infer", &[], body).await.status, 404);
     }
     assert_eq!(server.get(server.http, "/livez").await.0, 200);
+    assert!(server.sample("sensorium_server_log_lines_dropped_total").await > Some(0.0), "more than may wait");
     server.terminate();
     assert_eq!(server.exit_code().await, Some(0));
     assert!(unread.count() > 100, "what there was room for is there");

@@ -11,7 +11,7 @@ use sensorium_proto::inference::{
 
 use super::SequenceError;
 use crate::{
-    inside::inside,
+    files::{self, inside},
     model::{Sequence, SequenceId},
 };
 
@@ -211,7 +211,7 @@ fn initial(state: &State, spec: &TensorSpec, batches: bool, folder: &Path) -> Re
             // Triton keeps these in a folder of this name.
             let path = inside(&folder.join("initial_state"), file).map_err(unfit)?;
             let mut bytes =
-                std::fs::read(&path).map_err(|error| unfit(format!("begins with {}: {error}", path.display())))?;
+                files::read(&path).map_err(|error| unfit(format!("begins with {}: {error}", path.display())))?;
             // As with Triton, a file may have more than that.
             if let Some(count) = RawTensor::byte_count(spec.dtype, &shape) {
                 bytes.truncate(count);

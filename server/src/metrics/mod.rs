@@ -3,20 +3,21 @@
 //! Labels come from closed sets: models and graphs that are served, and status codes. A request for anything else
 //! counts under [`UNKNOWN_MODEL`].
 
+mod triton;
+
 use std::{
     collections::HashMap,
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicI64, Ordering},
     },
     time::Duration,
 };
 
 use prometheus_client::{
-    encoding::{EncodeMetric, MetricEncoder, text},
+    encoding::text,
     metrics::{
-        MetricType, TypedMetric,
         counter::Counter,
         family::{Family, MetricConstructor},
         gauge::Gauge,
@@ -24,11 +25,10 @@ use prometheus_client::{
     },
     registry::Registry,
 };
-use sensorium_proto::inference::{ModelStatistics, StatisticDuration};
-use sensorium_telemetry::metrics::{self as names, Metric};
+use sensorium_telemetry::metrics as names;
 use tonic::Code;
 
-use crate::model::Failure;
+pub use self::triton::{CacheCounts, Counts};
 
 /// The `model` label of requests for a model that this server does not have.
 pub const UNKNOWN_MODEL: &str = "unknown";
@@ -62,13 +62,25 @@ pub struct Metrics {
     served: Arc<Mutex<HashMap<String, HashMap<String, usize>>>>,
 }
 
-/// What models have counted themselves.
+/// What others count, at one moment.
 #[derive(Clone, Debug, Default)]
-pub struct Counts {
-    /// As `ModelStatistics` reports it.
-    pub statistics: ModelStatistics,
-    /// Requests without an answer, in the order of [`Failure::ALL`].
-    pub failures: [u64; Failure::ALL.len()],
+pub struct Counted {
+    /// Every version that is ready.
+    pub models: Vec<Counts>,
+    /// The response cache.
+    pub cache: CacheCounts,
+    /// Log lines that were dropped.
+    pub dropped_lines: u64,
+}
+
+impl Counted {
+    fn registry(&self) -> Registry {
+        let mut registry = triton::registry(&self.models, &self.cache);
+        let dropped = Counter::<u64>::default();
+        dropped.inc_by(self.dropped_lines);
+        names::SERVER_LOG_LINES_DROPPED.register(&mut registry, dropped);
+        registry
+    }
 }
 
 /// What a request that succeeds counts.
@@ -128,14 +140,14 @@ impl Metrics {
         metrics
     }
 
-    /// Everything in the OpenMetrics text format, with what models count themselves under Triton's names.
+    /// Everything in the OpenMetrics text format.
     ///
     /// # Errors
     /// None in practice: it writes into memory.
-    pub fn encode(&self, models: &[Counts], cache: &CacheCounts) -> Result<String, fmt::Error> {
+    pub fn encode(&self, counted: &Counted) -> Result<String, fmt::Error> {
         let mut text = String::new();
         text::encode_registry(&mut text, &self.registry)?;
-        text::encode_registry(&mut text, &triton(models, cache))?;
+        text::encode_registry(&mut text, &counted.registry())?;
         text::encode_eof(&mut text)?;
         Ok(text)
     }
@@ -455,91 +467,6 @@ impl GraphMetrics {
     }
 }
 
-/// What models count, under Triton's names.
-fn triton(models: &[Counts], cache: &CacheCounts) -> Registry {
-    type Value = fn(&ModelStatistics) -> u64;
-    fn part(
-        model: &ModelStatistics,
-        part: impl Fn(&sensorium_proto::inference::InferStatistics) -> Option<StatisticDuration>,
-    ) -> StatisticDuration {
-        model.inference_stats.as_ref().and_then(part).unwrap_or_default()
-    }
-    let values: [(Metric, Value); 12] = [
-        (names::TRITON_SUCCESS, |model| part(model, |all| all.success).count),
-        (names::TRITON_COUNT, |model| model.inference_count),
-        (names::TRITON_EXEC_COUNT, |model| model.execution_count),
-        (names::TRITON_REQUEST_US, |model| part(model, |all| all.success).ns / 1000),
-        (names::TRITON_QUEUE_US, |model| part(model, |all| all.queue).ns / 1000),
-        (names::TRITON_INPUT_US, |model| part(model, |all| all.compute_input).ns / 1000),
-        (names::TRITON_INFER_US, |model| part(model, |all| all.compute_infer).ns / 1000),
-        (names::TRITON_OUTPUT_US, |model| part(model, |all| all.compute_output).ns / 1000),
-        (names::TRITON_CACHE_HITS, |model| part(model, |all| all.cache_hit).count),
-        (names::TRITON_CACHE_MISSES, |model| part(model, |all| all.cache_miss).count),
-        (names::TRITON_CACHE_HIT_US, |model| part(model, |all| all.cache_hit).ns / 1000),
-        (names::TRITON_CACHE_MISS_US, |model| part(model, |all| all.cache_miss).ns / 1000),
-    ];
-    let mut registry = Registry::default();
-    for (metric, value) in values {
-        let family = Family::<Labels<2>, Untyped>::default();
-        for Counts { statistics, .. } in models {
-            family.get_or_create(&versioned(&statistics.name, &statistics.version)).add(value(statistics));
-        }
-        metric.register(&mut registry, family);
-    }
-    let failures = Family::<Labels<3>, Untyped>::default();
-    for Counts { statistics, failures: counts } in models {
-        for (reason, count) in Failure::ALL.into_iter().zip(counts) {
-            let [model, version] = versioned(&statistics.name, &statistics.version);
-            failures.get_or_create(&[model, version, label("reason", reason.as_str())]).add(*count);
-        }
-    }
-    names::TRITON_FAILURE.register(&mut registry, failures);
-    cache.register(&mut registry);
-    registry
-}
-
-/// What the response cache has done, for all models together.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct CacheCounts {
-    /// Answers that are in it.
-    pub entries: u64,
-    /// Which part of its bytes they take.
-    pub used: f64,
-    /// Answers that had to go before they were old, because others came.
-    pub evictions: u64,
-    /// Requests that found an answer.
-    pub hits: u64,
-    /// Requests that found none.
-    pub misses: u64,
-    /// Time that looking took.
-    pub lookups: Duration,
-    /// Time that keeping took.
-    pub insertions: Duration,
-}
-
-impl CacheCounts {
-    fn register(&self, registry: &mut Registry) {
-        let untyped = |value: u64| {
-            let metric = Untyped::default();
-            metric.add(value);
-            metric
-        };
-        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        let entries: Gauge = Gauge::default();
-        entries.set(i64::try_from(self.entries).unwrap_or(i64::MAX));
-        let used = Gauge::<f64, AtomicU64>::default();
-        used.set(self.used);
-        names::TRITON_CACHE_ENTRIES.register(registry, entries);
-        names::TRITON_CACHE_UTIL.register(registry, used);
-        names::TRITON_CACHE_EVICTIONS.register(registry, untyped(self.evictions));
-        names::TRITON_CACHE_LOOKUPS.register(registry, untyped(self.hits + self.misses));
-        names::TRITON_CACHE_ALL_HITS.register(registry, untyped(self.hits));
-        names::TRITON_CACHE_ALL_MISSES.register(registry, untyped(self.misses));
-        names::TRITON_CACHE_LOOKUP_US.register(registry, untyped(micros(self.lookups)));
-        names::TRITON_CACHE_INSERTION_US.register(registry, untyped(micros(self.insertions)));
-    }
-}
-
 /// Bucket bounds by what is measured.
 #[derive(Clone, Copy, Debug)]
 enum Buckets {
@@ -566,31 +493,6 @@ impl MetricConstructor<Histogram> for Buckets {
             Self::Elements => Histogram::new((2..=12).map(|power| f64::from(1 << (2 * power)))),
             Self::Shares => Histogram::new((0..=10).map(|tenths| f64::from(tenths) / 10.0)),
         }
-    }
-}
-
-/// A sum that only grows under a name without `_total`. The encoder gives every counter that suffix, and Triton's
-/// counters have none.
-#[derive(Clone, Debug, Default)]
-struct Untyped(Arc<AtomicU64>);
-
-impl Untyped {
-    fn add(&self, amount: u64) {
-        self.0.fetch_add(amount, Ordering::Relaxed);
-    }
-}
-
-impl TypedMetric for Untyped {
-    const TYPE: MetricType = MetricType::Unknown;
-}
-
-impl EncodeMetric for Untyped {
-    fn encode(&self, mut encoder: MetricEncoder<'_>) -> fmt::Result {
-        encoder.encode_gauge(&self.0.load(Ordering::Relaxed))
-    }
-
-    fn metric_type(&self) -> MetricType {
-        Self::TYPE
     }
 }
 
@@ -626,6 +528,8 @@ fn code_label(code: Code) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use sensorium_proto::inference::{InferStatistics, ModelStatistics, StatisticDuration};
+
     use super::*;
 
     #[test]
@@ -653,14 +557,16 @@ mod tests {
             name: "m".to_owned(),
             version: "3".to_owned(),
             inference_count: 4,
-            inference_stats: Some(sensorium_proto::inference::InferStatistics {
+            inference_stats: Some(InferStatistics {
                 compute_infer: Some(StatisticDuration { count: 2, ns: 140_500 }),
                 ..Default::default()
             }),
             ..Default::default()
         };
         let cache = CacheCounts { used: 0.25, hits: 3, misses: 4, ..CacheCounts::default() };
-        let text = metrics.encode(&[Counts { statistics, failures: [1, 0, 0, 0] }], &cache).unwrap();
+        let text = metrics
+            .encode(&Counted { models: vec![Counts { statistics, failures: [1, 0, 0, 0] }], cache, dropped_lines: 5 })
+            .unwrap();
         for metric in names::ALL
             .iter()
             .filter(|metric| ["sensorium_server_", "nv_"].iter().any(|own| metric.name.starts_with(own)))
@@ -675,6 +581,7 @@ mod tests {
             r#"nv_inference_request_failure{model="m",version="3",reason="REJECTED"} 1"#,
             r#"nv_inference_request_failure{model="m",version="3",reason="BACKEND"} 0"#,
             "nv_cache_num_lookups 7",
+            "sensorium_server_log_lines_dropped_total 5",
             "nv_cache_util 0.25",
             r#"nv_inference_first_response_histogram_ms_bucket{le="2000.0",model="m",version="3"} 1"#,
             r#"sensorium_server_padding_ratio_sum{model="m"} 0.25"#,
@@ -691,7 +598,7 @@ mod tests {
     fn series_of_a_model_are_there_from_zero_until_nobody_serves_it() {
         let metrics = Metrics::new();
         let count = || {
-            let text = metrics.encode(&[], &CacheCounts::default()).unwrap();
+            let text = metrics.encode(&Counted::default()).unwrap();
             let of = |name: &str| text.lines().filter(|line| line.contains(&format!("model=\"{name}\""))).count();
             (of("m"), of("other"), text.contains(r#"sensorium_server_requests_total{model="m",code="OK"} 0"#))
         };
