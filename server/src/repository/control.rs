@@ -8,12 +8,11 @@ use std::{
 };
 
 use sensorium_telemetry::error_line;
-use tokio::sync::OwnedMutexGuard;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     ControlError, ControlMode, LoadError, LoadParameters, Loaded, ModelSource, Opening, Place, Registry,
-    RepositoryConfig, Slot, State, artifact, folder, poll, triton::Found,
+    RepositoryConfig, Slot, State, artifact, folder, place::Still, poll, triton::Found,
 };
 use crate::{
     error::InferError,
@@ -53,7 +52,7 @@ impl Registry {
             places,
             opening,
             models: RwLock::default(),
-            changing: Arc::default(),
+            changing: tokio::sync::Mutex::default(),
             background: CancellationToken::new(),
             retiring: TaskTracker::new(),
         }));
@@ -133,28 +132,31 @@ impl Registry {
     /// [`LoadError::Remote`].
     async fn refresh(&self) -> Result<(), LoadError> {
         for (place, uri) in self.places() {
-            place.refresh().await.map_err(|source| LoadError::remote(uri, source))?;
+            place.refresh().await.map(drop).map_err(|source| LoadError::remote(uri, source))?;
         }
         Ok(())
     }
 
-    /// The same for a load of `name`, to which only the repository that has it has to answer.
-    async fn refresh_for(&self, name: &str) -> Result<(), LoadError> {
-        let (mut is_found, mut failed) = (false, None);
+    /// The same for a load of `name`, to which only the repository that has it has to answer; what it has stays as it is meanwhile.
+    async fn refresh_for(&self, name: &str) -> Result<Still, LoadError> {
+        let (mut own, mut failed) = (None, None);
         for (place, uri) in self.places() {
-            if !is_found && place.is_here() && place.has(name) {
-                return Ok(());
+            if own.is_none() && place.is_here() && place.has(name) {
+                return Ok(Still::default());
             }
             let refreshed = place.refresh().await.map_err(|source| LoadError::remote(uri, source));
-            let is_its_own = !is_found && place.has(name);
-            is_found |= is_its_own;
+            let is_its_own = own.is_none() && place.has(name);
             match refreshed {
+                Ok(still) if is_its_own => own = Some(still),
+                Ok(_) => {}
                 Err(error) if is_its_own => return Err(error),
                 Err(error) => drop(failed.get_or_insert(error)),
-                Ok(()) => {}
             }
         }
-        if is_found { Ok(()) } else { failed.map_or(Ok(()), Err) }
+        match (own, failed) {
+            (None, Some(error)) => Err(error),
+            (own, _) => Ok(own.unwrap_or_default()),
+        }
     }
 
     fn places(&self) -> impl Iterator<Item = (&Place, &String)> {
@@ -162,15 +164,16 @@ impl Registry {
     }
 
     /// Loads a model, or loads it again: what is in flight finishes on the old one. A load that has begun ends, whether or not
-    /// anybody waits for that; one that waits for others to end goes with who asked for it.
+    /// anybody waits for that, and it has begun when something is fetched for it; one that waits for others to end goes with who asked for it.
     ///
     /// # Errors
     /// [`ControlError`]; a model that was loaded before stays as it was.
     pub async fn load(&self, name: &str, parameters: LoadParameters) -> Result<(), ControlError> {
         self.may_change()?;
-        let changing = self.0.changing.clone().lock_owned().await;
-        let (registry, own) = (self.clone(), name.to_owned());
-        let load = tokio::spawn(async move { registry.load_now(&own, parameters, changing).await });
+        let (registry, own, asked) = (self.clone(), name.to_owned(), CancellationToken::new());
+        let left = asked.clone();
+        let _left_when_dropped = asked.drop_guard();
+        let load = tokio::spawn(async move { registry.load_for(&own, parameters, &left).await });
         load.await.unwrap_or_else(|_| {
             let reason = "loading it was cut short".to_owned();
             self.note_failure(name, 0, &reason);
@@ -178,18 +181,28 @@ impl Registry {
         })
     }
 
-    async fn load_now(
+    /// As [`Registry::load`], for somebody who has `left` when that is cancelled.
+    async fn load_for(
         &self,
         name: &str,
         parameters: LoadParameters,
-        _changing: OwnedMutexGuard<()>,
+        left: &CancellationToken,
     ) -> Result<(), ControlError> {
-        let failed = |error: LoadError| ControlError::Failed { name: name.to_owned(), reason: error_line(&error) };
-        // A bucket that does not answer must not hold the end.
-        let Some(refreshed) = self.0.background.run_until_cancelled(self.refresh_for(name)).await else {
-            return Err(ControlError::Failed { name: name.to_owned(), reason: "this server ends".to_owned() });
+        let failed = |reason| ControlError::Failed { name: name.to_owned(), reason };
+        let ends = || failed("this server ends".to_owned());
+        // Before anything else is held: a bucket that does not answer holds neither other changes nor the end.
+        let fetched = self.0.background.run_until_cancelled(self.refresh_for(name)).await.ok_or_else(ends)?;
+        let still = fetched.map_err(|error| failed(error_line(&error)))?;
+        let changing = self.0.changing.lock();
+        let _changing = if still.is_copy() {
+            changing.await
+        } else {
+            let changing = left.run_until_cancelled(changing).await;
+            changing.ok_or_else(|| failed("nobody waits for it any more".to_owned()))?
         };
-        refreshed.map_err(failed)?;
+        if self.0.background.is_cancelled() {
+            return Err(ends());
+        }
         let mut course = Course::default();
         let brought = self.bring(name, parameters, &[], &mut course).await;
         self.check_above(&course.brought);

@@ -180,7 +180,7 @@ struct Inner {
     opening: Opening,
     models: RwLock<Models>,
     /// Held while models come or go, so that one change happens at a time.
-    changing: Arc<tokio::sync::Mutex<()>>,
+    changing: tokio::sync::Mutex<()>,
     /// Ends what runs beside requests when the last handle goes.
     background: CancellationToken,
     /// Models that are gone, until their last requests and their engines have ended.

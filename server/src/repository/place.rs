@@ -4,11 +4,12 @@ use std::{
     collections::BTreeMap,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use sensorium_artifact::{ArtifactError, Mirror, Volumes};
 use sensorium_telemetry::error_line;
+use tokio::sync::OwnedMutexGuard;
 
 use super::{Opening, folder};
 
@@ -17,13 +18,45 @@ use super::{Opening, folder};
 pub(super) enum Place {
     Folder(PathBuf),
     /// A copy of what is in a bucket.
-    Mirror(Mirror, Missing),
+    Copy(Arc<Copied>),
 }
 
-/// Why models of a bucket are not here as a whole, by name.
-pub(super) type Missing = Arc<Mutex<BTreeMap<String, String>>>;
+/// What is in a bucket, as it is here.
+#[derive(Debug)]
+pub(super) struct Copied {
+    mirror: Mirror,
+    /// Why models are not here as a whole, by name.
+    missing: Mutex<BTreeMap<String, String>>,
+    /// Locked while files change, and while nobody wants them to.
+    still: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl Copied {
+    /// Only assignments run under it.
+    fn missing(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
+        self.missing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// As long as there is one, the files of a place are fetched by nobody else.
+#[derive(Debug, Default)]
+pub(super) struct Still {
+    locked: Option<OwnedMutexGuard<()>>,
+}
+
+impl Still {
+    /// Whether it is of a copy.
+    pub(super) fn is_copy(&self) -> bool {
+        self.locked.is_some()
+    }
+}
 
 impl Place {
+    /// A copy of which nothing is known yet.
+    pub(super) fn copy(mirror: Mirror) -> Self {
+        Self::Copy(Arc::new(Copied { mirror, missing: Mutex::default(), still: Arc::default() }))
+    }
+
     /// A path, or the URI of a folder or prefix.
     ///
     /// # Errors
@@ -35,7 +68,7 @@ impl Place {
 
     fn parse_with(repository: &str, volumes: &Volumes, cache: &Path) -> Result<Self, ArtifactError> {
         if repository.starts_with("s3://") {
-            return Mirror::open(repository, cache).map(|mirror| Self::Mirror(mirror, Missing::default()));
+            return Mirror::open(repository, cache).map(Self::copy);
         }
         if repository.contains("://") {
             return volumes.local_path(repository).map(Self::Folder);
@@ -52,7 +85,7 @@ impl Place {
     pub(super) fn path(&self) -> &Path {
         match self {
             Self::Folder(path) => path,
-            Self::Mirror(mirror, _) => mirror.folder(),
+            Self::Copy(copied) => copied.mirror.folder(),
         }
     }
 
@@ -60,16 +93,18 @@ impl Place {
     ///
     /// # Errors
     /// The remote store's, where it does not say what there is.
-    pub(super) async fn refresh(&self) -> Result<(), ArtifactError> {
-        let Self::Mirror(mirror, missing) = self else { return Ok(()) };
+    pub(super) async fn refresh(&self) -> Result<Still, ArtifactError> {
+        let Self::Copy(copied) = self else { return Ok(Still::default()) };
+        let still = Still { locked: Some(copied.still.clone().lock_owned().await) };
+        let mirror = &copied.mirror;
         let (now, refreshed) = match mirror.refresh().await {
-            Ok(missing) => (missing.into_iter().map(|(model, error)| (model, error_line(&error))).collect(), Ok(())),
+            Ok(missing) => (missing.into_iter().map(|(model, error)| (model, error_line(&error))).collect(), Ok(still)),
             Err(error) => {
                 let half = |model| (model, "only a part of it has been fetched".to_owned());
                 (mirror.partial().into_iter().map(half).collect::<BTreeMap<_, _>>(), Err(error))
             }
         };
-        let before = std::mem::replace(&mut *missing.lock().unwrap_or_else(PoisonError::into_inner), now.clone());
+        let before = std::mem::replace(&mut *copied.missing(), now.clone());
         // Once.
         for (model, reason) in now.iter().filter(|(model, reason)| before.get(*model) != Some(*reason)) {
             tracing::warn!(model, reason, "a model could not be fetched, and it stays as it is");
@@ -83,8 +118,8 @@ impl Place {
     /// The system's, where it cannot be read.
     pub(super) fn models(&self) -> io::Result<BTreeMap<String, PathBuf>> {
         let mut models = folder::models(self.path())?;
-        if let Self::Mirror(_, missing) = self {
-            let missing = missing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Self::Copy(copied) = self {
+            let missing = copied.missing();
             for model in missing.keys().filter(|model| folder::is_model_name(model)) {
                 models.entry(model.clone()).or_insert_with(|| self.path().join(model));
             }
@@ -101,7 +136,7 @@ impl Place {
     pub(super) fn missing(&self, model: &str) -> Option<String> {
         match self {
             Self::Folder(_) => None,
-            Self::Mirror(_, missing) => missing.lock().unwrap_or_else(PoisonError::into_inner).get(model).cloned(),
+            Self::Copy(copied) => copied.missing().get(model).cloned(),
         }
     }
 }

@@ -47,7 +47,7 @@ impl Watched {
         }
         let fetching = self.fetching.get_or_insert_with(|| {
             let place = self.place.clone();
-            AbortOnDropHandle::new(tokio::spawn(async move { place.refresh().await }))
+            AbortOnDropHandle::new(tokio::spawn(async move { place.refresh().await.map(drop) }))
         });
         let Ok(fetched) = time::timeout(patience, fetching).await else { return false };
         self.fetching = None;
@@ -196,7 +196,7 @@ pub(super) fn fingerprints(found: BTreeMap<String, PathBuf>) -> Look {
 mod tests {
     use sensorium_artifact::Mirror;
 
-    use super::{super::place::Missing, *};
+    use super::*;
 
     fn loaded(models: &[(&str, u64)]) -> Loaded {
         models.iter().map(|(name, fingerprint)| ((*name).to_owned(), *fingerprint)).collect()
@@ -253,8 +253,7 @@ mod tests {
         for model in [mirror.folder().join("both"), mirror.folder().join("far"), here.join("both"), here.join("near")] {
             std::fs::create_dir_all(model).unwrap();
         }
-        let mut repositories =
-            [Place::Mirror(mirror, Missing::default()), Place::Folder(here.clone())].map(|place| Watched::new(&place));
+        let mut repositories = [Place::copy(mirror), Place::Folder(here.clone())].map(|place| Watched::new(&place));
         let fetched = repositories.iter_mut().map(|repository| repository.fetch(Duration::from_millis(50)));
         let are_whole = join_all(fetched).await;
         assert_eq!(are_whole, [false, true]);

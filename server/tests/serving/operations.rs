@@ -1,13 +1,14 @@
 //! What those who run the server use: checking a repository, files of settings.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path, process::Command, time::Duration};
 
 use sensorium_onnx::{DType, Dim, GraphBuilder};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     clients::identities,
     counter,
-    harness::{Artifacts, Server, eventually},
+    harness::{Artifacts, Server, eventually, http},
 };
 
 /// The exit code and output of the server, which is expected to end by itself.
@@ -35,12 +36,15 @@ async fn a_repository_is_checked_without_being_served() {
     assert!(said.lines().any(|line| line.starts_with("identity_fp32 ") && line.contains("READY")), "{said}");
 }
 
-/// A bucket with the models `good` and `bad`, of which it does not give the latter's file.
-async fn half_a_bucket(model: Vec<u8>) -> String {
+/// A bucket with the models `good` and `bad`, of which it does not give the latter's file, until it is told to be silent.
+async fn half_a_bucket(model: Vec<u8>, silent: CancellationToken) -> String {
     use axum::{extract::Request, http::StatusCode, response::IntoResponse as _};
     let answer = move |request: Request| {
-        let model = model.clone();
+        let (model, silent) = (model.clone(), silent.clone());
         async move {
+            if silent.is_cancelled() {
+                return std::future::pending().await;
+            }
             let object = |name: &str| {
                 let size = model.len();
                 format!(
@@ -67,7 +71,8 @@ async fn half_a_bucket(model: Vec<u8>) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_that_cannot_be_had_keeps_its_model_alone_from_being_served() {
-    let endpoint = half_a_bucket(fs::read(identities().path().join("identity_fp32/1/model.onnx")).unwrap()).await;
+    let model = fs::read(identities().path().join("identity_fp32/1/model.onnx")).unwrap();
+    let endpoint = half_a_bucket(model, CancellationToken::new()).await;
     let cache = tempfile::tempdir().unwrap();
     for mode in ["none", "poll"] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sensorium-server"));
@@ -81,6 +86,37 @@ async fn an_object_that_cannot_be_had_keeps_its_model_alone_from_being_served() 
         assert!(line("good ").contains("READY"), "{said}");
         assert!(line("bad ").contains("UNAVAILABLE") && line("bad ").contains("403"), "{said}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bucket_that_falls_silent_holds_neither_loads_of_other_repositories_nor_the_end() {
+    let (models, cache, silent) = (identities(), tempfile::tempdir().unwrap(), CancellationToken::new());
+    let model = fs::read(models.path().join("identity_fp32/1/model.onnx")).unwrap();
+    let endpoint = half_a_bucket(model, silent.clone()).await;
+    let (here, cache) = (models.path().to_str().unwrap(), cache.path().to_str().unwrap());
+    let repositories = ["--model-repository", here, "--model-repository", "s3://bucket/models"];
+    let explicit = ["--model-control-mode", "explicit", "--artifact-cache", cache];
+    let mut server = Server::start_with(&[repositories, explicit].concat(), |command| {
+        command.env("AWS_ENDPOINT_URL", endpoint).env("AWS_ACCESS_KEY_ID", "a").env("AWS_SECRET_ACCESS_KEY", "b");
+    })
+    .await;
+    let port = server.http;
+    let load = async move |name: &str| {
+        http(port, "POST", &format!("/v2/repository/models/{name}/load"), &[], b"").await.unwrap()
+    };
+    assert_eq!(load("good").await.status, 200);
+    silent.cancel();
+    let waiting = tokio::spawn(load("good"));
+    let again = tokio::spawn(load("good"));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(load("identity_fp32").await.status, 200, "whose folder comes first");
+    assert_eq!(server.post("/v2/repository/models/good/unload", &[], b"").await.status, 200);
+    server.terminate();
+    for waiting in [waiting, again] {
+        let answer = waiting.await.unwrap();
+        assert!(answer.status >= 400 && answer.json()["error"].to_string().contains("this server ends"), "{answer:?}");
+    }
+    assert_eq!(server.exit_code().await, Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
