@@ -57,14 +57,9 @@ impl Probes {
     /// them.
     fn begin(&mut self, graphs: &[Arc<Graph>]) {
         let is_probed = |graph: &Arc<Graph>| self.graphs.values().any(|probed| Arc::ptr_eq(probed, graph));
-        let age = |graph: &Arc<Graph>| graph.last_success().unwrap_or(Duration::MAX);
-        let mut due: Vec<_> = graphs.iter().filter(|graph| age(graph) >= PROBE_AGE && !is_probed(graph)).collect();
-        due.sort_by_key(|graph| std::cmp::Reverse(age(graph)));
-        let most = graphs.len().div_ceil(PROBE_AGE.as_secs() as usize).max(AT_ONCE);
-        due.truncate(most);
-        let rest = due.len().saturating_sub(AT_ONCE).max(1) as u32;
-        for (index, graph) in due.into_iter().enumerate() {
-            let delay = INTERVAL * index.saturating_sub(AT_ONCE) as u32 / rest;
+        let idle = graphs.iter().filter(|graph| !is_probed(graph));
+        let idle = idle.map(|graph| (graph, graph.last_success().unwrap_or(Duration::MAX)));
+        for (graph, delay) in due(idle.collect(), graphs.len()) {
             let own = graph.clone();
             let begun = self.running.spawn(async move {
                 time::sleep(delay).await;
@@ -82,6 +77,17 @@ impl Probes {
     }
 }
 
+/// Which of those that have been without proof for so long are to be probed before the next look, those first that have been for
+/// the longest, and how long after this one, where there are `all` engines.
+fn due<T>(mut idle: Vec<(T, Duration)>, all: usize) -> Vec<(T, Duration)> {
+    idle.retain(|(_, age)| *age >= PROBE_AGE);
+    idle.sort_by_key(|(_, age)| std::cmp::Reverse(*age));
+    idle.truncate(all.div_ceil(PROBE_AGE.as_secs() as usize).max(AT_ONCE));
+    let rest = idle.len().saturating_sub(AT_ONCE).max(1) as u32;
+    let delay = |index: usize| INTERVAL * index.saturating_sub(AT_ONCE) as u32 / rest;
+    idle.into_iter().enumerate().map(|(index, (graph, _))| (graph, delay(index))).collect()
+}
+
 async fn probe(graph: Arc<Graph>) {
     match time::timeout(LONGEST_PROBE, graph.probe(PROBE_AGE)).await {
         Ok(Ok(())) => {}
@@ -89,5 +95,22 @@ async fn probe(graph: Arc<Graph>) {
             tracing::warn!(graph = graph.name(), error = &error as &dyn std::error::Error, "probe failed");
         }
         Err(_) => tracing::warn!(graph = graph.name(), "probe was not answered within {LONGEST_PROBE:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_engines_are_probed_at_once_and_many_are_spread_over_looks() {
+        let idle = |count: usize| (0..count).map(|graph| (graph, PROBE_AGE + Duration::from_millis(graph as u64)));
+        let few = due(idle(3).chain([(9, PROBE_AGE / 2)]).collect(), 4);
+        assert_eq!(few, [(2, Duration::ZERO), (1, Duration::ZERO), (0, Duration::ZERO)], "the oldest proof first");
+        let many = due(idle(1000).collect(), 1000);
+        assert_eq!(many.len(), 200, "all of them in as many looks as one may be without proof");
+        assert_eq!(many.iter().filter(|(_, delay)| delay.is_zero()).count(), AT_ONCE + 1);
+        let between = |pair: &[(usize, Duration)]| pair[1].1.saturating_sub(pair[0].1) <= INTERVAL / 100;
+        assert!(many.windows(2).all(between) && many.iter().all(|(_, delay)| *delay < INTERVAL), "{many:?}");
     }
 }

@@ -163,18 +163,23 @@ impl Bench {
     }
 
     fn with(policy: Policy, reopen: Option<Reopen>) -> Self {
-        Self::run_by(policy, reopen, None)
+        Self::run_by(policy, reopen, None, &Slots::new(1))
     }
 
     /// With an engine that any thread may run, where those that do are to be written down.
-    fn run_by(policy: Policy, reopen: Option<Reopen>, quick: Option<(Threads, Arc<AtomicBool>)>) -> Self {
+    fn run_by(
+        policy: Policy,
+        reopen: Option<Reopen>,
+        quick: Option<(Threads, Arc<AtomicBool>)>,
+        slots: &Slots,
+    ) -> Self {
         let (gate, receiver) = mpsc::channel();
         let runs = Arc::<Mutex<Vec<_>>>::default();
         let (threads, is_stuck) = quick.unzip();
         let is_stuck = is_stuck.unwrap_or_default();
         let engine = Box::new(Doubler { runs: runs.clone(), gate: receiver, threads, is_stuck });
         let (lost, metrics) = (CancellationToken::new(), Metrics::new());
-        let setup = counted(engine, policy, reopen, &lost, &metrics);
+        let setup = Setup { slots: slots.clone(), ..counted(engine, policy, reopen, &lost, &metrics) };
         let scheduler = Scheduler::start_with(setup, Shapes::tail(1)).unwrap();
         Self { scheduler: Arc::new(scheduler), runs, gate, lost, metrics }
     }
@@ -339,6 +344,26 @@ async fn a_request_whose_deadline_passes_in_the_queue_is_counted_and_never_reach
     assert_eq!(bench.runs(), [vec![1.0], vec![2.0]]);
     assert!(bench.shows(r#"sensorium_server_abandoned_total{model="m"} 1"#));
     assert!(bench.shows(r#"sensorium_server_queue_requests{model="m"} 0"#));
+}
+
+#[tokio::test]
+async fn who_waits_for_the_machine_waits_in_the_metrics_too() {
+    let slots = Slots::new(1);
+    let policy = || Policy::of_server(Batching { max_rows: 8, max_waiting_rows: 100, max_delay: Duration::ZERO });
+    let [mut one, mut other] = [(); 2].map(|()| Bench::run_by(policy(), None, None, &slots));
+    other.open_gate();
+    let holder = one.occupy().await;
+    let (begun, waiting) = (Instant::now(), [other.send(rows(&[2.0])).await, other.send(rows(&[3.0])).await]);
+    let waits = |count| other.shows(&format!("sensorium_server_queue_requests{{model=\"m\"}} {count}"));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(waits(2) && other.runs().is_empty(), "whether its engine has taken them or not");
+    one.open_gate();
+    holder.await.unwrap().unwrap();
+    for caller in waiting {
+        let queue = caller.await.unwrap().unwrap().timings.queue;
+        assert!((Duration::from_millis(45)..=begun.elapsed()).contains(&queue), "{queue:?}");
+    }
+    assert!(waits(0));
 }
 
 #[tokio::test]
@@ -563,7 +588,7 @@ impl Quick {
         let threads = Threads::default();
         let is_stuck = Arc::new(AtomicBool::new(true));
         let own = (threads.clone(), is_stuck.clone());
-        let mut bench = Bench::run_by(Policy::of_server(batching), reopen, Some(own));
+        let mut bench = Bench::run_by(Policy::of_server(batching), reopen, Some(own), &Slots::new(1));
         bench.open_gate();
         Self { bench, threads, is_stuck }
     }

@@ -65,6 +65,8 @@ async fn loading_an_ensemble_loads_what_it_is_made_of_and_its_models_can_be_repl
     let status = error.into_status("diamond");
     assert_eq!(status.code(), tonic::Code::Unavailable);
     assert_eq!(status.message(), r#"model "diamond": its step 2 (thrice): model "thrice" is not ready: unloaded"#);
+    let failed = registry.statistics("diamond", "").unwrap().remove(0).inference_stats.unwrap().fail.unwrap();
+    assert_eq!(failed.count, 1, "where it was asked");
     assert!(!registry.ready("diamond", ""));
     assert_eq!(index(&registry)[0], "diamond 1 UNAVAILABLE it needs model \"thrice\", which is not ready");
     registry.load("diamond", LoadParameters::default()).await.unwrap();
