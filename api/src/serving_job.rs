@@ -292,7 +292,8 @@ fn default_min_requests() -> u64 {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ServiceSpec {
-    /// `ClusterIP`: within the cluster. `NodePort`: on a port of every node too. `LoadBalancer`: behind a load balancer too.
+    /// `ClusterIP`: within the cluster. `NodePort`: on a port of every node too. `LoadBalancer`: behind a load balancer too. Either of
+    /// these two lets everybody ask, whatever `networkAccess` says, and offers no metrics; give it `security`.
     #[serde(rename = "type", default)]
     pub type_: ServiceType,
     /// Annotations of the Service, as load balancers want them.
@@ -586,7 +587,10 @@ pub struct RolloutStatus {
     /// When all servers of the step answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step_ready: Option<Time>,
-    /// When the rollout began.
+    /// Since when they do not all answer, after they did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unready: Option<Time>,
+    /// When the step began.
     pub started: Time,
     /// Why it was rolled back.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -86,6 +86,7 @@ pub(crate) fn opening(openers: Openers) -> Opening {
         openers,
         graphs: GraphPlaces::default(),
         outgoing: Outgoing::default(),
+        max_message_bytes: usize::MAX,
         batching: Batching { max_rows: 32, max_waiting_rows: 1024, max_delay: Duration::ZERO },
         slots: Slots::new(1),
         responses: ResponseCache::new(1 << 20),

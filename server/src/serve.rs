@@ -251,6 +251,7 @@ fn opening(config: &ServerConfig, metrics: &Metrics, lost: &CancellationToken) -
         openers: config.openers.clone(),
         graphs: config.graphs.clone(),
         outgoing: Outgoing::watch(config.outgoing.clone())?,
+        max_message_bytes: config.max_request_bytes,
         batching: config.batching,
         slots: Slots::new(config.engine.threads.get()),
         responses: crate::model::ResponseCache::new(config.response_cache_bytes),

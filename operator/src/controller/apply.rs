@@ -14,9 +14,14 @@ use tracing::{Instrument as _, Span};
 
 use super::Error;
 use super::visit::Visit;
+use crate::render::short_digest;
 
 /// The name under which the operator owns the fields that it sets.
 const MANAGER: &str = "sensorium-operator";
+/// The name under which it owns a number of pods that it leaves to others from then on.
+const KEEPER: &str = "sensorium-operator-replicas";
+/// Annotation of what is applied: a digest of all that was said, so that what is said no longer is a difference, too.
+const APPLIED_ANNOTATION: &str = "sensorium.dev/applied";
 
 fn named<K: Resource<DynamicType = ()>>(name: &str) -> String {
     format!("{}/{name}", K::kind(&()))
@@ -51,13 +56,15 @@ where
     }
 }
 
-/// Makes the live object have every field of `desired`. Fields that others set stay theirs.
+/// Makes the live object have every field of `desired`, and none that it had from here and that `desired` has not. Fields that
+/// others set stay theirs, and so does the number of a Deployment's pods, where `desired` does not say it any more.
 pub(super) async fn apply<K>(visit: &Visit<'_>, desired: &K, actual: Option<&K>) -> Result<bool, Error>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
 {
     let json = |object: &K| serde_json::to_value(object).map_err(|error| Error::Object(error.to_string()));
     let mut wanted = json(desired)?;
+    wanted["metadata"]["annotations"][APPLIED_ANNOTATION] = json!(short_digest(&wanted.to_string()));
     if let Some(actual) = actual
         && covers(&json(actual)?, &wanted)
     {
@@ -67,6 +74,9 @@ where
     wanted["kind"] = json!(K::kind(&()));
     let api: Api<K> = visit.context.api_in(&desired.namespace().unwrap_or_default());
     let name = desired.name_any();
+    if K::kind(&()) == "Deployment" && actual.is_some() && wanted.pointer("/spec/replicas").is_none() {
+        keep_replicas(visit, &api, desired).await?;
+    }
     let sent = Instant::now();
     api.patch(&name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&wanted))
         .instrument(span("apply", desired))
@@ -74,6 +84,37 @@ where
         .map_err(Error::api("apply", named::<K>(&name)))?;
     visit.wrote("apply", sent);
     Ok(true)
+}
+
+/// Leaves a Deployment as many pods as it has. A field that nobody says any more falls back to its default, which is one pod,
+/// until an autoscaler has seen that.
+async fn keep_replicas<K>(visit: &Visit<'_>, api: &Api<K>, desired: &K) -> Result<(), Error>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned,
+{
+    let name = desired.name_any();
+    let live = api.get_opt(&name).await.map_err(Error::api("read", named::<K>(&name)))?;
+    let live = serde_json::to_value(&live).map_err(|error| Error::Object(error.to_string()))?;
+    let is_said_here = |fields: &Value| {
+        let said = fields.pointer("/fieldsV1/f:spec/f:replicas");
+        fields["manager"] == MANAGER && fields["operation"] == "Apply" && said.is_some()
+    };
+    if !live["metadata"]["managedFields"].as_array().into_iter().flatten().any(is_said_here) {
+        return Ok(());
+    }
+    let kept = json!({
+        "apiVersion": K::api_version(&()),
+        "kind": K::kind(&()),
+        "metadata": {"name": name},
+        "spec": {"replicas": live["spec"]["replicas"]},
+    });
+    let sent = Instant::now();
+    api.patch(&name, &PatchParams::apply(KEEPER).force(), &Patch::Apply(&kept))
+        .instrument(span("apply", desired))
+        .await
+        .map_err(Error::api("apply", named::<K>(&name)))?;
+    visit.wrote("apply", sent);
+    Ok(())
 }
 
 /// Changes part of an object.

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt;
 use sensorium_api::run::Progress;
 
 use crate::status::TrackLoad;
@@ -26,6 +28,57 @@ const FORGOTTEN: u32 = 4;
 pub(super) struct Pods {
     http: reqwest::Client,
     asked: Mutex<Asked>,
+    steps: Mutex<Steps>,
+}
+
+/// What a pod has done since it started.
+#[derive(Clone, Debug)]
+pub(super) struct Load {
+    /// The pod's uid.
+    pod: String,
+    /// When the pod was made.
+    made: Option<Timestamp>,
+    load: TrackLoad,
+}
+
+/// A step of a rollout.
+#[derive(Debug)]
+pub(super) struct Step<'a> {
+    /// Of the job.
+    pub(super) uid: &'a str,
+    /// What is being rolled out.
+    pub(super) revision: &'a str,
+    /// Which step it is.
+    pub(super) step: u32,
+    /// When it began.
+    pub(super) began: Timestamp,
+}
+
+/// What pods had done when the steps of rollouts began, by job. Who starts anew looks at a step from then on.
+#[derive(Debug, Default)]
+struct Steps(HashMap<String, (String, u32, HashMap<String, TrackLoad>)>);
+
+impl Steps {
+    /// What `pods` have done in a step.
+    fn since(&mut self, step: &Step<'_>, pods: &[Load]) -> TrackLoad {
+        let known = self.0.entry(step.uid.to_owned()).or_default();
+        if (known.0.as_str(), known.1) != (step.revision, step.step) {
+            *known = (step.revision.to_owned(), step.step, HashMap::new());
+        }
+        let mut all = TrackLoad::default();
+        for Load { pod, made, load } in pods {
+            let is_new = made.is_some_and(|made| made >= step.began);
+            let before = known.2.entry(pod.clone()).or_insert(if is_new { TrackLoad::default() } else { *load });
+            if load.requests < before.requests {
+                // It has started again, and counts from zero.
+                *before = TrackLoad::default();
+            }
+            all.requests += load.requests - before.requests;
+            all.failures += load.failures - before.failures;
+            all.seconds += load.seconds - before.seconds;
+        }
+        all
+    }
 }
 
 /// When each job was last asked.
@@ -73,14 +126,26 @@ impl Pods {
         serde_json::from_slice(&self.get(pod, port, "/progress").await?).ok()
     }
 
-    /// What servers have done since they started.
-    pub(super) async fn load(&self, pods: &[&Pod], port: u16) -> TrackLoad {
-        let mut load = TrackLoad::default();
+    /// What servers have done, of those that say so.
+    pub(super) async fn loads(&self, pods: &[&Pod], port: u16) -> Vec<Load> {
+        let mut loads = Vec::new();
         for pod in pods {
             let Some(text) = self.get(pod, port, "/metrics").await else { continue };
-            add(&mut load, &String::from_utf8_lossy(&text));
+            let made = pod.creation_timestamp().map(|time| time.0);
+            loads.push(Load { pod: pod.uid().unwrap_or_default(), made, load: load(&String::from_utf8_lossy(&text)) });
         }
-        load
+        loads
+    }
+
+    /// What the pods of both tracks have done in a step.
+    pub(super) fn since(&self, step: &Step<'_>, tracks: [Vec<Load>; 2]) -> [TrackLoad; 2] {
+        let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        tracks.map(|pods| steps.since(step, &pods))
+    }
+
+    /// No step of the job `uid` is looked at any more.
+    pub(super) fn forget_steps(&self, uid: &str) {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner).0.remove(uid);
     }
 
     async fn get(&self, pod: &Pod, port: u16, path: &str) -> Option<Vec<u8>> {
@@ -104,8 +169,9 @@ impl Pods {
 /// Codes of failures that are the server's; the others are the client's.
 const SERVER_FAULTS: [&str; 5] = ["INTERNAL", "UNKNOWN", "UNAVAILABLE", "DATA_LOSS", "DEADLINE_EXCEEDED"];
 
-/// Adds what one server's metrics say.
-fn add(load: &mut TrackLoad, text: &str) {
+/// What one server's metrics say.
+fn load(text: &str) -> TrackLoad {
+    let mut load = TrackLoad::default();
     for line in text.lines() {
         let Some((series, value)) = line.rsplit_once(' ') else { continue };
         let Ok(value) = value.parse::<f64>() else { continue };
@@ -118,6 +184,7 @@ fn add(load: &mut TrackLoad, text: &str) {
             load.seconds += value;
         }
     }
+    load
 }
 
 #[cfg(test)]
@@ -143,8 +210,24 @@ mod tests {
             sensorium_server_requests_total{model=\"vqa\",code=\"INTERNAL\"} 4\n\
             sensorium_server_requests_total{model=\"vqa\",code=\"INVALID_ARGUMENT\"} 6\n\
             sensorium_server_request_seconds_sum{model=\"vqa\"} 0.5\n# EOF\n";
-        let mut load = TrackLoad::default();
-        add(&mut load, text);
-        assert_eq!(load, TrackLoad { requests: 100.0, failures: 4.0, seconds: 0.5 });
+        assert_eq!(load(text), TrackLoad { requests: 100.0, failures: 4.0, seconds: 0.5 });
+    }
+    #[test]
+    fn what_counts_in_a_step_is_what_happened_in_it_whatever_pods_come_and_start_again() {
+        let began = Timestamp::from_second(1_800_000_000).unwrap();
+        let pod = |name: &str, made: i64, requests: f64, failures: f64| Load {
+            pod: name.to_owned(),
+            made: Timestamp::from_second(1_800_000_000 + made).ok(),
+            load: TrackLoad { requests, failures, seconds: requests / 100.0 },
+        };
+        let mut steps = Steps::default();
+        let step = |step| Step { uid: "job", revision: "r", step, began };
+        let old = [pod("old", -900, 5000.0, 50.0), pod("new", 1, 7.0, 1.0)];
+        assert_eq!(steps.since(&step(0), &old), TrackLoad { requests: 7.0, failures: 1.0, seconds: 0.07 });
+        let later = [pod("old", -900, 5100.0, 50.0), pod("new", 1, 3.0, 2.0)];
+        let found = steps.since(&step(0), &later);
+        assert_eq!((found.requests, found.failures), (103.0, 2.0), "one of them has started again");
+        let next = steps.since(&step(1), &[pod("old", -900, 5100.0, 50.0)]);
+        assert_eq!(next, TrackLoad::default(), "another step begins from there");
     }
 }

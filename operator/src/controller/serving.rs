@@ -4,8 +4,9 @@ mod encoders;
 mod parts;
 mod records;
 
+use std::collections::HashMap;
 use std::fmt::Debug;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
@@ -33,6 +34,7 @@ use super::children::{Children, Key, owner_by_annotation, owner_by_reference, pr
 use super::context::{Context, DEBOUNCE};
 use super::index::reference;
 use super::kept::Kept;
+use super::pods::Step;
 use super::visit::Visit;
 use super::{Error, News, Stop};
 use crate::plan::{Pins, Role, plan_pinned};
@@ -41,7 +43,8 @@ use crate::render::{
     render_serving, server_selector,
 };
 use crate::status::{
-    Measured, Note, References, Refusal, ServingObserved, ServingPlan, rollout, serving_notes, serving_status,
+    Measured, Note, References, Refusal, ServingObserved, ServingPlan, is_late, is_rolled_out, last_crash,
+    revision as revision_of, rollout, serving_notes, serving_status,
 };
 
 const KIND: &str = "ServingJob";
@@ -62,7 +65,12 @@ struct Servings {
     pods: Children<Pod>,
     slices: Children<EndpointSlice>,
     artifacts: Artifacts,
+    /// Of which jobs a PodMonitor was applied.
+    monitored: Mutex<HashMap<Key, Monitored>>,
 }
+
+/// The object and the generation of its spec.
+type Monitored = (Option<String>, Option<i64>);
 
 /// Runs the controller until `stop` ends. `news` are of artifacts.
 pub(super) async fn control(context: Arc<Context>, artifacts: Artifacts, news: News, stop: Stop) {
@@ -112,6 +120,7 @@ pub(super) async fn control(context: Arc<Context>, artifacts: Artifacts, news: N
         pods,
         slices,
         artifacts,
+        monitored: Mutex::default(),
     });
     Controller::for_stream(futures::stream::pending(), known.store())
         .with_config(Config::default().concurrency(context.settings.concurrency).debounce(DEBOUNCE))
@@ -173,10 +182,11 @@ impl Servings {
         if !self.listed() {
             return Err(Error::NotReady);
         }
+        let key: Key = (object.namespace().unwrap_or_default(), object.name_any());
         if object.meta().deletion_timestamp.is_some() {
+            self.monitored().remove(&key);
             return Ok(Again::await_change());
         }
-        let key: Key = (object.namespace().unwrap_or_default(), object.name_any());
         let manifest = Manifest::ServingJob(object.clone());
         let references = References::of(&manifest);
         let meant = self.artifacts.meant_by(&key.0, &references);
@@ -213,7 +223,7 @@ impl Servings {
         }
         let digest = resolved.as_ref().map(|artifacts| artifacts.values().next().map_or("", String::as_str));
         let pods: Vec<Pod> = self.pods.of(&key).into_iter().map(Arc::unwrap_or_clone).collect();
-        let ServingPlan { rollout, notes, .. } = plan;
+        let ServingPlan { rollout, notes, awaited, .. } = plan;
         let label = server_selector(&job);
         let slices_key = (key.0.clone(), label.get(NAME_LABEL).cloned().unwrap_or_default());
         let service = child_name(&job.name, "");
@@ -232,6 +242,7 @@ impl Servings {
             pods: &pods,
             endpoints: slices.iter().map(|slice| ready_addresses(slice)).sum(),
             rollout,
+            awaited,
             selector: label.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(","),
         });
         let refusal = refused.as_ref().map(|(refusal, _)| refusal);
@@ -279,15 +290,18 @@ impl Servings {
         let Some(role) = plan.roles.first() else { return Err(Error::Object("a plan without a role".to_owned())) };
         let owner = Owner { job: job.clone(), reference };
         let spec = &object.spec;
-        let scaled = spec.autoscaling.is_some();
-        let replicas = (!scaled).then_some(role.replicas);
+        let live = self.deployments.get(key, &deployment_name(job, Track::Stable));
+        let replicas = match &spec.autoscaling {
+            None => Some(role.replicas),
+            // With as many to begin with: the autoscaler takes its time.
+            Some(scaling) => live.is_none().then_some(scaling.min_replicas),
+        };
         let revision = Revision { owner: &owner, spec, plan: &plan, digest, images: &context.settings.images };
         let encoders = render_encoders(&revision);
         let stable = render_servers(&revision, role, &encoders, Track::Stable, replicas);
         let record = records::wanted(&owner, spec, &stable, &encoders)?;
-        let live = self.deployments.get(key, &stable.deployment.name_any());
         let live_canary = self.deployments.get(key, &deployment_name(job, Track::Canary));
-        let measured = self.measure(key, live.as_deref(), live_canary.as_deref(), status).await;
+        let measured = self.measure(object, key, live.as_deref(), live_canary.as_deref(), status).await;
         let mut decided = rollout(
             spec,
             &stable.revision,
@@ -307,7 +321,13 @@ impl Servings {
             self.keep_record(visit, key, record.as_ref()).await?;
         }
         self.apply_encoders(visit, key, &encoders).await?;
-        if decided.apply {
+        let is_late = decided.rollout.as_ref().is_some_and(|rollout| is_late(rollout, spec, Timestamp::now()));
+        // Where there are no servers yet, there is nothing to lose.
+        decided.awaited = live.as_ref().and_then(|_| self.awaited(key, &encoders, is_late));
+        let may_have = |servers: Option<&Deployment>| {
+            decided.awaited.is_none() || servers.and_then(revision_of) == Some(stable.revision.as_str())
+        };
+        if decided.apply && may_have(live.as_deref()) {
             self.apply_servers(visit, &stable, live.as_deref()).await?;
         } else if let (Some(live), Some(replicas)) = (&live, replicas)
             && live.spec.replicas != i32::try_from(replicas).ok()
@@ -316,6 +336,7 @@ impl Servings {
             apply::merge(visit, &**live, &json!({"spec": {"replicas": replicas}})).await?;
         }
         match (decided.canaries, live_canary) {
+            (Some(_), live) if !may_have(live.as_deref()) => {}
             (Some(count), live) => {
                 let canary = render_servers(&revision, role, &encoders, Track::Canary, Some(count));
                 self.apply_servers(visit, &canary, live.as_deref()).await?;
@@ -364,9 +385,9 @@ impl Servings {
         settle(visit, &self.budgets, key, &name, Some(&objects.budget)).await?;
         settle(visit, &self.policies, key, &name, objects.network.as_ref()).await?;
         settle(visit, &self.autoscalers, key, &name, objects.autoscaler.as_ref()).await?;
-        // Applied once per generation: the kind is not ours to watch.
-        let seen = object.status.as_ref().and_then(|status| status.observed_generation);
-        if context.settings.pod_monitors && seen != object.meta().generation {
+        // Applied once per generation, and once by each process: the kind is not ours to watch.
+        let seen = (object.uid(), object.meta().generation);
+        if context.settings.pod_monitors && self.monitored().get(key) != Some(&seen) {
             let gvk = GroupVersionKind::gvk("monitoring.coreos.com", "v1", "PodMonitor");
             let api: Api<DynamicObject> =
                 Api::namespaced_with(context.client.clone(), &key.0, &ApiResource::from_gvk(&gvk));
@@ -377,13 +398,23 @@ impl Servings {
                 .await
                 .map_err(Error::api("apply", format!("PodMonitor/{name}")))?;
             visit.wrote("apply", sent);
+            self.monitored().insert(key.clone(), seen);
         }
         Ok(())
+    }
+
+    /// Only assignments run under it.
+    fn monitored(&self) -> MutexGuard<'_, HashMap<Key, Monitored>> {
+        self.monitored.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Removes files that no server reads any more.
     async fn sweep_configs(&self, visit: &Visit<'_>, key: &Key, stable: &Servers) -> Result<(), Error> {
         let deployments = self.deployments.of(key);
+        // An older template has servers as long as the newest one has not all, and they may have to be started again.
+        if !deployments.iter().all(|deployment| is_rolled_out(deployment)) {
+            return Ok(());
+        }
         let read = |name: &str| {
             deployments.iter().any(|deployment| {
                 let volumes = deployment.spec.template.spec.as_ref().and_then(|pod| pod.volumes.as_ref());
@@ -402,17 +433,22 @@ impl Servings {
         Ok(())
     }
 
-    /// What both tracks have done, while a canary is being judged.
+    /// What both tracks have done since the step began, while a canary is being judged.
     async fn measure(
         &self,
+        object: &ServingJob,
         key: &Key,
         stable: Option<&Deployment>,
         canary: Option<&Deployment>,
         status: &ServingJobStatus,
     ) -> Measured {
-        let judged = status.rollout.as_ref().is_some_and(|rollout| rollout.failed.is_none());
+        let (asked, uid) = (&self.context.pods, object.uid().unwrap_or_default());
+        let judged = status.rollout.as_ref().filter(|rollout| rollout.failed.is_none());
         let ports = stable.and_then(metrics_port).zip(canary.and_then(metrics_port));
-        let Some((stable_port, canary_port)) = ports.filter(|_| judged) else { return Measured::default() };
+        let Some((rollout, (stable_port, canary_port))) = judged.zip(ports) else {
+            asked.forget_steps(&uid);
+            return Measured::default();
+        };
         let pods = self.pods.of(key);
         let track = |track: &str| {
             let of = |pod: &&Arc<Pod>| pod.labels().get("sensorium.dev/track").is_some_and(|label| label == track);
@@ -422,10 +458,12 @@ impl Servings {
         if canary.is_empty() {
             return Measured::default();
         }
-        let asked = &self.context.pods;
+        let crash = last_crash(canary.iter().copied());
         let (stable, canary) =
-            futures::future::join(asked.load(&stable, stable_port), asked.load(&canary, canary_port)).await;
-        Measured { stable, canary }
+            futures::future::join(asked.loads(&stable, stable_port), asked.loads(&canary, canary_port)).await;
+        let step = Step { uid: &uid, revision: &rollout.revision, step: rollout.step, began: rollout.started.0 };
+        let [stable, canary] = asked.since(&step, [stable, canary]);
+        Measured { stable, canary, crash }
     }
 }
 

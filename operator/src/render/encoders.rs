@@ -25,7 +25,7 @@ pub const ENCODERS_ANNOTATION: &str = "sensorium.dev/encoders";
 /// Label of an encoder's pods: its name.
 pub const ENCODER_LABEL: &str = "sensorium.dev/encoder";
 /// Label of an encoder's pods: the graph that it runs.
-const GRAPH_LABEL: &str = "sensorium.dev/graph";
+pub(crate) const GRAPH_LABEL: &str = "sensorium.dev/graph";
 /// Component of encoders' pods.
 const ENCODER: &str = "encoder";
 

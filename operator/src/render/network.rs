@@ -7,8 +7,8 @@ use k8s_openapi::api::networking::v1::{
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use sensorium_api::ServingJobSpec;
 use sensorium_api::run::JobKey;
+use sensorium_api::{ServiceType, ServingJobSpec};
 
 use super::names::selector;
 use super::serving::server_selector;
@@ -28,10 +28,15 @@ pub(super) fn workers(job: &JobKey, role: &Role) -> NetworkPolicySpec {
     )
 }
 
-/// Servers: the pods of their namespace, those of the namespaces that the spec names, and the operator.
+/// Servers: the pods of their namespace, those of the namespaces that the spec names, and the operator. Where their Service is for
+/// clients outside of the cluster, all of those, but not for metrics.
 pub(super) fn servers(job: &JobKey, spec: &ServingJobSpec, role: &Role) -> NetworkPolicySpec {
-    let rule = NetworkPolicyIngressRule { from: Some(clients(spec)), ports: Some(ports(role)) };
-    policy(server_selector(job), vec![rule])
+    let mut rules = vec![NetworkPolicyIngressRule { from: Some(clients(spec)), ports: Some(ports(role)) }];
+    if spec.service.type_ != ServiceType::ClusterIP {
+        let asked = role.ports.keys().filter(|name| *name != "metrics").map(|name| port(name)).collect();
+        rules.push(NetworkPolicyIngressRule { from: None, ports: Some(asked) });
+    }
+    policy(server_selector(job), rules)
 }
 
 /// An encoder, whose pods have the labels `selected`: the job's servers, and for its metrics whoever may reach these.

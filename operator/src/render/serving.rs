@@ -18,7 +18,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use sensorium_api::run::JobKey;
-use sensorium_api::{Autoscaling, ScaleMetric, ServingJobSpec};
+use sensorium_api::{Autoscaling, ScaleMetric, ServiceType, ServingJobSpec};
 use serde_json::{Value, json};
 
 use super::encoders::{ENCODERS_ANNOTATION, Encoder};
@@ -110,7 +110,7 @@ pub fn render_serving(owner: &Owner, spec: &ServingJobSpec, role: &Role) -> Serv
         spec: Some(ServiceSpec {
             type_: Some(spec.service.type_.as_str().to_owned()),
             selector: Some(server_selector(&owner.job)),
-            ports: Some(service_ports(spec, role)),
+            ports: Some(offered(spec, service_ports(spec, role))),
             ..ServiceSpec::default()
         }),
         status: None,
@@ -173,6 +173,14 @@ pub(super) fn service_ports(spec: &ServingJobSpec, role: &Role) -> Vec<ServicePo
         ..ServicePort::default()
     };
     role.ports.iter().map(service_port).collect()
+}
+
+/// The ports that clients are offered: the one of the metrics, which asks for neither certificate nor token, not outside of the cluster.
+fn offered(spec: &ServingJobSpec, mut ports: Vec<ServicePort>) -> Vec<ServicePort> {
+    if spec.service.type_ != ServiceType::ClusterIP {
+        ports.retain(|port| port.name.as_deref() != Some("metrics"));
+    }
+    ports
 }
 
 /// Lets the load decide on the number of a Deployment's pods.

@@ -88,8 +88,10 @@ pub fn resolve<'a>(reference: &str, store: &str, artifacts: impl Iterator<Item =
         .filter(|artifact| artifact.metadata.deletion_timestamp.is_none() && is_meant(artifact, reference))
         .collect();
     known.sort_by_key(|artifact| age(artifact));
+    // As those that write artifacts read it.
+    let root = store.trim_end_matches('/');
     let here = |artifact: &&&ModelArtifact| {
-        artifact.spec.uri.strip_prefix(store).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        artifact.spec.uri.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     };
     if let Some(found) = known.iter().filter(here).rev().find(|artifact| is_verified(artifact)) {
         return Resolution::Found(found.spec.digest.clone());

@@ -18,8 +18,10 @@ pub use retention::{Reader, reader_of, removes_files, surplus};
 pub(crate) use run::JOB_LABEL;
 pub use run::{Action, Decision, Observed, decide, is_to_be_judged};
 pub use serving::{
-    Measured, Observed as ServingObserved, Plan as ServingPlan, TrackLoad, rollout, serving_notes, serving_status,
+    Awaited, Measured, Observed as ServingObserved, Plan as ServingPlan, TrackLoad, last_crash, rollout, serving_notes,
+    serving_status,
 };
+pub(crate) use serving::{available, has_ended, is_late, is_rolled_out, revision, wanted};
 
 /// Something that happened, for a person who reads the object's events.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 use sensorium_api::{Canary, JobState, RolloutStatus, ServingJobSpec, ServingJobStatus};
@@ -16,7 +16,7 @@ use crate::render::{ARTIFACT_ANNOTATION, ENCODER_LABEL, ENCODERS_ANNOTATION, REV
 
 const TYPES: [&str; 6] = ["ArtifactsReady", "WorkloadsReady", "RouteReady", "Progressing", "Degraded", "Ready"];
 
-/// What is measured of one track's servers since they started, all of them together.
+/// What is measured of servers: of one since it started, or of one track in a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct TrackLoad {
     /// Requests that were answered, well or badly.
@@ -33,13 +33,24 @@ impl TrackLoad {
     }
 }
 
-/// Both tracks, where they could be measured.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// What is known of both tracks' servers, while a canary is being judged.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Measured {
-    /// The servers that serve for good.
+    /// What the servers that serve for good have done since the step began.
     pub stable: TrackLoad,
-    /// The servers that are tried.
+    /// The same of the servers that are tried.
     pub canary: TrackLoad,
+    /// The last time that one of the latter crashed.
+    pub crash: Option<Crash>,
+}
+
+/// A container that ended, although it was to go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Crash {
+    /// When.
+    pub at: Timestamp,
+    /// Whose, how, and how often.
+    pub what: String,
 }
 
 /// Which servers there should be.
@@ -53,10 +64,32 @@ pub struct Plan {
     pub rollout: Option<RolloutStatus>,
     /// What is worth an event.
     pub notes: Vec<Note>,
+    /// What is waited for before any server takes the wanted revision.
+    pub awaited: Option<Awaited>,
+}
+
+/// An encoder that new servers will call, and that is not up yet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Awaited {
+    /// Its name.
+    pub name: String,
+    /// Its pods, if they are there.
+    pub live: Option<Arc<Deployment>>,
+    /// Whether it should have been up by now.
+    pub is_late: bool,
+}
+
+/// Whether the step of a rollout has taken as long as it may.
+pub(crate) fn is_late(rollout: &RolloutStatus, spec: &ServingJobSpec, now: Timestamp) -> bool {
+    has_passed(&rollout.started, spec, now)
+}
+
+fn has_passed(since: &Time, spec: &ServingJobSpec, now: Timestamp) -> bool {
+    now >= since.0 + SignedDuration::from_secs(spec.rollout.progress_deadline_seconds.into())
 }
 
 /// The revision that a Deployment's pods are made of.
-fn revision(deployment: &Deployment) -> Option<&str> {
+pub(crate) fn revision(deployment: &Deployment) -> Option<&str> {
     let template = deployment.spec.template.metadata.as_ref()?;
     template.annotations.as_ref()?.get(REVISION_ANNOTATION).map(String::as_str)
 }
@@ -65,17 +98,17 @@ fn digest(deployment: &Deployment) -> Option<&String> {
     deployment.spec.template.metadata.as_ref()?.annotations.as_ref()?.get(ARTIFACT_ANNOTATION)
 }
 
-fn wanted(deployment: &Deployment) -> i32 {
+pub(crate) fn wanted(deployment: &Deployment) -> i32 {
     deployment.spec.replicas.unwrap_or(1)
 }
 
 /// Servers of the newest template that have been ready for a while.
-fn available(deployment: &Deployment) -> i32 {
+pub(crate) fn available(deployment: &Deployment) -> i32 {
     deployment.status.as_ref().and_then(|status| status.available_replicas).unwrap_or(0)
 }
 
 /// Whether the controller has seen the newest template and every server is of it.
-fn is_rolled_out(deployment: &Deployment) -> bool {
+pub(crate) fn is_rolled_out(deployment: &Deployment) -> bool {
     let Some(status) = &deployment.status else { return false };
     let wanted = wanted(deployment);
     status.observed_generation >= deployment.metadata.generation
@@ -94,7 +127,7 @@ pub fn rollout(
     measured: &Measured,
     now: Timestamp,
 ) -> Plan {
-    let plan = |apply, canaries, rollout, notes| Plan { apply, canaries, rollout, notes };
+    let plan = |apply, canaries, rollout, notes| Plan { apply, canaries, rollout, notes, awaited: None };
     let Some(stable) = stable else { return plan(true, None, None, Vec::new()) };
     let current = revision(stable);
     let known = status.rollout.clone().filter(|rollout| rollout.revision == wanted_revision);
@@ -103,6 +136,7 @@ pub fn rollout(
         previous: current.map(str::to_owned),
         step: 0,
         step_ready: None,
+        unready: None,
         started: Time(now),
         failed: None,
     };
@@ -157,38 +191,59 @@ fn step(
     let fail = |mut rollout: RolloutStatus, why: String| {
         let note = Note::warning("RolledBack", format!("revision {}: {why}", rollout.revision));
         rollout.failed = Some(why);
-        Plan { apply: false, canaries: None, rollout: Some(rollout), notes: vec![note] }
+        Plan { rollout: Some(rollout), notes: vec![note], ..Plan::default() }
     };
     if let Some(why) = verdict(strategy, measured) {
         return fail(rollout, why);
     }
+    // Some start more than once before they answer, for want of what they need; those that did are to go on.
+    let answered = rollout.step_ready.as_ref().or(Some(&rollout.started).filter(|_| rollout.step > 0));
+    if let Some(crash) = &measured.crash
+        && answered.is_some_and(|since| crash.at > since.0)
+    {
+        return fail(rollout, crash.what.clone());
+    }
+    let seconds = spec.rollout.progress_deadline_seconds;
+    let stay = |rollout| Plan { canaries: Some(canaries), rollout: Some(rollout), ..Plan::default() };
     let Some(since) = rollout.step_ready.as_ref().map(|time| time.0) else {
-        let due = rollout.started.0 + SignedDuration::from_secs(spec.rollout.progress_deadline_seconds.into());
         if ready {
             rollout.step_ready = Some(Time(now));
-        } else if now >= due {
-            let seconds = spec.rollout.progress_deadline_seconds;
+        } else if is_late(&rollout, spec, now) {
             return fail(rollout, format!("its servers did not answer within {seconds} s"));
         }
-        return Plan { apply: false, canaries: Some(canaries), rollout: Some(rollout), notes: Vec::new() };
+        return stay(rollout);
     };
+    if !ready {
+        let unready = rollout.unready.get_or_insert(Time(now)).clone();
+        if has_passed(&unready, spec, now) {
+            return fail(rollout, format!("its servers have not all answered for {seconds} s"));
+        }
+        return stay(rollout);
+    }
+    rollout.unready = None;
     let pause = strategy.steps.get(rollout.step as usize).map_or(0, |step| step.pause_seconds);
-    if now < since + SignedDuration::from_secs(i64::try_from(pause).unwrap_or(i64::MAX)) || !ready {
-        return Plan { apply: false, canaries: Some(canaries), rollout: Some(rollout), notes: Vec::new() };
+    if now < since + SignedDuration::from_secs(i64::try_from(pause).unwrap_or(i64::MAX)) {
+        return stay(rollout);
     }
     rollout.step += 1;
     rollout.step_ready = None;
     rollout.started = Time(now);
     if rollout.step as usize >= strategy.steps.len() {
         let note = Note::normal("Promoted", format!("revision {} takes over", rollout.revision));
-        return Plan { apply: true, canaries: Some(canaries), rollout: Some(rollout), notes: vec![note] };
+        return Plan {
+            apply: true,
+            canaries: Some(canaries),
+            rollout: Some(rollout),
+            notes: vec![note],
+            awaited: None,
+        };
     }
     let canaries = canaries_of(strategy, rollout.step, stable);
     let note = Note::normal(
         "CanaryStep",
         format!("step {} of {}: {canaries} canaries", rollout.step + 1, strategy.steps.len()),
     );
-    Plan { apply: false, canaries: Some(canaries), rollout: Some(rollout), notes: vec![note] }
+    Plan { canaries: Some(canaries), rollout: Some(rollout), notes: vec![note], ..Plan::default() }
 }
 
 /// Why the canaries are no good, if they are not.
@@ -239,6 +294,8 @@ pub struct Observed<'a> {
     pub endpoints: usize,
     /// Where the rollout is.
     pub rollout: Option<RolloutStatus>,
+    /// What it waits for.
+    pub awaited: Option<Awaited>,
     /// The pods' labels, as a selector in text.
     pub selector: String,
 }
@@ -292,9 +349,17 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
 
     let failed = observed.rollout.as_ref().and_then(|rollout| rollout.failed.clone());
     let progressing = observed.stable.is_some() && (!rolled_out || observed.rollout.is_some()) && failed.is_none();
-    let stuck = observed.stable.and_then(stuck);
+    let awaited = observed.awaited.as_ref().and_then(|awaited| {
+        let absent = absent(&awaited.name, awaited.live.as_deref(), observed.pods)?;
+        Some((format!("its servers wait for {absent}"), awaited.is_late))
+    });
+    let late = awaited.as_ref().filter(|(_, is_late)| *is_late).map(|(why, _)| why.clone());
+    let stuck = observed.stable.and_then(stuck).or(late);
     let progress = match &observed.rollout {
-        Some(rollout) => format!("revision {}, step {}", rollout.revision, rollout.step + 1),
+        Some(rollout) => {
+            let why = awaited.map(|(why, _)| format!(": {why}")).unwrap_or_default();
+            format!("revision {}, step {}{why}", rollout.revision, rollout.step + 1)
+        }
         None => servers.clone(),
     };
     let refused = observed.refusal.map(|refusal| (refusal.cause.reason(), refusal.message.clone()));
@@ -394,7 +459,8 @@ fn unanswered(name: &str, answering: i32, wanted: i32, pods: &[Pod]) -> String {
 
 /// The pods of an encoder.
 fn pods_of<'a>(name: &'a str, pods: &'a [Pod]) -> impl Iterator<Item = &'a Pod> {
-    pods.iter().filter(move |pod| pod.labels().get(ENCODER_LABEL).is_some_and(|label| label == name))
+    let own = move |pod: &&Pod| pod.labels().get(ENCODER_LABEL).is_some_and(|label| label == name);
+    pods.iter().filter(own).filter(|pod| !has_ended(pod))
 }
 
 /// Whether a pod is ready and not about to leave.
@@ -459,12 +525,31 @@ fn stuck(deployment: &Deployment) -> Option<String> {
     Some(stuck.message.clone().unwrap_or_else(|| "the new servers did not answer in time".to_owned()))
 }
 
+/// A pod that was evicted, or whose node was shut down, stays on record when another one has taken its place.
+pub(crate) fn has_ended(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+/// The last time that a container of one of these pods ended, of those that are to go on.
+pub fn last_crash<'a>(pods: impl IntoIterator<Item = &'a Pod>) -> Option<Crash> {
+    let crashes =
+        pods.into_iter().filter(|pod| pod.metadata.deletion_timestamp.is_none() && !has_ended(pod)).flat_map(|pod| {
+            let containers = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
+            containers.filter_map(|container| {
+                let at = last_end(container)?.finished_at.as_ref()?.0;
+                Some(Crash { at, what: crashed(pod, container) })
+            })
+        });
+    crashes.max_by_key(|crash| crash.at)
+}
+
 /// How a pod crashes, if it does.
 fn crash(pod: &Pod) -> Option<String> {
-    if pod.metadata.deletion_timestamp.is_some() {
+    if pod.metadata.deletion_timestamp.is_some() || has_ended(pod) {
         return None;
     }
-    let crashed = |status: &&ContainerStatus| {
+    let crashes = |status: &&ContainerStatus| {
         let waiting = status
             .state
             .as_ref()
@@ -473,18 +558,26 @@ fn crash(pod: &Pod) -> Option<String> {
         let ended = status.state.as_ref().is_some_and(|state| state.terminated.is_some());
         waiting == Some("CrashLoopBackOff") || ended || (status.restart_count > 0 && !status.ready)
     };
-    let status = pod.status.as_ref()?.container_statuses.iter().flatten().find(crashed)?;
-    let last = status.state.as_ref().and_then(|state| state.terminated.as_ref());
-    let last = last.or_else(|| status.last_state.as_ref()?.terminated.as_ref());
-    let why = last.map_or_else(String::new, |last| {
+    let container = pod.status.as_ref()?.container_statuses.iter().flatten().find(crashes)?;
+    Some(crashed(pod, container))
+}
+
+/// How the container ended last, if it did.
+fn last_end(container: &ContainerStatus) -> Option<&ContainerStateTerminated> {
+    let now = container.state.as_ref().and_then(|state| state.terminated.as_ref());
+    now.or_else(|| container.last_state.as_ref()?.terminated.as_ref())
+}
+
+fn crashed(pod: &Pod, container: &ContainerStatus) -> String {
+    let why = last_end(container).map_or_else(String::new, |last| {
         let text = last.message.as_deref().map(str::trim).filter(|text| !text.is_empty()).or(last.reason.as_deref());
         format!(": exit code {}{}", last.exit_code, text.map(|text| format!(", {text}")).unwrap_or_default())
     });
-    Some(format!("pod {} crashes (started again {} times){why}", pod.name_any(), status.restart_count))
+    format!("pod {} crashes (started again {} times){why}", pod.name_any(), container.restart_count)
 }
 
 fn obstacle(pod: &Pod) -> Option<String> {
-    super::run::obstacle(pod)
+    super::run::obstacle(pod).filter(|_| !has_ended(pod))
 }
 
 #[cfg(test)]

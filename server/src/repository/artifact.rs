@@ -20,7 +20,6 @@ use crate::{
     files,
     model::{Binding, Graph, Interface, ModelVersion, Multimodal, Runs, Statistics},
     scheduler::{Policy, Reopen, Scheduler, Setup, Slots},
-    security::Outgoing,
 };
 
 /// The version of an artifact that comes from a store: there, artifacts are told apart by digest.
@@ -107,7 +106,7 @@ fn open(
         let engines = if addresses.is_empty() {
             here(folder, graph, opening).map_err(failed)?
         } else {
-            elsewhere(&model, graph, digest, addresses, &opening.outgoing)
+            elsewhere(&model, graph, digest, addresses, opening)
         };
         let model = open_one(&model, version, engines, opening)
             .map_err(|source| LoadError::Thread { name: name.to_owned(), source })?
@@ -186,10 +185,10 @@ fn elsewhere(
     graph: &sensorium_artifact::Graph,
     digest: &Digest,
     addresses: Vec<String>,
-    outgoing: &Outgoing,
+    opening: &Opening,
 ) -> Engines {
     let signature = Signature::of_manifest(&graph.inputs, &graph.outputs);
-    let calls = remote::open(model, signature.clone(), digest.to_string(), addresses, outgoing);
+    let calls = remote::open(model, signature.clone(), digest.to_string(), addresses, opening);
     // A call waits and computes nothing.
     let slots = Slots::new(calls.len());
     let all = calls.into_iter().map(|call| Box::new(call) as Box<dyn Engine>).collect();

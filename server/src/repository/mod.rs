@@ -101,6 +101,8 @@ pub struct Opening {
     pub graphs: GraphPlaces,
     /// How those that run elsewhere are called.
     pub outgoing: Outgoing,
+    /// Bytes of a message at most, also of one to them: they are told the same.
+    pub max_message_bytes: usize,
     /// How requests are put together, where a model does not say.
     pub batching: Batching,
     /// The machine's compute, shared by all models.

@@ -16,6 +16,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use prost::Message as _;
 use sensorium_artifact::Manifest;
 use sensorium_engine::{Engine, EngineError, RawTensor, Signature, Waiters, dtype_name};
 use sensorium_proto::inference::{
@@ -29,12 +30,12 @@ use tokio::{runtime::Handle, time};
 use tonic::{Code, Request, Status};
 
 use super::{
-    LoadError,
+    LoadError, Opening,
     peers::{Client, Peers},
 };
 use crate::{
     model::ARTIFACT_DIGEST,
-    security::{Outgoing, OwnTokens, Reloaded},
+    security::{OwnTokens, Reloaded},
     wire,
 };
 
@@ -131,11 +132,15 @@ pub(super) fn open(
     signature: Signature,
     digest: String,
     addresses: Vec<String>,
-    outgoing: &Outgoing,
+    opening: &Opening,
 ) -> Vec<RemoteEngine> {
+    let Opening { outgoing, max_message_bytes, .. } = opening;
     let peers = Peers::watch(addresses, outgoing.tls.clone());
     let (model, tokens, runtime) = (model.to_owned(), outgoing.tokens.clone(), Handle::current());
-    vec![RemoteEngine { model, signature, digest, peers, tokens, runtime }; CALLS]
+    vec![
+        RemoteEngine { model, signature, digest, peers, tokens, max_message_bytes: *max_message_bytes, runtime };
+        CALLS
+    ]
 }
 
 /// A graph that another server runs.
@@ -146,6 +151,7 @@ pub(super) struct RemoteEngine {
     digest: String,
     peers: Arc<Peers>,
     tokens: Option<Reloaded<OwnTokens>>,
+    max_message_bytes: usize,
     runtime: Handle,
 }
 
@@ -165,6 +171,15 @@ impl Engine for RemoteEngine {
         waiters: Waiters<'_>,
     ) -> Result<Vec<RawTensor>, EngineError> {
         let request = self.request(inputs, outputs);
+        // Rows that were prepared may be larger than what was sent. Half of a batch may fit, and is tried next.
+        let (bytes, most) = (request.encoded_len(), self.max_message_bytes);
+        if bytes > most {
+            let reason = format!(
+                "a call of {} would take {bytes} bytes, more than {most}, the limit of a message",
+                self.peers.text()
+            );
+            return Err(EngineError::Run { reason });
+        }
         let response = self.runtime.block_on(self.call(&request, waiters))?;
         let tensors = tensors(response, &request);
         tensors.map_err(|reason| EngineError::Run { reason: format!("{}: {reason}", self.peers.text()) })

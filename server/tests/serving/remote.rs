@@ -97,6 +97,27 @@ async fn a_request_that_is_meant_for_another_artifact_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_is_too_large_for_a_message_to_its_encoder_goes_in_several() {
+    // Two rows of 768 bytes each and what is around them, but not three.
+    let limit = ["--max-request-bytes", "2300"];
+    let store = Artifacts::shared().path();
+    let encoder = Server::launch(store, &[&limit[..], &["--graph", "image_encoder"]].concat(), |_| {});
+    let remote = format!("image_encoder={}", encoder.grpc);
+    let more = ["--remote-graph", &remote, "--max-queue-delay-microseconds", "100000", "--max-batch-size", "8"];
+    let server = Server::launch(store, &[&limit[..], &more].concat(), |_| {});
+    ready(&server).await;
+    let answers = futures::future::join_all(COLORS.iter().cycle().take(12).map(|color| ask(&server, *color))).await;
+    for (answer, text) in answers.into_iter().zip(["red", "green", "blue"].into_iter().cycle()) {
+        assert_eq!(answer.unwrap().answers[0].text, text);
+    }
+    let batches = async |most: &str| {
+        let name = format!("sensorium_server_batch_rows_bucket{{le=\"{most}\",model=\"tiny.image_encoder\"}}");
+        server.sample(&name).await.unwrap()
+    };
+    assert!(batches("2.0").await < batches("+Inf").await, "some of them were larger");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_encoder_of_another_artifact_makes_no_server_ready() {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(&format!("file://{}", folder.path().display()), &Volumes::default()).unwrap();

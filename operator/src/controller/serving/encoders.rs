@@ -1,10 +1,10 @@
 //! Encoders come with the servers that call them, and go when the last of these is gone.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use sensorium_api::run::JobKey;
 
@@ -12,16 +12,41 @@ use super::Servings;
 use crate::controller::Error;
 use crate::controller::children::Key;
 use crate::controller::visit::Visit;
-use crate::render::{ENCODERS_ANNOTATION, Encoder, Track, child_name, deployment_name};
+use crate::render::{ENCODERS_ANNOTATION, Encoder, GRAPH_LABEL, Track, child_name, deployment_name};
+use crate::status::{Awaited, available, has_ended, wanted};
 
 impl Servings {
     pub(super) async fn apply_encoders(&self, visit: &Visit<'_>, key: &Key, encoders: &[Encoder]) -> Result<(), Error> {
         for encoder in encoders {
+            let encoder = self.as_begun(key, encoder);
             for part in self.parts() {
-                part.settle(visit, key, encoder).await?;
+                part.settle(visit, key, &encoder).await?;
             }
         }
         Ok(())
+    }
+
+    /// An encoder that an autoscaler will look after begins with as many pods as the one before it has: the load is the same.
+    fn as_begun<'a>(&self, key: &Key, encoder: &'a Encoder) -> Cow<'a, Encoder> {
+        let scaling = encoder.autoscaler.as_ref().and_then(|autoscaler| autoscaler.spec.min_replicas);
+        let Some(least) = scaling.filter(|_| !self.deployments.has(key, &encoder.name)) else {
+            return Cow::Borrowed(encoder);
+        };
+        let deployments = self.deployments.of(key);
+        let before = deployments.iter().filter(|deployment| graph_of(deployment) == Some(&encoder.graph));
+        let mut begun = encoder.clone();
+        begun.deployment.spec.replicas = before.map(|deployment| wanted(deployment)).chain([least]).max();
+        Cow::Owned(begun)
+    }
+
+    /// One of `encoders` that is not up yet. When it is late, one pod is enough.
+    pub(super) fn awaited(&self, key: &Key, encoders: &[Encoder], is_late: bool) -> Option<Awaited> {
+        encoders.iter().find_map(|encoder| {
+            let live = self.deployments.get(key, &encoder.name);
+            let (up, of) = live.as_deref().map_or((0, 1), |live| (available(live), wanted(live)));
+            let enough = if is_late { of.min(1) } else { of };
+            (up < enough).then(|| Awaited { name: encoder.name.clone(), live, is_late })
+        })
     }
 
     /// The encoders that the servers of `stable` call, by name.
@@ -54,6 +79,11 @@ impl Servings {
     }
 }
 
+/// The graph that an encoder's Deployment runs.
+fn graph_of(deployment: &Deployment) -> Option<&String> {
+    deployment.spec.template.metadata.as_ref()?.labels.as_ref()?.get(GRAPH_LABEL)
+}
+
 /// Names of the encoders that a Deployment's servers call.
 fn called_by(deployment: &Deployment) -> impl Iterator<Item = &str> {
     let metadata = deployment.spec.template.metadata.as_ref();
@@ -63,10 +93,4 @@ fn called_by(deployment: &Deployment) -> impl Iterator<Item = &str> {
 
 pub(super) fn names(annotation: Option<&String>) -> impl Iterator<Item = &str> {
     annotation.into_iter().flat_map(|names| names.split(','))
-}
-
-/// A pod that was evicted stays on record, and calls nobody.
-pub(super) fn has_ended(pod: &Pod) -> bool {
-    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-    matches!(phase, Some("Succeeded" | "Failed"))
 }

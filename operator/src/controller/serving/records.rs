@@ -7,14 +7,14 @@ use kube::{Api, ResourceExt};
 use sensorium_api::ServingJobSpec;
 
 use super::Servings;
-use super::encoders::{has_ended, names};
+use super::encoders::names;
 use crate::controller::children::Key;
 use crate::controller::visit::Visit;
 use crate::controller::{Error, apply};
 use crate::render::{
     CONFIG_ANNOTATION, ENCODERS_ANNOTATION, Encoder, MadeOf, Owner, REVISION_ANNOTATION, Servers, render_record,
 };
-use crate::status::Note;
+use crate::status::{Note, has_ended};
 
 /// The record of the wanted revision; none where nothing of it could be missing beside a newer one for long.
 pub(super) fn wanted(

@@ -87,7 +87,7 @@ fn canaries_that_fail_more_than_they_may_are_taken_back_for_good() {
     let mut status = ServingJobStatus::default();
     status.rollout = decide(&spec, &status, None, Measured::default(), 0).rollout;
     let canary = deployment("new", 1);
-    let bad = Measured { stable: load(1000.0, 0.0, 10.0), canary: load(100.0, 2.0, 1.0) };
+    let bad = Measured { stable: load(1000.0, 0.0, 10.0), canary: load(100.0, 2.0, 1.0), crash: None };
     let plan = decide(&spec, &status, Some(&canary), bad, 5);
     assert_eq!((plan.apply, plan.canaries), (false, None));
     let why = plan.rollout.as_ref().unwrap().failed.clone().unwrap();
@@ -105,9 +105,9 @@ fn slow_canaries_are_taken_back_and_few_requests_decide_nothing() {
     let mut status = ServingJobStatus::default();
     status.rollout = decide(&spec, &status, None, Measured::default(), 0).rollout;
     let canary = deployment("new", 1);
-    let few = Measured { stable: load(1000.0, 0.0, 10.0), canary: load(19.0, 19.0, 100.0) };
+    let few = Measured { stable: load(1000.0, 0.0, 10.0), canary: load(19.0, 19.0, 100.0), crash: None };
     assert!(decide(&spec, &status, Some(&canary), few, 5).rollout.unwrap().failed.is_none());
-    let slow = Measured { stable: load(1000.0, 0.0, 10.0), canary: load(100.0, 0.0, 2.5) };
+    let slow = Measured { stable: load(1000.0, 0.0, 10.0), canary: load(100.0, 0.0, 2.5), crash: None };
     let why = decide(&spec, &status, Some(&canary), slow, 5).rollout.unwrap().failed.unwrap();
     assert!(why.starts_with("a request took 2.5 times as long"), "{why}");
 }
@@ -123,6 +123,59 @@ fn canaries_that_do_not_answer_in_time_are_taken_back() {
     let plan = decide(&spec, &status, Some(&canary), Measured::default(), 30);
     assert_eq!(plan.canaries, None);
     assert_eq!(plan.rollout.unwrap().failed.unwrap(), "its servers did not answer within 30 s");
+}
+
+/// A rollout whose canary answers since second 5.
+fn answering_since_5(spec: &ServingJobSpec) -> ServingJobStatus {
+    let mut status = ServingJobStatus::default();
+    status.rollout = decide(spec, &status, None, Measured::default(), 0).rollout;
+    status.rollout = decide(spec, &status, Some(&deployment("new", 1)), Measured::default(), 5).rollout;
+    assert_eq!(status.rollout.as_ref().unwrap().step_ready, Some(Time(at(5))));
+    status
+}
+
+#[test]
+fn canaries_that_crash_after_they_answered_are_taken_back_also_if_they_answer_again() {
+    let spec = canary_spec();
+    let mut status = answering_since_5(&spec);
+    let crashed = |second| {
+        let pod = json!({
+            "metadata": {"name": "canary"},
+            "status": {"phase": "Running", "containerStatuses": [{
+                "name": "main", "image": "", "imageID": "", "ready": true, "restartCount": 1,
+                "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled", "finishedAt": at(second).to_string()}},
+            }]},
+        });
+        let pod: Pod = serde_json::from_value(pod).unwrap();
+        Measured { crash: last_crash([&pod]), ..Measured::default() }
+    };
+    let canary = deployment("new", 1);
+    let before = decide(&spec, &status, Some(&canary), crashed(4), 10);
+    assert!(before.rollout.unwrap().failed.is_none(), "some start twice before they answer");
+    let plan = decide(&spec, &status, Some(&canary), crashed(7), 10);
+    assert_eq!((plan.apply, plan.canaries), (false, None));
+    let why = plan.rollout.unwrap().failed.unwrap();
+    assert_eq!(why, "pod canary crashes (started again 1 times): exit code 137, OOMKilled");
+    // In the next step before all of its servers answer.
+    status.rollout = decide(&spec, &status, Some(&canary), Measured::default(), 65).rollout;
+    assert_eq!(status.rollout.as_ref().map(|rollout| (rollout.step, rollout.step_ready.is_none())), Some((1, true)));
+    assert!(decide(&spec, &status, Some(&canary), crashed(70), 70).rollout.unwrap().failed.is_some());
+}
+
+#[test]
+fn canaries_that_stop_answering_are_taken_back_unless_they_are_back_in_time() {
+    let spec =
+        spec(&json!({"progressDeadlineSeconds": 30, "canary": {"steps": [{"weight": 20, "pauseSeconds": 600}]}}));
+    let mut status = answering_since_5(&spec);
+    let mut silent = deployment("new", 1);
+    silent.status.as_mut().unwrap().available_replicas = Some(0);
+    for (second, canary) in [(10, &silent), (39, &silent), (41, &deployment("new", 1)), (50, &silent), (79, &silent)] {
+        let plan = decide(&spec, &status, Some(canary), Measured::default(), second);
+        assert_eq!(plan.canaries, Some(1), "after {second} s");
+        status.rollout = plan.rollout;
+    }
+    let plan = decide(&spec, &status, Some(&silent), Measured::default(), 80);
+    assert_eq!(plan.rollout.unwrap().failed.unwrap(), "its servers have not all answered for 30 s");
 }
 
 #[test]
@@ -152,6 +205,7 @@ fn served<'a>(status: &'a ServingJobStatus, stable: &'a Deployment) -> Observed<
         pods: &[],
         endpoints: 2,
         rollout: None,
+        awaited: None,
         selector: String::new(),
     }
 }
@@ -173,6 +227,21 @@ fn old_servers_that_answer_do_not_make_a_job_ready_whose_new_ones_crash() {
     let status = observed(&[pod]);
     assert!(!is_ready(&status) && is_true(&status.conditions, "Degraded"));
     assert_eq!(status.message.unwrap(), "pod vqa-server-x crashes (started again 2 times): exit code 1, no such file");
+}
+
+#[test]
+fn a_pod_that_was_evicted_and_replaced_is_no_fault() {
+    let pod: Pod = serde_json::from_value(json!({
+        "metadata": {"name": "vqa-server-x"},
+        "status": {"phase": "Failed", "reason": "Evicted", "containerStatuses": [{
+            "name": "main", "image": "", "imageID": "", "ready": false, "restartCount": 0,
+            "state": {"terminated": {"exitCode": 137, "reason": "Error"}},
+        }]},
+    }))
+    .unwrap();
+    let stable = deployment("old", 2);
+    let status = serving_status(&Observed { pods: &[pod], ..served(&ServingJobStatus::default(), &stable) });
+    assert!(is_ready(&status) && !is_true(&status.conditions, "Degraded"), "{:?}", status.message);
 }
 
 /// A running pod of the encoder `vqa-image-encoder-ID`.
