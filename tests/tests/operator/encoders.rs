@@ -58,6 +58,47 @@ async fn a_dead_encoder_is_in_the_condition_as_soon_as_its_pod_says_so() -> Resu
 }
 
 #[tokio::test]
+async fn no_server_is_made_to_call_an_encoder_that_is_not_up() -> Result<()> {
+    let case = Case::start("encoder-first").await?;
+    case.artifact("model", 'a').await?;
+    let mut manifest = serving_with_encoder("vqa", "model");
+    manifest["spec"]["encoders"][0]["autoscaling"] = json!({"minReplicas": 1, "maxReplicas": 4});
+    manifest["spec"]["encoders"][0]["resources"] = json!({"requests": {"cpu": "100m"}});
+    case.apply(&manifest).await?;
+    let running = case.kubelet.run_all(ALL);
+    case.serving("vqa", "to be ready", is_ready).await?;
+    let old = case.encoders(1).await?.remove(0);
+    case.patch::<Deployment>(&old, json!({"spec": {"replicas": 3}})).await?;
+    case.kubelet.pods(ENCODERS, 3, LIMIT).await?;
+    drop(running);
+
+    case.artifact("model", 'b').await?;
+    let new = case.encoders(2).await?.into_iter().find(|name| *name != old).unwrap();
+    let begun = case.namespace.api::<Deployment>().get(&new).await?;
+    assert_eq!(begun.spec.replicas, Some(3), "as many as the one before it");
+    let waits = |job: &ServingJob| {
+        let progress = conditions(job).unwrap_or_default().iter().find(|condition| condition.type_ == "Progressing");
+        progress
+            .is_some_and(|said| said.message.ends_with(&format!("its servers wait for encoder {new}: 0 of 3 answer")))
+    };
+    let job = case.serving("vqa", "to wait for the encoder", waits).await?;
+    assert!(is_ready(&job), "{}", message(&job));
+    let called = async || {
+        let servers = case.namespace.api::<Deployment>().get("vqa-server").await?;
+        anyhow::Ok(servers.spec.template.metadata.unwrap().annotations.unwrap()["sensorium.dev/encoders"].clone())
+    };
+    assert_eq!(called().await?, old);
+    let running = case.kubelet.run_all(ALL);
+    let rolled = |job: &ServingJob| {
+        job.status.as_ref().is_some_and(|status| status.digest == Some(digest('b'))) && is_ready(job)
+    };
+    case.serving("vqa", "to serve the newer one", rolled).await?;
+    assert_eq!(called().await?, new);
+    drop(running);
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_servers_of_an_older_revision_need_is_made_again_while_a_newer_one_is_tried() -> Result<()> {
     let case = Case::start("encoder-deleted").await?;
     case.artifact("model", 'a').await?;

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
-use k8s_openapi::api::core::v1::{Pod, ResourceQuota, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, ResourceQuota, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::ResourceExt;
@@ -230,6 +230,77 @@ async fn an_autoscaled_job_leaves_the_number_to_the_autoscaler() -> Result<()> {
     let changed = |deployment: &Deployment| deployment.metadata.generation > Some(2);
     let deployment = case.namespace.eventually::<Deployment>("vqa-server", "to change", LIMIT, changed).await?;
     assert_eq!(deployment.spec.replicas, Some(3), "the operator does not take the number back");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_job_that_is_autoscaled_from_now_on_keeps_the_servers_that_it_has() -> Result<()> {
+    let case = Case::start("to-hpa").await?;
+    case.artifact("model", 'a').await?;
+    let mut manifest = serving("vqa", "model");
+    manifest["spec"]["replicas"] = json!(3);
+    case.apply(&manifest).await?;
+    case.kubelet.pods(SERVERS, 3, LIMIT).await?;
+    let autoscaling = json!({"spec": {
+        "replicas": null,
+        "autoscaling": {"minReplicas": 1, "maxReplicas": 5},
+        "resources": {"requests": {"cpu": "100m"}},
+    }});
+    case.patch::<ServingJob>("vqa", autoscaling).await?;
+    let asks = |deployment: &Deployment| {
+        let pod = deployment.spec.template.spec.as_ref();
+        pod.is_some_and(|pod| pod.containers[0].resources.as_ref().is_some_and(|all| all.requests.is_some()))
+    };
+    let deployment = case.namespace.eventually::<Deployment>("vqa-server", "to change", LIMIT, asks).await?;
+    assert_eq!(deployment.spec.replicas, Some(3));
+    // It is the autoscaler's now.
+    case.patch::<Deployment>("vqa-server", json!({"spec": {"replicas": 2}})).await?;
+    case.patch::<ServingJob>("vqa", json!({"spec": {"resources": null}})).await?;
+    let changed = |deployment: &Deployment| !asks(deployment);
+    let deployment = case.namespace.eventually::<Deployment>("vqa-server", "to change", LIMIT, changed).await?;
+    assert_eq!(deployment.spec.replicas, Some(2));
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_a_spec_says_no_longer_is_taken_away() -> Result<()> {
+    let case = Case::start("taken-away").await?;
+    case.artifact("model", 'a').await?;
+    let mut manifest = serving("vqa", "model");
+    manifest["spec"]["service"] = json!({"annotations": {"example.com/internet-facing": "true"}});
+    case.apply(&manifest).await?;
+    let is_faced = |service: &Service| service.annotations().contains_key("example.com/internet-facing");
+    case.namespace.eventually::<Service>("vqa", "to be as asked for", LIMIT, is_faced).await?;
+    // What others have said stays.
+    case.patch::<Service>("vqa", json!({"metadata": {"annotations": {"example.com/other": "x"}}})).await?;
+    case.patch::<ServingJob>("vqa", json!({"spec": {"service": null}})).await?;
+    let service = case.namespace.eventually::<Service>("vqa", "to forget it", LIMIT, |s| !is_faced(s)).await?;
+    assert!(service.annotations().contains_key("example.com/other"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_file_of_old_servers_stays_until_the_new_ones_have_all_taken_their_place() -> Result<()> {
+    let case = ready("files").await?;
+    let file = |deployment: &Deployment| {
+        let volumes = deployment.spec.template.spec.as_ref().and_then(|pod| pod.volumes.clone()).unwrap_or_default();
+        volumes.into_iter().find_map(|volume| volume.config_map).map(|map| map.name).unwrap_or_default()
+    };
+    let old = file(&case.namespace.api::<Deployment>().get("vqa-server").await?);
+    case.patch::<ServingJob>("vqa", json!({"spec": {"batching": {"maxBatchSize": 8}}})).await?;
+    case.namespace.eventually::<Deployment>("vqa-server", "to change", LIMIT, |now| file(now) != old).await?;
+    // An old server whose node was drained: another one takes its place, and reads what it read.
+    let pods = case.kubelet.pods(SERVERS, 3, LIMIT).await?;
+    let is_old = |pod: &&Pod| {
+        let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+        volumes.filter_map(|volume| volume.config_map.as_ref()).any(|map| map.name == old)
+    };
+    case.delete::<Pod>(&pods.iter().find(is_old).unwrap().name_any()).await?;
+    case.serving("vqa", "to notice", |job| message(job).contains("1 of 2 servers answer")).await?;
+    case.namespace.api::<ConfigMap>().get(&old).await?;
+    let running = case.kubelet.run_all(SERVERS);
+    case.namespace.eventually_gone::<ConfigMap>(&old, LIMIT).await?;
+    drop(running);
     Ok(())
 }
 
