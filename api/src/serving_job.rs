@@ -74,7 +74,8 @@ pub struct ServingJobSpec {
     /// What a single request may ask for; more is refused before it costs memory.
     #[serde(default)]
     pub limits: Limits,
-    /// Ask the server held-out questions through its public API once it is ready, and report the answers.
+    /// Ask the server held-out questions through its public API once it is ready, and report the answers: `sensorium up` does, on one
+    /// machine. On a cluster nobody asks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verification: Option<Verification>,
     /// What one server (one pod) needs of the machine, in Kubernetes' words. With a GPU in `limits` (`nvidia.com/gpu: "1"` or
