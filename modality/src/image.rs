@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 pub use image::RgbImage;
 
 use crate::error::{ModalityError, Unit};
+use crate::jpeg;
 use crate::modality::{Cost, CostUnit, Modality};
 use crate::tensor::Tensor;
 use crate::webp;
@@ -64,6 +65,9 @@ pub fn decode_image(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, Moda
     let format = sniff(bytes, limits)?;
     guarded(format, || {
         let mut decoder = open(bytes, format, limits)?;
+        if format == Format::Jpeg {
+            jpeg::check_end(bytes)?;
+        }
         let orientation = decoder.orientation().map_err(|error| broken(format, limits, &error))?;
         let mut image = DynamicImage::from_decoder(decoder).map_err(|error| broken(format, limits, &error))?;
         image.apply_orientation(orientation);
@@ -170,6 +174,9 @@ fn too_large(unit: Unit, got: u64, limit: u64) -> ModalityError {
     ModalityError::TooLarge { modality: "image", unit, got, limit }
 }
 
+/// Bytes that decoding takes for a pixel at most: 16 bits of four channels, once more where it is turned upright, and what comes of it.
+const DECODING: u64 = 20;
+
 /// Turns encoded images into a model's pixel rows.
 #[derive(Clone, Debug)]
 pub struct ImageProcessor {
@@ -227,9 +234,23 @@ impl ImageProcessor {
         if image.dimensions() == (size, size) {
             return image;
         }
+        let (width, height) = image.dimensions();
+        let resize = |image: &RgbImage| imageops::resize(image, size, size, FilterType::Triangle);
         match self.config.resize {
-            Resize::Exact => imageops::resize(&image, size, size, FilterType::Triangle),
+            Resize::Exact if self.lies(width, height) => imageops::rotate270(&resize(&imageops::rotate90(&image))),
+            Resize::Exact => resize(&image),
         }
+    }
+
+    /// Whether an image is a strip that has to stand up to be resized. All columns are brought to the new height first, which makes
+    /// four floats for each column and each new row: gigabytes of a strip whose width alone has all the pixels that there may be.
+    fn lies(&self, width: u32, height: u32) -> bool {
+        width > height && self.resizing(width) > self.limits.max_decoded_bytes
+    }
+
+    /// Bytes between the two halves of resizing so many columns.
+    fn resizing(&self, columns: u32) -> u64 {
+        u64::from(columns) * u64::from(self.config.size) * 4 * size_of::<f32>() as u64
     }
 
     /// Pixels to f32 `[3, height, width]`, each channel as `(x / 255 - mean) / std`.
@@ -272,6 +293,15 @@ impl Modality for ImageProcessor {
     fn cost(&self, item: &[u8]) -> Result<Cost, ModalityError> {
         let (width, height) = dimensions(item, &self.limits)?;
         Ok(Cost { unit: CostUnit::Pixels, amount: u64::from(width) * u64::from(height) })
+    }
+
+    /// What decoding and resizing take, from the header.
+    fn memory(&self, item: &[u8]) -> Result<u64, ModalityError> {
+        let (width, height) = dimensions(item, &self.limits)?;
+        // It may lie on its side until it is turned upright.
+        let columns = |width, height| if self.lies(width, height) { height } else { width };
+        let columns = columns(width, height).max(columns(height, width));
+        Ok(u64::from(width) * u64::from(height) * DECODING + self.resizing(columns))
     }
 
     /// f32 `[3, size, size]`.

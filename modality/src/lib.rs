@@ -5,7 +5,7 @@
 //! artifact says how each was set up. Everything that arrives from outside is measured against a limit *before* it is
 //! worked on, and a refusal names the limit.
 //!
-//! A modality is a [`Modality`]: its name, what an item costs, and how an item becomes one row of a model input. The
+//! A modality is a [`Modality`]: its name, what an item costs and takes, and how an item becomes one row of a model input. The
 //! [`Registry`] holds those that a pipeline uses; adding audio means one more implementation, not a change elsewhere.
 //!
 //! [`Tensor`] is a plain array in host memory: just enough to stack items into batches and to take rows out again.
@@ -24,6 +24,7 @@
 
 mod error;
 mod image;
+mod jpeg;
 mod modality;
 mod spec;
 mod tensor;

@@ -27,6 +27,13 @@ pub trait Modality: Send + Sync {
     /// The item is beyond a limit or plainly not of this modality.
     fn cost(&self, item: &[u8]) -> Result<Cost, ModalityError>;
 
+    /// Bytes that processing this item takes on its way at most, beside the item, found without doing the work, so that they can be
+    /// set aside before.
+    ///
+    /// # Errors
+    /// As [`Modality::cost`].
+    fn memory(&self, item: &[u8]) -> Result<u64, ModalityError>;
+
     /// One row of the encoder's input, without the batch axis. Rows of one modality always have equal shapes.
     ///
     /// # Errors

@@ -214,6 +214,11 @@ impl Modality for TextProcessor {
         Ok(Cost { unit: CostUnit::Tokens, amount: tokens as u64 })
     }
 
+    /// The text in small letters, and in words.
+    fn memory(&self, item: &[u8]) -> Result<u64, ModalityError> {
+        Ok(4 * item.len() as u64)
+    }
+
     /// i64 `[max_length]`.
     fn process(&self, item: &[u8]) -> Result<Tensor, ModalityError> {
         self.encode_row(utf8(item)?)

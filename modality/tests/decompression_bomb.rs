@@ -3,7 +3,9 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use sensorium_modality::{ImageLimits, ModalityError, Unit, decode_image};
+use sensorium_modality::{
+    ImageConfig, ImageLimits, ImageProcessor, Modality as _, ModalityError, Resize, RgbImage, Unit, decode_image,
+};
 
 /// Largest memory this process ever used, in KiB.
 fn peak_memory() -> u64 {
@@ -78,6 +80,17 @@ fn a_bomb_is_refused_from_its_header_with_little_memory() {
     assert!(error.to_string().ends_with("needs more than the limit of 268435456 bytes"), "{error}");
     let grown = peak_memory() - before;
     assert!(grown < 4 * 1024, "{grown} KiB");
+    // Within all limits, and 9 GiB if it were resized from top to bottom first.
+    let image = RgbImage::from_pixel(2_500_000, 1, image::Rgb([7; 3]));
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    image.write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+    let config = ImageConfig { size: 224, mean: [0.5; 3], std: [0.5; 3], resize: Resize::Exact };
+    let before = peak_memory();
+    let (processor, bytes) = (ImageProcessor::new(config).unwrap(), bytes.into_inner());
+    let expected = processor.memory(&bytes).unwrap();
+    processor.process(&bytes).unwrap();
+    let grown = (peak_memory() - before) * 1024;
+    assert!(grown <= expected + (4 << 20) && expected < 128 << 20, "{grown} bytes of {expected}");
 }
 
 #[test]

@@ -165,12 +165,60 @@ fn memory_for_decoded_pixels_has_its_own_limit() {
 
 #[test]
 fn a_truncated_image_is_broken_and_says_which_kind() {
-    for (format, name) in [(ImageFormat::Png, "PNG"), (ImageFormat::WebP, "WebP")] {
-        let bytes = encode(&gradient(20, 20), format);
-        let error = decode_image(&bytes[..bytes.len() / 2], &ImageLimits::default()).unwrap_err();
+    let formats = [(ImageFormat::Png, "PNG"), (ImageFormat::WebP, "WebP"), (ImageFormat::Jpeg, "JPEG")];
+    for ((format, name), whole) in formats.into_iter().flat_map(|format| [(format, 0.5), (format, 0.98)]) {
+        let bytes = encode(&gradient(60, 60), format);
+        let cut = (bytes.len() as f64 * whole) as usize;
+        let error = decode_image(&bytes[..cut], &ImageLimits::default()).unwrap_err();
         assert!(matches!(error, ModalityError::BrokenImage { format, .. } if format == name), "{error:?}");
         assert!(error.is_callers_fault());
     }
+}
+
+#[test]
+fn a_jpeg_is_whole_with_a_thumbnail_before_it_and_whatever_behind_it_and_not_by_the_end_of_the_thumbnail() {
+    let whole = encode(&gradient(60, 60), ImageFormat::Jpeg);
+    // A segment of metadata that has a whole picture in it, behind the start of the image.
+    let thumbnail = encode(&gradient(8, 8), ImageFormat::Jpeg);
+    let segment = [&[0xff, 0xe1][..], &(thumbnail.len() as u16 + 2).to_be_bytes(), &thumbnail].concat();
+    let with = [&whole[..2], &segment, &whole[2..]].concat();
+    let more = [&with[..], b"and a trailer"].concat();
+    for bytes in [&whole, &with, &more] {
+        assert_eq!(decode_image(bytes, &ImageLimits::default()).unwrap().dimensions(), (60, 60));
+    }
+    let error = decode_image(&with[..with.len() - 2], &ImageLimits::default()).unwrap_err();
+    let said = format!("it is cut off: its {} bytes have no end marker", with.len() - 2);
+    assert!(error.to_string().ends_with(&said), "{error}");
+}
+
+#[test]
+fn words_of_metadata_are_no_chunks_of_a_webp() {
+    let whole = encode(&gradient(9, 9), ImageFormat::WebP);
+    let chunk = |name: &[u8; 4], data: &[u8]| {
+        [&name[..], &(data.len() as u32).to_le_bytes(), data, &[0][..data.len() % 2]].concat()
+    };
+    // Its canvas, which is one less on either side, and that there is XMP.
+    let canvas = chunk(b"VP8X", &[4, 0, 0, 0, 8, 0, 0, 8, 0, 0]);
+    let words = chunk(b"XMP ", b"<x>keeps the EXIF orientation</x>");
+    let body = [b"WEBP".to_vec(), canvas, whole[12..].to_vec(), words].concat();
+    let bytes = [b"RIFF".to_vec(), (body.len() as u32).to_le_bytes().to_vec(), body].concat();
+    assert_eq!(decode_image(&bytes, &ImageLimits::default()).unwrap(), gradient(9, 9));
+}
+
+#[test]
+fn a_strip_is_resized_as_the_one_that_stands() {
+    let limits = ImageLimits { max_decoded_bytes: 64 << 10, ..ImageLimits::default() };
+    let processor = ImageProcessor::new(config(8)).unwrap().with_limits(limits);
+    // 8 x 16 bytes for each column, of which the first strip has too many.
+    let strip = gradient(600, 3);
+    let standing = RgbImage::from_fn(3, 600, |x, y| *strip.get_pixel(y, x));
+    let turned = processor.resize(standing);
+    let lying = processor.resize(strip.clone());
+    // Sums of floats in another order, and nothing else.
+    let are_near = |a: &Rgb<u8>, b: &Rgb<u8>| a.0.iter().zip(b.0).all(|(a, b)| a.abs_diff(b) <= 1);
+    assert!(lying.enumerate_pixels().all(|(x, y, pixel)| are_near(pixel, turned.get_pixel(y, x))));
+    let plain = ImageProcessor::new(config(8)).unwrap().resize(strip);
+    assert!(lying.pixels().zip(plain.pixels()).all(|(a, b)| are_near(a, b)));
 }
 
 #[test]

@@ -73,6 +73,10 @@ impl Modality for Smell {
         Ok(Cost { unit: CostUnit::Tokens, amount: item.len() as u64 })
     }
 
+    fn memory(&self, _: &[u8]) -> Result<u64, ModalityError> {
+        Ok(0)
+    }
+
     fn process(&self, item: &[u8]) -> Result<Tensor, ModalityError> {
         Ok(Tensor::from_vec([item.len()], item.to_vec())?)
     }

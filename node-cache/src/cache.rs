@@ -269,7 +269,13 @@ impl Inner {
             return Ok(None);
         };
         let (from, to) = (self.folder(&key), self.root.join(TRASH).join(&key));
-        fs::rename(&from, &to).map_err(|error| Failure::io("move", &from, &error))?;
+        // What is left there could not be removed when it was thrown away.
+        remove(&to)?;
+        match fs::rename(&from, &to) {
+            // Somebody may have tidied up the disk.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            moved => moved.map_err(|error| Failure::io("move", &from, &error))?,
+        }
         state.entries.remove(&key);
         tracing::info!(key, "removed from the cache: nobody uses it, and its room is needed");
         Ok(Some(to))
@@ -326,6 +332,7 @@ fn bytes_below(folder: &Path) -> u64 {
 
 /// Removes a folder so that a part of it is never taken for the whole.
 fn discard(folder: &Path, trash: &Path) -> Result<(), Failure> {
+    remove(trash)?;
     match fs::rename(folder, trash) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(Failure::io("move", folder, &error)),
@@ -333,6 +340,10 @@ fn discard(folder: &Path, trash: &Path) -> Result<(), Failure> {
     }
 }
 
+/// Removes a folder, if it is there.
 fn remove(folder: &Path) -> Result<(), Failure> {
-    fs::remove_dir_all(folder).map_err(|error| Failure::io("remove", folder, &error))
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed.map_err(|error| Failure::io("remove", folder, &error)),
+    }
 }

@@ -56,6 +56,12 @@ pub enum InferError {
         /// As the request says.
         wanted: String,
     },
+    /// The model does not take typed parts.
+    #[error("model {model:?} takes tensors: call ModelInfer")]
+    TakesTensors {
+        /// The model.
+        model: String,
+    },
     /// The model may answer any number of times, which one response cannot carry.
     #[error("model {model:?} is decoupled: call it with ModelStreamInfer, or generate_stream over HTTP")]
     Decoupled {
@@ -212,6 +218,7 @@ impl InferError {
             | Self::Schedule(ScheduleError::Overloaded { .. } | ScheduleError::TooLate { .. })
             | Self::Sequence(SequenceError::Overloaded { .. }) => Code::ResourceExhausted,
             Self::Invalid(_)
+            | Self::TakesTensors { .. }
             | Self::Parts(_)
             | Self::Sequence(
                 SequenceError::NoId { .. }

@@ -91,7 +91,7 @@ pub(crate) fn opening(openers: Openers) -> Opening {
         slots: Slots::new(1),
         responses: ResponseCache::new(1 << 20),
         limits: Limits::default(),
-        pool: CpuPool::new(1, 16),
+        pool: CpuPool::new(1, 16, 1 << 30),
         metrics: Metrics::new(),
         lost: CancellationToken::new(),
     }

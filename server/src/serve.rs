@@ -256,8 +256,12 @@ fn opening(config: &ServerConfig, metrics: &Metrics, lost: &CancellationToken) -
         slots: Slots::new(config.engine.threads.get()),
         responses: crate::model::ResponseCache::new(config.response_cache_bytes),
         limits: config.limits,
-        // Preparing takes about as long as a row in an engine, so as much of it may wait.
-        pool: CpuPool::new(config.prepare_threads.get(), config.batching.max_waiting_rows),
+        // Preparing takes about as long as a row in an engine, so as much of it may wait; and about as much memory as what is prepared.
+        pool: CpuPool::new(
+            config.prepare_threads.get(),
+            config.batching.max_waiting_rows,
+            config.max_inflight_bytes as u64,
+        ),
         metrics: metrics.clone(),
         lost: lost.clone(),
     })

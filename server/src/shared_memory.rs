@@ -22,6 +22,8 @@ use crate::{
 
 /// Regions at most, each an open file.
 const MAX_REGIONS: usize = 1024;
+/// Bytes of a region's name at most.
+const MAX_NAME: usize = 255;
 
 /// A part of a registered region.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +65,12 @@ pub enum SharedMemoryError {
     #[error("there is a shared memory region {name:?} already; unregister it first")]
     Exists {
         /// The name.
+        name: String,
+    },
+    /// A name that none may have: it is kept for as long as the region.
+    #[error("{name:?} is no name of a region; it has 1 to {MAX_NAME} bytes")]
+    Name {
+        /// As the client says.
         name: String,
     },
     /// No more regions.
@@ -141,6 +149,12 @@ impl SharedMemory {
         Self { allowed, budget, folder: PathBuf::from("/dev/shm"), regions: Arc::default() }
     }
 
+    /// With objects in a folder of a test's own.
+    #[cfg(test)]
+    pub(crate) fn in_folder(folder: &std::path::Path, budget: Budget) -> Self {
+        Self { folder: folder.to_owned(), ..Self::new(true, budget) }
+    }
+
     /// Whether clients may use it.
     pub fn is_allowed(&self) -> bool {
         self.allowed
@@ -154,10 +168,13 @@ impl SharedMemory {
         if !self.allowed {
             return Err(SharedMemoryError::Off);
         }
+        if registration.name.is_empty() || registration.name.len() > MAX_NAME {
+            return Err(SharedMemoryError::Name { name: crate::wire::excerpt(&registration.name) });
+        }
         let file = self.open(&registration)?;
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
         if regions.contains_key(&registration.name) {
-            return Err(SharedMemoryError::Exists { name: registration.name });
+            return Err(SharedMemoryError::Exists { name: crate::wire::excerpt(&registration.name) });
         }
         if regions.len() == MAX_REGIONS {
             return Err(SharedMemoryError::Full);
@@ -214,6 +231,14 @@ impl SharedMemory {
         let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
         let unknown = || SharedMemoryError::Unknown { name: crate::wire::excerpt(name) };
         regions.get(name).cloned().ok_or_else(unknown)
+    }
+
+    /// That `region` is one, whatever will be in it.
+    ///
+    /// # Errors
+    /// [`SharedMemoryError`].
+    pub fn check(&self, region: &Region) -> Result<(), SharedMemoryError> {
+        self.locate(region, region.byte_size).map(drop)
     }
 
     /// The bytes of `region` as they are now. They are held against the budget as long as anybody has them.
@@ -273,6 +298,16 @@ fn access(key: &str, error: &io::Error) -> SharedMemoryError {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_name_that_is_empty_or_long_is_refused_in_few_words() {
+        let memory = SharedMemory::new(true, Budget::new(1, crate::metrics::Metrics::new().budget()));
+        for name in [String::new(), "n".repeat(MAX_NAME + 1), "n".repeat(1 << 20)] {
+            let registration = Registration { name, key: "k".to_owned(), offset: 0, byte_size: 1 };
+            let error = memory.register(registration).unwrap_err();
+            assert!(matches!(error, SharedMemoryError::Name { .. }) && error.to_string().len() < 400, "{error}");
+        }
+    }
+
     /// For twenty bytes.
     fn budget() -> Budget {
         Budget::new(20, crate::metrics::Metrics::new().budget())
@@ -282,7 +317,7 @@ mod tests {
     fn memory() -> (tempfile::TempDir, SharedMemory) {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("object"), [7; 16]).unwrap();
-        let memory = SharedMemory { folder: folder.path().to_owned(), ..SharedMemory::new(true, budget()) };
+        let memory = SharedMemory::in_folder(folder.path(), budget());
         (folder, memory)
     }
 

@@ -26,6 +26,9 @@ use crate::{ArtifactError, Digest, FileEntry, Manifest};
 /// Size of one part of a multipart upload, in bytes. S3 wants 5 MiB at least and 10,000 parts at most: up to 80 GiB a file.
 const PART_BYTES: usize = 8 * 1024 * 1024;
 
+/// Bytes of a manifest, or of a name's record, at most: they are held in memory.
+const LARGEST_RECORD: u64 = 16 * 1024 * 1024;
+
 /// Parts under way at once: enough to fill a link of one Gbit/s, and 32 MiB of memory.
 const PARTS_IN_FLIGHT: usize = 4;
 
@@ -49,6 +52,12 @@ impl S3Store {
 
     pub(crate) async fn read(&self, key: &str) -> Result<Option<Vec<u8>>, ArtifactError> {
         let Some(result) = self.get(key).await? else { return Ok(None) };
+        let size = result.meta.size;
+        if size > LARGEST_RECORD {
+            let reason = format!("it has {size} bytes, and a record may have {LARGEST_RECORD}");
+            let error = object_store::Error::Generic { store: "S3", source: reason.into() };
+            return Err(self.failed("download", &self.key(key), error));
+        }
         let bytes = result.bytes().await.map_err(|source| self.failed("download", &self.key(key), source))?;
         Ok(Some(bytes.into()))
     }
@@ -131,9 +140,9 @@ impl S3Store {
     /// The files, and the manifest, whose stored bytes are not those that were committed. Downloads them all.
     pub(crate) async fn check(&self, digest: &Digest, manifest: &Manifest) -> Result<Vec<Mismatch>, ArtifactError> {
         let mut mismatches = Vec::new();
-        let files = manifest.files.iter().map(|file| (file.path.as_str(), file.digest));
-        for (path, expected) in files.chain([(MANIFEST_FILE, *digest)]) {
-            let found = self.download(&object_key(digest, path), None).await?;
+        let files = manifest.files.iter().map(|file| (file.path.as_str(), file.digest, file.bytes));
+        for (path, expected, bytes) in files.chain([(MANIFEST_FILE, *digest, LARGEST_RECORD)]) {
+            let found = self.download(&object_key(digest, path), bytes, None).await?;
             if found != Some(expected) {
                 mismatches.push(Mismatch { path: path.to_owned(), expected, found });
             }
@@ -154,7 +163,8 @@ impl S3Store {
         let scratch = blocking(move || opened.scratch()).await?;
         let mut mismatches = Vec::new();
         for file in &manifest.files {
-            let found = self.download(&object_key(&digest, &file.path), Some(&scratch.file(&file.path)?)).await?;
+            let target = scratch.file(&file.path)?;
+            let found = self.download(&object_key(&digest, &file.path), file.bytes, Some(&target)).await?;
             if found != Some(file.digest) {
                 mismatches.push(Mismatch { path: file.path.clone(), expected: file.digest, found });
             }
@@ -175,8 +185,9 @@ impl S3Store {
         Ok(folder)
     }
 
-    /// Streams an object, into the file `to` if there is one; its digest, or `None` when there is no such object.
-    async fn download(&self, key: &str, to: Option<&Path>) -> Result<Option<Digest>, ArtifactError> {
+    /// Streams an object, into the file `to` if there is one; its digest, or `None` when there is no such object. Of one that has
+    /// more than `most` bytes, a little more than that, and the digest of these.
+    async fn download(&self, key: &str, most: u64, to: Option<&Path>) -> Result<Option<Digest>, ArtifactError> {
         let key = self.key(key);
         let failed = |source| self.failed("download", &key, source);
         let Some(mut transfer) = Transfer::begin(&self.client, &key).await.map_err(failed)? else { return Ok(None) };
@@ -186,8 +197,11 @@ impl S3Store {
                 Some((path, File::create(path).await.map_err(|source| ArtifactError::io("create", path, source))?))
             }
         };
-        let mut hasher = Hasher::default();
-        while let Some(piece) = transfer.next().await.map_err(failed)? {
+        let (mut hasher, mut received) = (Hasher::default(), 0);
+        while received <= most
+            && let Some(piece) = transfer.next().await.map_err(failed)?
+        {
+            received += piece.len() as u64;
             hasher.update(&piece);
             if let Some((path, file)) = &mut file {
                 file.write_all(&piece).await.map_err(|source| ArtifactError::io("write", *path, source))?;

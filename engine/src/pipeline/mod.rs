@@ -175,6 +175,14 @@ impl Pipeline {
         Ok(self.registry.get(modality)?.process(item)?)
     }
 
+    /// Bytes that [`Pipeline::prepare`] takes on its way at most, found without doing it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn memory(&self, modality: &str, item: &[u8]) -> Result<u64, PipelineError> {
+        Ok(self.registry.get(modality)?.memory(item)?)
+    }
+
     /// Encodes prepared rows of one modality, `[N, ..]`.
     ///
     /// # Errors

@@ -179,6 +179,19 @@ async fn what_was_unused_longest_makes_room_and_what_pods_use_stays() {
     assert_eq!(names(&case.folder.path().join("trash")), BTreeSet::new());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_tidied_up_or_could_not_remove_is_in_nobodys_way() {
+    let case = Case::start().await;
+    let cache = case.cache(BYTES as u64);
+    let first = cache.take(&case.wanted(&case.artifact(1).await)).await.unwrap().key().to_owned();
+    fs::remove_dir_all(case.folder.path().join(ARTIFACTS).join(&first)).unwrap();
+    let second = cache.take(&case.wanted(&case.artifact(2).await)).await.unwrap().key().to_owned();
+    fs::create_dir_all(case.folder.path().join("trash").join(&second).join("left")).unwrap();
+    let third = cache.take(&case.wanted(&case.artifact(3).await)).await.unwrap().key().to_owned();
+    assert_eq!(case.kept(), [third].into());
+    assert_eq!(names(&case.folder.path().join("trash")), BTreeSet::new());
+}
+
 fn sizes(folder: &Path) -> u64 {
     let size = |entry: fs::DirEntry| {
         if entry.path().is_dir() { sizes(&entry.path()) } else { entry.metadata().unwrap().len() }
@@ -224,6 +237,17 @@ async fn files_that_are_not_what_their_digests_say_are_not_kept() {
     let failure = cache.take(&case.wanted(&artifact)).await.map(drop).unwrap_err();
     assert!(matches!(&failure, Failure::Damaged(text) if text.contains("graphs/fusion.onnx")), "{failure}");
     assert_eq!((case.kept(), cache.bytes()), (BTreeSet::new(), 0));
+
+    // One that is far larger than its manifest says is not fetched to its end.
+    fs::File::create(&graph).unwrap().set_len(1 << 40).unwrap();
+    let failure = cache.take(&case.wanted(&artifact)).await.map(drop).unwrap_err();
+    assert!(matches!(&failure, Failure::Damaged(text) if text.contains("graphs/fusion.onnx")), "{failure}");
+    let manifest = graph.parent().unwrap().with_file_name("manifest.json");
+    let written = fs::read(&manifest).unwrap();
+    fs::File::options().write(true).open(&manifest).unwrap().set_len(1 << 40).unwrap();
+    let failure = cache.take(&case.wanted(&artifact)).await.map(drop).unwrap_err();
+    assert!(failure.to_string().contains("a record may have 16777216"), "{failure}");
+    fs::write(&manifest, written).unwrap();
 
     fs::write(&graph, vec![1; BYTES - 2]).unwrap();
     cache.take(&case.wanted(&artifact)).await.unwrap();

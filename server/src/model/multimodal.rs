@@ -7,11 +7,11 @@ use sensorium_artifact::{DType, TensorSpec};
 use sensorium_engine::{GraphRunner, Named, Pipeline, PipelineError, RawTensor, VqaAnswer, VqaInput};
 use sensorium_modality::Tensor;
 
-use super::{Fitted, Graph, Interface};
+use super::{Counted, Failure, Fitted, Graph, Interface, Statistics, Timings};
 use crate::{
     error::{InferError, PartsError},
     metrics::Served,
-    pool::CpuPool,
+    pool::{CpuPool, Room},
     wire::excerpt,
 };
 
@@ -52,11 +52,14 @@ pub struct Item {
 #[derive(Debug)]
 pub struct Multimodal {
     name: String,
+    version: u64,
     digest: String,
     pipeline: Arc<Pipeline>,
     graphs: Graphs,
     pool: CpuPool,
     max_rows: usize,
+    /// Of the model of tensors that it is, too.
+    statistics: Arc<Statistics>,
     /// Its series are shown while it is here.
     _served: Option<Arc<Served>>,
 }
@@ -86,19 +89,46 @@ impl GraphRunner for Runner<'_> {
 
 impl Multimodal {
     pub(crate) fn new(
-        name: String,
+        (name, version): (String, u64),
         digest: String,
         pipeline: Pipeline,
         graphs: BTreeMap<String, Arc<Graph>>,
         pool: CpuPool,
         max_rows: usize,
     ) -> Self {
-        Self { name, digest, pipeline: Arc::new(pipeline), graphs, pool, max_rows, _served: None }
+        let (pipeline, statistics) = (Arc::new(pipeline), Arc::default());
+        Self { name, version, digest, pipeline, graphs, pool, max_rows, statistics, _served: None }
     }
 
     /// Shown in the metrics as one that is served.
     pub(crate) fn in_metrics(self, served: Arc<Served>) -> Self {
         Self { _served: Some(served), ..self }
+    }
+
+    /// Which version of the model it is.
+    pub(crate) fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// What it has done, as a model of tensors and as this.
+    pub(crate) fn statistics(&self) -> Arc<Statistics> {
+        self.statistics.clone()
+    }
+
+    /// Counts what becomes of a request of so many rows.
+    pub(crate) async fn counted<T>(
+        &self,
+        rows: usize,
+        answer: impl Future<Output = Result<T, InferError>>,
+    ) -> Result<T, InferError> {
+        let started = Instant::now();
+        let mut counted = Counted { statistics: &self.statistics, started, failed: Some(Failure::Canceled) };
+        let answer = counted.note(answer.await)?;
+        counted.failed = None;
+        let took = started.elapsed();
+        self.statistics.composed();
+        self.statistics.succeeded(took, rows, &Timings { compute_infer: took, ..Timings::default() });
+        Ok(answer)
     }
 
     /// Digest of the artifact.
@@ -151,15 +181,13 @@ impl Multimodal {
             return Err(PartsError::Count { task: Task::Embed.as_str(), found: items.len(), max: self.max_rows }.into());
         }
         let modalities: Vec<&'static str> = items.iter().map(|item| item.modality).collect();
-        let pipeline = self.pipeline.clone();
-        let rows = self.pool.run(move || {
-            let prepare = |(row, item): (usize, &Item)| {
-                let prepared = pipeline.prepare(item.modality, &item.bytes);
-                prepared.map_err(|source| InferError::Item { input: item.modality, row, source: Box::new(source) })
-            };
-            items.iter().enumerate().map(prepare).collect::<Result<Vec<Tensor>, InferError>>()
-        });
-        let rows = rows.await??;
+        let place = self.pool.enter()?;
+        let mut rows = Vec::with_capacity(items.len());
+        for (row, Item { modality, bytes }) in items.into_iter().enumerate() {
+            let pipeline = self.pipeline.clone();
+            rows.push(place.run(move |room| prepare(&pipeline, room, modality, row, &bytes)).await??);
+        }
+        drop(place);
         let mut embeddings = vec![Vec::new(); rows.len()];
         for modality in [IMAGE, TEXT] {
             let places: Vec<usize> = (0..rows.len()).filter(|&place| modalities[place] == modality).collect();
@@ -221,24 +249,35 @@ impl Multimodal {
         texts: Vec<Bytes>,
         deadline: Option<Instant>,
     ) -> Result<Vec<VqaAnswer>, InferError> {
-        let pipeline = self.pipeline.clone();
-        let prepared = self.pool.run(move || {
-            let prepare = |input, row, item: &Bytes| {
-                pipeline.prepare(input, item).map_err(|source| InferError::Item {
-                    input,
-                    row,
-                    source: Box::new(source),
-                })
-            };
-            let pair = |(row, (image, text)): (usize, (&Bytes, &Bytes))| {
+        let place = self.pool.enter()?;
+        let mut prepared = Vec::with_capacity(images.len());
+        for (row, (image, text)) in images.into_iter().zip(texts).enumerate() {
+            let pipeline = self.pipeline.clone();
+            let pair = place.run(move |room| {
                 // Text first: it is the cheaper one to refuse.
-                let text = prepare(TEXT, row, text)?;
-                Ok(VqaInput { image: prepare(IMAGE, row, image)?, text })
-            };
-            images.iter().zip(&texts).enumerate().map(pair).collect::<Result<Vec<_>, InferError>>()
-        });
-        self.pipeline.vqa(&self.runner(deadline), &prepared.await??).await
+                let text = prepare(&pipeline, room, TEXT, row, &text)?;
+                Ok::<_, InferError>(VqaInput { image: prepare(&pipeline, room, IMAGE, row, &image)?, text })
+            });
+            prepared.push(pair.await??);
+        }
+        drop(place);
+        self.pipeline.vqa(&self.runner(deadline), &prepared).await
     }
+}
+
+/// Prepares one row, once there is room for what that takes.
+fn prepare(
+    pipeline: &Pipeline,
+    room: &Room,
+    input: &'static str,
+    row: usize,
+    item: &[u8],
+) -> Result<Tensor, InferError> {
+    let prepared = pipeline.memory(input, item).and_then(|bytes| {
+        let _taken = room.take(bytes);
+        pipeline.prepare(input, item)
+    });
+    prepared.map_err(|source| InferError::Item { input, row, source: Box::new(source) })
 }
 
 fn image_and_text(items: Vec<Item>) -> Result<(Bytes, Bytes), PartsError> {

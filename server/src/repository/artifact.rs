@@ -125,7 +125,7 @@ fn open(
         let (digest, pool) = (digest.to_string(), opening.pool.clone());
         let max_rows = opening.batching.max_rows;
         let served = opening.metrics.served(name, &version.to_string());
-        let multimodal = Multimodal::new(name.to_owned(), digest, pipeline, graphs, pool, max_rows);
+        let multimodal = Multimodal::new((name.to_owned(), version), digest, pipeline, graphs, pool, max_rows);
         let multimodal = Arc::new(multimodal.in_metrics(served));
         if let Some(interface) = multimodal.interface() {
             let config = ModelConfig {
@@ -134,7 +134,7 @@ fn open(
                 ..complete::config(&interface)
             };
             let runs = Runs::Multimodal(multimodal.clone());
-            let model = ModelVersion::new(version.to_string(), config, interface, Arc::default(), runs);
+            let model = ModelVersion::new(version.to_string(), config, interface, multimodal.statistics(), runs);
             loaded.versions.push(model.of_artifact(multimodal.digest().to_owned()));
         }
         loaded.multimodal = Some(multimodal);

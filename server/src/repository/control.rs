@@ -528,7 +528,14 @@ impl Registry {
                 }
             }
         }
+        let is_loaded = |version: u64| {
+            let mut entries = models.by_name.values().filter(|entry| entry.unit == unit);
+            entries.any(|entry| entry.versions.get(&version).is_some_and(|slot| slot.model.is_some()))
+        };
+        // A newer one that could not be loaded again is as it was, and speaks on.
+        let speaks_on = models.multimodal.get(unit).map(|old| old.version()).filter(|old| is_loaded(*old));
         let multimodal = match loaded.multimodal {
+            Some(new) if !is_whole && speaks_on > Some(new.version()) => Some(new),
             Some(new) => models.multimodal.insert(unit.to_owned(), new),
             None if is_whole => models.multimodal.remove(unit),
             None => None,

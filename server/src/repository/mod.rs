@@ -310,10 +310,13 @@ impl Registry {
     /// The model called `name`, for typed parts.
     ///
     /// # Errors
-    /// [`InferError::UnknownModel`].
+    /// [`InferError::UnknownModel`], [`InferError::NotReady`], [`InferError::TakesTensors`].
     pub fn multimodal(&self, name: &str) -> Result<Arc<Multimodal>, InferError> {
-        let models = self.read();
-        models.multimodal.get(name).cloned().ok_or_else(|| unknown(name, models.multimodal.keys()))
+        if let Some(found) = self.read().multimodal.get(name) {
+            return Ok(found.clone());
+        }
+        self.model(name, "")?;
+        Err(InferError::TakesTensors { model: name.to_owned() })
     }
 
     /// Versions of a model that are ready, oldest first.

@@ -30,7 +30,9 @@ impl MultimodalService for Service {
         let span = self.traces.request_span(&name, is_served.then_some(""), &request.id, call.parent.as_ref());
         let answer = async {
             let _running = self.admit(&call)?;
-            within(&call, pin!(perform(&*model?, request, &call))).await
+            let (model, rows) = (model?, request.parts.len());
+            let rows = if model.task(&request.task).is_ok_and(|task| task == Task::Embed) { rows } else { 1 };
+            model.counted(rows, within(&call, pin!(perform(&model, request, &call)))).await
         };
         let answer = pin!(async { answer.await.map_err(|error: InferError| error.into_status(&name)) });
         self.observed(is_served.then_some(&name), answer).instrument(span).await.map(Response::new)

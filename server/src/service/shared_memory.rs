@@ -14,9 +14,6 @@ use crate::shared_memory::{Registration, SharedMemoryError};
 impl Service {
     pub(crate) fn register_memory(&self, request: SystemSharedMemoryRegisterRequest) -> Result<(), Status> {
         let SystemSharedMemoryRegisterRequest { name, key, offset, byte_size } = request;
-        if name.is_empty() {
-            return Err(Status::invalid_argument("the region needs a name"));
-        }
         self.memory.register(Registration { name, key, offset, byte_size }).map_err(|error| status(&error))
     }
 
@@ -52,6 +49,7 @@ fn code(error: &SharedMemoryError) -> Code {
         SharedMemoryError::Exists { .. } => Code::AlreadyExists,
         SharedMemoryError::Full | SharedMemoryError::Spent(_) => Code::ResourceExhausted,
         SharedMemoryError::TooLarge { .. }
+        | SharedMemoryError::Name { .. }
         | SharedMemoryError::Key { .. }
         | SharedMemoryError::Access { .. }
         | SharedMemoryError::Outside { .. } => Code::InvalidArgument,

@@ -51,6 +51,10 @@ pub fn decode(message: ModelInferRequest, memory: &SharedMemory) -> Result<Decod
     request_parameters(message.parameters, &mut request)?;
     for output in message.outputs {
         let form = form(&output.name, &output.parameters)?;
+        if let Some(Form::Shared(region)) = &form {
+            // Before the model runs: what is refused has changed nothing.
+            memory.check(region)?;
+        }
         reply.outputs.extend(form.map(|form| (output.name.clone(), form)));
         request.outputs.push(output.name);
     }

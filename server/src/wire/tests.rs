@@ -16,7 +16,7 @@ use crate::{
     budget::Budget,
     metrics::Metrics,
     model::{Parameter, Sequence, SequenceId},
-    shared_memory::{Region, SharedMemory},
+    shared_memory::{Region, Registration, SharedMemory},
 };
 
 fn input(name: &str, datatype: &str, shape: &[i64]) -> InferInputTensor {
@@ -38,8 +38,12 @@ fn typed(mut tensor: InferInputTensor, contents: InferTensorContents) -> ModelIn
     ModelInferRequest { inputs: vec![tensor], ..Default::default() }
 }
 
+fn budget() -> Budget {
+    Budget::new(1 << 20, Metrics::new().budget())
+}
+
 fn decode(request: ModelInferRequest) -> Result<Decoded, InvalidRequest> {
-    super::decode(request, &SharedMemory::new(true, Budget::new(1 << 20, Metrics::new().budget())))
+    super::decode(request, &SharedMemory::new(true, budget()))
 }
 
 /// The one input of a request.
@@ -256,7 +260,22 @@ fn outputs_can_be_asked_for_in_other_forms() {
         outputs: vec![output("z", vec![classes(2)]), output("y", region.clone()), output("x", vec![classes(0)])],
         ..Default::default()
     };
-    let Decoded { request, reply } = decode(message).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("object"), [0; 12]).unwrap();
+    let memory = SharedMemory::in_folder(folder.path(), budget());
+    let register = |byte_size| {
+        let (name, key) = ("r".to_owned(), "object".to_owned());
+        memory.unregister(None);
+        memory.register(Registration { name, key, offset: 0, byte_size }).unwrap();
+    };
+    // Before the model runs: one that keeps state would have it, and its client an error.
+    let error = super::decode(message.clone(), &memory).unwrap_err();
+    assert!(error.to_string().contains("no shared memory region \"r\""), "{error}");
+    register(11);
+    let error = super::decode(message.clone(), &memory).unwrap_err();
+    assert!(error.to_string().contains("bytes 4 to 4 + 8 are not inside region \"r\", which has 11 bytes"), "{error}");
+    register(12);
+    let Decoded { request, reply } = super::decode(message, &memory).unwrap();
     assert_eq!(request.outputs, ["z", "y", "x"]);
     let shared = Form::Shared(Region { name: "r".to_owned(), offset: 4, byte_size: 8 });
     assert_eq!(reply.outputs, [("z".to_owned(), Form::Classes(2)), ("y".to_owned(), shared)]);

@@ -136,6 +136,22 @@ async fn a_name_that_an_artifact_has_is_free_once_that_is_unloaded() {
 }
 
 #[tokio::test]
+async fn typed_parts_go_to_the_newest_version_also_where_that_could_not_be_loaded_again() {
+    let bench = Bench::new();
+    write_artifact(&bench, &["tiny/1", "tiny/2"]).await;
+    bench.write("tiny", "config.pbtxt", "version_policy { all { } }");
+    let registry = bench.open(ControlMode::Explicit, &["tiny"]).await;
+    let before = registry.multimodal("tiny").unwrap();
+    let graph = std::fs::read(bench.path().join("tiny/2/graphs/fusion.onnx")).unwrap();
+    bench.write("tiny/2", "graphs/fusion.onnx", "damaged");
+    registry.load("tiny", LoadParameters::default()).await.unwrap_err();
+    assert!(Arc::ptr_eq(&before, &registry.multimodal("tiny").unwrap()));
+    bench.write("tiny/2", "graphs/fusion.onnx", graph);
+    registry.load("tiny", LoadParameters::default()).await.unwrap();
+    assert!(!Arc::ptr_eq(&before, &registry.multimodal("tiny").unwrap()));
+}
+
+#[tokio::test]
 async fn a_reload_that_fails_leaves_the_model_as_it_was() {
     let bench = Bench::new();
     bench.write("a", "1/model.onnx", scale(2.0, None));

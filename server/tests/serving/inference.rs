@@ -7,7 +7,7 @@ use sensorium_proto::{
         InferTensorContents, ModelInferRequest, ModelMetadataRequest, ModelReadyRequest, ServerLiveRequest,
         ServerMetadataRequest, ServerReadyRequest, model_infer_request::InferRequestedOutputTensor,
     },
-    multimodal::InferParameters,
+    multimodal::{InferParameters, InferRequest},
 };
 use tonic::{Code, codec::CompressionEncoding};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
@@ -128,6 +128,33 @@ async fn typed_parts_are_answered_with_ranked_answers_and_the_artifacts_digest()
     assert!((sum - 1.0).abs() < 1e-5, "{sum}");
     assert!(all.answers.is_sorted_by(|a, b| a.score >= b.score));
     assert!((all.answers[0].score - one.answers[0].score).abs() < 1e-6);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn typed_parts_count_as_requests_to_their_model_which_may_not_be_ready_or_take_tensors() {
+    let server = Server::start(&["--model-control-mode", "explicit"]).await;
+    let ask = async |model: &str| {
+        let parts = vec![text_part(QUESTION), image_part(&fixture::png([0, 200, 180]), "")];
+        let request = InferRequest { model: model.to_owned(), ..parts_request("", parts) };
+        server.multimodal().await.infer(request).await
+    };
+    ask("tiny").await.unwrap();
+    let two_images = vec![image_part(&fixture::png([0, 200, 180]), ""); 2];
+    server.multimodal().await.infer(parts_request("vqa", two_images)).await.unwrap_err();
+    let statistics = server.json("/v2/models/tiny/stats").await["model_stats"][0].clone();
+    let counts = |name: &str| statistics["inference_stats"][name]["count"].as_u64();
+    assert_eq!((counts("success"), counts("fail")), (Some(1), Some(1)), "{statistics}");
+    assert_eq!((statistics["inference_count"].as_u64(), statistics["execution_count"].as_u64()), (Some(1), Some(1)));
+
+    let status = ask("tiny.fusion").await.unwrap_err();
+    assert_eq!(
+        (status.code(), status.message()),
+        (Code::InvalidArgument, "model \"tiny.fusion\" takes tensors: call ModelInfer")
+    );
+    assert_eq!(ask("other").await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(server.post("/v2/repository/models/tiny/unload", &[], b"").await.status, 200);
+    let status = ask("tiny").await.unwrap_err();
+    assert_eq!((status.code(), status.message()), (Code::Unavailable, "model \"tiny\" is not ready: unloaded"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
