@@ -16,17 +16,24 @@ const IDLE: Duration = Duration::from_secs(30);
 
 const ALLOW_HTTP: AmazonS3ConfigKey = AmazonS3ConfigKey::Client(ClientConfigKey::AllowHttp);
 
-/// An address of a server that cannot be used.
+/// A variable that cannot be used.
 #[derive(Debug, thiserror::Error)]
-enum EndpointError {
+enum VariableError {
     #[error("{name} is {value:?}; write http://HOST:PORT or https://HOST:PORT")]
     Malformed { name: String, value: String },
     #[error("{name} is {value:?}: plain HTTP to another machine needs AWS_ALLOW_HTTP=true; or write https://HOST:PORT")]
     PlainHttp { name: String, value: String },
+    #[error("{name} has a user in it; write http://HOST:PORT or https://HOST:PORT, and who asks as AWS_ACCESS_KEY_ID")]
+    User { name: String },
+    // Without the value, which may be secret.
+    #[error(
+        "{name} has a blank or the end of a line around it, or a control character in it, as what comes of a file often has; remove it"
+    )]
+    Blank { name: String },
 }
 
-impl From<EndpointError> for object_store::Error {
-    fn from(error: EndpointError) -> Self {
+impl From<VariableError> for object_store::Error {
+    fn from(error: VariableError) -> Self {
         Self::Generic { store: "S3", source: Box::new(error) }
     }
 }
@@ -59,21 +66,32 @@ pub(crate) fn client(
 fn builder(environment: impl Iterator<Item = (String, String)>) -> Result<AmazonS3Builder, object_store::Error> {
     // Other AWS tools have variables that this client does not know: they are not ours to judge.
     let settings: HashMap<AmazonS3ConfigKey, (String, String)> = environment
-        .filter(|(name, _)| name.starts_with("AWS_"))
+        // An empty one is as good as none, as templates make them.
+        .filter(|(name, value)| name.starts_with("AWS_") && !value.is_empty())
         .filter_map(|(name, value)| Some((name.to_ascii_lowercase().parse().ok()?, (name, value))))
         .collect();
+    let is_address =
+        |key: &AmazonS3ConfigKey| matches!(key, AmazonS3ConfigKey::S3Endpoint | AmazonS3ConfigKey::Endpoint);
+    let is_blank = |value: &str| value.trim() != value || value.contains(char::is_control);
+    let mut others = settings.iter().filter(|(key, _)| !is_address(key)).map(|(_, setting)| setting);
+    if let Some((name, _)) = others.find(|(_, value)| is_blank(value)) {
+        return Err(VariableError::Blank { name: name.clone() }.into());
+    }
     let options = ClientOptions::new().with_timeout_disabled().with_read_timeout(IDLE);
     let builder = AmazonS3Builder::new().with_client_options(options);
     let builder = settings.iter().fold(builder, |builder, (key, (_, value))| builder.with_config(*key, value));
     // The client panics on an address that is no URL, and does not say what it has against plain HTTP.
     let endpoint = settings.get(&AmazonS3ConfigKey::S3Endpoint).or_else(|| settings.get(&AmazonS3ConfigKey::Endpoint));
     let Some((name, value)) = endpoint else { return Ok(builder) };
+    if value.contains('@') {
+        return Err(VariableError::User { name: name.clone() }.into());
+    }
     match parse_endpoint(value) {
-        None => Err(EndpointError::Malformed { name: name.clone(), value: value.clone() }.into()),
+        None => Err(VariableError::Malformed { name: name.clone(), value: value.clone() }.into()),
         // A server on this machine has no certificate, and nobody else hears the plain text.
         Some(url) if is_loopback(&url) => Ok(builder.with_allow_http(true)),
         Some(url) if url.scheme() == "http" && !settings.get(&ALLOW_HTTP).is_some_and(|(_, value)| is_true(value)) => {
-            Err(EndpointError::PlainHttp { name: name.clone(), value: value.clone() }.into())
+            Err(VariableError::PlainHttp { name: name.clone(), value: value.clone() }.into())
         }
         Some(_) => Ok(builder),
     }
@@ -119,8 +137,24 @@ mod tests {
     }
 
     #[test]
+    fn variables_that_are_empty_are_none_and_ends_of_lines_are_named_without_what_is_before_them() {
+        let empty =
+            ["AWS_SESSION_TOKEN", "AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"].map(|name| (name, ""));
+        opened(&empty).unwrap();
+        for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION"] {
+            for value in ["hidden\n", " hidden", "hid\u{7f}den"] {
+                let told = refusal(&[(name, value)]);
+                assert!(told.contains(&format!("{name} has a blank or the end of a line")), "{told}");
+                assert!(!told.contains("hid"), "{told}");
+            }
+        }
+        let told = refusal(&[("AWS_ENDPOINT_URL", "http://user:hidden@minio:9000")]);
+        assert!(told.contains("AWS_ENDPOINT_URL has a user in it") && !told.contains("hidden"), "{told}");
+    }
+
+    #[test]
     fn an_endpoint_that_is_no_url_is_refused_with_what_to_write() {
-        for bad in ["127.0.0.1:19000", "minio:9000", "", "http://", "http:///x", " http://a", "http://a\n", "ftp://a"] {
+        for bad in ["127.0.0.1:19000", "minio:9000", "http://", "http:///x", " http://a", "http://a\n", "ftp://a"] {
             let told = refusal(&[("AWS_ENDPOINT_URL", bad)]);
             let wanted = format!("AWS_ENDPOINT_URL is {bad:?}; write http://HOST:PORT or https://HOST:PORT");
             assert_eq!(told, format!("could not set up the S3 client for `s3://models/team-a`: {wanted}"));

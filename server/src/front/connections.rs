@@ -34,6 +34,7 @@ use tower::ServiceExt as _;
 use super::{
     App,
     corked::{Connection, corked},
+    drained::Drained,
     going::Going,
     guard,
     impatient::Impatient,
@@ -50,7 +51,8 @@ use crate::{
 
 /// Longest wait for a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Bytes of a body that are left over when a request is refused, and that hyper reads away, at most.
+/// Bytes of a body that are left over when a request is refused, and that are surely read away before its connection is used again, at
+/// most.
 const LEFT_OVER: u64 = 32 << 10;
 /// Longest wait for what shows which version of HTTP a client speaks.
 const FIRST_WORDS: Duration = Duration::from_secs(30);
@@ -67,8 +69,9 @@ const BACKLOG: usize = 1024;
 /// How long a request may rest while it arrives, and an answer while it is sent: what there is of them takes its part of the
 /// budget.
 const STALL: Duration = Duration::from_mins(1);
-/// How long an HTTP/1 connection may be silent. Longer than clients keep idle ones in their pools.
-const SILENCE: Duration = Duration::from_mins(5);
+/// How long an HTTP/1 connection may be silent. Longer than clients, and load balancers, keep idle ones in their pools, for ten minutes
+/// at most.
+const SILENCE: Duration = Duration::from_secs(620);
 /// An HTTP/2 client that vanished without a word frees its requests after these two.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_mins(1);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -218,14 +221,15 @@ impl Inside {
         under_way: Arc<()>,
     ) -> Response<Going<Either<Answer, Body>>> {
         let tally = self.budget.tally();
+        let holds_back = request.version() == Version::HTTP_2;
         let may_be_left = request.version() < Version::HTTP_2
             && http_body::Body::size_hint(request.body()).upper().is_none_or(|bytes| bytes > LEFT_OVER);
         let mut answer = self.handle(request, peer, tally.clone()).await;
         if may_be_left && !tally.is_whole() {
-            // hyper closes the connection then, of which the client has to hear before it sends another request.
+            // The connection may have to be closed then, of which the client has to hear before it sends another request.
             answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
-        answer.map(|body| Going::new(body, &self.budget, under_way, Reader::own()))
+        answer.map(|body| Going::new(body, &self.budget, under_way, Reader::own(), holds_back))
     }
 
     /// Answers a request. Its body is taken from the budget, and given back with the answer or when its client leaves; a
@@ -241,11 +245,16 @@ impl Inside {
         // Its clients keep streams on which they may never ask again.
         let asks_for_reflection = head.uri.path().starts_with("/grpc.reflection.");
         let patience = if asks_for_reflection { SILENCE } else { STALL };
+        let streams = if asks_for_reflection {
+            Some(Sent::Unclaimed)
+        } else {
+            head.uri.path().ends_with("/ModelStreamInfer").then_some(Sent::Claimed)
+        };
+        let body = Drained::new(body);
+        let body = if streams.is_some() { body.of_stream() } else { body };
         let mut body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, patience);
-        if asks_for_reflection {
-            body = body.of_stream(Sent::Unclaimed);
-        } else if head.uri.path().ends_with("/ModelStreamInfer") {
-            body = body.of_stream(Sent::Claimed);
+        if let Some(sent) = streams {
+            body = body.of_stream(sent);
         }
         if let Some(infer) = &self.app.infer {
             let admit = || guard::admit(infer.admission.as_ref(), &head.headers, peer.as_deref());
@@ -310,7 +319,7 @@ async fn exchange<S>(
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME);
-    let (stream, cork) = corked(stream);
+    let (stream, cork) = corked(stream, STALL);
     let connection = builder.serve_connection(TokioIo::new(Impatient::new(stream, FIRST_WORDS)), service);
     let mut connection = Connection::Open(pin!(connection));
     let ended = tokio::select! {

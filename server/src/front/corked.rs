@@ -16,11 +16,15 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, Wake, Waker, ready},
+    time::Duration,
 };
 
 use bytes::{Buf as _, BytesMut};
 use futures::task::AtomicWaker;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time,
+};
 
 /// Turns of a connection whose answers go together at most: a client that gets some of them can work while others are
 /// written. One that gets all at once makes the server wait for it, and then all its requests come at once again.
@@ -31,10 +35,11 @@ const ENOUGH: usize = 64 << 10;
 /// Room that a connection which is at rest may keep.
 const KEPT: usize = 8 << 10;
 
-/// A stream whose writes wait for the end of the turn, and what ends it.
-pub(super) fn corked<S: AsyncWrite + Unpin>(stream: S) -> (Corked<S>, Cork<S>) {
+/// A stream whose writes wait for the end of the turn, and what ends it. It is broken once its other end has taken nothing for
+/// `patience`.
+pub(super) fn corked<S: AsyncWrite + Unpin>(stream: S, patience: Duration) -> (Corked<S>, Cork<S>) {
     let held = Arc::new(Mutex::new(Held { stream, written: BytesMut::new(), sent: 0, is_flushed: true, broken: None }));
-    (Corked(held.clone()), Cork(held))
+    (Corked(held.clone()), Cork { held, patience })
 }
 
 /// See [`corked`]. Flushing it does nothing: who owns the connection ends each of its turns by [`Cork::turns`].
@@ -43,7 +48,10 @@ pub(super) struct Corked<S>(Arc<Mutex<Held<S>>>);
 
 /// See [`corked`].
 #[derive(Debug)]
-pub(super) struct Cork<S>(Arc<Mutex<Held<S>>>);
+pub(super) struct Cork<S> {
+    held: Arc<Mutex<Held<S>>>,
+    patience: Duration,
+}
 
 #[derive(Debug)]
 struct Held<S> {
@@ -71,17 +79,34 @@ impl<S: AsyncWrite + Unpin> Cork<S> {
             if written > 0 && gathers.load(Ordering::Relaxed) && !connection.has_ended() {
                 self.gather(connection, &others, written).await;
             }
-            // A stream that is broken says so to the connection as well, when it is written to.
-            let _ = poll_fn(|context| {
-                connection.turn(context);
-                lock(&self.0).send(context)
-            })
-            .await;
+            self.send(connection).await;
             if let Connection::Ended(outcome) = connection {
                 return match outcome.take() {
                     Some(outcome) => outcome,
                     None => std::future::pending().await,
                 };
+            }
+        }
+    }
+
+    /// Sends all that is kept, while `connection` goes on. A stream that is broken says so to the connection as well, when it is used.
+    async fn send<C: Future + Unpin>(&self, connection: &mut Connection<C>) {
+        let mut sending = pin!(poll_fn(|context| {
+            connection.turn(context);
+            lock(&self.held).send(context)
+        }));
+        // Nearly always at once, without a clock.
+        if futures::poll!(&mut sending).is_ready() {
+            return;
+        }
+        loop {
+            let before = self.sent();
+            if time::timeout(self.patience, &mut sending).await.is_ok() {
+                return;
+            }
+            let mut held = lock(&self.held);
+            if held.sent == before {
+                return held.give_up(io::ErrorKind::TimedOut);
             }
         }
     }
@@ -119,16 +144,16 @@ impl<S: AsyncWrite + Unpin> Cork<S> {
 impl<S> Cork<S> {
     /// Bytes that were sent so far.
     pub(super) fn sent(&self) -> u64 {
-        lock(&self.0).sent
+        lock(&self.held).sent
     }
 
     /// Bytes that wait to be sent.
     fn written(&self) -> usize {
-        lock(&self.0).written.len()
+        lock(&self.held).written.len()
     }
 
     fn is_flushed(&self) -> bool {
-        lock(&self.0).is_flushed
+        lock(&self.held).is_flushed
     }
 }
 
@@ -200,11 +225,16 @@ impl<S: AsyncWrite + Unpin> Held<S> {
     fn send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let sent = ready!(self.try_send(context));
         if let Err(error) = &sent {
-            self.written.clear();
-            self.is_flushed = true;
-            self.broken = Some(error.kind());
+            self.give_up(error.kind());
         }
         Poll::Ready(sent)
+    }
+
+    /// Nothing more is sent.
+    fn give_up(&mut self, why: io::ErrorKind) {
+        self.written.clear();
+        self.is_flushed = true;
+        self.broken = Some(why);
     }
 
     fn try_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -247,7 +277,12 @@ impl<S: AsyncWrite + Unpin> Held<S> {
 
 impl<S: AsyncRead + Unpin> AsyncRead for Corked<S> {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut lock(&self.0).stream).poll_read(context, buffer)
+        let mut held = lock(&self.0);
+        // Who takes nothing may still send, and would be waited for.
+        match held.broken {
+            Some(broken @ io::ErrorKind::TimedOut) => Poll::Ready(Err(broken.into())),
+            _ => Pin::new(&mut held.stream).poll_read(context, buffer),
+        }
     }
 }
 
@@ -303,12 +338,12 @@ fn lock<S>(held: &Mutex<Held<S>>) -> MutexGuard<'_, Held<S>> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use futures::FutureExt as _;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
+
+    const PATIENCE: Duration = Duration::from_mins(1);
 
     /// A stream that takes `room` bytes of each write, after it was not ready once, and counts the writes.
     #[derive(Debug, Default)]
@@ -343,7 +378,7 @@ mod tests {
 
     /// Writes of these sizes with a flush after each, in one turn: the writes that the stream saw.
     async fn writes(room: usize, sizes: &[usize]) -> usize {
-        let (mut stream, cork) = corked(Narrow { room, ..Narrow::default() });
+        let (mut stream, cork) = corked(Narrow { room, ..Narrow::default() }, PATIENCE);
         let all: Vec<u8> = (0..sizes.iter().sum()).map(|at: usize| (at % 251) as u8).collect();
         let connection = async {
             let mut rest = all.as_slice();
@@ -379,7 +414,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_written_before_a_pause_is_there_during_it() {
         let (near, mut far) = tokio::io::duplex(1 << 10);
-        let (mut stream, cork) = corked(near);
+        let (mut stream, cork) = corked(near, PATIENCE);
         let connection = async {
             stream.write_all(b"first").await.unwrap();
             stream.flush().await.unwrap();
@@ -426,7 +461,7 @@ mod tests {
     #[tokio::test]
     async fn what_a_stream_keeps_is_flushed_however_large_it_was() {
         for size in [5, ENOUGH - 1, ENOUGH, 3 * ENOUGH] {
-            let (mut stream, cork) = corked(Encrypting::default());
+            let (mut stream, cork) = corked(Encrypting::default(), PATIENCE);
             let connection = async {
                 stream.write_all(&vec![1; size]).await.unwrap();
                 std::future::pending::<()>().await;
@@ -440,7 +475,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_last_words_of_a_connection_are_sent_although_nobody_waits_for_them_for_a_moment() {
-        let (mut stream, cork) = corked(Narrow { room: usize::MAX, ..Narrow::default() });
+        let (mut stream, cork) = corked(Narrow { room: usize::MAX, ..Narrow::default() }, PATIENCE);
         let connection = async {
             stream.write_all(b"goodbye").await.unwrap();
             "ended"
@@ -455,7 +490,7 @@ mod tests {
     #[tokio::test]
     async fn answers_that_are_ready_at_the_same_time_are_one_write() {
         for (gathers, writes) in [(false, 9), (true, 2)] {
-            let (mut stream, cork) = corked(Narrow { room: usize::MAX, ..Narrow::default() });
+            let (mut stream, cork) = corked(Narrow { room: usize::MAX, ..Narrow::default() }, PATIENCE);
             let (sender, mut answers) = tokio::sync::mpsc::unbounded_channel::<u8>();
             let connection = async {
                 while let Some(answer) = answers.recv().await {
@@ -485,7 +520,7 @@ mod tests {
     #[tokio::test]
     async fn a_stream_that_breaks_breaks_the_connection() {
         let (near, far) = tokio::io::duplex(1 << 10);
-        let (mut stream, cork) = corked(near);
+        let (mut stream, cork) = corked(near, PATIENCE);
         drop(far);
         let connection = async {
             loop {
@@ -500,5 +535,33 @@ mod tests {
         let ended = cork.turns(&mut connection, &gathers);
         let ended = tokio::time::timeout(Duration::from_secs(20), ended).await.expect("it is told");
         assert_eq!(ended, io::ErrorKind::BrokenPipe);
+    }
+    #[tokio::test]
+    async fn whoever_takes_nothing_of_what_is_left_is_given_up_and_whoever_takes_little_is_not() {
+        const SHORT: Duration = Duration::from_millis(100);
+        for takes in [false, true] {
+            let (near, mut far) = tokio::io::duplex(8);
+            let (mut stream, cork) = corked(near, SHORT);
+            // Writes, ends its own part, and waits for what the other end says next.
+            let mut connection = Connection::Open(Box::pin(async move {
+                stream.write_all(&[7; 64]).await?;
+                stream.read_u8().await
+            }));
+            let reader = async {
+                while takes {
+                    time::sleep(SHORT / 2).await;
+                    far.read_u8().await.unwrap();
+                }
+                std::future::pending::<()>().await;
+            };
+            let ended = async { cork.turns(&mut connection, &AtomicBool::new(false)).await };
+            let ended = async {
+                tokio::select! { ended = ended => ended, () = reader => unreachable!("it never ends") }
+            };
+            match time::timeout(SHORT * 8, ended).await {
+                Ok(ended) => assert!(!takes && ended.unwrap_err().kind() == io::ErrorKind::TimedOut),
+                Err(_) => assert!(takes),
+            }
+        }
     }
 }

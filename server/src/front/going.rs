@@ -20,6 +20,8 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// Answers go in pieces of this at most: the connection keeps each until it may be sent.
 const PIECE: usize = 64 << 10;
+/// Pieces of less than this are not worth to be told when they have gone.
+const SMALL: usize = 4 << 10;
 /// Whoever takes so much of an answer in a second is not cut off.
 const SLOWEST: u64 = 64 << 10;
 
@@ -33,6 +35,9 @@ pub(super) struct Going<B> {
     /// A large answer gives its reader more time, as the system may keep much of it before the connection has to ask for more.
     longer: Duration,
     holds: Holds,
+    /// Whether its last byte goes by itself: a connection of HTTP/2 forgets an answer as soon as it has all of it, and asks for what
+    /// is left only once its client has made room.
+    holds_back: bool,
     /// Its connection counts these.
     _under_way: Arc<()>,
 }
@@ -51,7 +56,13 @@ where
     B: Body<Data = Bytes, Error: Into<Error>> + Unpin,
 {
     /// An answer for `reader`, of which what is there already counts against `budget`.
-    pub(super) fn new(body: B, budget: &Budget, under_way: Arc<()>, reader: Option<Arc<Reader>>) -> Self {
+    pub(super) fn new(
+        body: B,
+        budget: &Budget,
+        under_way: Arc<()>,
+        reader: Option<Arc<Reader>>,
+        holds_back: bool,
+    ) -> Self {
         let bytes = body.size_hint().lower();
         let overdraw = |bytes: u64| budget.overdraw(usize::try_from(bytes).unwrap_or(usize::MAX));
         let holds = match body.size_hint().exact() {
@@ -62,7 +73,7 @@ where
         if let Some(reader) = &reader {
             reader.owes(longer);
         }
-        Self { body, piece: Bytes::new(), reader, longer, holds, _under_way: under_way }
+        Self { body, piece: Bytes::new(), reader, longer, holds, holds_back, _under_way: under_way }
     }
 
     fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
@@ -84,7 +95,10 @@ where
                 *taken = Some(budget.overdraw(self.piece.len()));
             }
         }
-        let next = self.piece.split_to(self.piece.len().min(PIECE));
+        let most = self.piece.len().min(PIECE);
+        let is_last = most == self.piece.len() && self.body.is_end_stream();
+        let held_back = usize::from(self.holds_back && is_last && most > SMALL);
+        let next = self.piece.split_to(most - held_back);
         Poll::Ready(Some(Ok(Frame::data(next))))
     }
 }
@@ -141,7 +155,7 @@ mod tests {
 
     fn going(bytes: usize, budget: &Budget) -> Going<Full<Bytes>> {
         let body = Full::new(Bytes::from((0..bytes).map(|at| at as u8).collect::<Vec<_>>()));
-        Going::new(body, budget, Arc::new(()), None)
+        Going::new(body, budget, Arc::new(()), None, false)
     }
 
     #[tokio::test]
@@ -163,6 +177,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_last_byte_of_what_is_not_small_goes_by_itself_and_is_held_until_then() {
+        for (bytes, sizes) in [(SMALL, vec![SMALL]), (PIECE, vec![PIECE - 1, 1]), (PIECE + 1, vec![PIECE, 1])] {
+            let (budget, mut found) = (budget(), Vec::new());
+            let mut body = Going { holds_back: true, ..going(bytes, &budget) };
+            while let Some(frame) = body.frame().await {
+                found.push(frame.unwrap().into_data().unwrap().len());
+                assert_eq!(body.is_end_stream(), found.len() == sizes.len());
+            }
+            assert_eq!(found, sizes);
+        }
+    }
+
+    #[tokio::test]
     async fn an_answer_holds_what_it_is_until_it_has_gone_and_a_stream_what_it_gave_last() {
         let budget = budget();
         let body = going(PIECE, &budget);
@@ -172,7 +199,7 @@ mod tests {
 
         let pieces = [PIECE, 1].map(|bytes| Ok::<_, Error>(Frame::data(Bytes::from(vec![0; bytes]))));
         let stream = http_body_util::StreamBody::new(futures::stream::iter(pieces));
-        let mut body = Going::new(stream, &budget, Arc::new(()), None);
+        let mut body = Going::new(stream, &budget, Arc::new(()), None, false);
         drop(budget.claim(PIECE).unwrap());
         assert!(body.frame().await.unwrap().is_ok());
         budget.claim(1).expect_err("its first piece is held");

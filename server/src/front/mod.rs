@@ -4,6 +4,7 @@
 
 mod connections;
 mod corked;
+mod drained;
 mod going;
 mod guard;
 mod impatient;
@@ -86,6 +87,7 @@ pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admissi
         (Err(error), _) | (_, Err(error)) => tracing::error!(%error, "gRPC reflection is not there"),
     }
     let grpc = grpc.into_axum_router().layer(MapResponseLayer::new(as_other_servers_say));
+    let grpc = grpc.route_layer(axum::middleware::from_fn(only_grpc));
     let infer = Infer {
         service: service.clone(),
         grpc: Unary::new(service.clone(), max_request_bytes),
@@ -113,6 +115,15 @@ fn as_other_servers_say<Body>(mut response: Response<Body>) -> Response<Body> {
         headers.insert(STATUS, HeaderValue::from(Code::ResourceExhausted as i32));
     }
     response
+}
+
+/// What does not say that it is gRPC is not read as that: nobody would see the messages in it, and hold them against limits.
+async fn only_grpc(request: Request, next: Next) -> axum::response::Response {
+    if is_grpc(request.headers()) {
+        return next.run(request).await;
+    }
+    let reason = "this path is for gRPC; its content-type is application/grpc";
+    Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, reason).into_response()
 }
 
 /// A path that is not UTF-8 is refused by axum, as plain text. Nothing else here is a bad request in plain text.

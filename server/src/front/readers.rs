@@ -214,7 +214,7 @@ mod tests {
             let bytes = request.uri().path().len() << 15;
             let body = Full::new(Bytes::from(vec![7; if bytes == 1 << 15 { 0 } else { bytes }]));
             let held = held.clone();
-            async move { Ok::<_, Infallible>(Response::new(Going::new(body, &held, Arc::default(), Reader::own()))) }
+            async move { Ok::<_, Infallible>(Response::new(Going::new(body, &held, Arc::default(), Reader::own(), false))) }
         });
         let server = http2::Builder::new(readers.clone()).serve_connection(TokioIo::new(near), service);
         tokio::spawn(async move { readers.attend(async { drop(server.await) }).await });

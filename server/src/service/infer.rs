@@ -12,7 +12,7 @@ use futures::future::{Either, ready};
 use sensorium_proto::inference::{ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::task::{AbortOnDropHandle, task_tracker::TaskTrackerToken};
-use tonic::{Status, Streaming, codegen::http::HeaderMap};
+use tonic::{Code, Status, Streaming, codegen::http::HeaderMap};
 use tracing::{Instrument as _, Span};
 
 use super::{
@@ -74,6 +74,7 @@ impl Service {
         let end = End::new(self.draining.clone(), QUIET);
         let shared = Arc::new((self, call));
         let answer = move |request: Result<ModelInferRequest, Status>| {
+            let request = request.map_err(as_other_servers_say);
             let shared = shared.clone();
             // A stream may last for days: each of its messages gives its bytes back when it is answered.
             let message = tally.as_ref().filter(|_| request.is_ok()).and_then(Tally::claim_message);
@@ -240,4 +241,12 @@ fn in_band(
     // The responses of a request that has several say so themselves, but for an error, which is the last.
     mark(&mut response, true);
     Ok(ModelStreamInferResponse { error_message, infer_response: Some(response) })
+}
+
+/// As every gRPC library but tonic says that a message is too long, which is the only thing here to be out of a range.
+fn as_other_servers_say(status: Status) -> Status {
+    match status.code() {
+        Code::OutOfRange => Status::resource_exhausted(status.message()),
+        _ => status,
+    }
 }
