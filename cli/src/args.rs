@@ -92,13 +92,13 @@ pub struct UpArgs {
     #[arg(long)]
     pub plain: bool,
     /// Serve gRPC on this port or fail; by default the manifest's port, or a free one if that is taken
-    #[arg(long, value_name = "PORT")]
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub grpc_port: Option<u16>,
     /// Serve HTTP on this port or fail
-    #[arg(long, value_name = "PORT")]
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub http_port: Option<u16>,
     /// Serve Prometheus metrics on this port or fail
-    #[arg(long, value_name = "PORT")]
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub metrics_port: Option<u16>,
 }
 

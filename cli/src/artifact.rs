@@ -190,7 +190,12 @@ async fn digest_of(store: &Store, reference: &str) -> Result<Digest, Error> {
 async fn remove(store: &Store, references: &[String]) -> Result<(), Error> {
     let mut digests = Vec::new();
     for reference in references {
-        digests.push(digest_of(store, reference).await?);
+        let digest = digest_of(store, reference).await?;
+        if !store.has(&digest).await? {
+            // Which says what there is.
+            store.resolve(reference).await?;
+        }
+        digests.push(digest);
     }
     for digest in digests {
         let names = store.remove(&digest).await?;
@@ -268,9 +273,11 @@ async fn cluster_tree(namespace: Option<&str>, reference: &str) -> Result<String
     Ok(draw(root, &all, &format!("namespace {namespace}")))
 }
 
-/// Depth first, with a stack of depths and artifacts, or digests of those that are not in `place`.
+/// Depth first, with a stack of depths and artifacts, or digests of those that are not in `place`. What was drawn before is named again, and no
+/// more: records may say anything, also that something was made from itself.
 fn draw(root: &Made, all: &[Made], place: &str) -> String {
     let mut text = String::new();
+    let mut drawn = BTreeSet::new();
     let mut stack = vec![(0, Ok(root))];
     while let Some((depth, artifact)) = stack.pop() {
         let indent = if depth == 0 { String::new() } else { format!("{}└─ ", "   ".repeat(depth - 1)) };
@@ -282,6 +289,10 @@ fn draw(root: &Made, all: &[Made], place: &str) -> String {
             }
         };
         let short: String = artifact.digest.trim_start_matches("sha256:").chars().take(12).collect();
+        if !drawn.insert(artifact.digest.as_str()) {
+            let _ = writeln!(text, "{indent}{} {short}  (as above)", artifact.name);
+            continue;
+        }
         let _ =
             writeln!(text, "{indent}{} {short}  {}: {}", artifact.name, artifact.by, artifact.steps.join(", then "));
         if artifact.parents.is_empty() {

@@ -1,5 +1,6 @@
 //! From a parsed command line to an exit code.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::CommandFactory as _;
@@ -53,6 +54,7 @@ fn init_logs() {
 
 fn fail(error: &Error) -> ExitCode {
     let prefix = if output::colours() { "\x1b[1;31merror:\x1b[0m" } else { "error:" };
-    eprint!("{prefix} {}", error.report());
+    // Nobody may listen any more, and the exit code still tells.
+    let _ = write!(std::io::stderr(), "{prefix} {}", error.report());
     ExitCode::from(error.exit_code())
 }

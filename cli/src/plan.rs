@@ -14,7 +14,10 @@ use crate::{manifests, output};
 /// # Errors
 /// When the manifests are wrong.
 pub fn run(args: &PlanArgs) -> Result<(), Error> {
-    let plans: Vec<WorkloadPlan> = manifests::load(&args.paths)?.into_iter().map(|job| job.plan).collect();
+    let plans: Vec<WorkloadPlan> = manifests::load(&args.paths)?
+        .into_iter()
+        .map(|job| Ok(job.on_this_machine()?.plan))
+        .collect::<Result<_, Error>>()?;
     // What exists is for `up` to look at: a plan of one manifest is worth reading without its neighbours.
     let available: BTreeSet<String> = plans.iter().flat_map(|plan| plan.requires.clone()).collect();
     let plans = order(plans, &available)?;

@@ -60,19 +60,32 @@ impl Questions {
                 }
                 Err(error) => vec![Err(error)],
             })),
-            Some(wanted) => Box::new((0..wanted).filter_map(move |draw| {
-                // Fewer than one per image: evenly spaced images. More: several rounds over all images. The question
-                // moves on with the draw, so that all kinds come up.
-                let (image, question) =
-                    if wanted <= images { (draw * images / wanted, draw) } else { (draw % images, draw / images) };
-                let mut sample = match self.sample(image) {
-                    Ok(sample) => sample,
-                    Err(error) => return Some(Err(error)),
-                };
-                let count = sample.questions.len();
-                let once = wanted <= images || question < count;
-                (count > 0 && once).then(|| Ok(ask(sample.image, sample.questions.swap_remove(question % count))))
-            })),
+            Some(wanted) => {
+                let (mut draws, mut is_round_empty) = (0..wanted, false);
+                Box::new(std::iter::from_fn(move || {
+                    for draw in draws.by_ref() {
+                        // Fewer than one per image: evenly spaced images. More: several rounds over all images. The question
+                        // moves on with the draw, so that all kinds come up.
+                        let is_once = wanted <= images;
+                        let (image, question) =
+                            if is_once { (draw * images / wanted, draw) } else { (draw % images, draw / images) };
+                        // Where a whole round brought nothing, no later one does.
+                        if !is_once && image == 0 && std::mem::replace(&mut is_round_empty, true) {
+                            return None;
+                        }
+                        let mut sample = match self.sample(image) {
+                            Ok(sample) => sample,
+                            Err(error) => return Some(Err(error)),
+                        };
+                        let count = sample.questions.len();
+                        if count > 0 && (is_once || question < count) {
+                            is_round_empty = false;
+                            return Some(Ok(ask(sample.image, sample.questions.swap_remove(question % count))));
+                        }
+                    }
+                    None
+                }))
+            }
         }
     }
 

@@ -90,6 +90,21 @@ impl Preparation {
         row
     }
 
+    /// Looks through the texts of a data set, so that one that fits no row is found before, and not after, hours of training.
+    ///
+    /// # Errors
+    /// [`TrainError::Spec`] about `field`, or the system's.
+    pub fn check(&self, field: &'static str, dataset: &Dataset, captions: bool) -> Result<(), TrainError> {
+        for sample in dataset.samples() {
+            let sample = sample?;
+            let questions = sample.questions.iter().map(|pair| &pair.question);
+            for text in questions.chain(sample.caption.iter().filter(|_| captions)) {
+                self.ids(&sample, text).map_err(|error| TrainError::Spec { field, reason: error.to_string() })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Class of a right answer.
     pub fn target(&self, sample: &Sample, answer: &str) -> Result<i64, TrainError> {
         self.answers.get(answer).copied().ok_or_else(|| TrainError::Sample {
@@ -282,8 +297,15 @@ impl BatchMaker {
 
 /// Opens a data set and says which field named it when that fails.
 pub fn open(field: &'static str, path: &Path) -> Result<Dataset, TrainError> {
-    Dataset::open(path).map_err(|error| {
-        let reason = format!("{error}; import data first, for example with `sensorium data import easy-vqa`");
-        TrainError::Spec { field, reason }
+    Dataset::open(path).map_err(|error| match error {
+        DataError::NotADataset { .. } => {
+            let reason = format!("{error}, for example `sensorium data import easy-vqa`");
+            TrainError::Spec { field, reason }
+        }
+        DataError::InvalidIndex { .. } | DataError::UnknownSchema { .. } => {
+            TrainError::Spec { field, reason: error.to_string() }
+        }
+        // A disk that does not answer may do so later.
+        error => error.into(),
     })
 }

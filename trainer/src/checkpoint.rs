@@ -5,8 +5,8 @@
 //! how many workers wrote it.
 
 use std::collections::HashMap;
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use sensorium_artifact::{ArtifactError, Digest, atomic};
@@ -56,6 +56,8 @@ struct IndexedFile {
 #[derive(Clone, Debug)]
 pub struct Checkpoints {
     root: PathBuf,
+    /// Of the job with this spec, whatever it works with.
+    vocabularies: PathBuf,
     spec_hash: String,
     keep: usize,
 }
@@ -63,12 +65,28 @@ pub struct Checkpoints {
 impl Checkpoints {
     /// Those of the job with this spec, under `folder`. A job whose spec has changed starts anew beside the old ones.
     pub fn new(folder: &Path, spec_hash: &str, keep: u32) -> Self {
-        Self { root: folder.join(short(spec_hash)), spec_hash: spec_hash.to_owned(), keep: keep.max(1) as usize }
+        let root = folder.join(short(spec_hash));
+        Self { vocabularies: root.clone(), root, spec_hash: spec_hash.to_owned(), keep: keep.max(1) as usize }
+    }
+
+    /// Those of a run that works with `inputs`, which a spec only names: data that was imported anew, or a model that was trained again, is
+    /// another run beside the old one.
+    #[must_use]
+    pub fn of(self, inputs: &Digest) -> Self {
+        let own = short(&inputs.to_string());
+        let root = self.root.with_file_name(format!("{}-{own}", short(&self.spec_hash)));
+        Self { root, ..self }
+    }
+
+    /// What tells these from those of runs that work with something else: a whole number.
+    pub fn inputs(&self) -> f64 {
+        let own = self.root.file_name().and_then(|name| name.to_str()?.rsplit_once('-')).map_or("", |(_, own)| own);
+        u64::from_str_radix(own, 16).map_or(0.0, |number| number as f64)
     }
 
     /// Where the vocabulary of the data set with this digest is kept.
     pub fn vocabulary(&self, data: &str) -> PathBuf {
-        self.root.join(format!("vocabulary-{}.json", short(data)))
+        self.vocabularies.join(format!("vocabulary-{}.json", short(data)))
     }
 
     /// Writes a checkpoint and removes the oldest beyond the number to keep. Saving a step twice changes nothing.
@@ -78,9 +96,16 @@ impl Checkpoints {
     pub fn save(&self, state: &TrainingState) -> Result<PathBuf, TrainError> {
         let name = format!("step-{:09}", state.step);
         let dir = match atomic::Dir::create(&self.root, &name) {
-            Ok(dir) => dir,
-            Err(ArtifactError::AlreadyExists { path }) => return Ok(path),
-            Err(error) => return Err(error.into()),
+            // One that was found to be damaged, and could not be put aside, is no checkpoint of this step.
+            Err(ArtifactError::AlreadyExists { path }) => match self.load(&path) {
+                Ok(_) => return Ok(path),
+                Err(error) if !error.is_damage() => return Err(error),
+                Err(_) => {
+                    self.set_aside(state.step, &path)?;
+                    atomic::Dir::create(&self.root, &name)?
+                }
+            },
+            dir => dir?,
         };
         let bytes = encode(state).map_err(|reason| broken(&self.root.join(&name), reason))?;
         let index = Index {
@@ -99,25 +124,43 @@ impl Checkpoints {
     }
 
     /// The newest checkpoint that is whole. A damaged one is reported and put aside, so that its step can be saved again.
-    pub fn newest(&self) -> Option<TrainingState> {
-        for (step, folder) in self.folders().into_iter().rev() {
+    ///
+    /// # Errors
+    /// The system's, where it does not say what there is: what was reached is not given up for a disk that is away for a moment.
+    pub fn newest(&self) -> Result<Option<TrainingState>, TrainError> {
+        for (step, folder) in self.folders()?.into_iter().rev() {
             match self.load(&folder) {
-                Ok(state) => return Some(state),
+                Ok(state) => return Ok(Some(state)),
+                Err(error) if !error.is_damage() => return Err(error),
                 Err(error) => {
                     tracing::warn!(step, error = &error as &dyn std::error::Error, "checkpoint not usable");
-                    let aside = self.root.join(format!("damaged-{step:09}"));
-                    if let Err(error) = fs::rename(&folder, aside) {
-                        tracing::warn!(step, %error, "could not put a damaged checkpoint aside");
+                    if let Err(error) = self.set_aside(step, &folder) {
+                        tracing::warn!(step, error = &error as &dyn std::error::Error, "could not put it aside");
                     }
                 }
             }
         }
-        None
+        Ok(None)
+    }
+
+    /// Keeps a damaged checkpoint for whoever wants to know what became of it; the last one only.
+    fn set_aside(&self, step: u64, folder: &Path) -> Result<(), TrainError> {
+        let failed = |source| TrainError::CheckpointRead { path: folder.to_owned(), source };
+        let aside = self.root.join("damaged");
+        match fs::remove_dir_all(&aside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => fs::create_dir(&aside).map_err(failed)?,
+        }
+        fs::rename(folder, aside.join(format!("step-{step:09}"))).map_err(failed)
     }
 
     fn load(&self, folder: &Path) -> Result<TrainingState, TrainError> {
         let read = |name: &str| {
-            fs::read(folder.join(name)).map_err(|error| broken(folder, format!("could not read {name}: {error}")))
+            let path = folder.join(name);
+            fs::read(&path).map_err(|source| match source.kind() {
+                io::ErrorKind::NotFound => broken(folder, format!("{name} is missing")),
+                _ => TrainError::CheckpointRead { path, source },
+            })
         };
         let index: Index = serde_json::from_slice(&read(INDEX)?).map_err(|e| broken(folder, e.to_string()))?;
         if index.schema_version != 1 || index.spec_hash != self.spec_hash {
@@ -145,21 +188,26 @@ impl Checkpoints {
     }
 
     /// Committed checkpoints, oldest first.
-    fn folders(&self) -> Vec<(u64, PathBuf)> {
-        let entries = fs::read_dir(&self.root).into_iter().flatten().flatten();
+    fn folders(&self) -> Result<Vec<(u64, PathBuf)>, TrainError> {
+        let entries = match fs::read_dir(&self.root) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.and_then(Iterator::collect::<io::Result<Vec<_>>>),
+        };
+        let entries = entries.map_err(|source| TrainError::CheckpointRead { path: self.root.clone(), source })?;
         let mut folders: Vec<_> = entries
+            .into_iter()
             .filter_map(|entry| {
                 let step = entry.file_name().to_str()?.strip_prefix("step-")?.parse().ok()?;
                 Some((step, entry.path()))
             })
             .collect();
         folders.sort();
-        folders
+        Ok(folders)
     }
 
     /// Failing to remove an old checkpoint costs space only, so it is reported and no more.
     fn prune(&self) {
-        let folders = self.folders();
+        let folders = self.folders().unwrap_or_default();
         for (step, folder) in &folders[..folders.len().saturating_sub(self.keep)] {
             if let Err(error) = fs::remove_dir_all(folder) {
                 tracing::warn!(step, %error, "could not remove an old checkpoint");
@@ -227,8 +275,8 @@ mod tests {
         for step in [10, 20, 30] {
             checkpoints.save(&state(step)).unwrap();
         }
-        assert_eq!(checkpoints.newest(), Some(state(30)));
-        assert_eq!(checkpoints.folders().iter().map(|(step, _)| *step).collect::<Vec<_>>(), [20, 30]);
+        assert_eq!(checkpoints.newest().unwrap(), Some(state(30)));
+        assert_eq!(checkpoints.folders().unwrap().iter().map(|(step, _)| *step).collect::<Vec<_>>(), [20, 30]);
     }
 
     #[test]
@@ -242,16 +290,56 @@ mod tests {
         fs::write(newest.join(STATE), bytes).unwrap();
         let error = checkpoints.load(&newest).unwrap_err();
         assert!(matches!(error, TrainError::DigestMismatch { .. }), "{error}");
-        assert_eq!(checkpoints.newest(), Some(state(10)));
+        assert_eq!(checkpoints.newest().unwrap(), Some(state(10)));
         checkpoints.save(&state(20)).unwrap();
-        assert_eq!(checkpoints.newest(), Some(state(20)));
+        assert_eq!(checkpoints.newest().unwrap(), Some(state(20)));
+    }
+
+    #[test]
+    fn a_disk_that_does_not_answer_is_no_damage_and_takes_nothing_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(folder.path(), "sha256:abc", 5);
+        let saved = checkpoints.save(&state(10)).unwrap();
+        // A folder in a file's place is not read, whoever asks.
+        fs::rename(saved.join(STATE), saved.join("elsewhere")).unwrap();
+        fs::create_dir(saved.join(STATE)).unwrap();
+        let error = checkpoints.newest().unwrap_err();
+        assert!(matches!(error, TrainError::CheckpointRead { .. }) && !error.is_users(), "{error}");
+        fs::remove_dir(saved.join(STATE)).unwrap();
+        fs::rename(saved.join("elsewhere"), saved.join(STATE)).unwrap();
+        assert_eq!(checkpoints.newest().unwrap(), Some(state(10)));
+        let file = Checkpoints { root: saved.join(STATE), ..checkpoints };
+        assert!(matches!(file.newest().unwrap_err(), TrainError::CheckpointRead { .. }));
+    }
+
+    #[test]
+    fn a_damaged_step_is_saved_again_and_the_last_damaged_one_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(folder.path(), "sha256:abc", 5);
+        for _ in 0..2 {
+            let saved = checkpoints.save(&state(10)).unwrap();
+            fs::write(saved.join(STATE), b"damaged").unwrap();
+        }
+        checkpoints.save(&state(10)).unwrap();
+        assert_eq!(checkpoints.newest().unwrap(), Some(state(10)));
+        assert_eq!(fs::read(checkpoints.root.join("damaged/step-000000010").join(STATE)).unwrap(), b"damaged");
+    }
+
+    #[test]
+    fn a_run_with_other_data_does_not_go_on_from_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |data: &[u8]| Checkpoints::new(folder.path(), "sha256:abc", 2).of(&Digest::of(data));
+        of(b"one").save(&state(10)).unwrap();
+        assert_eq!(of(b"other").newest().unwrap(), None);
+        assert_eq!(of(b"one").newest().unwrap(), Some(state(10)));
+        assert_eq!(of(b"one").vocabulary("d"), of(b"other").vocabulary("d"), "which is called after the data itself");
     }
 
     #[test]
     fn a_job_with_another_spec_does_not_go_on_from_it() {
         let folder = tempfile::tempdir().unwrap();
         Checkpoints::new(folder.path(), "sha256:abc", 2).save(&state(10)).unwrap();
-        assert_eq!(Checkpoints::new(folder.path(), "sha256:def", 2).newest(), None);
+        assert_eq!(Checkpoints::new(folder.path(), "sha256:def", 2).newest().unwrap(), None);
     }
 
     #[test]

@@ -54,13 +54,15 @@ pub enum TrainError {
         /// The slot.
         slot: Slot,
     },
-    /// The loss became infinite or not a number.
-    #[error("the loss of step {step} is {loss}; lower spec.training.optimizer.learningRate or raise warmupSteps")]
+    /// A number became infinite or not a number.
+    #[error("the {what} of step {step} is {value}; lower spec.training.optimizer.learningRate or raise warmupSteps")]
     NotFinite {
         /// Step, counted from 1.
         step: u64,
-        /// The loss.
-        loss: f64,
+        /// "loss", say.
+        what: &'static str,
+        /// The number.
+        value: f64,
     },
     /// A sample that a task cannot be trained on.
     #[error("sample {key}: {reason}")]
@@ -82,7 +84,15 @@ pub enum TrainError {
         /// Of what was written.
         expected: Digest,
     },
-    /// A saved checkpoint cannot be read.
+    /// Nobody can tell at the moment whether there are checkpoints, or what is in them.
+    #[error("could not read {}", path.display())]
+    CheckpointRead {
+        /// A checkpoint's file, or the folder of all.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// A saved checkpoint is none.
     #[error("checkpoint {}: {reason}", folder.display())]
     Checkpoint {
         /// The checkpoint.
@@ -93,11 +103,16 @@ pub enum TrainError {
     /// The thread that prepares batches is gone.
     #[error("the thread that prepares batches ended without an error")]
     LoaderGone,
-    /// The run was asked to stop, and has saved its state.
-    #[error("stopped at step {step} as asked; the same job goes on from there")]
+    /// The run was asked to stop.
+    #[error("stopped at step {step} as asked; {}", match unsaved {
+        None => "the same job goes on from there".to_owned(),
+        Some(why) => format!("its state could not be saved, so that the same job goes on from an earlier step: {why}"),
+    })]
     Stopped {
         /// Steps that are done.
         step: u64,
+        /// Why its state could not be saved, where it could not.
+        unsaved: Option<String>,
     },
     /// The progress server could not start.
     #[error("could not serve progress on {address}")]
@@ -128,6 +143,11 @@ pub enum TrainError {
 }
 
 impl TrainError {
+    /// Whether a checkpoint is not what was saved.
+    pub(crate) fn is_damage(&self) -> bool {
+        matches!(self, Self::DigestMismatch { .. } | Self::Checkpoint { .. })
+    }
+
     /// Whether the job itself, or the data it names, is at fault: running it again unchanged ends the same way.
     pub fn is_users(&self) -> bool {
         match self {
@@ -136,11 +156,13 @@ impl TrainError {
             | Self::Architecture(_)
             | Self::ParameterShape { .. }
             | Self::NotFinite { .. }
-            | Self::Sample { .. }
-            | Self::Modality(_) => true,
+            | Self::Sample { .. } => true,
+            // A disk that does not give or take a file may do so later.
+            Self::Modality(error) => !matches!(error, ModalityError::File { .. }),
             Self::MissingParameter { .. }
             | Self::MissingInput { .. }
             | Self::DigestMismatch { .. }
+            | Self::CheckpointRead { .. }
             | Self::Checkpoint { .. }
             | Self::LoaderGone
             | Self::Stopped { .. }

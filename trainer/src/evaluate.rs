@@ -17,7 +17,8 @@ const CHUNK: usize = 48;
 
 /// Answers every question about the first `limit` images and compares: the same result on every rank.
 ///
-/// `by_kind` groups questions as VQA benchmarks do, by the right answer: `yes/no`, `number`, `other`.
+/// `by_kind` groups questions as VQA benchmarks do, by the right answer: `yes/no`, `number`, `other`. A question whose right answer is none
+/// that the network knows is one that it answers wrongly.
 pub fn vqa(
     executor: &Executor<'_>,
     network: &Network,
@@ -29,7 +30,8 @@ pub fn vqa(
 ) -> Result<Evaluation, TrainError> {
     let path = network.path(Task::Vqa);
     let classes = labels.len();
-    let mut confusion = vec![0i64; classes * classes];
+    // Behind the answers that are known, how many of each kind are not.
+    let mut confusion = vec![0i64; classes * classes + KINDS.len()];
     let (rank, ranks) = (group.rank() as usize, group.size() as usize);
     let own: Vec<usize> = (0..dataset.len().min(limit)).skip(rank).step_by(ranks).collect();
     for chunk in own.chunks(CHUNK) {
@@ -38,8 +40,12 @@ pub fn vqa(
             let sample = dataset.sample(at)?;
             pixels.push(preparation.image(&sample)?);
             for question in &sample.questions {
+                let Ok(target) = preparation.target(&sample, &question.answer) else {
+                    confusion[classes * classes + kind(&question.answer)] += 1;
+                    continue;
+                };
                 ids.extend(preparation.ids(&sample, &question.question)?);
-                targets.push(preparation.target(&sample, &question.answer)?);
+                targets.push(target);
                 index.push(row as i64);
             }
         }
@@ -52,7 +58,13 @@ pub fn vqa(
             (Slot::ImageIndex, Tensor::f_from_slice(&index)?),
         ]);
         let acts = executor.infer(&path, acts)?;
-        let answers = Vec::<i64>::try_from(acts[&Slot::Logits].f_argmax(-1, false)?)?;
+        let logits = &acts[&Slot::Logits];
+        if logits.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+            let reason =
+                "the network gives numbers that are none; lower spec.training.optimizer.learningRate".to_owned();
+            return Err(TrainError::Spec { field: "spec.training", reason });
+        }
+        let answers = Vec::<i64>::try_from(logits.f_argmax(-1, false)?)?;
         for (target, answer) in targets.iter().zip(answers) {
             confusion[*target as usize * classes + answer as usize] += 1;
         }
@@ -60,14 +72,18 @@ pub fn vqa(
     let total = Tensor::f_from_slice(&confusion)?;
     group.all_reduce(&total, ReduceOp::Sum)?.wait()?;
     let total = Vec::<i64>::try_from(total)?;
-    let rows: Vec<Vec<u64>> = total.chunks(classes).map(|row| row.iter().map(|&n| n as u64).collect()).collect();
-    Ok(summarise(labels, rows))
+    let (known, unknown) = total.split_at(classes * classes);
+    let rows: Vec<Vec<u64>> = known.chunks(classes).map(|row| row.iter().map(|&n| n as u64).collect()).collect();
+    Ok(summarise(labels, rows, unknown))
 }
 
-fn summarise(labels: &[String], confusion: Vec<Vec<u64>>) -> Evaluation {
+fn summarise(labels: &[String], confusion: Vec<Vec<u64>>, unknown: &[i64]) -> Evaluation {
     let mut kinds: BTreeMap<String, (u64, u64)> = BTreeMap::new();
+    for (kind, count) in KINDS.into_iter().zip(unknown) {
+        kinds.entry(kind.to_owned()).or_default().1 += *count as u64;
+    }
     for (class, row) in confusion.iter().enumerate() {
-        let (right, asked) = kinds.entry(kind(&labels[class]).to_owned()).or_default();
+        let (right, asked) = kinds.entry(KINDS[kind(&labels[class])].to_owned()).or_default();
         *right += row[class];
         *asked += row.iter().sum::<u64>();
     }
@@ -81,13 +97,16 @@ fn summarise(labels: &[String], confusion: Vec<Vec<u64>>) -> Evaluation {
     Evaluation { labels: labels.to_vec(), confusion, accuracy: share(right, asked), by_kind }
 }
 
-fn kind(answer: &str) -> &'static str {
+const KINDS: [&str; 3] = ["yes/no", "number", "other"];
+
+/// Which of [`KINDS`] an answer is of.
+fn kind(answer: &str) -> usize {
     if answer == "yes" || answer == "no" {
-        "yes/no"
+        0
     } else if answer.parse::<f64>().is_ok() {
-        "number"
+        1
     } else {
-        "other"
+        2
     }
 }
 
@@ -140,8 +159,11 @@ mod tests {
     fn accuracy_is_the_share_of_the_diagonal_overall_and_by_kind() {
         let labels = ["yes", "no", "red", "7"].map(str::to_owned);
         let confusion = vec![vec![8, 2, 0, 0], vec![1, 9, 0, 0], vec![0, 0, 3, 1], vec![0, 0, 0, 0]];
-        let found = summarise(&labels, confusion);
+        let found = summarise(&labels, confusion.clone(), &[0; 3]);
         assert!((found.accuracy - 20.0 / 24.0).abs() < 1e-12);
         assert_eq!(found.by_kind, BTreeMap::from([("other".to_owned(), 0.75), ("yes/no".to_owned(), 0.85)]));
+        let found = summarise(&labels, confusion, &[0, 2, 4]);
+        assert!((found.accuracy - 20.0 / 30.0).abs() < 1e-12, "what it does not know counts as wrong");
+        assert_eq!((found.by_kind["number"], found.by_kind["other"]), (0.0, 0.375));
     }
 }

@@ -74,9 +74,23 @@ impl Setup {
             .collect();
         let has = |wanted: Task| tasks.iter().any(|(task, _)| *task == wanted);
         let answers = if has(Task::Vqa) { train.answers().to_vec() } else { Vec::new() };
+        let lacks = |field, data: &str, what: &str, task: &str| TrainError::Spec {
+            field,
+            reason: format!("{data} {what}, which the {task} task needs"),
+        };
+        for (field, uri, data) in [
+            ("spec.data.train", &spec.data.train, &train),
+            ("spec.data.evaluation", &spec.data.evaluation, &evaluation),
+        ] {
+            if has(Task::Vqa) && data.question_count() == 0 {
+                return Err(lacks(field, uri, "has no questions", "vqa"));
+            }
+            if has(Task::Contrastive) && data.index().captions == 0 {
+                return Err(lacks(field, uri, "has no captions", "contrastive"));
+            }
+        }
         if has(Task::Vqa) && answers.is_empty() {
-            let reason = format!("{} lists no answers, which the vqa task needs", spec.data.train);
-            return Err(TrainError::Spec { field: "spec.data.train", reason });
+            return Err(lacks("spec.data.train", &spec.data.train, "lists no answers", "vqa"));
         }
         let uri = spec.checkpoint.uri.clone().unwrap_or_else(|| config.job.checkpoint_uri());
         let folder = volumes.local_path(&uri)?;
@@ -89,7 +103,9 @@ impl Setup {
             }
             ModelSource::Artifact(name) => Started::from_artifact(name, spec, volumes, &answers).await?,
         };
-        let Started { network, weights, text, parent } = started;
+        let Started { network, weights, text, parent, answers } = started;
+        let inputs = format!("{} {answers:?} {parent:?}", train.digest());
+        let checkpoints = checkpoints.of(&Digest::of(inputs.as_bytes()));
         for (task, _) in &tasks {
             if network.path(*task).is_empty() {
                 let reason = format!("the model has no head for {task:?}");
@@ -100,6 +116,7 @@ impl Setup {
         let classes: HashMap<String, i64> =
             answers.iter().enumerate().map(|(class, answer)| (answer.clone(), class as i64)).collect();
         let preparation = Arc::new(Preparation { image, text, answers: classes });
+        preparation.check("spec.data.evaluation", &evaluation, has(Task::Contrastive))?;
         let (train, evaluation) = (Arc::new(train), Arc::new(evaluation));
         Ok(Self { network, weights, parent, preparation, train, evaluation, answers, tasks, folder, checkpoints })
     }
@@ -129,6 +146,8 @@ struct Started {
     weights: Weights,
     text: TextProcessor,
     parent: Option<Digest>,
+    /// Those that the network has classes for, also where the job has no questions.
+    answers: Vec<String>,
 }
 
 impl Started {
@@ -139,10 +158,10 @@ impl Started {
         answers: &[String],
         seed: u64,
     ) -> Result<Self, TrainError> {
-        let answers = (!answers.is_empty()).then_some(answers.len() as i64);
-        let network = Network::new(network_config(architecture, text.vocabulary_size() as i64, answers))?;
+        let classes = (!answers.is_empty()).then_some(answers.len() as i64);
+        let network = Network::new(network_config(architecture, text.vocabulary_size() as i64, classes))?;
         let weights = initialise(&network, seed);
-        Ok(Self { network, weights, text, parent: None })
+        Ok(Self { network, weights, text, parent: None, answers: answers.to_vec() })
     }
 
     /// The weights, shape and vocabulary of an artifact.
@@ -175,6 +194,7 @@ impl Started {
         {
             return Err(refused(format!("{name} knows {} answers, but not those of spec.data.train", found.len())));
         }
+        let known = parsed.as_ref().and_then(PipelineSpec::vqa_answers).unwrap_or(answers).to_vec();
         let text = TextConfig { max_length: config.text.max_length as usize };
         let text = TextProcessor::load(&folder.join(TOKENIZER_FILE), text)?;
         let network = Network::new(config)?;
@@ -184,7 +204,7 @@ impl Started {
             graphs.push(model);
         }
         let weights = import(&network, &graphs, &initialise(&network, spec.training.seed))?;
-        Ok(Self { network, weights, text, parent: Some(artifact.digest) })
+        Ok(Self { network, weights, text, parent: Some(artifact.digest), answers: known })
     }
 }
 

@@ -107,6 +107,9 @@ impl<'a> Run<'a> {
             let rate = learning_rate(&spec.optimizer, step, spec.steps);
             let (loss, stop) = self.losses(&loader.next()?, step)?;
             let grad_norm = self.optimizer.clip(&self.parameters)?;
+            if !grad_norm.is_finite() {
+                return Err(TrainError::NotFinite { step: step + 1, what: "gradient's norm", value: grad_norm });
+            }
             self.optimizer.step(&self.parameters, step, rate)?;
             let done = step + 1;
             let last = done == spec.steps;
@@ -125,12 +128,13 @@ impl<'a> Run<'a> {
             });
             let seconds = self.seconds();
             history.note(HistoryPoint { step: done, loss, learning_rate: rate, grad_norm, accuracy, seconds });
+            let mut unsaved = None;
             if stop || last || done % self.config.spec.checkpoint.every_steps == 0 {
                 history.save();
-                self.checkpoint(done)?;
+                unsaved = self.checkpoint(done)?;
             }
             if stop && !last {
-                return Err(TrainError::Stopped { step: done });
+                return Err(TrainError::Stopped { step: done, unsaved });
             }
         }
         self.finish(&mut history)
@@ -184,7 +188,7 @@ impl<'a> Run<'a> {
         told.wait()?;
         let (loss, asked) = (shared.f_double_value(&[0])?, shared.f_double_value(&[1])?);
         if !loss.is_finite() {
-            return Err(TrainError::NotFinite { step: step + 1, loss });
+            return Err(TrainError::NotFinite { step: step + 1, what: "loss", value: loss });
         }
         Ok((loss, asked > 0.0))
     }
@@ -192,12 +196,20 @@ impl<'a> Run<'a> {
     /// Goes on from the newest whole checkpoint. Rank 0 reads it and the others get it from there, so that all agree even
     /// if they see different disks. Returns the steps that are done.
     fn resume(&mut self) -> Result<u64, TrainError> {
-        let found = if self.group.rank() == 0 { self.setup.checkpoints.newest() } else { None };
+        let found = if self.group.rank() == 0 { self.setup.checkpoints.newest()? } else { None };
         let (step, seconds) = found.as_ref().map_or((0, 0.0), |state| (state.step, state.seconds));
-        let cursor = Tensor::f_from_slice(&[step as f64, seconds])?;
+        let own = self.setup.checkpoints.inputs();
+        let cursor = Tensor::f_from_slice(&[step as f64, seconds, own])?;
         self.group.broadcast(&cursor, 0)?.wait()?;
         let step = cursor.f_double_value(&[0])? as u64;
         self.seconds_before = cursor.f_double_value(&[1])?;
+        if cursor.f_double_value(&[2])?.to_bits() != own.to_bits() {
+            let reason = format!(
+                "rank {} finds other data, or another model to begin with, there than rank 0",
+                self.group.rank()
+            );
+            return Err(TrainError::Spec { field: "spec.data.train", reason });
+        }
         if step == 0 {
             return Ok(0);
         }
@@ -218,10 +230,10 @@ impl<'a> Run<'a> {
         Ok(step)
     }
 
-    /// Rank 0 writes; a failure is told and not fatal, because training that goes on can save again later.
-    fn checkpoint(&self, step: u64) -> Result<(), TrainError> {
+    /// Rank 0 writes; a failure is told, and not fatal, because training that goes on can save again later.
+    fn checkpoint(&self, step: u64) -> Result<Option<String>, TrainError> {
         if self.group.rank() != 0 {
-            return Ok(());
+            return Ok(None);
         }
         let _span = tracing::info_span!("checkpoint", step).entered();
         let mut state = TrainingState {
@@ -239,15 +251,16 @@ impl<'a> Run<'a> {
             Ok(path) => {
                 tracing::info!(step, path = %path.display(), "saved a checkpoint");
                 self.reporter.update(|progress| progress.message = None);
+                Ok(None)
             }
             Err(error) => {
                 tracing::error!(step, error = &error as &dyn std::error::Error, "could not save a checkpoint");
                 self.reporter.checkpoint_failed();
                 let message = format!("could not save the checkpoint of step {step}: {error}");
                 self.reporter.update(|progress| progress.message = Some(message));
+                Ok(Some(error.to_string()))
             }
         }
-        Ok(())
     }
 
     fn seconds(&self) -> f64 {

@@ -61,6 +61,28 @@ fn a_run_killed_in_the_middle_and_resumed_ends_with_the_same_bits_as_one_never_k
 }
 
 #[test]
+fn a_run_does_not_go_on_from_what_other_data_of_the_same_name_came_to() {
+    let state = State::new();
+    Job::new(&state, "run").steps(10).run(1).expect_success();
+    // The hash of the spec is the same, as it is where data is imported anew.
+    let other = Job::new(&state, "run").steps(10).data("pvc://datasets/easy-vqa/test").run(1).expect_success();
+    assert_eq!(other.resumed_from(), None);
+    assert_eq!(other.checkpoints().len(), 2, "each beside the other's");
+    let again = Job::new(&state, "run").steps(10).run(1).expect_success();
+    assert_eq!(again.resumed_from(), Some(10));
+}
+
+#[test]
+fn a_model_that_answers_questions_goes_on_to_when_it_is_trained_on_captions_alone() {
+    let state = State::new();
+    let base = Job::new(&state, "base").steps(10).tasks(&[("vqa", 1.0), ("contrastive", 1.0)]).run(1).expect_success();
+    let tuned = Job::new(&state, "tuned").steps(10).begins_with("base").tasks(&[("contrastive", 1.0)]);
+    let tuned = tuned.run(1).expect_success();
+    assert_eq!(tuned.pipeline(), base.pipeline());
+    assert!(base.pipeline()["tasks"][0]["answers"].as_array().is_some_and(|answers| answers.len() > 1));
+}
+
+#[test]
 fn a_run_that_goes_on_with_fewer_workers_keeps_the_loss_curve() {
     let state = State::new();
     let undisturbed = Job::new(&state, "run").steps(40).run(2).expect_success();

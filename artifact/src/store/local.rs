@@ -80,6 +80,12 @@ impl LocalStore {
         }
     }
 
+    /// Whether there is anything of an artifact.
+    pub(crate) fn has(&self, digest: &Digest) -> Result<bool, ArtifactError> {
+        let folder = self.folder(digest);
+        folder.try_exists().map_err(|error| ArtifactError::io("read", folder, error))
+    }
+
     /// Takes an artifact away in one step, then removes its files. What a killed process leaves of them is in the folder for
     /// what is not committed, which every draft sweeps.
     pub(crate) fn remove(&self, digest: &Digest) -> Result<(), ArtifactError> {

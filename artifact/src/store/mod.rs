@@ -199,6 +199,20 @@ impl Store {
         Ok(artifact)
     }
 
+    /// Whether there is anything of an artifact, whole or not.
+    ///
+    /// # Errors
+    /// [`ArtifactError::Io`] and [`ArtifactError::Remote`].
+    pub async fn has(&self, digest: &Digest) -> Result<bool, ArtifactError> {
+        match &self.backend {
+            Backend::S3(s3) => s3.has(digest).await,
+            Backend::Local(local) => {
+                let (local, digest) = (local.clone(), *digest);
+                blocking(move || local.has(&digest)).await
+            }
+        }
+    }
+
     /// Removes an artifact and the names that point to it; gives these names. What is not there is no error, so an attempt
     /// that was cut off is finished by the next one. Names go first and the manifest before the files: nobody who reads
     /// meanwhile takes half an artifact for a whole one.
@@ -248,16 +262,22 @@ impl Store {
         Ok(artifacts)
     }
 
-    /// Every name and the artifact that it points to.
+    /// Every name and the artifact that it points to. One whose record is none, or of a newer program, is left out and logged: it must
+    /// not hide the others.
     ///
     /// # Errors
-    /// [`ArtifactError::InvalidManifest`] or [`ArtifactError::UnknownSchema`] for a record that cannot be read.
+    /// [`ArtifactError::Io`] and [`ArtifactError::Remote`].
     pub async fn names(&self) -> Result<BTreeMap<String, Digest>, ArtifactError> {
         let mut names = BTreeMap::new();
         for name in self.name_list().await? {
-            // A record that went away since is no error.
-            if let Some(digest) = self.name(&name).await? {
-                names.insert(name, digest);
+            match self.name(&name).await {
+                Ok(Some(digest)) => drop(names.insert(name, digest)),
+                // A record that went away since is no error.
+                Ok(None) => {}
+                Err(error @ (ArtifactError::InvalidManifest { .. } | ArtifactError::UnknownSchema { .. })) => {
+                    tracing::warn!(name, %error, "left out of the names");
+                }
+                Err(error) => return Err(error),
             }
         }
         Ok(names)
@@ -278,7 +298,7 @@ impl Store {
 
     async fn check(&self, digest: &Digest, manifest: &Manifest) -> Result<(), ArtifactError> {
         let mismatches = match &self.backend {
-            Backend::S3(s3) => s3.check(digest, manifest).await?,
+            Backend::S3(s3) => s3.check(digest, &manifest.files).await?,
             Backend::Local(local) => {
                 let (local, digest, manifest) = (local.clone(), *digest, manifest.clone());
                 blocking(move || local.check(&digest, &manifest)).await?

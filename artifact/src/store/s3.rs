@@ -21,7 +21,7 @@ use crate::store::client::client;
 use crate::store::local::LocalStore;
 use crate::store::transfer::Transfer;
 use crate::store::{Artifact, NAMES, OBJECTS, blocking, object_key};
-use crate::{ArtifactError, Digest, FileEntry, Manifest};
+use crate::{ArtifactError, Digest, FileEntry};
 
 /// Size of one part of a multipart upload, in bytes. S3 wants 5 MiB at least and 10,000 parts at most: up to 80 GiB a file.
 const PART_BYTES: usize = 8 * 1024 * 1024;
@@ -79,6 +79,11 @@ impl S3Store {
         }
     }
 
+    /// Whether there is anything of an artifact.
+    pub(crate) async fn has(&self, digest: &Digest) -> Result<bool, ArtifactError> {
+        Ok(!self.objects(&self.key(&format!("{OBJECTS}/{}", digest.hex()))).await?.is_empty())
+    }
+
     /// Removes the manifest, and then all that is left of an artifact.
     pub(crate) async fn remove(&self, digest: &Digest) -> Result<(), ArtifactError> {
         self.delete(&object_key(digest, MANIFEST_FILE)).await?;
@@ -100,10 +105,20 @@ impl S3Store {
         bytes: Vec<u8>,
     ) -> Result<(), ArtifactError> {
         let manifest = object_key(digest, MANIFEST_FILE);
-        if self.get(&manifest).await?.is_some() {
-            return Ok(());
+        let damaged = match self.get(&manifest).await? {
+            None => None,
+            Some(_) => Some(self.check(digest, files).await?),
+        };
+        if let Some(damaged) = &damaged {
+            if damaged.is_empty() {
+                return Ok(());
+            }
+            tracing::warn!(artifact = %digest, damaged = damaged.len(), "replacing what is damaged of an artifact by the same content");
         }
-        for file in files {
+        let is_there = |file: &FileEntry| {
+            damaged.as_ref().is_some_and(|damaged| damaged.iter().all(|mismatch| mismatch.path != file.path))
+        };
+        for file in files.iter().filter(|file| !is_there(file)) {
             self.upload(&folder.join(&file.path), &object_key(digest, &file.path), file.bytes).await?;
         }
         self.write(&manifest, bytes).await
@@ -138,9 +153,9 @@ impl S3Store {
     }
 
     /// The files, and the manifest, whose stored bytes are not those that were committed. Downloads them all.
-    pub(crate) async fn check(&self, digest: &Digest, manifest: &Manifest) -> Result<Vec<Mismatch>, ArtifactError> {
+    pub(crate) async fn check(&self, digest: &Digest, files: &[FileEntry]) -> Result<Vec<Mismatch>, ArtifactError> {
         let mut mismatches = Vec::new();
-        let files = manifest.files.iter().map(|file| (file.path.as_str(), file.digest, file.bytes));
+        let files = files.iter().map(|file| (file.path.as_str(), file.digest, file.bytes));
         for (path, expected, bytes) in files.chain([(MANIFEST_FILE, *digest, LARGEST_RECORD)]) {
             let found = self.download(&object_key(digest, path), bytes, None).await?;
             if found != Some(expected) {

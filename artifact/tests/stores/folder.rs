@@ -98,6 +98,20 @@ async fn committing_the_content_of_a_damaged_artifact_repairs_it() {
     store.verify(&artifact.digest).await.unwrap();
 }
 
+#[tokio::test]
+async fn a_name_whose_record_is_none_hides_no_other() {
+    let (folder, store) = store();
+    let artifact = commit(&store, "vqa", b"weights").await.unwrap();
+    store.promote("vqa", &artifact.digest).await.unwrap();
+    std::fs::write(folder.path().join("names/broken.json"), b"").unwrap();
+    std::fs::write(folder.path().join("names/newer.json"), br#"{"schemaVersion": 99}"#).unwrap();
+    let names = store.names().await.unwrap();
+    assert_eq!(names.into_iter().collect::<Vec<_>>(), [("vqa".to_owned(), artifact.digest)]);
+    assert!(store.has(&artifact.digest).await.unwrap());
+    store.remove(&artifact.digest).await.unwrap();
+    assert!(!store.has(&artifact.digest).await.unwrap());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn commits_of_the_same_content_at_the_same_time_all_succeed() {
     let (folder, store) = store();

@@ -217,6 +217,26 @@ async fn a_changed_object_is_refused_with_both_digests_and_does_not_enter_the_ca
 }
 
 #[tokio::test]
+async fn committing_the_content_of_a_damaged_artifact_repairs_it() {
+    let server = Server::start().await;
+    let store = server.store();
+    let artifact = commit(&store, "vqa", b"weights").await.unwrap();
+    for file in ["graphs/fusion.onnx", "manifest.json"] {
+        flip_a_bit(&server.object(&artifact, file));
+        store.verify(&artifact.digest).await.unwrap_err();
+        assert_eq!(commit(&store, "vqa", b"weights").await.unwrap(), artifact);
+        store.verify(&artifact.digest).await.unwrap();
+    }
+    fs::remove_file(server.object(&artifact, "processor/tokenizer.json")).unwrap();
+    commit(&store, "vqa", b"weights").await.unwrap();
+    store.verify(&artifact.digest).await.unwrap();
+    server.requests();
+    commit(&store, "vqa", b"weights").await.unwrap();
+    let uploads = server.requests().into_iter().filter(|line| line.starts_with("PUT ") && line.contains("/objects/"));
+    assert_eq!(uploads.count(), 0, "what is whole is not sent again");
+}
+
+#[tokio::test]
 async fn a_changed_manifest_object_is_refused_with_both_digests() {
     let server = Server::start().await;
     let (store, cache) = (server.store(), tempfile::tempdir().unwrap());

@@ -6,6 +6,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::error::Error;
+
 /// Whether, and how urgently, we were asked to stop. Lives as long as the run that it interrupts.
 #[derive(Debug)]
 pub struct Interrupt {
@@ -39,6 +41,17 @@ impl Interrupt {
     /// Completes once we were asked to stop.
     pub async fn asked(&self) {
         self.first.cancelled().await;
+    }
+
+    /// What `work` comes to, unless we are asked to stop before: for what leaves nothing behind when it is dropped.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`Error::Interrupted`].
+    pub async fn or<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        tokio::select! {
+            done = work => done,
+            () = self.asked() => Err(Error::Interrupted),
+        }
     }
 
     /// Whether we were asked to stop.

@@ -38,7 +38,7 @@ pub async fn run(args: &UpArgs, state: StateDir) -> Result<(), Error> {
     let interrupt = Interrupt::install().map_err(Error::Signals)?;
     let jobs = manifests::load(&args.paths)?.into_iter().map(Job::on_this_machine).collect::<Result<_, _>>()?;
     let _lock = state.lock()?;
-    let jobs = in_order(jobs, &state).await?;
+    let jobs = interrupt.or(in_order(jobs, &state)).await?;
     let programs = Programs::from_env();
     let wishes = wishes(args);
     check(&jobs, &state, &programs, &wishes)?;
@@ -54,8 +54,12 @@ pub async fn run(args: &UpArgs, state: StateDir) -> Result<(), Error> {
     }
     if !matches!(outcome, Err(Error::Interrupted)) {
         let (report, details) = run.report(began.elapsed());
-        report::write(state.root(), &report, &details)?;
-        view.line(&format!("Report: {}", shorten(&state.root().join("report.html")).display()));
+        match report::write(state.root(), &report, &details) {
+            Ok(()) => view.line(&format!("Report: {}", shorten(&state.root().join("report.html")).display())),
+            // The first thing that went wrong is what is told, and a full disk stops both.
+            Err(error) if outcome.is_err() => view.line(&format!("There is no report: {error}")),
+            Err(error) => outcome = Err(error),
+        }
     }
     if outcome.is_ok() {
         view.line(&summary::how_to_go_on(&args.paths, args.keep, run.served()));

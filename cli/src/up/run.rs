@@ -100,11 +100,11 @@ impl<'a> Run<'a> {
     /// A job that ends by itself.
     async fn complete(&self, job: &Job) -> Result<Outcome, Error> {
         let references = References::of(&job.resource);
-        let inputs = inputs(&job.plan, &references, self.state).await?;
+        let inputs = self.interrupt.or(inputs(&job.plan, &references, self.state)).await?;
         let folder = self.state.job(&job.plan.job);
         let record = folder.record();
         if let Some(output) = &references.output
-            && let Some(artifact) = reusable(record.as_ref(), &inputs, output, self.state).await?
+            && let Some(artifact) = self.interrupt.or(reusable(record.as_ref(), &inputs, output, self.state)).await?
         {
             let short = artifact.digest.short();
             self.view.job_line(&job.plan.job.to_string(), &format!("unchanged, reused: {} {short}", output.artifact));
@@ -158,7 +158,7 @@ impl<'a> Run<'a> {
     /// A server: started, asked its verification questions, and left running.
     async fn serve(&mut self, job: &Job, serving: &ServingJob) -> Result<Outcome, Error> {
         let name = job.plan.job.to_string();
-        let artifact = self.source(job).await?;
+        let artifact = self.interrupt.or(self.source(job)).await?;
         self.state.job(&job.plan.job).prepare(&job.plan.files)?;
         let (attempt, ports) = self.attempt(job)?;
         for replaced in &ports.replaced {
@@ -174,7 +174,7 @@ impl<'a> Run<'a> {
             let dataset = data::open(self.state, &verification.data)?;
             let chosen = questions::choose(&dataset, verification.samples as usize)
                 .map_err(|source| Error::Data { uri: verification.data.clone(), source })?;
-            let mut client = Client::connect(&address).await?;
+            let mut client = self.interrupt.or(Client::connect(&address)).await?;
             let folder = self.state.questions();
             let asked = tokio::select! {
                 asked = questions::ask(&mut client, &job.plan.job.name, chosen, &folder) => asked?,

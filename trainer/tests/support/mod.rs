@@ -109,6 +109,11 @@ impl<'a> Job<'a> {
         self.spec(|spec| spec["data"]["train"] = uri.into())
     }
 
+    /// Begins with the weights of an artifact of the store.
+    pub fn begins_with(self, artifact: &str) -> Self {
+        self.spec(|spec| spec["model"] = json!({ "artifact": artifact }))
+    }
+
     pub fn tasks(self, tasks: &[(&str, f64)]) -> Self {
         let tasks: Vec<Value> = tasks.iter().map(|(name, weight)| json!({ "type": name, "weight": weight })).collect();
         self.spec(|spec| spec["tasks"] = tasks.into())
@@ -371,6 +376,14 @@ impl Ended {
         let mut steps: Vec<_> = steps.map(|step| step.path()).filter(|path| path.join("index.json").exists()).collect();
         steps.sort();
         steps
+    }
+
+    /// What the manifest of the artifact that came of it says of its inputs and outputs.
+    pub fn pipeline(&self) -> Value {
+        let digest = self.result().artifact.unwrap().digest.to_string();
+        let folder = self.run.artifacts.join("objects").join(digest.trim_start_matches("sha256:"));
+        let manifest: Value = serde_json::from_slice(&fs::read(folder.join("manifest.json")).unwrap()).unwrap();
+        manifest["pipeline"].clone()
     }
 
     /// Bytes of the newest checkpoint's parameters and moments.
