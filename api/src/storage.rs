@@ -70,9 +70,9 @@ pub(crate) fn location_schema(_: &mut SchemaGenerator) -> Schema {
         "maxLength": 1024,
         "x-kubernetes-validations": [{
             "rule": "self.matches('^(pvc://[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?(/.*)?|\
-                     s3://[a-z0-9][-a-z0-9.]{1,61}[a-z0-9](/.*)?|file:///.+)$') && !self.matches('/[.][.]?(/|$)')",
+                     s3://[a-z0-9][-a-z0-9.]{1,61}[a-z0-9](/.*)?|file:///.+)$') && !self.matches('/[.][.]?(/|$)') && !self.matches('[^:/]//')",
             "messageExpression": "\"'\" + self + \"' is not a storage location; write pvc://CLAIM/PATH, \
-                                  s3://BUCKET/PREFIX or file:///PATH, without '.' and '..' in the path\"",
+                                  s3://BUCKET/PREFIX or file:///PATH, without '.' and '..' in the path, and without empty parts\"",
         }],
     })
 }
@@ -82,9 +82,9 @@ fn artifact_name_schema(_: &mut SchemaGenerator) -> Schema {
         "type": "string",
         "maxLength": 63,
         "x-kubernetes-validations": [{
-            "rule": "self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')",
+            "rule": "self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$') && !self.contains('..')",
             "messageExpression": "\"'\" + self + \"' is not an artifact name; use lower-case letters, digits, '-' and \
-                                  '.', with a letter or digit at both ends\"",
+                                  '.', with a letter or digit at both ends, and without '..'\"",
         }],
     })
 }
@@ -94,7 +94,7 @@ pub(crate) fn artifact_reference_schema(_: &mut SchemaGenerator) -> Schema {
         "type": "string",
         "maxLength": 71,
         "x-kubernetes-validations": [{
-            "rule": "self.matches('^(sha256:[0-9a-f]{64}|[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?)$')",
+            "rule": "self.matches('^(sha256:[0-9a-f]{64}|[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?)$') && !self.contains('..')",
             "messageExpression": "\"'\" + self + \"' names no artifact; use its name (lower-case letters, digits, '-' \
                                   and '.') or sha256: and 64 hexadecimal digits\"",
         }],

@@ -143,6 +143,20 @@ pub enum ArtifactError {
 }
 
 impl ArtifactError {
+    /// Whether what was asked for can never be, whatever becomes of disks and servers.
+    pub fn is_users(&self) -> bool {
+        use ArtifactError::{InvalidDigest, InvalidName, InvalidUri, InvalidVolume, NotLocal, UnknownClaim};
+        matches!(
+            self,
+            InvalidUri { .. }
+                | InvalidVolume { .. }
+                | UnknownClaim { .. }
+                | NotLocal { .. }
+                | InvalidName { .. }
+                | InvalidDigest { .. }
+        )
+    }
+
     /// The error for a failed `action` on `path`; a full disk gets a variant, and so a message, of its own.
     pub(crate) fn io(action: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
         let path = path.as_ref().to_owned();

@@ -60,4 +60,5 @@ pub use manifest::{
     TensorSpec,
 };
 pub use mirror::Mirror;
+pub use path::validate_name;
 pub use store::{Artifact, Draft, Store};

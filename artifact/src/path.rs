@@ -31,7 +31,10 @@ pub(crate) fn join(folder: &Path, path: &str) -> Result<PathBuf, ArtifactError> 
 }
 
 /// Checks an artifact name: a DNS-1123 subdomain, so that it can name a Kubernetes object too.
-pub(crate) fn validate_name(name: &str) -> Result<(), ArtifactError> {
+///
+/// # Errors
+/// [`ArtifactError::InvalidName`].
+pub fn validate_name(name: &str) -> Result<(), ArtifactError> {
     let edge = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = name.as_bytes();
     let valid = bytes.len() <= 253

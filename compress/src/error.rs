@@ -110,8 +110,8 @@ impl CompressError {
             | Self::UnknownExclude { .. }
             | Self::NothingToQuantize { .. }
             | Self::NotFinite { .. } => true,
-            Self::Artifact(_)
-            | Self::Data { .. }
+            Self::Artifact(error) => error.is_users(),
+            Self::Data { .. }
             | Self::NoRange { .. }
             | Self::NoConstant { .. }
             | Self::Onnx(_)

@@ -159,6 +159,7 @@ impl TrainError {
             | Self::Sample { .. } => true,
             // A disk that does not give or take a file may do so later.
             Self::Modality(error) => !matches!(error, ModalityError::File { .. }),
+            Self::Artifact(error) => error.is_users(),
             Self::MissingParameter { .. }
             | Self::MissingInput { .. }
             | Self::DigestMismatch { .. }
@@ -169,7 +170,6 @@ impl TrainError {
             | Self::Serve { .. }
             | Self::Data(_)
             | Self::Dist(_)
-            | Self::Artifact(_)
             | Self::Export(_)
             | Self::Torch(_) => false,
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use sensorium_api::run::RunConfig;
 use sensorium_api::{Architecture, ModelSource, TaskType, TrainingJobSpec};
-use sensorium_artifact::{Digest, Store, Volumes};
+use sensorium_artifact::{Digest, Store, Volumes, validate_name};
 use sensorium_data::Dataset;
 use sensorium_modality::{
     ImageConfig, ImageProcessor, PipelineSpec, Resize, TaskHead, TextConfig, TextProcessor, TextSpec,
@@ -64,6 +64,9 @@ impl Setup {
     /// Names the field of the spec that can't be met.
     pub async fn new(config: &RunConfig<TrainingJobSpec>, volumes: &Volumes) -> Result<Self, TrainError> {
         let spec = &config.spec;
+        // Where it all goes to, before hours go by.
+        Store::open(&spec.output.store, volumes)?;
+        validate_name(&spec.output.artifact)?;
         let train = batch::open("spec.data.train", &volumes.local_path(&spec.data.train)?)?;
         let evaluation = batch::open("spec.data.evaluation", &volumes.local_path(&spec.data.evaluation)?)?;
         let tasks: Vec<(Task, f64)> = spec
