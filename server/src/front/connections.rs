@@ -250,8 +250,7 @@ impl Inside {
         } else {
             head.uri.path().ends_with("/ModelStreamInfer").then_some(Sent::Claimed)
         };
-        let body = Drained::new(body);
-        let body = if streams.is_some() { body.of_stream() } else { body };
+        let body = Drained::new(body, &head.headers, streams.is_some());
         let mut body = Metered::new(body, &head.headers, tally.clone(), self.max_message_bytes, patience);
         if let Some(sent) = streams {
             body = body.of_stream(sent);

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use axum::http::{HeaderMap, header};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt as _;
@@ -25,20 +26,16 @@ const SILENCE: Duration = Duration::from_secs(5);
 pub(super) struct Drained {
     /// `None` once it has ended.
     body: Option<Incoming>,
-    /// Whether it is one that may go on for ever, whose end is its client's.
-    is_stream: bool,
+    /// Whether it comes without anybody asking for it, and ends.
+    comes: bool,
 }
 
 impl Drained {
-    pub(super) fn new(body: Incoming) -> Self {
-        Self { body: Some(body), is_stream: false }
-    }
-
-    /// As one of a call that sends any number of messages: who does not want more of them lets it go.
-    pub(super) fn of_stream(self) -> Self {
-        let mut stream = self;
-        stream.is_stream = true;
-        stream
+    /// The body of a request with these headers. One of a call that sends any number of messages has no end of which others know: who does
+    /// not want more of them lets it go.
+    pub(super) fn new(body: Incoming, headers: &HeaderMap, is_stream: bool) -> Self {
+        // Who expects to be told to go on, and is told something else, sends nothing.
+        Self { body: Some(body), comes: !is_stream && !headers.contains_key(header::EXPECT) }
     }
 }
 
@@ -69,7 +66,7 @@ impl Body for Drained {
 
 impl Drop for Drained {
     fn drop(&mut self) {
-        let Some(body) = self.body.take().filter(|body| !self.is_stream && !body.is_end_stream()) else { return };
+        let Some(body) = self.body.take().filter(|body| self.comes && !body.is_end_stream()) else { return };
         if let Ok(runtime) = Handle::try_current() {
             runtime.spawn(time::timeout(LONGEST, discard(body)));
         }
