@@ -23,7 +23,7 @@ pub fn metrics(metrics: Metrics, service: Service) -> Router {
         let is_open = accepts.into_iter().any(|value| value.contains(OPEN_METRICS));
         // Thousands of models have megabytes of them.
         let text = aside(usize::MAX, move || {
-            let text = metrics.encode(&service.counted())?;
+            let text = metrics.encode(&service.scraped())?;
             Ok::<_, fmt::Error>(if is_open { text } else { plain(&text) })
         });
         let kind = if is_open { OPEN } else { PLAIN };

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
-use sensorium_data::{Dataset, Sample, Sampler, choose, flip};
+use sensorium_data::{DataError, Dataset, Sample, Sampler, choose, flip};
 use sensorium_modality::{
     ImageLimits, ImageProcessor, PADDING_ID, RgbImage, TextProcessor, UNKNOWN_ID, decode_image, flip_horizontal,
 };

@@ -329,6 +329,10 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
         Err(missing) => conditions.set("ArtifactsReady", false, "ArtifactNotReady", missing),
     }
     let silent = silent(observed.pods);
+    let awaited = observed.awaited.as_ref().and_then(|awaited| {
+        let absent = absent(&awaited.name, awaited.live.as_deref(), observed.pods)?;
+        Some((format!("its servers wait for {absent}"), awaited.is_late))
+    });
     let absent = silent
         .clone()
         .or_else(|| observed.encoders.iter().find_map(|(name, live)| absent(name, live.as_deref(), observed.pods)));
@@ -349,10 +353,6 @@ pub fn serving_status(observed: &Observed<'_>) -> ServingJobStatus {
 
     let failed = observed.rollout.as_ref().and_then(|rollout| rollout.failed.clone());
     let progressing = observed.stable.is_some() && (!rolled_out || observed.rollout.is_some()) && failed.is_none();
-    let awaited = observed.awaited.as_ref().and_then(|awaited| {
-        let absent = absent(&awaited.name, awaited.live.as_deref(), observed.pods)?;
-        Some((format!("its servers wait for {absent}"), awaited.is_late))
-    });
     let late = awaited.as_ref().filter(|(_, is_late)| *is_late).map(|(why, _)| why.clone());
     let stuck = observed.stable.and_then(stuck).or(late);
     let progress = match &observed.rollout {

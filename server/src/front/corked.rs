@@ -390,7 +390,7 @@ mod tests {
             }
         };
         cork.turns(&mut Connection::Open(Box::pin(connection)), &AtomicBool::new(false)).await;
-        let held = lock(&cork.0);
+        let held = lock(&cork.held);
         assert!(held.taken() == all, "{sizes:?} by {room}");
         held.stream.writes
     }
@@ -469,7 +469,7 @@ mod tests {
             let (mut connection, gathers) = (Connection::Open(Box::pin(connection)), AtomicBool::new(true));
             let turns = cork.turns(&mut connection, &gathers);
             assert!(tokio::time::timeout(Duration::from_millis(50), turns).await.is_err());
-            assert_eq!(lock(&cork.0).stream.passed_on, size);
+            assert_eq!(lock(&cork.held).stream.passed_on, size);
         }
     }
 
@@ -484,7 +484,7 @@ mod tests {
         assert_eq!(cork.turns(&mut connection, &gathers).now_or_never(), None, "the stream is not ready");
         assert!(connection.open().is_none());
         assert_eq!(cork.turns(&mut connection, &gathers).await, "ended");
-        assert_eq!(lock(&cork.0).taken(), b"goodbye");
+        assert_eq!(lock(&cork.held).taken(), b"goodbye");
     }
 
     #[tokio::test]
@@ -511,7 +511,7 @@ mod tests {
             (1..9).for_each(|number| drop(answer(number)));
             drop(sender);
             turns.await;
-            let held = lock(&cork.0);
+            let held = lock(&cork.held);
             assert_eq!(held.taken(), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
             assert!(held.stream.writes <= writes, "{} writes", held.stream.writes);
         }

@@ -180,7 +180,8 @@ mod tests {
     async fn the_last_byte_of_what_is_not_small_goes_by_itself_and_is_held_until_then() {
         for (bytes, sizes) in [(SMALL, vec![SMALL]), (PIECE, vec![PIECE - 1, 1]), (PIECE + 1, vec![PIECE, 1])] {
             let (budget, mut found) = (budget(), Vec::new());
-            let mut body = Going { holds_back: true, ..going(bytes, &budget) };
+            let mut body = going(bytes, &budget);
+            body.holds_back = true;
             while let Some(frame) = body.frame().await {
                 found.push(frame.unwrap().into_data().unwrap().len());
                 assert_eq!(body.is_end_stream(), found.len() == sizes.len());

@@ -19,6 +19,7 @@ use axum::{
     Router,
     extract::Request,
     http::{HeaderMap, HeaderValue, Response, StatusCode},
+    middleware::Next,
     response::IntoResponse,
 };
 use sensorium_proto::{

@@ -101,7 +101,7 @@ async fn a_bucket_that_falls_silent_holds_neither_loads_of_other_repositories_no
     })
     .await;
     let port = server.http;
-    let load = async move |name: &str| {
+    let load = |name: &'static str| async move {
         http(port, "POST", &format!("/v2/repository/models/{name}/load"), &[], b"").await.unwrap()
     };
     assert_eq!(load("good").await.status, 200);
