@@ -255,7 +255,10 @@ impl InferError {
     pub fn into_status(self, model: &str) -> Status {
         let (name, line) = (format!("{:?}", crate::wire::excerpt(model)), error_line(&self));
         let message = match &self {
-            Self::UnknownModel { .. } | Self::UnknownVersion { .. } | Self::NotReady { .. } => line,
+            Self::UnknownModel { .. }
+            | Self::UnknownVersion { .. }
+            | Self::NotReady { .. }
+            | Self::TakesTensors { .. } => line,
             // As a graph does that is called as its model is.
             _ if line.starts_with(&name) => format!("model {line}"),
             _ => format!("model {name}: {line}"),

@@ -246,7 +246,7 @@ async fn files_that_are_not_what_their_digests_say_are_not_kept() {
     let written = fs::read(&manifest).unwrap();
     fs::File::options().write(true).open(&manifest).unwrap().set_len(1 << 40).unwrap();
     let failure = cache.take(&case.wanted(&artifact)).await.map(drop).unwrap_err();
-    assert!(failure.to_string().contains("a record may have 16777216"), "{failure}");
+    assert!(failure.to_string().contains("manifest.json"), "{failure}");
     fs::write(&manifest, written).unwrap();
 
     fs::write(&graph, vec![1; BYTES - 2]).unwrap();

@@ -23,7 +23,7 @@ use bytes::{Buf as _, BytesMut};
 use futures::task::AtomicWaker;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time,
+    time::{self, Sleep},
 };
 
 /// Turns of a connection whose answers go together at most: a client that gets some of them can work while others are
@@ -91,24 +91,25 @@ impl<S: AsyncWrite + Unpin> Cork<S> {
 
     /// Sends all that is kept, while `connection` goes on. A stream that is broken says so to the connection as well, when it is used.
     async fn send<C: Future + Unpin>(&self, connection: &mut Connection<C>) {
-        let mut sending = pin!(poll_fn(|context| {
+        // Nearly always it is sent at once, without a clock.
+        let mut clock: Option<(u64, Pin<Box<Sleep>>)> = None;
+        poll_fn(|context| {
             connection.turn(context);
-            lock(&self.held).send(context)
-        }));
-        // Nearly always at once, without a clock.
-        if futures::poll!(&mut sending).is_ready() {
-            return;
-        }
-        loop {
-            let before = self.sent();
-            if time::timeout(self.patience, &mut sending).await.is_ok() {
-                return;
+            if lock(&self.held).send(context).is_ready() {
+                return Poll::Ready(());
             }
-            let mut held = lock(&self.held);
-            if held.sent == before {
-                return held.give_up(io::ErrorKind::TimedOut);
+            loop {
+                let (before, until) = clock.get_or_insert_with(|| (self.sent(), Box::pin(time::sleep(self.patience))));
+                ready!(until.as_mut().poll(context));
+                let mut held = lock(&self.held);
+                if held.sent == *before {
+                    held.give_up(io::ErrorKind::TimedOut);
+                    return Poll::Ready(());
+                }
+                clock = None;
             }
-        }
+        })
+        .await;
     }
 
     /// Runs `connection` until there is something to send, or it has ended: the bytes that wait.
