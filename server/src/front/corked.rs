@@ -38,7 +38,14 @@ const KEPT: usize = 8 << 10;
 /// A stream whose writes wait for the end of the turn, and what ends it. It is broken once its other end has taken nothing for
 /// `patience`.
 pub(super) fn corked<S: AsyncWrite + Unpin>(stream: S, patience: Duration) -> (Corked<S>, Cork<S>) {
-    let held = Arc::new(Mutex::new(Held { stream, written: BytesMut::new(), sent: 0, is_flushed: true, broken: None }));
+    let held = Arc::new(Mutex::new(Held {
+        stream,
+        is_blocked: false,
+        written: BytesMut::new(),
+        sent: 0,
+        is_flushed: true,
+        broken: None,
+    }));
     (Corked(held.clone()), Cork { held, patience })
 }
 
@@ -53,9 +60,14 @@ pub(super) struct Cork<S> {
     patience: Duration,
 }
 
+/// What had been sent when somebody began to wait, and how long that may last.
+type Clock = (u64, Pin<Box<Sleep>>);
+
 #[derive(Debug)]
 struct Held<S> {
     stream: S,
+    /// Whether the connection itself waits for the stream.
+    is_blocked: bool,
     written: BytesMut,
     /// Bytes that the stream has taken.
     sent: u64,
@@ -92,21 +104,13 @@ impl<S: AsyncWrite + Unpin> Cork<S> {
     /// Sends all that is kept, while `connection` goes on. A stream that is broken says so to the connection as well, when it is used.
     async fn send<C: Future + Unpin>(&self, connection: &mut Connection<C>) {
         // Nearly always it is sent at once, without a clock.
-        let mut clock: Option<(u64, Pin<Box<Sleep>>)> = None;
+        let mut clock = None;
         poll_fn(|context| {
             connection.turn(context);
             if lock(&self.held).send(context).is_ready() {
-                return Poll::Ready(());
-            }
-            loop {
-                let (before, until) = clock.get_or_insert_with(|| (self.sent(), Box::pin(time::sleep(self.patience))));
-                ready!(until.as_mut().poll(context));
-                let mut held = lock(&self.held);
-                if held.sent == *before {
-                    held.give_up(io::ErrorKind::TimedOut);
-                    return Poll::Ready(());
-                }
-                clock = None;
+                Poll::Ready(())
+            } else {
+                self.poll_late(&mut clock, context)
             }
         })
         .await;
@@ -114,12 +118,40 @@ impl<S: AsyncWrite + Unpin> Cork<S> {
 
     /// Runs `connection` until there is something to send, or it has ended: the bytes that wait.
     async fn turn<C: Future + Unpin>(&self, connection: &mut Connection<C>) -> usize {
+        let mut clock = None;
         poll_fn(|context| {
-            let has_ended = connection.turn(context);
-            let written = self.written();
-            if has_ended || written > 0 || !self.is_flushed() { Poll::Ready(written) } else { Poll::Pending }
+            loop {
+                let has_ended = connection.turn(context);
+                let (written, is_flushed, is_blocked) = {
+                    let held = lock(&self.held);
+                    (held.written.len(), held.is_flushed, held.is_blocked)
+                };
+                if has_ended || written > 0 || !is_flushed {
+                    return Poll::Ready(written);
+                }
+                if !is_blocked {
+                    clock = None;
+                    return Poll::Pending;
+                }
+                // What it writes is too large to be kept. It hears of it when it goes on.
+                ready!(self.poll_late(&mut clock, context));
+            }
         })
         .await
+    }
+
+    /// Gives the stream up, and is ready, once its other end has taken nothing for too long. For who waits for it.
+    fn poll_late(&self, clock: &mut Option<Clock>, context: &mut Context<'_>) -> Poll<()> {
+        loop {
+            let (before, until) = clock.get_or_insert_with(|| (self.sent(), Box::pin(time::sleep(self.patience))));
+            ready!(until.as_mut().poll(context));
+            let mut held = lock(&self.held);
+            if held.sent == *before {
+                held.give_up(io::ErrorKind::TimedOut);
+                return Poll::Ready(());
+            }
+            *clock = None;
+        }
     }
 
     /// Runs `connection`, of which `written` bytes wait, until all `others` that are ready now have run, or it is enough.
@@ -151,10 +183,6 @@ impl<S> Cork<S> {
     /// Bytes that wait to be sent.
     fn written(&self) -> usize {
         lock(&self.held).written.len()
-    }
-
-    fn is_flushed(&self) -> bool {
-        lock(&self.held).is_flushed
     }
 }
 
@@ -234,7 +262,7 @@ impl<S: AsyncWrite + Unpin> Held<S> {
     /// Nothing more is sent.
     fn give_up(&mut self, why: io::ErrorKind) {
         self.written.clear();
-        self.is_flushed = true;
+        (self.is_flushed, self.is_blocked) = (true, false);
         self.broken = Some(why);
     }
 
@@ -294,7 +322,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Corked<S> {
             held.written.extend_from_slice(bytes);
             return Poll::Ready(Ok(bytes.len()));
         }
-        let sent = ready!(Pin::new(&mut held.stream).poll_write(context, bytes))?;
+        let sent = Pin::new(&mut held.stream).poll_write(context, bytes);
+        held.is_blocked = sent.is_pending();
+        let sent = ready!(sent)?;
         held.took(sent);
         Poll::Ready(Ok(sent))
     }
@@ -312,7 +342,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Corked<S> {
             }
             return Poll::Ready(Ok(bytes));
         }
-        let sent = ready!(Pin::new(&mut held.stream).poll_write_vectored(context, pieces))?;
+        let sent = Pin::new(&mut held.stream).poll_write_vectored(context, pieces);
+        held.is_blocked = sent.is_pending();
+        let sent = ready!(sent)?;
         held.took(sent);
         Poll::Ready(Ok(sent))
     }
@@ -540,12 +572,13 @@ mod tests {
     #[tokio::test]
     async fn whoever_takes_nothing_of_what_is_left_is_given_up_and_whoever_takes_little_is_not() {
         const SHORT: Duration = Duration::from_millis(100);
-        for takes in [false, true] {
+        // What is kept, and what is too large for that.
+        for (takes, bytes) in [(false, 64), (true, 64), (false, 3 * ENOUGH), (true, 3 * ENOUGH)] {
             let (near, mut far) = tokio::io::duplex(8);
             let (mut stream, cork) = corked(near, SHORT);
             // Writes, ends its own part, and waits for what the other end says next.
             let mut connection = Connection::Open(Box::pin(async move {
-                stream.write_all(&[7; 64]).await?;
+                stream.write_all(&vec![7; bytes]).await?;
                 stream.read_u8().await
             }));
             let reader = async {

@@ -247,17 +247,21 @@ async fn a_job_that_is_autoscaled_from_now_on_keeps_the_servers_that_it_has() ->
         "resources": {"requests": {"cpu": "100m"}},
     }});
     case.patch::<ServingJob>("vqa", autoscaling).await?;
-    let asks = |deployment: &Deployment| {
-        let pod = deployment.spec.template.spec.as_ref();
-        pod.is_some_and(|pod| pod.containers[0].resources.as_ref().is_some_and(|all| all.requests.is_some()))
+    let asks_for = |cpu: &'static str| {
+        move |deployment: &Deployment| {
+            let resources = deployment.spec.template.spec.as_ref().and_then(|pod| pod.containers[0].resources.as_ref());
+            let requests = resources.and_then(|resources| resources.requests.as_ref());
+            requests.and_then(|requests| requests.get("cpu")).is_some_and(|found| found.0 == cpu)
+        }
     };
-    let deployment = case.namespace.eventually::<Deployment>("vqa-server", "to change", LIMIT, asks).await?;
+    let deployment =
+        case.namespace.eventually::<Deployment>("vqa-server", "to change", LIMIT, asks_for("100m")).await?;
     assert_eq!(deployment.spec.replicas, Some(3));
     // It is the autoscaler's now.
     case.patch::<Deployment>("vqa-server", json!({"spec": {"replicas": 2}})).await?;
-    case.patch::<ServingJob>("vqa", json!({"spec": {"resources": null}})).await?;
-    let changed = |deployment: &Deployment| !asks(deployment);
-    let deployment = case.namespace.eventually::<Deployment>("vqa-server", "to change", LIMIT, changed).await?;
+    case.patch::<ServingJob>("vqa", json!({"spec": {"resources": {"requests": {"cpu": "200m"}}}})).await?;
+    let deployment =
+        case.namespace.eventually::<Deployment>("vqa-server", "to change", LIMIT, asks_for("200m")).await?;
     assert_eq!(deployment.spec.replicas, Some(2));
     Ok(())
 }
