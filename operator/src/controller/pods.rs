@@ -38,7 +38,7 @@ pub(super) struct Load {
     pod: String,
     /// When the pod was made.
     made: Option<Timestamp>,
-    load: TrackLoad,
+    done: TrackLoad,
 }
 
 /// A step of a rollout.
@@ -49,7 +49,7 @@ pub(super) struct Step<'a> {
     /// What is being rolled out.
     pub(super) revision: &'a str,
     /// Which step it is.
-    pub(super) step: u32,
+    pub(super) number: u32,
     /// When it began.
     pub(super) began: Timestamp,
 }
@@ -62,20 +62,20 @@ impl Steps {
     /// What `pods` have done in a step.
     fn since(&mut self, step: &Step<'_>, pods: &[Load]) -> TrackLoad {
         let known = self.0.entry(step.uid.to_owned()).or_default();
-        if (known.0.as_str(), known.1) != (step.revision, step.step) {
-            *known = (step.revision.to_owned(), step.step, HashMap::new());
+        if (known.0.as_str(), known.1) != (step.revision, step.number) {
+            *known = (step.revision.to_owned(), step.number, HashMap::new());
         }
         let mut all = TrackLoad::default();
-        for Load { pod, made, load } in pods {
+        for Load { pod, made, done } in pods {
             let is_new = made.is_some_and(|made| made >= step.began);
-            let before = known.2.entry(pod.clone()).or_insert(if is_new { TrackLoad::default() } else { *load });
-            if load.requests < before.requests {
+            let before = known.2.entry(pod.clone()).or_insert(if is_new { TrackLoad::default() } else { *done });
+            if done.requests < before.requests {
                 // It has started again, and counts from zero.
                 *before = TrackLoad::default();
             }
-            all.requests += load.requests - before.requests;
-            all.failures += load.failures - before.failures;
-            all.seconds += load.seconds - before.seconds;
+            all.requests += done.requests - before.requests;
+            all.failures += done.failures - before.failures;
+            all.seconds += done.seconds - before.seconds;
         }
         all
     }
@@ -132,7 +132,7 @@ impl Pods {
         for pod in pods {
             let Some(text) = self.get(pod, port, "/metrics").await else { continue };
             let made = pod.creation_timestamp().map(|time| time.0);
-            loads.push(Load { pod: pod.uid().unwrap_or_default(), made, load: load(&String::from_utf8_lossy(&text)) });
+            loads.push(Load { pod: pod.uid().unwrap_or_default(), made, done: load(&String::from_utf8_lossy(&text)) });
         }
         loads
     }
@@ -218,10 +218,10 @@ mod tests {
         let pod = |name: &str, made: i64, requests: f64, failures: f64| Load {
             pod: name.to_owned(),
             made: Timestamp::from_second(1_800_000_000 + made).ok(),
-            load: TrackLoad { requests, failures, seconds: requests / 100.0 },
+            done: TrackLoad { requests, failures, seconds: requests / 100.0 },
         };
         let mut steps = Steps::default();
-        let step = |step| Step { uid: "job", revision: "r", step, began };
+        let step = |number| Step { uid: "job", revision: "r", number, began };
         let old = [pod("old", -900, 5000.0, 50.0), pod("new", 1, 7.0, 1.0)];
         assert_eq!(steps.since(&step(0), &old), TrackLoad { requests: 7.0, failures: 1.0, seconds: 0.07 });
         let later = [pod("old", -900, 5100.0, 50.0), pod("new", 1, 3.0, 2.0)];

@@ -461,7 +461,7 @@ impl Servings {
         let crash = last_crash(canary.iter().copied());
         let (stable, canary) =
             futures::future::join(asked.loads(&stable, stable_port), asked.loads(&canary, canary_port)).await;
-        let step = Step { uid: &uid, revision: &rollout.revision, step: rollout.step, began: rollout.started.0 };
+        let step = Step { uid: &uid, revision: &rollout.revision, number: rollout.step, began: rollout.started.0 };
         let [stable, canary] = asked.since(&step, [stable, canary]);
         Measured { stable, canary, crash }
     }

@@ -75,7 +75,7 @@ impl Service {
 
     /// What is counted beside the metrics.
     pub(crate) fn scraped(&self) -> Counted {
-        let counted = self.repository.get().map(|repository| repository.counted()).unwrap_or_default();
+        let counted = self.repository.get().map(crate::repository::Registry::counted).unwrap_or_default();
         Counted { dropped_lines: self.logs.dropped_lines(), ..counted }
     }
 

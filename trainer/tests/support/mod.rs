@@ -380,7 +380,7 @@ impl Ended {
 
     /// What the manifest of the artifact that came of it says of its inputs and outputs.
     pub fn pipeline(&self) -> Value {
-        let digest = self.result().artifact.unwrap().digest.to_string();
+        let digest = self.result().artifact.unwrap().digest;
         let folder = self.run.artifacts.join("objects").join(digest.trim_start_matches("sha256:"));
         let manifest: Value = serde_json::from_slice(&fs::read(folder.join("manifest.json")).unwrap()).unwrap();
         manifest["pipeline"].clone()

@@ -43,10 +43,10 @@ fn decide(
     spec: &ServingJobSpec,
     status: &ServingJobStatus,
     canary: Option<&Deployment>,
-    measured: Measured,
+    measured: &Measured,
     second: i64,
 ) -> Plan {
-    rollout(spec, "new", status, Some(&deployment("old", 4)), canary, &measured, at(second))
+    rollout(spec, "new", status, Some(&deployment("old", 4)), canary, measured, at(second))
 }
 
 #[test]
@@ -57,7 +57,7 @@ fn the_first_servers_are_simply_started() {
 
 #[test]
 fn without_a_canary_the_stable_servers_roll() {
-    let plan = decide(&spec(&json!({})), &ServingJobStatus::default(), None, Measured::default(), 0);
+    let plan = decide(&spec(&json!({})), &ServingJobStatus::default(), None, &Measured::default(), 0);
     assert!(plan.apply && plan.canaries.is_none());
     assert_eq!(plan.rollout.unwrap().previous.as_deref(), Some("old"));
 }
@@ -69,7 +69,7 @@ fn a_canary_goes_through_its_steps_and_then_the_stable_servers_follow() {
     let mut canary = None;
     let mut seen = Vec::new();
     for second in (0..200).step_by(5) {
-        let plan = decide(&spec, &status, canary.as_ref(), Measured::default(), second);
+        let plan = decide(&spec, &status, canary.as_ref(), &Measured::default(), second);
         seen.push((plan.apply, plan.canaries));
         if plan.apply {
             break;
@@ -85,15 +85,15 @@ fn a_canary_goes_through_its_steps_and_then_the_stable_servers_follow() {
 fn canaries_that_fail_more_than_they_may_are_taken_back_for_good() {
     let spec = canary_spec();
     let mut status = ServingJobStatus::default();
-    status.rollout = decide(&spec, &status, None, Measured::default(), 0).rollout;
+    status.rollout = decide(&spec, &status, None, &Measured::default(), 0).rollout;
     let canary = deployment("new", 1);
     let bad = Measured { stable: load(1000.0, 0.0, 10.0), canary: load(100.0, 2.0, 1.0), crash: None };
-    let plan = decide(&spec, &status, Some(&canary), bad, 5);
+    let plan = decide(&spec, &status, Some(&canary), &bad, 5);
     assert_eq!((plan.apply, plan.canaries), (false, None));
     let why = plan.rollout.as_ref().unwrap().failed.clone().unwrap();
     assert_eq!(why, "2 of 100 requests failed (2.0 %), and maxErrorRate allows 1.0 %");
     status.rollout = plan.rollout;
-    let later = decide(&spec, &status, None, Measured::default(), 10_000);
+    let later = decide(&spec, &status, None, &Measured::default(), 10_000);
     assert_eq!((later.apply, later.canaries), (false, None), "it is not tried again");
     let other = rollout(&spec, "newer", &status, Some(&deployment("old", 4)), None, &Measured::default(), at(10_001));
     assert_eq!(other.canaries, Some(1), "another revision is");
@@ -103,12 +103,12 @@ fn canaries_that_fail_more_than_they_may_are_taken_back_for_good() {
 fn slow_canaries_are_taken_back_and_few_requests_decide_nothing() {
     let spec = canary_spec();
     let mut status = ServingJobStatus::default();
-    status.rollout = decide(&spec, &status, None, Measured::default(), 0).rollout;
+    status.rollout = decide(&spec, &status, None, &Measured::default(), 0).rollout;
     let canary = deployment("new", 1);
     let few = Measured { stable: load(1000.0, 0.0, 10.0), canary: load(19.0, 19.0, 100.0), crash: None };
-    assert!(decide(&spec, &status, Some(&canary), few, 5).rollout.unwrap().failed.is_none());
+    assert!(decide(&spec, &status, Some(&canary), &few, 5).rollout.unwrap().failed.is_none());
     let slow = Measured { stable: load(1000.0, 0.0, 10.0), canary: load(100.0, 0.0, 2.5), crash: None };
-    let why = decide(&spec, &status, Some(&canary), slow, 5).rollout.unwrap().failed.unwrap();
+    let why = decide(&spec, &status, Some(&canary), &slow, 5).rollout.unwrap().failed.unwrap();
     assert!(why.starts_with("a request took 2.5 times as long"), "{why}");
 }
 
@@ -116,11 +116,11 @@ fn slow_canaries_are_taken_back_and_few_requests_decide_nothing() {
 fn canaries_that_do_not_answer_in_time_are_taken_back() {
     let spec = spec(&json!({"progressDeadlineSeconds": 30, "canary": {"steps": [{"weight": 20, "pauseSeconds": 60}]}}));
     let mut status = ServingJobStatus::default();
-    status.rollout = decide(&spec, &status, None, Measured::default(), 0).rollout;
+    status.rollout = decide(&spec, &status, None, &Measured::default(), 0).rollout;
     let mut canary = deployment("new", 1);
     canary.status.as_mut().unwrap().available_replicas = Some(0);
-    assert_eq!(decide(&spec, &status, Some(&canary), Measured::default(), 29).canaries, Some(1));
-    let plan = decide(&spec, &status, Some(&canary), Measured::default(), 30);
+    assert_eq!(decide(&spec, &status, Some(&canary), &Measured::default(), 29).canaries, Some(1));
+    let plan = decide(&spec, &status, Some(&canary), &Measured::default(), 30);
     assert_eq!(plan.canaries, None);
     assert_eq!(plan.rollout.unwrap().failed.unwrap(), "its servers did not answer within 30 s");
 }
@@ -128,8 +128,8 @@ fn canaries_that_do_not_answer_in_time_are_taken_back() {
 /// A rollout whose canary answers since second 5.
 fn answering_since_5(spec: &ServingJobSpec) -> ServingJobStatus {
     let mut status = ServingJobStatus::default();
-    status.rollout = decide(spec, &status, None, Measured::default(), 0).rollout;
-    status.rollout = decide(spec, &status, Some(&deployment("new", 1)), Measured::default(), 5).rollout;
+    status.rollout = decide(spec, &status, None, &Measured::default(), 0).rollout;
+    status.rollout = decide(spec, &status, Some(&deployment("new", 1)), &Measured::default(), 5).rollout;
     assert_eq!(status.rollout.as_ref().unwrap().step_ready, Some(Time(at(5))));
     status
 }
@@ -150,16 +150,16 @@ fn canaries_that_crash_after_they_answered_are_taken_back_also_if_they_answer_ag
         Measured { crash: last_crash([&pod]), ..Measured::default() }
     };
     let canary = deployment("new", 1);
-    let before = decide(&spec, &status, Some(&canary), crashed(4), 10);
+    let before = decide(&spec, &status, Some(&canary), &crashed(4), 10);
     assert!(before.rollout.unwrap().failed.is_none(), "some start twice before they answer");
-    let plan = decide(&spec, &status, Some(&canary), crashed(7), 10);
+    let plan = decide(&spec, &status, Some(&canary), &crashed(7), 10);
     assert_eq!((plan.apply, plan.canaries), (false, None));
     let why = plan.rollout.unwrap().failed.unwrap();
     assert_eq!(why, "pod canary crashes (started again 1 times): exit code 137, OOMKilled");
     // In the next step before all of its servers answer.
-    status.rollout = decide(&spec, &status, Some(&canary), Measured::default(), 65).rollout;
+    status.rollout = decide(&spec, &status, Some(&canary), &Measured::default(), 65).rollout;
     assert_eq!(status.rollout.as_ref().map(|rollout| (rollout.step, rollout.step_ready.is_none())), Some((1, true)));
-    assert!(decide(&spec, &status, Some(&canary), crashed(70), 70).rollout.unwrap().failed.is_some());
+    assert!(decide(&spec, &status, Some(&canary), &crashed(70), 70).rollout.unwrap().failed.is_some());
 }
 
 #[test]
@@ -170,11 +170,11 @@ fn canaries_that_stop_answering_are_taken_back_unless_they_are_back_in_time() {
     let mut silent = deployment("new", 1);
     silent.status.as_mut().unwrap().available_replicas = Some(0);
     for (second, canary) in [(10, &silent), (39, &silent), (41, &deployment("new", 1)), (50, &silent), (79, &silent)] {
-        let plan = decide(&spec, &status, Some(canary), Measured::default(), second);
+        let plan = decide(&spec, &status, Some(canary), &Measured::default(), second);
         assert_eq!(plan.canaries, Some(1), "after {second} s");
         status.rollout = plan.rollout;
     }
-    let plan = decide(&spec, &status, Some(&silent), Measured::default(), 80);
+    let plan = decide(&spec, &status, Some(&silent), &Measured::default(), 80);
     assert_eq!(plan.rollout.unwrap().failed.unwrap(), "its servers have not all answered for 30 s");
 }
 
