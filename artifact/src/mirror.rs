@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
@@ -26,6 +27,8 @@ pub struct Mirror {
     folder: PathBuf,
     /// Where files are until they are whole.
     scratch: PathBuf,
+    /// [`Mirror::partial`], as far as this process knows.
+    changing: Arc<Mutex<BTreeSet<String>>>,
 }
 
 /// What is known of the files that are here.
@@ -70,7 +73,8 @@ impl Mirror {
         };
         let (client, prefix) = s3_client(&bucket, &prefix, environment.into_iter())?;
         let own = cache.join("mirrors").join(Digest::of(uri.as_bytes()).hex());
-        Ok(Self { client, uri, prefix, folder: own.join("files"), scratch: own.join("scratch") })
+        let (folder, scratch) = (own.join("files"), own.join("scratch"));
+        Ok(Self { client, uri, prefix, folder, scratch, changing: Arc::default() })
     }
 
     /// Where the files are.
@@ -107,6 +111,7 @@ impl Mirror {
         // Until all of a folder is here, it is neither what it was nor what it is to be, also for the next process.
         let gone = strays.files.iter().filter_map(|file| file.strip_prefix(&self.folder).ok()?.to_str());
         kept.partial.extend(changed.iter().map(|(path, _)| path.as_str()).chain(gone).map(top));
+        self.change(&kept.partial);
         self.keep(&kept)?;
         // First, so that there is room for what comes, and no file where a folder is to be, nor the other way round.
         strays.remove().map_err(|source| ArtifactError::io("remove what is gone from", &self.folder, source))?;
@@ -140,12 +145,22 @@ impl Mirror {
         drop(downloads);
         kept.partial = missing.keys().cloned().collect();
         self.keep(&kept)?;
+        self.change(&kept.partial);
         Ok(missing)
     }
 
     /// The folders below this one that a refresh has begun to change and not made whole, by whichever process. Empty where there was none.
     pub fn partial(&self) -> BTreeSet<String> {
         self.kept().partial
+    }
+
+    /// Whether a refresh of this process changes that folder now, or has not made it whole.
+    pub fn is_changing(&self, folder: &str) -> bool {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner).contains(folder)
+    }
+
+    fn change(&self, folders: &BTreeSet<String>) {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner).clone_from(folders);
     }
 
     fn kept(&self) -> Kept {

@@ -36,17 +36,14 @@ pub(crate) fn join(folder: &Path, path: &str) -> Result<PathBuf, ArtifactError> 
 /// [`ArtifactError::InvalidName`].
 pub fn validate_name(name: &str) -> Result<(), ArtifactError> {
     let edge = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-    let bytes = name.as_bytes();
-    let valid = bytes.len() <= 253
-        && bytes.first().is_some_and(edge)
-        && bytes.last().is_some_and(edge)
-        && bytes.iter().all(|b| edge(b) || matches!(b, b'-' | b'.'))
-        && !name.contains("..");
-    if valid {
+    let is_label = |part: &str| {
+        let bytes = part.as_bytes();
+        bytes.first().is_some_and(edge) && bytes.last().is_some_and(edge) && bytes.iter().all(|b| edge(b) || *b == b'-')
+    };
+    if name.len() <= 253 && name.split('.').all(is_label) {
         return Ok(());
     }
-    let reason =
-        "use 1 to 253 lower-case letters, digits, `-` and single `.`, starting and ending with a letter or digit";
+    let reason = "use 1 to 253 lower-case letters, digits, `-` and `.`, with a letter or digit at both ends and on either side of `.`";
     Err(ArtifactError::InvalidName { name: name.to_owned(), reason })
 }
 
@@ -69,7 +66,9 @@ mod tests {
 
     #[test]
     fn a_name_with_other_characters_is_refused() {
-        for bad in ["", "VQA", "a/b", "a_b", "-a", "a-", ".a", "a..b", "a b", "sha256:00", &"a".repeat(254)] {
+        for bad in
+            ["", "VQA", "a/b", "a_b", "-a", "a-", ".a", "a..b", "a-.b", "a.-b", "a b", "sha256:00", &"a".repeat(254)]
+        {
             let error = validate_name(bad).unwrap_err();
             assert!(matches!(error, ArtifactError::InvalidName { .. }), "{bad}: {error}");
         }

@@ -132,10 +132,8 @@ impl Engine for ByShape {
         outputs: &[usize],
         waiters: Waiters<'_>,
     ) -> Result<Vec<RawTensor>, EngineError> {
-        let Waiters { is_strict, deadline, poll_gone } = waiters;
-        self.run_on(inputs, |engine| {
-            engine.run_for(inputs, outputs, Waiters { is_strict, deadline, poll_gone: &mut *poll_gone })
-        })
+        let Waiters { deadline, poll_gone } = waiters;
+        self.run_on(inputs, |engine| engine.run_for(inputs, outputs, Waiters { deadline, poll_gone: &mut *poll_gone }))
     }
 
     fn runs_on_any_thread(&self) -> bool {

@@ -12,9 +12,6 @@ pub type Named = Vec<(String, Tensor)>;
 
 /// Those who wait for a run.
 pub struct Waiters<'a> {
-    /// Whether a run is to be cut short for them however quick the last ones were. Otherwise an engine may spare itself to look
-    /// on at those.
-    pub is_strict: bool,
     /// When the last of them stops waiting; `None` where one waits for as long as it takes.
     pub deadline: Option<Instant>,
     /// Ready once none of them waits any more; it is polled as a future is.
@@ -35,8 +32,8 @@ pub trait Engine: Send {
     /// [`EngineError::Run`], or [`EngineError::NotUtf8`] for text that is none.
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError>;
 
-    /// As [`Engine::run_raw`], for `waiters`. An engine whose runs can be cut short does that when nobody waits any more, at least
-    /// to those that take long; others run to the end.
+    /// As [`Engine::run_raw`], for `waiters`. An engine whose runs can be cut short does that when nobody waits any more; others run
+    /// to the end.
     ///
     /// # Errors
     /// As [`Engine::run_raw`], and [`EngineError::CutShort`].

@@ -15,6 +15,7 @@
 
 mod by_shape;
 mod cuda;
+mod division;
 mod engine;
 mod error;
 #[cfg(feature = "fixture")]
@@ -26,6 +27,7 @@ mod pipeline;
 mod raw;
 mod same_file;
 mod signature;
+mod watch;
 
 pub use engine::{Engine, Named, Waiters};
 pub use error::{EngineError, PipelineError};

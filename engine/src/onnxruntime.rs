@@ -8,9 +8,7 @@ use std::io::{self, Read as _};
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::task::{Context, Waker};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::{AnyBitPattern, NoUninit};
 use bytes::Bytes;
@@ -19,13 +17,14 @@ use ort::environment::Environment;
 use ort::ep::{self, ArbitrarilyConfigurableExecutionProvider as _};
 use ort::logging::LogLevel;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::session::{OutputSelector, RunOptions, SelectedOutputMarker, Session, SessionInputValue};
+use ort::session::{HasSelectedOutputs, OutputSelector, RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType};
 use sensorium_artifact::DType;
 use sensorium_onnx::external_files;
 
 use crate::by_shape::ByShape;
 use crate::cuda;
+use crate::division;
 use crate::engine::{Engine, Waiters};
 use crate::error::EngineError;
 use crate::opener::Declared;
@@ -33,13 +32,10 @@ use crate::options::{Device, Optimization, Options};
 use crate::raw::{RawTensor, RawTensorError};
 use crate::same_file::SameFile;
 use crate::signature::{Dim, Shape, Signature};
+use crate::watch::watched;
 
 /// Environment variable with the path of the library; read when it is loaded, and at build time for a default.
 const LIBRARY_VARIABLE: &str = "SENSORIUM_ONNXRUNTIME";
-
-/// After a run that took so long, somebody looks at the next one, whether anybody still waits for it, every [`LOOK`].
-const LONG: Duration = Duration::from_millis(100);
-const LOOK: Duration = Duration::from_millis(20);
 
 /// What the loader looks for when no path is known.
 const LIBRARY_NAME: &str = "libonnxruntime.so";
@@ -88,6 +84,7 @@ fn environment(path: &Path) -> Result<Environment, EngineError> {
     let environment = builder.with_name("sensorium").with_telemetry(false).build().map_err(setup)?;
     // The binding asks for everything and filters later, which would cost a formatted line per operator and run. Errors come as such, too.
     environment.set_log_level(LogLevel::Fatal);
+    division::forgive();
     tracing::debug!(path = %path.display(), "onnxruntime loaded");
     *current = Some(environment.clone());
     Ok(environment)
@@ -118,8 +115,8 @@ pub struct OnnxRuntime {
     signature: Signature,
     shrink_arena: bool,
     device: Device,
-    /// How long the last run took.
-    took: Duration,
+    /// Whether it has been said that it divides what has no quotient.
+    is_told: bool,
 }
 
 impl OnnxRuntime {
@@ -191,7 +188,7 @@ impl OnnxRuntime {
             // Without an arena there is none to shrink, which onnxruntime would refuse at each run.
             shrink_arena: options.shrink_arena && options.arena,
             device: options.device,
-            took: Duration::ZERO,
+            is_told: false,
         })
     }
 }
@@ -306,8 +303,7 @@ impl Engine for OnnxRuntime {
     }
 
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
-        let selected = names(&self.signature, outputs).fold(OutputSelector::no_default(), OutputSelector::with);
-        let options = self.run_options()?.with_outputs(selected);
+        let options = self.options_for(outputs)?;
         self.run_by(&options, inputs, outputs)
     }
 
@@ -317,11 +313,15 @@ impl Engine for OnnxRuntime {
         outputs: &[usize],
         waiters: Waiters<'_>,
     ) -> Result<Vec<RawTensor>, EngineError> {
-        // Who looks on costs a thread, which is nothing beside a run that takes long.
-        if self.took < LONG && !waiters.is_strict {
-            return self.run_raw(inputs, outputs);
-        }
-        self.run_watched(inputs, outputs, waiters)
+        let options = self.options_for(outputs)?;
+        let end = || options.terminate().is_ok();
+        let (found, is_cut) = watched(waiters, &end, || self.run_by(&options, inputs, outputs));
+        // It may have come to its end all the same, or have been the last that this GPU ran.
+        found.map_err(|error| match error {
+            EngineError::DeviceLost { .. } => error,
+            _ if is_cut => EngineError::CutShort,
+            error => error,
+        })
     }
 
     fn runs_on_any_thread(&self) -> bool {
@@ -331,61 +331,21 @@ impl Engine for OnnxRuntime {
 }
 
 impl OnnxRuntime {
-    fn run_options(&self) -> Result<RunOptions, EngineError> {
+    /// Of a run that gives these outputs.
+    fn options_for(&self, outputs: &[usize]) -> Result<RunOptions<HasSelectedOutputs>, EngineError> {
+        let selected = names(&self.signature, outputs).fold(OutputSelector::no_default(), OutputSelector::with);
         let mut options = RunOptions::new().map_err(failed)?;
         if self.shrink_arena {
             let arenas = self.device.gpu().map_or("cpu:0".to_owned(), |index| format!("cpu:0;gpu:{index}"));
             options.set("memory.enable_memory_arena_shrinkage", arenas).map_err(failed)?;
         }
-        Ok(options)
-    }
-
-    /// Runs the graph while somebody waits.
-    fn run_watched(
-        &mut self,
-        inputs: &[RawTensor],
-        outputs: &[usize],
-        waiters: Waiters<'_>,
-    ) -> Result<Vec<RawTensor>, EngineError> {
-        // With all outputs: only such options may be told to end by another thread.
-        let options = self.run_options()?;
-        let (ended, end) = mpsc::channel::<()>();
-        std::thread::scope(|scope| {
-            let watched = &options;
-            let watch = std::thread::Builder::new().name("sensorium-watch".to_owned()).spawn_scoped(scope, move || {
-                let Waiters { deadline, poll_gone, .. } = waiters;
-                let mut context = Context::from_waker(Waker::noop());
-                loop {
-                    let now = Instant::now();
-                    if deadline.is_some_and(|deadline| now >= deadline) || poll_gone(&mut context).is_ready() {
-                        // One that cannot be told runs to its end.
-                        return watched.terminate().is_ok();
-                    }
-                    let next = deadline.map_or(LOOK, |deadline| LOOK.min(deadline - now));
-                    if end.recv_timeout(next) != Err(mpsc::RecvTimeoutError::Timeout) {
-                        return false;
-                    }
-                }
-            });
-            if let Err(error) = &watch {
-                tracing::warn!(%error, "nobody looks whether this run is still waited for");
-            }
-            let found = self.run_by(&options, inputs, outputs);
-            drop(ended);
-            let is_cut_short = watch.is_ok_and(|watch| watch.join().unwrap_or(false));
-            // It may have come to its end all the same, or have been the last that this GPU ran.
-            found.map_err(|error| match error {
-                EngineError::DeviceLost { .. } => error,
-                _ if is_cut_short => EngineError::CutShort,
-                error => error,
-            })
-        })
+        Ok(options.with_outputs(selected))
     }
 
     /// Runs the graph as `options` say, of which it is to give at least `outputs`.
-    fn run_by<O: SelectedOutputMarker>(
+    fn run_by(
         &mut self,
-        options: &RunOptions<O>,
+        options: &RunOptions<HasSelectedOutputs>,
         inputs: &[RawTensor],
         outputs: &[usize],
     ) -> Result<Vec<RawTensor>, EngineError> {
@@ -395,14 +355,21 @@ impl OnnxRuntime {
         for ((spec, tensor), copy) in self.signature.inputs().iter().zip(inputs).zip(&mut copies) {
             values.push((Cow::Borrowed(spec.name.as_str()), to_value(&spec.name, tensor, copy)?));
         }
-        let started = Instant::now();
+        let forgiven = division::forgiven();
         let mut found = self.session.run_with_options(values, options).map_err(|error| {
             let reason = error.message().to_owned();
             let is_lost = self.device.gpu().is_some() && is_of_a_lost_device(&reason);
             if is_lost { EngineError::DeviceLost { reason } } else { EngineError::Run { reason } }
         })?;
-        // Of those that came to their end: one that is cut short says nothing of the next.
-        self.took = started.elapsed();
+        if division::forgiven() != forgiven && !self.is_told {
+            // Another model's run beside this one may have done it.
+            self.is_told = true;
+            let outputs = self.signature.outputs().iter().map(|output| &*output.name).collect::<Vec<_>>();
+            tracing::warn!(
+                ?outputs,
+                "an integer was divided by zero, or the smallest one by -1, while a model ran: its result is 0, or the dividend"
+            );
+        }
         let has_copies = copies.iter().any(Option::is_some);
         let is_lent =
             |start: *const u8| has_copies || inputs.iter().any(|tensor| tensor.data().as_ptr_range().contains(&start));

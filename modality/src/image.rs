@@ -1,5 +1,5 @@
 use std::io::Cursor;
-use std::panic::catch_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::imageops::{self, FilterType};
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader};
@@ -9,7 +9,7 @@ pub use image::RgbImage;
 
 use crate::error::{ModalityError, Unit};
 use crate::jpeg;
-use crate::modality::{Cost, CostUnit, Modality};
+use crate::modality::{Cost, CostUnit, Modality, Opened};
 use crate::tensor::Tensor;
 use crate::webp;
 
@@ -62,17 +62,7 @@ impl Default for ImageLimits {
 /// # Errors
 /// A limit that the bytes or the header exceed (nothing is decoded then), another format, or broken content.
 pub fn decode_image(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ModalityError> {
-    let format = sniff(bytes, limits)?;
-    guarded(format, || {
-        let mut decoder = open(bytes, format, limits)?;
-        if format == Format::Jpeg {
-            jpeg::check_end(bytes)?;
-        }
-        let orientation = decoder.orientation().map_err(|error| broken(format, limits, &error))?;
-        let mut image = DynamicImage::from_decoder(decoder).map_err(|error| broken(format, limits, &error))?;
-        image.apply_orientation(orientation);
-        Ok(image.into_rgb8())
-    })
+    open(bytes, limits)?.decode()
 }
 
 /// Mirrors left and right in place: an augmentation of training.
@@ -80,10 +70,30 @@ pub fn flip_horizontal(image: &mut RgbImage) {
     imageops::flip_horizontal_in_place(image);
 }
 
-/// Width and height that the header announces.
-fn dimensions(bytes: &[u8], limits: &ImageLimits) -> Result<(u32, u32), ModalityError> {
-    let format = sniff(bytes, limits)?;
-    guarded(format, || Ok(open(bytes, format, limits)?.dimensions()))
+/// An image whose header was read and is within the limits.
+struct Undecoded<'a, D> {
+    bytes: &'a [u8],
+    format: Format,
+    limits: ImageLimits,
+    decoder: D,
+    /// Width and height that the header announces, in pixels.
+    dimensions: (u32, u32),
+}
+
+impl<D: ImageDecoder> Undecoded<'_, D> {
+    fn decode(self) -> Result<RgbImage, ModalityError> {
+        let Self { bytes, format, limits, mut decoder, .. } = self;
+        let broken = |error| broken(format, &limits, &error);
+        guarded(format, || {
+            if format == Format::Jpeg {
+                jpeg::check_end(bytes)?;
+            }
+            let orientation = decoder.orientation().map_err(broken)?;
+            let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
+            image.apply_orientation(orientation);
+            Ok(image.into_rgb8())
+        })
+    }
 }
 
 fn sniff(bytes: &[u8], limits: &ImageLimits) -> Result<Format, ModalityError> {
@@ -104,34 +114,34 @@ fn sniff(bytes: &[u8], limits: &ImageLimits) -> Result<Format, ModalityError> {
 /// Reads the header and holds it against the limits.
 fn open<'a>(
     bytes: &'a [u8],
-    format: Format,
     limits: &ImageLimits,
-) -> Result<impl ImageDecoder + use<'a>, ModalityError> {
-    if format == Format::WebP {
-        webp::inspect(bytes, limits)?;
-    }
-    let mut reader = ImageReader::with_format(Cursor::new(bytes), format.codec());
-    let mut decoder_limits = image::Limits::no_limits();
-    decoder_limits.max_alloc = Some(limits.max_decoded_bytes);
-    reader.limits(decoder_limits);
-    let decoder = reader.into_decoder().map_err(|error| broken(format, limits, &error))?;
-    let (width, height) = decoder.dimensions();
-    let pixels = u64::from(width) * u64::from(height);
-    if pixels > limits.max_pixels {
-        return Err(too_large(Unit::Pixels, pixels, limits.max_pixels));
-    }
-    if decoder.total_bytes() > limits.max_decoded_bytes {
-        return Err(too_large(Unit::DecodedBytes, decoder.total_bytes(), limits.max_decoded_bytes));
-    }
-    Ok(decoder)
+) -> Result<Undecoded<'a, impl ImageDecoder + use<'a>>, ModalityError> {
+    let format = sniff(bytes, limits)?;
+    guarded(format, || {
+        if format == Format::WebP {
+            webp::inspect(bytes, limits)?;
+        }
+        let mut reader = ImageReader::with_format(Cursor::new(bytes), format.codec());
+        let mut decoder_limits = image::Limits::no_limits();
+        decoder_limits.max_alloc = Some(limits.max_decoded_bytes);
+        reader.limits(decoder_limits);
+        let decoder = reader.into_decoder().map_err(|error| broken(format, limits, &error))?;
+        let dimensions @ (width, height) = decoder.dimensions();
+        let pixels = u64::from(width) * u64::from(height);
+        if pixels > limits.max_pixels {
+            return Err(too_large(Unit::Pixels, pixels, limits.max_pixels));
+        }
+        if decoder.total_bytes() > limits.max_decoded_bytes {
+            return Err(too_large(Unit::DecodedBytes, decoder.total_bytes(), limits.max_decoded_bytes));
+        }
+        Ok(Undecoded { bytes, format, limits: *limits, decoder, dimensions })
+    })
 }
 
-/// Decoders are other people's code run on strangers' bytes: a panic in one is that image's error, nobody else's.
-fn guarded<T>(
-    format: Format,
-    decode: impl FnOnce() -> Result<T, ModalityError> + std::panic::UnwindSafe,
-) -> Result<T, ModalityError> {
-    catch_unwind(decode).unwrap_or_else(|_| {
+/// Decoders are other people's code run on strangers' bytes: a panic in one is that image's error, nobody else's. What it worked
+/// on is not looked at again.
+fn guarded<T>(format: Format, decode: impl FnOnce() -> Result<T, ModalityError>) -> Result<T, ModalityError> {
+    catch_unwind(AssertUnwindSafe(decode)).unwrap_or_else(|_| {
         Err(ModalityError::BrokenImage { format: format.name(), reason: "the decoder gave up on it".to_owned() })
     })
 }
@@ -220,21 +230,12 @@ impl ImageProcessor {
         &self.config
     }
 
-    /// Encoded image to f32 `[3, size, size]`: decode, resize, normalise.
-    ///
-    /// # Errors
-    /// As [`decode_image`].
-    pub fn process(&self, bytes: &[u8]) -> Result<Tensor, ModalityError> {
-        self.normalize(&self.resize(decode_image(bytes, &self.limits)?))
-    }
-
     /// Brings an image to the model's size.
     pub fn resize(&self, image: RgbImage) -> RgbImage {
-        let size = self.config.size;
-        if image.dimensions() == (size, size) {
+        let (size, (width, height)) = (self.config.size, image.dimensions());
+        if (width, height) == (size, size) {
             return image;
         }
-        let (width, height) = image.dimensions();
         let resize = |image: &RgbImage| imageops::resize(image, size, size, FilterType::Triangle);
         match self.config.resize {
             Resize::Exact if self.lies(width, height) => imageops::rotate270(&resize(&imageops::rotate90(&image))),
@@ -289,24 +290,17 @@ impl Modality for ImageProcessor {
         "pixel_values"
     }
 
-    /// Pixels, from the header.
-    fn cost(&self, item: &[u8]) -> Result<Cost, ModalityError> {
-        let (width, height) = dimensions(item, &self.limits)?;
-        Ok(Cost { unit: CostUnit::Pixels, amount: u64::from(width) * u64::from(height) })
-    }
-
-    /// What decoding and resizing take, from the header.
-    fn memory(&self, item: &[u8]) -> Result<u64, ModalityError> {
-        let (width, height) = dimensions(item, &self.limits)?;
+    /// Reads the header, which has the pixels that it costs. Makes f32 `[3, size, size]`: decoded, resized, normalised.
+    fn open<'a>(&'a self, item: &'a [u8]) -> Result<Opened<'a>, ModalityError> {
+        let image = open(item, &self.limits)?;
+        let (width, height) = image.dimensions;
+        let pixels = u64::from(width) * u64::from(height);
         // It may lie on its side until it is turned upright.
         let columns = |width, height| if self.lies(width, height) { height } else { width };
         let columns = columns(width, height).max(columns(height, width));
-        Ok(u64::from(width) * u64::from(height) * DECODING + self.resizing(columns))
-    }
-
-    /// f32 `[3, size, size]`.
-    fn process(&self, item: &[u8]) -> Result<Tensor, ModalityError> {
-        ImageProcessor::process(self, item)
+        let memory = pixels * DECODING + self.resizing(columns);
+        let cost = Cost { unit: CostUnit::Pixels, amount: pixels };
+        Ok(Opened::new(cost, memory, move || self.normalize(&self.resize(image.decode()?))))
     }
 }
 

@@ -33,7 +33,7 @@ mod webp;
 
 pub use self::error::{ModalityError, Unit};
 pub use self::image::{ImageConfig, ImageLimits, ImageProcessor, Resize, RgbImage, decode_image, flip_horizontal};
-pub use self::modality::{Cost, CostUnit, Limits, Modality, Registry};
+pub use self::modality::{Cost, CostUnit, Limits, Modality, Opened, Registry};
 pub use self::spec::{PipelineSpec, TaskHead, TextSpec};
 pub use self::tensor::{DType, Element, Tensor, TensorData, TensorError};
 pub use self::text::{PADDING_ID, TextConfig, TextLimits, TextProcessor, UNKNOWN_ID};

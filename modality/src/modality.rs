@@ -20,25 +20,57 @@ pub trait Modality: Send + Sync {
     /// Name of the encoder graph's input that [`Modality::process`] produces rows of.
     fn input_name(&self) -> &'static str;
 
-    /// What processing this item will take, found without doing the work (of an image, only its header is read), so
-    /// that admission can come first.
+    /// Looks at an item without doing the work (of an image, only its header is read), so that admission can come first.
     ///
     /// # Errors
     /// The item is beyond a limit or plainly not of this modality.
-    fn cost(&self, item: &[u8]) -> Result<Cost, ModalityError>;
-
-    /// Bytes that processing this item takes on its way at most, beside the item, found without doing the work, so that they can be
-    /// set aside before.
-    ///
-    /// # Errors
-    /// As [`Modality::cost`].
-    fn memory(&self, item: &[u8]) -> Result<u64, ModalityError>;
+    fn open<'a>(&'a self, item: &'a [u8]) -> Result<Opened<'a>, ModalityError>;
 
     /// One row of the encoder's input, without the batch axis. Rows of one modality always have equal shapes.
     ///
     /// # Errors
     /// The item is beyond a limit or cannot be decoded.
-    fn process(&self, item: &[u8]) -> Result<Tensor, ModalityError>;
+    fn process(&self, item: &[u8]) -> Result<Tensor, ModalityError> {
+        self.open(item)?.process()
+    }
+}
+
+/// An item that was looked at, and not worked on yet.
+pub struct Opened<'a> {
+    cost: Cost,
+    memory: u64,
+    work: Box<dyn FnOnce() -> Result<Tensor, ModalityError> + 'a>,
+}
+
+impl<'a> Opened<'a> {
+    /// An item of which `work` makes a row.
+    pub fn new(cost: Cost, memory: u64, work: impl FnOnce() -> Result<Tensor, ModalityError> + 'a) -> Self {
+        Self { cost, memory, work: Box::new(work) }
+    }
+
+    /// What its modality counts.
+    pub fn cost(&self) -> Cost {
+        self.cost
+    }
+
+    /// Bytes that [`Opened::process`] takes on its way at most, beside the item, so that they can be set aside before.
+    pub fn memory(&self) -> u64 {
+        self.memory
+    }
+
+    /// As [`Modality::process`].
+    ///
+    /// # Errors
+    /// The item cannot be decoded.
+    pub fn process(self) -> Result<Tensor, ModalityError> {
+        (self.work)()
+    }
+}
+
+impl fmt::Debug for Opened<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Opened").field("cost", &self.cost).field("memory", &self.memory).finish_non_exhaustive()
+    }
 }
 
 /// How much work an item is, in its modality's own unit.

@@ -10,7 +10,7 @@ use tokenizers::{
 };
 
 use crate::error::{ModalityError, Unit};
-use crate::modality::{Cost, CostUnit, Modality};
+use crate::modality::{Cost, CostUnit, Modality, Opened};
 use crate::tensor::Tensor;
 
 /// Token id that fills a row up to its fixed length; models mask it.
@@ -175,7 +175,10 @@ impl TextProcessor {
     /// # Errors
     /// As [`TextProcessor::encode`].
     pub fn encode_row(&self, text: &str) -> Result<Tensor, ModalityError> {
-        let mut ids = self.encode(text)?;
+        self.row(self.encode(text)?)
+    }
+
+    fn row(&self, mut ids: Vec<i64>) -> Result<Tensor, ModalityError> {
         ids.resize(self.config.max_length, PADDING_ID);
         Ok(Tensor::from_vec([ids.len()], ids)?)
     }
@@ -208,20 +211,12 @@ impl Modality for TextProcessor {
         "input_ids"
     }
 
-    /// Tokens. Splitting is the whole work of a text, and it takes microseconds.
-    fn cost(&self, item: &[u8]) -> Result<Cost, ModalityError> {
-        let tokens = self.encode(utf8(item)?)?.len();
-        Ok(Cost { unit: CostUnit::Tokens, amount: tokens as u64 })
-    }
-
-    /// The text in small letters, and in words.
-    fn memory(&self, item: &[u8]) -> Result<u64, ModalityError> {
-        Ok(4 * item.len() as u64)
-    }
-
-    /// i64 `[max_length]`.
-    fn process(&self, item: &[u8]) -> Result<Tensor, ModalityError> {
-        self.encode_row(utf8(item)?)
+    /// Its cost is its tokens: splitting is the whole work of a text, and it takes microseconds. Makes i64 `[max_length]`.
+    fn open<'a>(&'a self, item: &'a [u8]) -> Result<Opened<'a>, ModalityError> {
+        let ids = self.encode(utf8(item)?)?;
+        let cost = Cost { unit: CostUnit::Tokens, amount: ids.len() as u64 };
+        let bytes = self.config.max_length * size_of::<i64>();
+        Ok(Opened::new(cost, bytes as u64, move || self.row(ids)))
     }
 }
 

@@ -144,7 +144,7 @@ fn pixels_are_counted_in_the_header_for_every_format() {
     let processor = ImageProcessor::new(config(4)).unwrap().with_limits(limits);
     for format in [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP] {
         let bytes = encode(&gradient(10, 10), format);
-        for error in [processor.process(&bytes).unwrap_err(), processor.cost(&bytes).unwrap_err()] {
+        for error in [processor.process(&bytes).unwrap_err(), processor.open(&bytes).unwrap_err()] {
             assert!(
                 matches!(error, ModalityError::TooLarge { unit: Unit::Pixels, got: 100, limit: 99, .. }),
                 "{error:?}"
@@ -223,7 +223,8 @@ fn a_strip_is_resized_as_the_one_that_stands() {
 
 #[test]
 fn the_cost_of_an_image_is_its_pixels_as_it_arrived() {
-    let cost = ImageProcessor::new(config(4)).unwrap().cost(&encode(&gradient(30, 20), ImageFormat::Jpeg)).unwrap();
+    let (processor, bytes) = (ImageProcessor::new(config(4)).unwrap(), encode(&gradient(30, 20), ImageFormat::Jpeg));
+    let cost = processor.open(&bytes).unwrap().cost();
     assert_eq!((cost.unit, cost.amount), (CostUnit::Pixels, 600));
 }
 

@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use sensorium_modality::{
-    Cost, CostUnit, ImageConfig, Limits, Modality, ModalityError, PipelineSpec, Registry, Resize, TaskHead, Tensor,
-    TextConfig, TextProcessor, TextSpec,
+    Cost, CostUnit, ImageConfig, Limits, Modality, ModalityError, Opened, PipelineSpec, Registry, Resize, TaskHead,
+    Tensor, TextConfig, TextProcessor, TextSpec,
 };
 
 fn spec() -> PipelineSpec {
@@ -69,16 +69,9 @@ impl Modality for Smell {
         "molecules"
     }
 
-    fn cost(&self, item: &[u8]) -> Result<Cost, ModalityError> {
-        Ok(Cost { unit: CostUnit::Tokens, amount: item.len() as u64 })
-    }
-
-    fn memory(&self, _: &[u8]) -> Result<u64, ModalityError> {
-        Ok(0)
-    }
-
-    fn process(&self, item: &[u8]) -> Result<Tensor, ModalityError> {
-        Ok(Tensor::from_vec([item.len()], item.to_vec())?)
+    fn open<'a>(&'a self, item: &'a [u8]) -> Result<Opened<'a>, ModalityError> {
+        let cost = Cost { unit: CostUnit::Tokens, amount: item.len() as u64 };
+        Ok(Opened::new(cost, 0, || Ok(Tensor::from_vec([item.len()], item.to_vec())?)))
     }
 }
 

@@ -95,7 +95,7 @@ fn bytes_that_are_not_utf8_say_where() {
 
 #[test]
 fn the_cost_of_a_text_is_its_tokens_without_padding() {
-    let cost = processor().cost(b"is it red?").unwrap();
+    let cost = processor().open(b"is it red?").unwrap().cost();
     assert_eq!((cost.unit, cost.amount), (CostUnit::Tokens, 4));
 }
 

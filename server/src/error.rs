@@ -35,6 +35,14 @@ pub enum InferError {
         /// Those there are.
         known: Vec<String>,
     },
+    /// A version is a number.
+    #[error("version {version:?} of model {model:?} is no number, as versions are; leave it empty for the newest")]
+    NoVersion {
+        /// The model.
+        model: String,
+        /// As the request names it.
+        version: String,
+    },
     /// The model is being loaded, was unloaded, or could not be loaded.
     #[error("model {model:?} is not ready: {reason}")]
     NotReady {
@@ -218,6 +226,7 @@ impl InferError {
             | Self::Schedule(ScheduleError::Overloaded { .. } | ScheduleError::TooLate { .. })
             | Self::Sequence(SequenceError::Overloaded { .. }) => Code::ResourceExhausted,
             Self::Invalid(_)
+            | Self::NoVersion { .. }
             | Self::TakesTensors { .. }
             | Self::Parts(_)
             | Self::Sequence(
@@ -257,6 +266,7 @@ impl InferError {
         let message = match &self {
             Self::UnknownModel { .. }
             | Self::UnknownVersion { .. }
+            | Self::NoVersion { .. }
             | Self::NotReady { .. }
             | Self::TakesTensors { .. } => line,
             // As a graph does that is called as its model is.
@@ -311,10 +321,34 @@ fn fault(callers: bool) -> Code {
 
 /// A status travels in headers, and clients refuse headers of more than 8 KiB, percent-encoding included.
 pub(crate) fn shortened(mut message: String) -> String {
-    const LONGEST: usize = 2000;
-    if let Some((end, _)) = message.char_indices().nth(LONGEST) {
+    const LONGEST: usize = 6000;
+    // All but these may have three for each of their bytes.
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.~:,;()[]=+'!*@&$|^/\\".contains(c);
+    let mut length = 0;
+    let end = message.char_indices().find(|(_, c)| {
+        length += if is_plain(*c) { 1 } else { 3 * c.len_utf8() };
+        length > LONGEST
+    });
+    if let Some((end, _)) = end {
         message.truncate(end);
         message.push_str("...");
     }
     message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_of_any_letters_fits_into_headers() {
+        for letter in ["x", " ", "é", "猫", "🐈"] {
+            let status = Status::invalid_argument(shortened(letter.repeat(10_000)));
+            let mut headers = tonic::codegen::http::HeaderMap::new();
+            status.add_header(&mut headers).unwrap();
+            let bytes = headers["grpc-message"].len();
+            assert!((5_900..6_100).contains(&bytes), "{letter}: {bytes}");
+        }
+        assert_eq!(shortened("as it is".to_owned()), "as it is");
+    }
 }

@@ -16,9 +16,10 @@ pub struct CpuPool {
 }
 
 /// A request that may run pieces of work, one after the other: each of them waits behind those of others that came before it.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Place {
     pool: CpuPool,
+    /// Shared with the work that runs, which may go on when this is gone.
     held: Arc<OwnedSemaphorePermit>,
 }
 

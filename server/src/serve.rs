@@ -126,12 +126,11 @@ pub async fn serve(
     let (ready, is_ready) = watch::channel(false);
     let budget = Budget::new(config.max_inflight_bytes, metrics.budget());
     let memory = SharedMemory::new(config.shared_memory, budget.clone());
-    let service =
-        Service::new(metrics.clone(), is_ready.clone(), memory, budget.clone(), controls.logs, controls.traces);
+    let service = Service::new(metrics.clone(), is_ready, memory, budget.clone(), controls.logs, controls.traces);
     let admission = admission(&config)?;
     // Only limits ask who it is.
     let tells_peers = admission.is_some();
-    let (app, reporter) = front::app(service.clone(), config.max_request_bytes, admission);
+    let app = front::app(service.clone(), config.max_request_bytes, admission);
     let tls = config.tls.clone().map(Tls::watch).transpose()?;
     let places = Places::new(config.max_connections, metrics.connections());
 
@@ -179,16 +178,15 @@ pub async fn serve(
         ended = http.ended() => return Err(ended),
         ended = scrapes.ended() => return Err(ended),
         never = health::watch(&repository, &ready, &metrics) => never,
-        () = front::report(&reporter, is_ready.clone()) => return Err(ServeError::Ended { task: "the health report" }),
     };
 
     tracing::info!(deadline_seconds = config.drain.as_secs(), "draining");
     ready.send_replace(false);
     metrics.set_ready(false);
-    front::end_report(reporter).await;
+    // Who watches health hears of it while connections still stand.
+    service.end_streams();
     drain.cancel();
     repository.end_changes();
-    service.end_streams();
     let deadline = Instant::now() + config.drain;
     let finished = async {
         // What came over connections made before is answered; only then is anything refused.

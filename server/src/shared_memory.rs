@@ -137,6 +137,37 @@ impl AsRef<[u8]> for Read {
     }
 }
 
+/// A part of a region, whatever becomes of the region's name meanwhile.
+#[derive(Clone, Debug)]
+pub struct Held {
+    region: Region,
+    open: Arc<Open>,
+    /// Where it begins in the object.
+    at: u64,
+}
+
+impl Held {
+    /// As it was asked for.
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// Puts `bytes` at its start.
+    ///
+    /// # Errors
+    /// [`SharedMemoryError`].
+    pub fn write(&self, bytes: &[u8]) -> Result<(), SharedMemoryError> {
+        let Self { region, open, at } = self;
+        let size = bytes.len() as u64;
+        check(0, size, region.byte_size, || format!("region {:?}", region.name))?;
+        // Writing past a file's end would make it larger, and take memory from the machine.
+        let end = open.file.metadata().map_err(|error| access(&open.registration.key, &error))?.len();
+        check(*at, size, end, || format!("shared memory {:?}", open.registration.key))?;
+        in_place(bytes.len(), || open.file.write_all_at(bytes, *at))
+            .map_err(|error| access(&open.registration.key, &error))
+    }
+}
+
 #[derive(Debug)]
 struct Open {
     registration: Registration,
@@ -233,12 +264,13 @@ impl SharedMemory {
         regions.get(name).cloned().ok_or_else(unknown)
     }
 
-    /// That `region` is one, whatever will be in it.
+    /// Where `region` is, for something that will be written there later: its name may be another's by then.
     ///
     /// # Errors
     /// [`SharedMemoryError`].
-    pub fn check(&self, region: &Region) -> Result<(), SharedMemoryError> {
-        self.locate(region, region.byte_size).map(drop)
+    pub fn hold(&self, region: Region) -> Result<Held, SharedMemoryError> {
+        let (open, at) = self.locate(&region)?;
+        Ok(Held { region, open, at })
     }
 
     /// The bytes of `region` as they are now. They are held against the budget as long as anybody has them.
@@ -246,7 +278,7 @@ impl SharedMemory {
     /// # Errors
     /// [`SharedMemoryError`].
     pub fn read(&self, region: &Region) -> Result<Bytes, SharedMemoryError> {
-        let (open, at) = self.locate(region, region.byte_size)?;
+        let (open, at) = self.locate(region)?;
         // Not larger than the object was when it was registered.
         let size = region.byte_size as usize;
         if size > self.budget.limit() {
@@ -261,23 +293,10 @@ impl SharedMemory {
         Ok(Bytes::from_owner(Read { bytes, _taken: taken }))
     }
 
-    /// Puts `bytes` at the start of `region`.
-    ///
-    /// # Errors
-    /// [`SharedMemoryError`].
-    pub fn write(&self, region: &Region, bytes: &[u8]) -> Result<(), SharedMemoryError> {
-        let (open, at) = self.locate(region, bytes.len() as u64)?;
-        // Writing past a file's end would make it larger, and take memory from the machine.
-        let size = open.file.metadata().map_err(|error| access(&open.registration.key, &error))?.len();
-        check(at, bytes.len() as u64, size, || format!("shared memory {:?}", open.registration.key))?;
-        in_place(bytes.len(), || open.file.write_all_at(bytes, at))
-            .map_err(|error| access(&open.registration.key, &error))
-    }
-
-    /// The open object, and where in it the first `byte_size` bytes of `region` are.
-    fn locate(&self, region: &Region, byte_size: u64) -> Result<(Arc<Open>, u64), SharedMemoryError> {
+    /// The open object, and where in it the bytes of `region` are.
+    fn locate(&self, region: &Region) -> Result<(Arc<Open>, u64), SharedMemoryError> {
         let open = self.find(&region.name)?;
-        check(region.offset, byte_size, open.registration.byte_size, || format!("region {:?}", region.name))?;
+        check(region.offset, region.byte_size, open.registration.byte_size, || format!("region {:?}", region.name))?;
         let at = open.registration.offset + region.offset; // the sum of two offsets inside one file
         Ok((open, at))
     }
@@ -333,7 +352,7 @@ mod tests {
     fn tensors_are_read_and_written_at_the_offsets_of_region_and_tensor() {
         let (folder, memory) = memory();
         memory.register(registration("/object", 4, 8)).unwrap();
-        memory.write(&part(2, 3), &[1, 2, 3]).unwrap();
+        memory.hold(part(2, 3)).unwrap().write(&[1, 2, 3]).unwrap();
         assert_eq!(std::fs::read(folder.path().join("object")).unwrap()[5..10], [7, 1, 2, 3, 7]);
         assert_eq!(memory.read(&part(1, 5)).unwrap()[..], [7, 1, 2, 3, 7]);
         assert_eq!(memory.status(None).unwrap(), [registration("/object", 4, 8)]);
@@ -366,7 +385,7 @@ mod tests {
             let error = memory.read(&part(offset, byte_size)).unwrap_err();
             assert!(matches!(error, SharedMemoryError::Outside { size: 4, .. }), "{error}");
         }
-        assert!(memory.write(&part(2, 2), &[0; 3]).is_err());
+        assert!(memory.hold(part(2, 2)).unwrap().write(&[0; 3]).is_err());
     }
 
     #[test]
@@ -390,8 +409,22 @@ mod tests {
         memory.register(registration("object", 0, 16)).unwrap();
         File::options().write(true).open(folder.path().join("object")).unwrap().set_len(4).unwrap();
         assert!(matches!(memory.read(&part(0, 8)), Err(SharedMemoryError::Access { .. })));
-        assert!(matches!(memory.write(&part(0, 8), &[0; 8]), Err(SharedMemoryError::Outside { size: 4, .. })));
+        let held = memory.hold(part(0, 8)).unwrap();
+        assert!(matches!(held.write(&[0; 8]), Err(SharedMemoryError::Outside { size: 4, .. })));
         assert_eq!(std::fs::metadata(folder.path().join("object")).unwrap().len(), 4);
+    }
+
+    #[test]
+    fn what_is_held_stays_where_it_is_whatever_its_name_means_by_then() {
+        let (folder, memory) = memory();
+        std::fs::write(folder.path().join("other"), [7; 16]).unwrap();
+        memory.register(registration("object", 0, 16)).unwrap();
+        let held = memory.hold(part(0, 2)).unwrap();
+        memory.unregister(None);
+        memory.register(registration("other", 0, 16)).unwrap();
+        held.write(&[1, 2]).unwrap();
+        let content = |name| std::fs::read(folder.path().join(name)).unwrap();
+        assert_eq!((content("object")[..3].to_vec(), content("other")), (vec![1, 2, 7], vec![7; 16]));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use futures::future::try_join;
 use sensorium_artifact::{Graph, Manifest, TensorSpec};
-use sensorium_modality::{DType, Limits, PipelineSpec, Registry, Tensor};
+use sensorium_modality::{DType, Limits, Opened, PipelineSpec, Registry, Tensor};
 
 pub use answer::{VqaAnswer, rank_answers};
 pub use local::{LocalPipeline, open_graph};
@@ -90,6 +90,11 @@ impl Pipeline {
         let spec =
             manifest.pipeline.clone().ok_or_else(|| not_a_pipeline("its manifest has no `pipeline`".to_owned()))?;
         let spec: PipelineSpec = serde_json::from_value(spec).map_err(|error| not_a_pipeline(error.to_string()))?;
+        // Whatever else lies there, or elsewhere, is not what was verified.
+        let is_listed = |path: &str| manifest.files.iter().any(|file| file.path == path);
+        if let Some(text) = spec.text.as_ref().filter(|text| !is_listed(&text.tokenizer)) {
+            return Err(not_a_pipeline(format!("its tokenizer {:?} is none of its files", text.tokenizer)));
+        }
         let registry = Registry::from_spec(&spec, artifact_dir, limits)?;
         let graphs = manifest.graphs.iter().map(|graph| (graph.name.clone(), graph.clone())).collect();
         let pipeline = Self { spec, registry, graphs };
@@ -175,12 +180,12 @@ impl Pipeline {
         Ok(self.registry.get(modality)?.process(item)?)
     }
 
-    /// Bytes that [`Pipeline::prepare`] takes on its way at most, found without doing it.
+    /// The first half of [`Pipeline::prepare`]: what that will take, before it is done.
     ///
     /// # Errors
     /// As there.
-    pub fn memory(&self, modality: &str, item: &[u8]) -> Result<u64, PipelineError> {
-        Ok(self.registry.get(modality)?.memory(item)?)
+    pub fn open<'a>(&'a self, modality: &str, item: &'a [u8]) -> Result<Opened<'a>, PipelineError> {
+        Ok(self.registry.get(modality)?.open(item)?)
     }
 
     /// Encodes prepared rows of one modality, `[N, ..]`.

@@ -221,15 +221,15 @@ impl Inside {
         under_way: Arc<()>,
     ) -> Response<Going<Either<Answer, Body>>> {
         let tally = self.budget.tally();
-        let holds_back = request.version() == Version::HTTP_2;
-        let may_be_left = request.version() < Version::HTTP_2
-            && http_body::Body::size_hint(request.body()).upper().is_none_or(|bytes| bytes > LEFT_OVER);
+        let is_http2 = request.version() == Version::HTTP_2;
+        let may_be_left =
+            !is_http2 && http_body::Body::size_hint(request.body()).upper().is_none_or(|bytes| bytes > LEFT_OVER);
         let mut answer = self.handle(request, peer, tally.clone()).await;
         if may_be_left && !tally.is_whole() {
             // The connection may have to be closed then, of which the client has to hear before it sends another request.
             answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
-        answer.map(|body| Going::new(body, &self.budget, under_way, Reader::own(), holds_back))
+        answer.map(|body| Going::new(body, &self.budget, under_way, Reader::own(), is_http2))
     }
 
     /// Answers a request. Its body is taken from the budget, and given back with the answer or when its client leaves; a

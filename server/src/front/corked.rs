@@ -569,6 +569,7 @@ mod tests {
         let ended = tokio::time::timeout(Duration::from_secs(20), ended).await.expect("it is told");
         assert_eq!(ended, io::ErrorKind::BrokenPipe);
     }
+
     #[tokio::test]
     async fn whoever_takes_nothing_of_what_is_left_is_given_up_and_whoever_takes_little_is_not() {
         const SHORT: Duration = Duration::from_millis(100);

@@ -26,9 +26,8 @@ use sensorium_proto::{
     FILE_DESCRIPTOR_SET, inference::grpc_inference_service_server::GrpcInferenceServiceServer,
     multimodal::multimodal_service_server::MultimodalServiceServer,
 };
-use tokio::sync::watch;
-use tonic::{Code, Status, codec::CompressionEncoding, server::NamedService, service::Routes};
-use tonic_health::server::HealthReporter;
+use tonic::{Code, Status, codec::CompressionEncoding, service::Routes};
+use tonic_health::pb::health_server::HealthServer;
 use tower::util::MapResponseLayer;
 
 pub use connections::{Door, Peer};
@@ -63,9 +62,9 @@ impl From<Router> for App {
     }
 }
 
-/// Every route of `service`, behind `admission`; and where to say what health clients of gRPC hear.
-pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admission>) -> (App, HealthReporter) {
-    let (reporter, health) = tonic_health::server::health_reporter();
+/// Every route of `service`, behind `admission`.
+pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admission>) -> App {
+    let health = HealthServer::new(service.health());
     // Compressed answers cost more time than they save on the networks of a cluster, so requests alone may be.
     let inference = GrpcInferenceServiceServer::new(service.clone())
         .max_decoding_message_size(max_request_bytes)
@@ -104,7 +103,7 @@ pub fn app(service: Service, max_request_bytes: usize, admission: Option<Admissi
         None => routes,
         Some(admission) => routes.layer(axum::middleware::from_fn_with_state((admission, service), guard::guard)),
     };
-    (App { routes, infer: Some(Arc::new(infer)) }, reporter)
+    App { routes, infer: Some(Arc::new(infer)) }
 }
 
 /// A message over the limit is RESOURCE_EXHAUSTED in every gRPC library but tonic, which says OUT_OF_RANGE. Nothing
@@ -174,33 +173,6 @@ fn instead_of(path: &str) -> String {
 async fn no_such_method(request: Request) -> axum::response::Response {
     let (method, path) = (request.method().clone(), crate::wire::excerpt(request.uri().path()));
     Refusal::new(StatusCode::METHOD_NOT_ALLOWED, format!("{method} is not for {path}")).into_response()
-}
-
-/// Names of the services that `grpc.health.v1` reports on; empty is the server as a whole.
-const SERVICES: [&str; 3] = ["", GrpcInferenceServiceServer::<Service>::NAME, MultimodalServiceServer::<Service>::NAME];
-
-/// Repeats `is_ready` to clients of `grpc.health.v1`. Ends when its sender does.
-pub async fn report(reporter: &HealthReporter, mut is_ready: watch::Receiver<bool>) {
-    loop {
-        let ready = *is_ready.borrow_and_update();
-        let status = if ready { tonic_health::ServingStatus::Serving } else { tonic_health::ServingStatus::NotServing };
-        for service in SERVICES {
-            reporter.set_service_status(service, status).await;
-        }
-        if is_ready.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
-/// Tells clients that watch, and ends their streams: a call that never ends would hold the drain to its deadline.
-pub async fn end_report(mut reporter: HealthReporter) {
-    for service in SERVICES {
-        reporter.set_service_status(service, tonic_health::ServingStatus::NotServing).await;
-    }
-    for service in SERVICES {
-        reporter.clear_service_status(service).await;
-    }
 }
 
 #[cfg(test)]

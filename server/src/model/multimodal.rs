@@ -273,9 +273,9 @@ fn prepare(
     row: usize,
     item: &[u8],
 ) -> Result<Tensor, InferError> {
-    let prepared = pipeline.memory(input, item).and_then(|bytes| {
-        let _taken = room.take(bytes);
-        pipeline.prepare(input, item)
+    let prepared = pipeline.open(input, item).and_then(|opened| {
+        let _taken = room.take(opened.memory());
+        Ok(opened.process()?)
     });
     prepared.map_err(|source| InferError::Item { input, row, source: Box::new(source) })
 }

@@ -137,7 +137,7 @@ fn open(
             let model = ModelVersion::new(version.to_string(), config, interface, multimodal.statistics(), runs);
             loaded.versions.push(model.of_artifact(multimodal.digest().to_owned()));
         }
-        loaded.multimodal = Some(multimodal);
+        loaded.multimodal.insert(version, multimodal);
     }
     Ok(loaded)
 }
@@ -169,13 +169,15 @@ fn here(folder: &Folder, graph: &sensorium_artifact::Graph, opening: &Opening) -
             is_same().map(|()| engine)
         })
     };
+    let on_gpu = opening.engine.device.gpu().is_some();
     Ok(Engines {
         signature: engine.signature().clone(),
         all: vec![engine],
         reopen: Some(reopen),
-        slots: opening.slots.clone(),
-        threads: opening.engine.threads.get(),
-        on_gpu: opening.engine.device.gpu().is_some(),
+        // A run on a GPU takes none of the processor's.
+        slots: if on_gpu { Slots::new(1) } else { opening.slots.clone() },
+        threads: if on_gpu { 1 } else { opening.engine.threads.get() },
+        on_gpu,
     })
 }
 

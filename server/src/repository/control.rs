@@ -64,6 +64,7 @@ impl Registry {
                 return Err(LoadError::Unproven { name: source.name.clone(), reason: reason.clone() });
             }
             registry.install(&source.name, loaded).map_err(|name| LoadError::Duplicate { name })?;
+            registry.write().want(&source.name);
         }
         if let Err(error) = registry.refresh().await {
             // Who polls asks again soon, and serves until then what was fetched before.
@@ -110,10 +111,16 @@ impl Registry {
                 found.entry(name).or_insert(folder);
             }
         }
+        found.retain(|name, _| self.artifact(name).is_none());
         Ok(found)
     }
 
-    /// Says which folders of models nobody can ask, as `found` has others of their name.
+    /// The artifact that is served under this name.
+    pub(super) fn artifact(&self, name: &str) -> Option<&ModelSource> {
+        self.0.config.models.iter().find(|source| source.name == name)
+    }
+
+    /// Says which folders of models nobody can ask, as `found`, or an artifact, has their name.
     fn warn_of_hidden(&self, found: &BTreeMap<String, PathBuf>) {
         for place in &self.0.places {
             // Whether it can be read has been seen.
@@ -121,6 +128,10 @@ impl Registry {
                 if let Some(served) = found.get(&name).filter(|served| **served != hidden) {
                     let (served, hidden) = (served.display(), hidden.display());
                     tracing::warn!(model = name, %served, %hidden, "two repositories have a model of this name, and the first one's is served");
+                }
+                if let Some(artifact) = self.artifact(&name) {
+                    let (served, hidden) = (&artifact.artifact, hidden.display());
+                    tracing::warn!(model = name, served, %hidden, "an artifact is served under the name of this model, which is not");
                 }
             }
         }
@@ -216,6 +227,7 @@ impl Registry {
         for name in names {
             // An ensemble before it may have brought it already.
             if course.brought.contains(&name) {
+                self.write().want(&name);
                 continue;
             }
             if let Err(error) = self.bring(&name, LoadParameters::default(), &[], &mut course).await {
@@ -230,9 +242,8 @@ impl Registry {
     /// Ensembles whose models were loaded again, with other inputs or outputs, cannot answer until these fit together again.
     fn check_above(&self, brought: &BTreeSet<String>) {
         let loaded = self.loaded();
-        let is_above = |model: &&Arc<ModelVersion>| {
-            !brought.contains(model.name()) && model.steps().iter().any(|(step, _)| brought.contains(*step))
-        };
+        // Also those that were to be loaded again themselves, and are as they were.
+        let is_above = |model: &&Arc<ModelVersion>| model.steps().iter().any(|(step, _)| brought.contains(*step));
         for model in loaded.iter().filter(is_above) {
             let unfit = model.check_steps().err().map(|why| format!("its models do not fit together any more: {why}"));
             if let Some(reason) = &unfit {
@@ -254,6 +265,10 @@ impl Registry {
         else {
             return false;
         };
+        // What is being fetched is not what it is to be yet.
+        if self.missing(name, &path).is_some() {
+            return false;
+        }
         let is = tokio::task::spawn_blocking(move || folder::fingerprint(&path)).await;
         is.is_ok_and(|is| is.is_ok_and(|is| is != was))
     }
@@ -300,10 +315,14 @@ impl Registry {
         }
         course.brought.insert(name.to_owned());
         course.brought.extend(names);
-        if let Some(entry) = self.write().by_name.get_mut(name) {
-            entry.is_wanted |= above.is_empty();
+        let mut models = self.write();
+        if above.is_empty() {
+            models.want(name);
+        }
+        if let Some(entry) = models.by_name.get_mut(name) {
             entry.fingerprint = fingerprint;
         }
+        drop(models);
         let reasons: Vec<_> = broken.iter().map(|(version, reason)| format!("version {version}: {reason}")).collect();
         if reasons.is_empty() { Ok(()) } else { Err(failed(reasons.join("; "))) }
     }
@@ -335,7 +354,11 @@ impl Registry {
                 !course.brought.contains(step) && (course.to_come.contains(step) || self.has_changed(step).await);
             if comes_anew || !self.ready(step, "") {
                 let step_brought = Box::pin(self.bring(step, LoadParameters::default(), &above, course)).await;
-                step_brought.map_err(|error| format!("it needs model {step:?}: {}", error_line(&error)))?;
+                // Of a step that has come, a version may have failed; whether the rest does is seen when it is opened.
+                let has_come = course.brought.contains(step) && self.ready(step, "");
+                if let (Err(error), false) = (step_brought, has_come) {
+                    return Err(format!("it needs model {step:?}: {}", error_line(&error)));
+                }
             }
         }
         let registry = Arc::downgrade(&self.0);
@@ -364,7 +387,7 @@ impl Registry {
     }
 
     fn origin(&self, name: &str, parameters: &LoadParameters) -> Option<Origin> {
-        if let Some(source) = self.0.config.models.iter().find(|source| source.name == name) {
+        if let Some(source) = self.artifact(name) {
             return Some(Origin::Artifact(source.clone()));
         }
         if !folder::is_model_name(name) {
@@ -385,7 +408,7 @@ impl Registry {
     pub async fn unload(&self, name: &str, dependents: bool) -> Result<(), ControlError> {
         self.may_change()?;
         let _changing = self.0.changing.lock().await;
-        let unit = self.read().by_name.get(name).map(|entry| entry.unit.clone());
+        let unit = self.read().unit_of(name);
         let Some(unit) = unit else {
             // One that was never loaded is as unloaded as it can be.
             let is_there = self.origin(name, &LoadParameters::default()).is_some();
@@ -534,7 +557,8 @@ impl Registry {
         };
         // A newer one that could not be loaded again is as it was, and speaks on.
         let speaks_on = models.multimodal.get(unit).map(|old| old.version()).filter(|old| is_loaded(*old));
-        let multimodal = match loaded.multimodal {
+        let mut new = loaded.multimodal;
+        let multimodal = match new.pop_last().map(|(_, newest)| newest) {
             Some(new) if !is_whole && speaks_on > Some(new.version()) => Some(new),
             Some(new) => models.multimodal.insert(unit.to_owned(), new),
             None if is_whole => models.multimodal.remove(unit),

@@ -196,6 +196,9 @@ fn side_by_side<I: Send, T: Send>(
     Ok(done)
 }
 
+/// Bytes of a tensor of a warm-up at most: what a configuration asks for is not to take the memory of all other models.
+const LARGEST_SAMPLE: usize = 1 << 30;
+
 /// Runs the samples of `model_warmup` on every engine, so that the first request does not pay for what happens once. Returns
 /// the inputs of the first, which are known to be good then.
 ///
@@ -278,6 +281,9 @@ fn inputs(
     folder: &Path,
 ) -> Result<Vec<RawTensor>, String> {
     let batch = (config.max_batch_size > 0).then_some(i64::from(sample.batch_size.max(1)));
+    if let Some(rows) = batch.filter(|rows| *rows > i64::from(config.max_batch_size)) {
+        return Err(format!("has batch_size {rows}, and the model's max_batch_size is {}", config.max_batch_size));
+    }
     let input = |(spec, bound): (&TensorSpec, &Option<_>)| {
         let Some(input) = sample.inputs.get(&spec.name) else {
             return match bound {
@@ -298,6 +304,9 @@ fn inputs(
 fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -> Result<RawTensor, String> {
     let dtype = complete::dtype(input.data_type()).unwrap_or(spec.dtype);
     let shape: Vec<i64> = batch.into_iter().chain(input.dims.iter().copied()).collect();
+    if RawTensor::byte_count(dtype, &shape).is_some_and(|bytes| bytes > LARGEST_SAMPLE) {
+        return Err(format!("its sizes {shape:?} come to more than the {LARGEST_SAMPLE} bytes that it may have"));
+    }
     let zeros = RawTensor::zeros(dtype, shape.clone()).map_err(|error| error.to_string())?;
     let data = match &input.input_data_type {
         // The same each time, so that a start is repeatable.

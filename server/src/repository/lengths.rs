@@ -40,7 +40,7 @@ pub(super) fn follows(
     let started = Instant::now();
     let mut run = |inputs: &[RawTensor]| {
         let deadline = Some(started + LIMIT);
-        let waiters = Waiters { is_strict: true, deadline, poll_gone: &mut |_| Poll::Pending };
+        let waiters = Waiters { deadline, poll_gone: &mut |_| Poll::Pending };
         engine.run_for(inputs, &outputs, waiters).ok()
     };
     let Some(&first) = sizes.first() else { return Ok(None) };

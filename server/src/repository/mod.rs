@@ -197,6 +197,17 @@ struct Models {
 }
 
 impl Models {
+    /// What the model `name` was loaded from, or all that was loaded from `name`, which need not be a model itself.
+    fn unit_of(&self, name: &str) -> Option<String> {
+        let own = self.by_name.get(name).map(|entry| entry.unit.clone());
+        own.or_else(|| self.of_unit(name).next().map(|_| name.to_owned()))
+    }
+
+    /// What was loaded from `unit` is there for itself.
+    fn want(&mut self, unit: &str) {
+        self.by_name.values_mut().filter(|entry| entry.unit == unit).for_each(|entry| entry.is_wanted = true);
+    }
+
     /// Whether anybody asked for something of `unit` by name, and what is of it.
     fn unit(&self, unit: &str) -> (bool, BTreeSet<String>) {
         let entries = || self.by_name.iter().filter(|(_, entry)| entry.unit == unit);
@@ -259,7 +270,8 @@ struct Slot {
 #[derive(Debug, Default)]
 struct Loaded {
     versions: Vec<ModelVersion>,
-    multimodal: Option<Arc<Multimodal>>,
+    /// What takes typed parts, by version; the newest speaks for all, as they come without one.
+    multimodal: BTreeMap<u64, Arc<Multimodal>>,
     /// What is to be known of versions that serve all the same, such as that nobody knows whether they run.
     remarks: BTreeMap<u64, String>,
     /// Versions that could not be opened, with the reason.
@@ -288,7 +300,10 @@ impl Registry {
             let ready = entry.versions.values().rev().find(|slot| slot.model.is_some());
             ready.or_else(|| entry.versions.values().next_back())
         } else {
-            version.parse().ok().and_then(|version: u64| entry.versions.get(&version))
+            let number = version.parse::<u64>();
+            let number =
+                number.map_err(|_| InferError::NoVersion { model: name.to_owned(), version: excerpt(version) })?;
+            entry.versions.get(&number)
         };
         match slot {
             None => Err(InferError::UnknownVersion {
@@ -324,6 +339,11 @@ impl Registry {
         let models = self.read();
         let versions = models.by_name.get(name).into_iter().flat_map(|entry| &entry.versions);
         versions.filter(|(_, slot)| slot.model.is_some()).map(|(version, _)| version.to_string()).collect()
+    }
+
+    /// Whether what is loaded under this name is made of other models.
+    fn is_ensemble(&self, name: &str) -> bool {
+        self.model(name, "").is_ok_and(|model| !model.steps().is_empty())
     }
 
     /// Whether a request for this version, or any for the empty one, would be admitted, by an ensemble also by those that it is

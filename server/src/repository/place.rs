@@ -13,6 +13,9 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::{Opening, folder};
 
+/// Why a model is missing of which some files are those of another time than the rest.
+const PARTLY: &str = "only a part of it has been fetched";
+
 /// A repository's folder of this machine.
 #[derive(Clone, Debug)]
 pub(super) enum Place {
@@ -100,7 +103,7 @@ impl Place {
         let (now, refreshed) = match mirror.refresh().await {
             Ok(missing) => (missing.into_iter().map(|(model, error)| (model, error_line(&error))).collect(), Ok(still)),
             Err(error) => {
-                let half = |model| (model, "only a part of it has been fetched".to_owned());
+                let half = |model| (model, PARTLY.to_owned());
                 (mirror.partial().into_iter().map(half).collect::<BTreeMap<_, _>>(), Err(error))
             }
         };
@@ -136,7 +139,10 @@ impl Place {
     pub(super) fn missing(&self, model: &str) -> Option<String> {
         match self {
             Self::Folder(_) => None,
-            Self::Copy(copied) => copied.missing().get(model).cloned(),
+            Self::Copy(copied) => {
+                let known = copied.missing().get(model).cloned();
+                known.or_else(|| copied.mirror.is_changing(model).then(|| PARTLY.to_owned()))
+            }
         }
     }
 }

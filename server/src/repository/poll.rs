@@ -109,9 +109,10 @@ async fn watch(registry: Weak<Inner>, interval: Duration, mut repositories: Vec<
             let now = look_at(&mut repositories, are_whole);
             (repositories, now)
         });
-        let Ok((looked_at, now)) = looked.await else { return };
+        let Ok((looked_at, mut now)) = looked.await else { return };
         repositories = looked_at;
         let Some(registry) = registry.upgrade().map(Registry) else { return };
+        now.retain(|name, _| registry.artifact(name).is_none());
         let Changes { stable, gone, is_settled } = compare(&loaded, &before, &now);
         for name in gone {
             tracing::info!(model = name, "gone from its repository");
@@ -122,15 +123,16 @@ async fn watch(registry: Weak<Inner>, interval: Duration, mut repositories: Vec<
             registry.note_missing(name);
         }
         if !stable.is_empty() {
-            // Also after a failure: it is tried again when something changes.
-            // Unless some version of it serves, and would have to begin anew.
-            let again = std::mem::take(&mut failed).into_iter();
-            let again =
-                again.filter(|name| !stable.contains_key(name) && now.contains_key(name) && !registry.ready(name, ""));
-            let again: Vec<String> = again.collect();
+            let rest = std::mem::take(&mut failed).into_iter();
+            let rest = rest.filter(|name| !stable.contains_key(name) && now.get(name).is_some_and(Option::is_some));
+            // Also after a failure: it is tried again when something changes. Unless some version of it serves, and would have to
+            // begin anew; an ensemble costs nothing, and may only have wanted for what has changed.
+            let (again, rest): (Vec<_>, Vec<_>) =
+                rest.partition(|name| !registry.ready(name, "") || registry.is_ensemble(name));
             let names = stable.keys().cloned().chain(again);
             let _changing = registry.0.changing.lock().await;
             failed = registry.bring_all(names.collect()).await;
+            failed.extend(rest);
             loaded.extend(stable);
         }
         // A change is taken as soon as it stands still, which need not last a whole interval.

@@ -39,11 +39,9 @@ impl Loaded {
                 self.remarks.insert(version, reason);
                 continue;
             }
-            let (out, rest): (Vec<_>, Vec<_>) =
-                std::mem::take(&mut self.versions).into_iter().partition(|model| number(model) == version);
-            self.versions = rest;
+            self.versions.retain(|model| number(model) != version);
             // What answers questions with its graphs goes with them.
-            self.multimodal.take_if(|whole| out.iter().any(|model| model.artifact() == Some(whole.digest())));
+            self.multimodal.remove(&version);
             self.failed.entry(version).or_insert(reason);
         }
     }

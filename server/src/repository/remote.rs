@@ -161,7 +161,7 @@ impl Engine for RemoteEngine {
     }
 
     fn run_raw(&mut self, inputs: &[RawTensor], outputs: &[usize]) -> Result<Vec<RawTensor>, EngineError> {
-        self.run_for(inputs, outputs, Waiters { is_strict: false, deadline: None, poll_gone: &mut |_| Poll::Pending })
+        self.run_for(inputs, outputs, Waiters { deadline: None, poll_gone: &mut |_| Poll::Pending })
     }
 
     fn run_for(

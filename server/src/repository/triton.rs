@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
 use bytes::Bytes;
+use sensorium_artifact::TensorSpec;
 use sensorium_engine::{Engine, RESET_METHOD, RawTensor, SameFile};
 use sensorium_proto::inference::{ModelConfig, ModelEnsembling, ModelOutput, model_config::SchedulingChoice};
 use sensorium_telemetry::error_line;
@@ -20,7 +21,7 @@ use super::{
 use crate::{
     files::{self, inside},
     model::{Ensemble, Find, Graph, Iteration, ModelVersion, Runs, Seated, Sequences, Stateful, Statistics},
-    scheduler::{Policy, Reopen, Scheduler, Setup},
+    scheduler::{Policy, Reopen, Scheduler, Setup, Slots},
 };
 
 /// A model's folder and configuration, read and not yet opened.
@@ -91,8 +92,7 @@ impl Found {
                 match artifact::open_folder(name, version, &path, self.own.clone(), opening) {
                     Ok(found) => {
                         loaded.versions.extend(found.versions);
-                        // The newest speaks for all: typed parts come without a version.
-                        loaded.multimodal = found.multimodal.or(loaded.multimodal);
+                        loaded.multimodal.extend(found.multimodal);
                     }
                     Err(reason) => drop(loaded.failed.insert(version, reason)),
                 }
@@ -219,7 +219,15 @@ fn open_version(
     let mut policy = Policy::of_model(&config, opening.batching)?;
     policy.padding = engines::padding(&config)?;
     if let Some(padding) = policy.padding.as_mut().filter(|_| binding.ragged.joins().is_empty()) {
-        let shown: Vec<usize> = binding.outputs.iter().map(|bound| bound.index).collect();
+        // What a sequence keeps goes into its next run: padding in it would be somebody else's.
+        let state = match &config.scheduling_choice {
+            Some(SchedulingChoice::SequenceBatching(sequence)) => &sequence.state[..],
+            _ => &[],
+        };
+        let of_state = |output: &TensorSpec| state.iter().any(|state| state.output_name == output.name);
+        let kept =
+            signature.outputs().iter().enumerate().filter(|(_, output)| of_state(output)).map(|(index, _)| index);
+        let shown: Vec<usize> = binding.outputs.iter().map(|bound| bound.index).chain(kept).collect();
         padding.follows = lengths::follows(engines[0].as_mut(), padding, &shown)?;
     }
     if config.parameters.contains_key(RESET_METHOD) && interface.max_rows.is_some_and(|rows| rows > 1) {
@@ -257,8 +265,9 @@ fn open_version(
             reopen: Some(reopen),
             policy: policy.clone(),
             batches: interface.max_rows.is_some(),
-            slots: opening.slots.clone(),
-            threads: options.threads.get(),
+            // A run on a GPU takes none of the processor's.
+            slots: if on_gpu { Slots::new(count) } else { opening.slots.clone() },
+            threads: if on_gpu { 1 } else { options.threads.get() },
             metrics: opening.metrics.graph(name, &version.to_string()),
             statistics: statistics.clone(),
             lost: opening.lost.clone(),

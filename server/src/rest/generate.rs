@@ -149,10 +149,18 @@ fn input(
     if spec.shape.is_empty() && elements != 1 {
         return Err(reader.error("this input is a single element").into());
     }
+    let (mut shape, open) = one_row(model, spec, elements);
+    // Where nothing else takes more elements than one row has, they are more rows.
+    if let ([rows, row @ ..], 0, true) = (&mut shape[..], open, model.config().max_batch_size > 0) {
+        let row = row.iter().product::<i64>();
+        if row > 0 && elements > 0 && elements as i64 % row == 0 {
+            *rows = elements as i64 / row;
+        }
+    }
     request.inputs.push(InferInputTensor {
         name: key.to_owned(),
         datatype: crate::wire::datatype_name(spec.dtype).to_owned(),
-        shape: one_row(model, spec, elements).0,
+        shape,
         ..InferInputTensor::default()
     });
     request.raw_input_contents.push(data);

@@ -120,6 +120,9 @@ fn change(body: &[u8]) -> Result<HashMap<String, ModelRepositoryParameter>, Refu
                 Scalar::Bool(value) => ParameterChoice::BoolParam(value),
                 Scalar::Number(value) => ParameterChoice::Int64Param(value.parse().map_err(|_| neither())?),
                 Scalar::Text(text) if name.starts_with("file:") => {
+                    // In lines, as Triton's own client and `base64` write it.
+                    let is_in_lines = text.bytes().any(|byte| byte.is_ascii_whitespace());
+                    let text = if is_in_lines { text.split_ascii_whitespace().collect() } else { text };
                     let bytes = BASE64.decode(text.as_bytes()).map_err(|error| {
                         Refusal::invalid(format!("parameter {name:?} is no base64, as files must be: {error}"))
                     })?;
@@ -236,7 +239,8 @@ pub(super) async fn log_settings(State(rest): State<Rest>, headers: HeaderMap, b
         };
         (name, SettingValue { parameter_choice: choice })
     };
-    let settings = asked.into_iter().map(setting).collect();
+    // As with Triton, a setting that is null is left as it is.
+    let settings = asked.into_iter().filter(|(_, value)| !value.is_null()).map(setting).collect();
     let said = rest.service.log_settings(LogSettingsRequest { settings })?.settings;
     let value = |(name, value): (String, log_settings_response::SettingValue)| {
         let value = match value.parameter_choice? {

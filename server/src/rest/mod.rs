@@ -41,7 +41,7 @@ pub(crate) struct Target {
     version: String,
 }
 
-/// What probes ask alone, for a port where nobody is kept out.
+/// What probes ask alone, for a port that has connections of its own.
 pub fn health(service: Service) -> Router {
     let router = Router::new().route("/livez", get(manage::alive)).route("/readyz", get(manage::ready));
     router.with_state(Rest { service: Arc::new(service), max_bytes: 0 })

@@ -152,9 +152,7 @@ pub(super) fn read(
             "id" => request.id = text(reader)?,
             "parameters" if is_null(reader)? => {}
             "parameters" => reader.object(|reader, key| match key {
-                "binary_data_output" => {
-                    value(reader).map(|value| wanted.all = value.is_some_and(|value| is_true(&value)))
-                }
+                "binary_data_output" => flag(reader, key).map(|value| wanted.all = value.unwrap_or(false)),
                 key => parameters.read(reader, key, &mut request.parameters),
             })?,
             "inputs" => {
@@ -272,7 +270,7 @@ fn input<'a>(
             // As KServe's client writes the data of what is behind the JSON and has no bytes.
             "parameters" | "data" if is_null(reader)? => {}
             "parameters" => reader.object(|reader, key| match key {
-                "binary_data_size" => value(reader).map(|value| size = as_size(value)),
+                "binary_data_size" => bytes(reader).map(|value| size = value),
                 key => parameters.read(reader, key, &mut input.parameters),
             })?,
             "data" => {
@@ -314,7 +312,7 @@ fn output(
             "parameters" if is_null(reader)? => {}
             "parameters" => reader.object(|reader, key| match key {
                 "binary_data" => {
-                    is_binary = value(reader)?.map(|value| is_true(&value));
+                    is_binary = flag(reader, key)?;
                     Ok(())
                 }
                 key => parameters.read(reader, key, &mut output.parameters),
@@ -376,8 +374,30 @@ fn is_null(reader: &mut Reader<'_>) -> Result<bool, JsonError> {
     Ok(reader.peek() == b'n' && reader.scalar()? == Scalar::Null)
 }
 
-fn is_true(value: &ParameterChoice) -> bool {
-    *value == ParameterChoice::BoolParam(true)
+/// A parameter that is true or false; null says nothing.
+fn flag(reader: &mut Reader<'_>, name: &str) -> Result<Option<bool>, JsonError> {
+    let at = reader.clone();
+    match scalar(reader)? {
+        Some(Scalar::Null) => Ok(None),
+        Some(Scalar::Bool(value)) => Ok(Some(value)),
+        _ => Err(at.error(format!("{name} is true or false"))),
+    }
+}
+
+/// A parameter that counts bytes; null says nothing.
+fn bytes(reader: &mut Reader<'_>) -> Result<Option<usize>, JsonError> {
+    let at = reader.clone();
+    let wrong = || at.error("binary_data_size is a number of bytes");
+    match scalar(reader)? {
+        Some(Scalar::Null) => Ok(None),
+        Some(Scalar::Number(value)) => value.parse().map(Some).map_err(|_| wrong()),
+        _ => Err(wrong()),
+    }
+}
+
+/// What is no list and no object.
+fn scalar<'a>(reader: &mut Reader<'a>) -> Result<Option<Scalar<'a>>, JsonError> {
+    if matches!(reader.peek(), b'[' | b'{') { Ok(None) } else { reader.scalar().map(Some) }
 }
 
 fn number(reader: &Reader<'_>, value: &str) -> Result<ParameterChoice, JsonError> {
@@ -391,14 +411,6 @@ fn number(reader: &Reader<'_>, value: &str) -> Result<ParameterChoice, JsonError
 }
 
 /// A parameter that counts bytes.
-fn as_size(value: Option<ParameterChoice>) -> Option<usize> {
-    match value? {
-        ParameterChoice::Int64Param(value) => usize::try_from(value).ok(),
-        ParameterChoice::Uint64Param(value) => usize::try_from(value).ok(),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -508,6 +520,16 @@ mod tests {
                 r#"{"inputs": [{"name": "a", "shape": [1], "datatype": "INT8", "data": [1], "data": [2]}]}"#,
                 "an input has data once",
             ),
+            (
+                r#"{"inputs": [], "outputs": [{"name": "y", "parameters": {"binary_data": 1}}]}"#,
+                "binary_data is true or false",
+            ),
+            (r#"{"inputs": [], "parameters": {"binary_data_output": "true"}}"#, "binary_data_output is true or false"),
+            (
+                r#"{"inputs": [{"name": "a", "parameters": {"binary_data_size": "4"}}]}"#,
+                "binary_data_size is a number of bytes",
+            ),
+            (r#"{"inputs": [{"name": "a", "parameters": {"binary_data_size": -1}}]}"#, "is a number of bytes"),
             (r#"{"inputs": []} x"#, "the text should end here"),
             (r#"{"id": 1, "inputs": []}"#, "a string should be here"),
         ] {

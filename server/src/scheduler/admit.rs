@@ -212,6 +212,8 @@ impl Queue {
             }
             if state.vacancies > 0 {
                 state.vacancies -= 1;
+                // Whoever waits for a time has left this to us, and we go.
+                self.tell(&state);
                 return Some(Task::Replace);
             }
             let now = Instant::now();

@@ -227,6 +227,9 @@ impl<J> Line<J> {
             } else {
                 // It could only be joined by what this batch cannot take: waiting would help neither.
                 batch.is_stuck = true;
+                if policy.preserve_ordering {
+                    break;
+                }
             }
         }
         Some(batch)
@@ -238,6 +241,9 @@ impl<J> Line<J> {
         if let Some(level) = self.by_level.get_mut(&ticket.level) {
             level.requests = level.requests.saturating_sub(1);
             level.rows = level.rows.saturating_sub(ticket.rows);
+            if level.requests == 0 {
+                self.by_level.remove(&ticket.level);
+            }
         }
         let number = Number { level: key.0, arrival: key.2 };
         for at in ticket.expiries() {

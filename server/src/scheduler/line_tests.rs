@@ -97,6 +97,17 @@ fn a_lower_level_number_goes_first_and_fills_its_batch_from_below() {
 }
 
 #[test]
+fn where_order_is_kept_none_goes_before_one_that_does_not_fit() {
+    for (preserve_ordering, first) in [(true, vec![0]), (false, vec![0, 2])] {
+        let mut bench = Bench::new(Policy { preserve_ordering, ..policy(8) });
+        for rows in [6, 4, 2] {
+            bench.come(rows, 0, |_| {});
+        }
+        assert_eq!(bench.next(9), Ok(first));
+    }
+}
+
+#[test]
 fn each_level_has_a_bound_of_its_own_on_requests_and_one_on_rows_with_those_above() {
     let narrow = QueuePolicy { max_requests: 1, ..QueuePolicy::default() };
     let mut bench =

@@ -26,6 +26,9 @@ use super::{
 };
 use crate::model::Timings;
 
+/// Bytes of an output from which on an answer is sent as it is; smaller ones are copied into it.
+const LARGE: usize = 4 << 10;
+
 /// Memory in which the inputs of batches are put together, one for each input: that of the last batch, used again.
 type Rooms = Vec<BytesMut>;
 
@@ -135,7 +138,12 @@ impl Runner {
     fn outcomes(&self, engine: &mut dyn Engine, jobs: &mut [Job], batch: Batch, rooms: &mut Rooms) -> Vec<Outcome> {
         match self.run_together(engine, jobs, batch, rooms) {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
-            Err(error) if jobs.len() < 2 || error.is_of_the_whole_batch() => {
+            // An engine that keeps something of each run has it of this one.
+            Err(error)
+                if jobs.len() < 2
+                    || error.is_of_the_whole_batch()
+                    || engine.keeps_state() && matches!(error, ScheduleError::Outputs { .. }) =>
+            {
                 jobs.iter().map(|_| Err(error.clone())).collect()
             }
             Err(error) => {
@@ -183,14 +191,17 @@ impl Runner {
         let deadline = if is_probe { Some(started + LONGEST_PROBE) } else { last_deadline(jobs) };
         let poll_gone = &mut |context: &mut Context<'_>| poll_gone(jobs, context);
         // What nobody asked for must not take an engine for good.
-        let found = engine.run_for(&inputs, &wanted, Waiters { is_strict: is_probe, deadline, poll_gone });
+        let found = engine.run_for(&inputs, &wanted, Waiters { deadline, poll_gone });
         let ran = Instant::now();
-        let found = found.map_err(|error| failed(engine.signature().explain(&inputs, error))).inspect_err(|error| {
-            record_end(&span, Code::Internal.into(), Some(&error_line(error)));
+        let in_vain = || {
             if !is_probe {
                 queue.metrics.ran(rows, ran - joined);
                 queue.statistics.ran_in_vain();
             }
+        };
+        let found = found.map_err(|error| failed(engine.signature().explain(&inputs, error))).inspect_err(|error| {
+            record_end(&span, Code::Internal.into(), Some(&error_line(error)));
+            in_vain();
         })?;
         let works = works_of(jobs);
         let found = if filling == 0 {
@@ -202,7 +213,10 @@ impl Runner {
             self.never_fills.store(true, Ordering::Relaxed);
             return self.run_together(engine, jobs, batch, rooms);
         };
-        let outputs = self.split(&works, &wanted, &found).ok_or_else(unfit)?;
+        let Some(outputs) = self.split(&works, &wanted, &found) else {
+            in_vain();
+            return Err(unfit());
+        };
         let timings = Timings {
             compute_input: joined - started,
             compute_infer: ran - joined,
@@ -262,8 +276,12 @@ impl Runner {
         let columns: Vec<Vec<RawTensor>> = indices.iter().zip(found).map(split).collect::<Option<_>>()?;
         let answer = |(member, work): (usize, &&Work)| {
             let own = |output: &usize| {
-                let rows = columns[indices.binary_search(output).ok()?][member].clone();
-                self.queue.shapes.trim(*output, rows, work).ok()
+                let column = indices.binary_search(output).ok()?;
+                let rows = columns[column][member].clone();
+                let (bytes, all) = (rows.data().len(), found[column].data().len());
+                let rows = self.queue.shapes.trim(*output, rows, work).ok()?;
+                // An answer may be on its way for long, and what is held for it is not to be all of its batch.
+                Some(if bytes >= LARGE && bytes <= all / 2 { rows.detached() } else { rows })
             };
             work.outputs.iter().map(own).collect()
         };

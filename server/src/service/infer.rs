@@ -169,7 +169,7 @@ impl Service {
         let (_running, _room, request, reply) = begun?;
         let answer = within(call, pin!(model.infer(request))).await?;
         spans::timed(&Span::current(), &answer.timings);
-        Ok(wire::encode(model, id, answer, &reply, &self.memory)?)
+        Ok(wire::encode(model, id, answer, &reply)?)
     }
 
     /// What a request needs before its model hears of it: a place among those that the drain waits for, and room for its answer.

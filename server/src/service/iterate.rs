@@ -124,7 +124,7 @@ impl Service {
                 if std::mem::take(&mut is_first) {
                     self.metrics.first_response(model.name(), model.version(), asked.elapsed());
                 }
-                let response = wire::encode(model, id.clone(), response, &reply, &self.memory)?;
+                let response = wire::encode(model, id.clone(), response, &reply)?;
                 room.send(Ok((response, is_last)));
                 if is_last {
                     return Ok(());

@@ -3,6 +3,7 @@
 
 mod call;
 mod grpc;
+mod health;
 mod infer;
 mod iterate;
 mod metadata;

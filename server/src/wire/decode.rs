@@ -13,11 +13,11 @@ use sensorium_proto::inference::{
 use super::{InvalidRequest, datatype, error::excerpt};
 use crate::{
     model::{NamedTensor, Parameter, Request, Sequence, SequenceId},
-    shared_memory::{Region, SharedMemory},
+    shared_memory::{Held, Region, SharedMemory},
 };
 
 /// A request, and how its answer is to be sent.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Decoded {
     /// What the model is asked.
     pub request: Request,
@@ -26,19 +26,19 @@ pub struct Decoded {
 }
 
 /// What a client asks of an answer, apart from its values.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Reply {
     /// Outputs that do not go into the message as they are.
     pub outputs: Vec<(String, Form)>,
 }
 
 /// The form of an output that is not sent as it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Form {
     /// As the so many highest scores with their classes.
     Classes(usize),
     /// Into shared memory.
-    Shared(Region),
+    Shared(Held),
 }
 
 /// Reads a request. Tensors share the bytes of the message where it has raw contents; those in `memory` are read now.
@@ -50,11 +50,7 @@ pub fn decode(message: ModelInferRequest, memory: &SharedMemory) -> Result<Decod
     let mut reply = Reply::default();
     request_parameters(message.parameters, &mut request)?;
     for output in message.outputs {
-        let form = form(&output.name, &output.parameters)?;
-        if let Some(Form::Shared(region)) = &form {
-            // Before the model runs: what is refused has changed nothing.
-            memory.check(region)?;
-        }
+        let form = form(&output.name, &output.parameters, memory)?;
         reply.outputs.extend(form.map(|form| (output.name.clone(), form)));
         request.outputs.push(output.name);
     }
@@ -172,13 +168,17 @@ fn boolean(value: &ParameterChoice) -> Option<bool> {
 }
 
 /// How an output is to be sent.
-fn form(output: &str, parameters: &HashMap<String, InferParameter>) -> Result<Option<Form>, InvalidRequest> {
+fn form(
+    output: &str,
+    parameters: &HashMap<String, InferParameter>,
+    memory: &SharedMemory,
+) -> Result<Option<Form>, InvalidRequest> {
     if parameters.is_empty() {
         return Ok(None);
     }
     let at = || format!("output {:?}", excerpt(output));
     let wrong = |name: &str, reason| InvalidRequest::Parameter { at: at(), name: name.to_owned(), reason };
-    let shared = region(at, parameters)?.map(Form::Shared);
+    let shared = region(at, parameters)?;
     let classes = match parameters.get("classification").and_then(|value| value.parameter_choice.as_ref()) {
         None => None,
         Some(value) => {
@@ -191,7 +191,9 @@ fn form(output: &str, parameters: &HashMap<String, InferParameter>) -> Result<Op
         (Some(_), Some(_)) => {
             Err(wrong("classification", "classes have no fixed size, so they cannot go into shared memory"))
         }
-        (shared, classes) => Ok(shared.or(classes)),
+        // Before the model runs: what is refused has changed nothing.
+        (Some(region), None) => Ok(Some(Form::Shared(memory.hold(region)?))),
+        (None, classes) => Ok(classes),
     }
 }
 

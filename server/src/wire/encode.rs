@@ -11,7 +11,7 @@ use super::{Form, InvalidRequest, Reply, classes, datatype};
 use crate::{
     blocking::in_place,
     model::{ModelVersion, NamedTensor, Response},
-    shared_memory::{Region, SharedMemory},
+    shared_memory::Region,
 };
 
 /// The response of one inference, its outputs in the forms that the request asked for.
@@ -23,7 +23,6 @@ pub fn encode(
     id: String,
     answer: Response,
     reply: &Reply,
-    memory: &SharedMemory,
 ) -> Result<ModelInferResponse, InvalidRequest> {
     let mut response = ModelInferResponse {
         model_name: model.name().to_owned(),
@@ -45,12 +44,13 @@ pub fn encode(
         };
         let (dtype, shape, data) = tensor.into_parts();
         let mut output = InferOutputTensor { datatype: datatype::name(dtype).to_owned(), shape, ..Default::default() };
-        if let Some(Form::Shared(region)) = form {
+        if let Some(Form::Shared(held)) = form {
+            let region = held.region();
             let found = data.len();
             if found as u64 > region.byte_size {
                 return Err(InvalidRequest::SharedOutput { output: name, found, given: region.byte_size });
             }
-            memory.write(region, &data)?;
+            held.write(&data)?;
             output.parameters = place(region, found as u64);
             // Clients count entries to find an output's: each has one, and this one's is empty.
             response.raw_output_contents.push(Bytes::new());

@@ -136,6 +136,36 @@ async fn a_name_that_an_artifact_has_is_free_once_that_is_unloaded() {
 }
 
 #[tokio::test]
+async fn an_artifact_that_is_no_model_as_a_whole_is_unloaded_by_its_name() {
+    let bench = Bench::new();
+    write_artifact(&bench, &["tiny/1"]).await;
+    let path = bench.path().join("tiny/1/manifest.json");
+    let mut manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    manifest.as_object_mut().unwrap().remove("pipeline");
+    std::fs::write(&path, manifest.to_string()).unwrap();
+    let registry = bench.open(ControlMode::Explicit, &["tiny"]).await;
+    assert!(registry.ready("tiny.fusion", "") && !registry.ready("tiny", ""), "{:?}", index(&registry));
+    registry.unload("tiny", false).await.unwrap();
+    assert!(registry.names().is_empty(), "{:?}", index(&registry));
+}
+
+#[tokio::test]
+async fn an_artifact_reads_no_file_but_its_own() {
+    let bench = Bench::new();
+    write_artifact(&bench, &["tiny/1"]).await;
+    let path = bench.path().join("tiny/1/manifest.json");
+    let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for tokenizer in ["/dev/zero", "../../secret", "other.json"] {
+        let mut manifest = manifest.clone();
+        manifest["pipeline"]["text"]["tokenizer"] = tokenizer.into();
+        std::fs::write(&path, manifest.to_string()).unwrap();
+        let registry = bench.open_all().await;
+        let said = index(&registry).remove(0);
+        assert!(said.ends_with(&format!("its tokenizer {tokenizer:?} is none of its files")), "{said}");
+    }
+}
+
+#[tokio::test]
 async fn typed_parts_go_to_the_newest_version_also_where_that_could_not_be_loaded_again() {
     let bench = Bench::new();
     write_artifact(&bench, &["tiny/1", "tiny/2"]).await;

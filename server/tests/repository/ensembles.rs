@@ -305,6 +305,52 @@ async fn what_goes_with_an_ensemble_is_what_nobody_else_needs_or_asked_for() {
 }
 
 #[tokio::test]
+async fn an_ensemble_that_changes_before_its_model_does_is_there_when_both_have() {
+    let bench = Bench::new();
+    bench.write("twice", "1/model.onnx", scale(2.0, Some(2))).write("e", "config.pbtxt", ensemble_of_rows(2, -1));
+    let registry = bench.open(ControlMode::Poll(Duration::from_millis(20)), &[]).await;
+    assert_eq!(answer(&registry, "e", &[1, 2], &[1.0, 2.0]).await, [2.0, 4.0]);
+    bench.write("e", "config.pbtxt", ensemble_of_rows(3, -1));
+    let has_failed = async || index(&registry)[0].starts_with("e 1 READY it is as it was loaded before");
+    eventually("it does not fit the model that there is", has_failed).await;
+    bench.write("twice", "1/model.onnx", scale(3.0, Some(3)));
+    let asked = async || infer(&registry, "e", request(f32s(&[1, 3], &[1.0, 2.0, 3.0]))).await;
+    eventually("both are there", async || asked().await.is_ok()).await;
+    assert_eq!(index(&registry), ["e 1 READY", "twice 1 READY"]);
+}
+
+#[tokio::test]
+async fn a_broken_version_below_an_ensemble_keeps_it_from_nothing_that_it_does_not_name() {
+    let bench = Bench::new();
+    bench.write("twice", "1/model.onnx", scale(2.0, None)).write("twice", "2/model.onnx", b"no graph");
+    bench.write("twice", "config.pbtxt", "version_policy { all { } }");
+    bench.write("e", "config.pbtxt", ensemble_of("twice")).write("pinned", "config.pbtxt", ensemble_of_rows(1, 2));
+    let registry = bench.open_all().await;
+    assert_eq!(answer(&registry, "e", &[1, 1], &[1.0]).await, [2.0]);
+    assert!(!registry.ready("pinned", ""), "{:?}", index(&registry));
+}
+
+#[tokio::test]
+async fn an_ensemble_that_cannot_be_loaded_again_is_not_ready_on_models_that_it_does_not_fit() {
+    let bench = Bench::new();
+    bench.write("twice", "1/model.onnx", scale(2.0, Some(2))).write("e", "config.pbtxt", ensemble_of_rows(2, -1));
+    let registry = bench.open(ControlMode::Explicit, &["e"]).await;
+    bench.write("twice", "1/model.onnx", scale(3.0, Some(3))).write("e", "config.pbtxt", ensemble_of_rows(5, -1));
+    registry.load("e", LoadParameters::default()).await.unwrap_err();
+    let said = index(&registry).remove(0);
+    assert!(said.starts_with("e 1 UNAVAILABLE its models do not fit together any more"), "{said}");
+}
+
+#[tokio::test]
+async fn who_is_asked_for_by_name_stays_also_where_an_ensemble_has_brought_him() {
+    let bench = models();
+    bench.write("e", "config.pbtxt", ensemble_of("twice"));
+    let registry = bench.open(ControlMode::Explicit, &["e", "twice"]).await;
+    registry.unload("e", true).await.unwrap();
+    assert_eq!(registry.names(), ["twice"]);
+}
+
+#[tokio::test]
 async fn a_row_goes_between_models_that_batch_and_others() {
     let step = |model: &str, from: &str, to: &str| {
         format!(

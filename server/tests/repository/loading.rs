@@ -135,6 +135,30 @@ async fn a_model_is_warm_before_it_is_ready() {
     assert_eq!(registry.statistics("zero", "").unwrap()[0].execution_count, 0, "only requests are counted");
 }
 
+#[tokio::test]
+async fn a_warm_up_that_no_memory_could_hold_is_a_reason_and_harms_no_other_model() {
+    let bench = Bench::new();
+    let warm = |rows: &str, size: &str| {
+        format!(
+            "max_batch_size: 4 model_warmup {{ name: \"w\" batch_size: {rows} inputs {{ key: \"x\" value {{ \
+             data_type: TYPE_FP32 dims: {size} zero_data: true }} }} }}"
+        )
+    };
+    for (name, rows, size) in [("wide", "1", "100000000000000"), ("many", "4000000000", "3")] {
+        bench.write(name, "1/model.onnx", scale(2.0, None)).write(name, "config.pbtxt", warm(rows, size));
+    }
+    bench.write("other", "1/model.onnx", scale(2.0, None));
+    let registry = bench.open_all().await;
+    let reason = |name: &str| registry.model(name, "").unwrap_err().to_string();
+    assert!(reason("wide").contains("come to more than the 1073741824 bytes"), "{}", reason("wide"));
+    assert!(
+        reason("many").contains("has batch_size 4000000000, and the model's max_batch_size is 4"),
+        "{}",
+        reason("many")
+    );
+    assert!(registry.ready("other", ""));
+}
+
 /// `y = x`, by way of rows of `width` numbers: fails where their number is no multiple of it.
 fn picky(width: i64) -> Vec<u8> {
     let mut graph = GraphBuilder::new("picky");

@@ -1,4 +1,4 @@
-//! The bound on the number of connections.
+//! How many connections there may be, and what clients hear that are refused while they still send.
 
 use std::{
     process::{Command, Stdio},
@@ -12,9 +12,9 @@ use tokio::{
     net::TcpStream,
     time,
 };
-use tonic::codegen::http::Request;
+use tonic::{Code, codegen::http::Request};
 
-use crate::harness::{INFER, Server, eventually, floats, frame, input, raw_request};
+use crate::harness::{INFER, Server, eventually, floats, frame, http, input, raw_request};
 
 const OPEN: &str = "sensorium_server_connections";
 const REFUSALS: &str = "sensorium_server_connections_refusals_total";
@@ -134,4 +134,57 @@ async fn calls_that_are_taken_back_at_once_end_no_other_of_their_connection() {
     let mut body = answer.into_body();
     let message = body.data().await.expect("an answer, and no status alone").unwrap();
     assert!(message.len() > 16, "{message:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_refused_while_he_still_sends_hears_why_over_both_versions_of_http() {
+    const BYTES: usize = 8 << 20;
+    const TIMES: usize = 10;
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens");
+    std::fs::write(&tokens, "alice 0123456789abcdef0123456789abcdef\n").unwrap();
+    let server = Server::start(&["--auth-tokens", tokens.to_str().unwrap()]).await;
+    let body = vec![b' '; BYTES];
+    let head = format!("POST /v2/models/tiny/infer HTTP/1.1\r\nhost: localhost\r\ncontent-length: {BYTES}\r\n\r\n");
+    for _ in 0..TIMES {
+        // As many clients do: all of it is sent, and only then is anything read.
+        let mut stream = TcpStream::connect(server.http).await.unwrap();
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(&body).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 401 "), "{answer}");
+        assert!(answer.contains("\r\nconnection: close\r\n"), "no other request comes over it: {answer}");
+    }
+    let mut client = server.inference().await;
+    for _ in 0..TIMES {
+        let request = raw_request("tiny", vec![(input("image", "UINT8", &[BYTES as i64]), body.clone())]);
+        let status = client.model_infer(request).await.unwrap_err();
+        assert_eq!(status.code(), Code::Unauthenticated, "{status:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_beyond_the_limit_is_resource_exhausted_on_a_stream_as_well() {
+    let server = Server::start(&["--max-request-bytes", "65536"]).await;
+    let request = raw_request("tiny", vec![(input("image", "UINT8", &[100_000]), vec![0; 100_000])]);
+    let answers = server.inference().await.model_stream_infer(tokio_stream::iter([request])).await;
+    let status = match answers {
+        Err(status) => status,
+        Ok(answers) => answers.into_inner().message().await.unwrap_err(),
+    };
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_say_that_it_is_grpc_is_no_call() {
+    let server = Server::start(&[]).await;
+    for (address, path) in
+        [(server.grpc, INFER), (server.http, INFER), (server.http, "/inference.GRPCInferenceService/ServerLive")]
+    {
+        let answer = http(address, "POST", path, &[("content-type", "application/json")], b"{}").await.unwrap();
+        assert_eq!((answer.status, answer.header("content-type")), (415, Some("application/json")), "{path}");
+        let said = answer.json()["error"].as_str().unwrap().to_owned();
+        assert!(said.contains("its content-type is application/grpc"), "{said}");
+    }
 }

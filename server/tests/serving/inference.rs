@@ -1,5 +1,7 @@
 //! What a proper client gets: the six core calls, typed parts, health and metrics.
 
+use std::time::Duration;
+
 use sensorium_engine::fixture::{self, QUESTION};
 use sensorium_proto::{
     inference::{
@@ -196,6 +198,12 @@ async fn health_and_metrics_are_told_by_every_means() {
         let status = health.check(request).await.unwrap().into_inner().status();
         assert_eq!(status, ServingStatus::Serving, "{service:?}");
     }
+    let other = || HealthCheckRequest { service: "other".to_owned() };
+    assert_eq!(health.check(other()).await.unwrap_err().code(), Code::NotFound);
+    let mut watched = health.watch(other()).await.unwrap().into_inner();
+    assert_eq!(watched.message().await.unwrap().unwrap().status(), ServingStatus::ServiceUnknown);
+    let more = tokio::time::timeout(Duration::from_millis(200), watched.message()).await;
+    assert!(more.is_err(), "it waits for the service, and does not end: {more:?}");
     let request = tensor_question(&fixture::png([200, 0, 0]), QUESTION);
     server.inference().await.model_infer(request.clone()).await.unwrap();
     let unknown = ModelInferRequest { model_name: "elsewhere".to_owned(), ..request };

@@ -215,6 +215,10 @@ async fn generating_takes_plain_fields() {
         assert_eq!(answer.status, 200, "{answer:?}");
         assert_eq!(answer.json()["image_embedding"], plain["outputs"][1]["data"]);
     }
+    let body = json!({"pixel_values": vec![0.5; 2 * 192]}).to_string();
+    let answer = server.post("/v2/models/tiny.image_encoder/generate", &[], body.as_bytes()).await.json();
+    let two = server.post(ENCODER, &[], pixels(2, 0.5).to_string().as_bytes()).await.json();
+    assert_eq!(answer["image_embedding"], two["outputs"][1]["data"], "more elements are more rows");
     let body = json!({"pixel_values": vec![0.5; 191]}).to_string();
     let refused = server.post("/v2/models/tiny.image_encoder/generate", &[], body.as_bytes()).await;
     assert_eq!(refused.status, 400, "{refused:?}");
@@ -250,6 +254,8 @@ async fn statistics_logging_and_the_repository_answer() {
     let changed = server.post("/v2/logging", &[], br#"{"log_verbose_level": 1}"#).await.json();
     assert_eq!((&changed["log_verbose_level"], &changed["log_info"]), (&json!(1), &json!(true)));
     assert_eq!(server.post("/v2/logging", &[], br#"{"log_colour": true}"#).await.status, 400);
+    let changed = server.post("/v2/logging", &[], br#"{"log_info": null, "log_verbose_level": 2}"#).await.json();
+    assert_eq!((&changed["log_verbose_level"], &changed["log_info"]), (&json!(2), &json!(true)), "null says nothing");
     // Triton's client leaves this in the headers of its caller after a compressed inference.
     let headers = [("content-encoding", "gzip")];
     assert_eq!(server.post("/v2/logging", &headers, br#"{"log_verbose_level": 0}"#).await.status, 200);
@@ -273,6 +279,15 @@ async fn models_are_loaded_and_unloaded_by_request() {
     assert_eq!(answer.json(), json!({"model_name": "tiny", "isLoaded": true}));
     assert_eq!(server.get(server.http, "/v2/models/tiny/ready").await.0, 200);
     assert_eq!(server.post("/v2/repository/models/elsewhere/load", &[], b"").await.status, 404);
+    // As Triton's C++ client and `base64` write it.
+    let base64 = "Y29uZmlndXJhdGlv\nbg==\n";
+    let files = json!({"parameters": {"config": "{}", "file:1/model.onnx": base64}}).to_string();
+    let refused = server.post("/v2/repository/models/other/load", &[], files.as_bytes()).await;
+    assert!(!error(&refused).contains("base64") && error(&refused).contains("cannot be opened"), "{}", error(&refused));
+    let body = pixels(1, 0.5).to_string();
+    let refused = server.post("/v2/models/tiny/versions/latest/infer", &[], body.as_bytes()).await;
+    assert_eq!(refused.status, 400, "{refused:?}");
+    assert!(error(&refused).contains("version \"latest\" of model \"tiny\" is no number"), "{}", error(&refused));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -20,6 +20,8 @@ use crate::harness::{INFER, Server, answer, bytes_tensor, endpoint, eventually, 
 
 /// A request whose second half has not been sent yet.
 struct Half {
+    /// Bytes of the first one.
+    sent: usize,
     rest: Bytes,
     body: mpsc::Sender<Result<Bytes, std::convert::Infallible>>,
     response: JoinHandle<Result<Response<tonic::body::Body>, tonic::transport::Error>>,
@@ -28,11 +30,18 @@ struct Half {
 async fn send_half(mut channel: Channel) -> Half {
     let mut first = frame(&tensor_question(&fixture::png([0, 200, 0]), QUESTION).encode_to_vec());
     let rest = first.split_off(first.len() / 2);
+    let sent = first.len();
     let (body, chunks) = mpsc::channel(1);
     let stream = axum::body::Body::from_stream(ReceiverStream::new(chunks));
     let response = tokio::spawn(async move { post(&mut channel, INFER, None, stream).await });
     body.send(Ok(first)).await.unwrap();
-    Half { rest, body, response }
+    Half { sent, rest, body, response }
+}
+
+/// Waits until the server holds so many bytes of requests: what was sent may still be on its way.
+async fn holds(server: &Server, bytes: usize) {
+    let held = async || server.sample("sensorium_server_request_bytes").await.unwrap();
+    eventually("what was sent has arrived", async || held().await >= bytes as f64).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -47,8 +56,7 @@ async fn requests_in_flight_are_answered_after_sigterm_and_new_ones_find_nobody(
     let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
     let mut upload = TcpStream::connect(server.http).await.unwrap();
     upload.write_all(&[head.as_bytes(), &body[..20]].concat()).await.unwrap();
-    // A call after the halves on each connection would prove that they arrived; time is the simpler proof.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    holds(&server, halves.iter().map(|half| half.sent).sum::<usize>() + 20).await;
     let mut watch = HealthClient::new(server.channel().await)
         .watch(HealthCheckRequest { service: String::new() })
         .await
@@ -60,6 +68,7 @@ async fn requests_in_flight_are_answered_after_sigterm_and_new_ones_find_nobody(
     eventually("readiness goes off", async || server.get(server.http, "/readyz").await.0 == 503).await;
     assert_eq!(server.get(server.http, "/livez").await.0, 200, "it is alive while it drains");
     assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    assert!(watch.message().await.unwrap().is_none(), "a call that never ends would hold the drain");
     eventually("nobody is let in", async || endpoint(server.grpc).connect().await.is_err()).await;
     assert!(server.process.try_wait().unwrap().is_none(), "it waits for what is in flight");
 
@@ -92,7 +101,7 @@ async fn a_server_told_to_follow_its_parent_ends_when_its_input_does() {
 async fn a_request_that_never_ends_holds_the_server_no_longer_than_the_deadline() {
     let mut server = Server::start(&["--drain-seconds", "1"]).await;
     let half = send_half(server.channel().await).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    holds(&server, half.sent).await;
     let asked = Instant::now();
     server.terminate();
     assert_eq!(server.exit_code().await, Some(0));

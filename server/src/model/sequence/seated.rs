@@ -271,7 +271,7 @@ mod tests {
         let mut engine = three_seats(Box::new(Cut(Signature::of_manifest(&x, &x))));
         let inputs = [f32s(&[5.0]), seat_input(Position { instance: 0, row: 1 }, true, true).unwrap()];
         assert_eq!(engine.run_raw(&inputs, &[0]).unwrap(), [f32s(&[5.0])]);
-        let waiters = Waiters { is_strict: false, deadline: None, poll_gone: &mut |_| Poll::Pending };
+        let waiters = Waiters { deadline: None, poll_gone: &mut |_| Poll::Pending };
         assert!(matches!(engine.run_for(&inputs, &[0], waiters), Err(EngineError::CutShort)));
     }
 
