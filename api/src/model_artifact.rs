@@ -41,8 +41,9 @@ pub struct ModelArtifactSpec {
     /// What the graphs are stored as: `onnx`, one ONNX file per graph.
     #[serde(default)]
     pub format: ArtifactFormat,
-    /// The graphs, with what each takes and gives.
-    #[schemars(length(min = 1, max = 64))]
+    /// The graphs, with what each takes and gives. Empty where the job's report had no room for it: the manifest has it all.
+    #[serde(default)]
+    #[schemars(length(max = 64))]
     pub signature: Vec<GraphSignature>,
     /// What the model reads, such as `text` and `image`.
     #[serde(default)]

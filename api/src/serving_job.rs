@@ -97,6 +97,11 @@ pub struct ServingJobSpec {
     #[serde(default = "default_max_unavailable")]
     #[schemars(range(max = 10_000))]
     pub disruption_max_unavailable: u32,
+    /// How long a server, or an encoder, that is to stop may take for the requests that it has accepted, in seconds: 25 where nothing
+    /// is said. Raise it where answers take longer, as long streams do.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 86_400))]
+    pub drain_seconds: Option<u32>,
     /// Where the pods may run: priority, kinds of nodes. All of it is passed to Kubernetes as it is.
     #[serde(default)]
     pub scheduling: Scheduling,

@@ -14,7 +14,7 @@ pub struct ArtifactSource {
     /// that one.
     #[schemars(schema_with = "artifact_reference_schema")]
     pub artifact: String,
-    /// The store the artifact is in: `pvc://CLAIM/PATH`, `s3://BUCKET/PREFIX` or `file:///PATH`.
+    /// The store the artifact is in: `pvc://CLAIM/PATH`, `s3://BUCKET/PREFIX`, or on one machine `file:///PATH`.
     #[serde(default = "default_store")]
     #[schemars(schema_with = "location_schema")]
     pub store: String,
@@ -27,7 +27,7 @@ pub struct OutputSpec {
     /// Name of the artifact, by which later jobs find it: lower-case letters, digits, `-` and `.`, at most 63.
     #[schemars(schema_with = "artifact_name_schema")]
     pub artifact: String,
-    /// The store to write to: `pvc://CLAIM/PATH`, `s3://BUCKET/PREFIX` or `file:///PATH`.
+    /// The store to write to: `pvc://CLAIM/PATH`, `s3://BUCKET/PREFIX`, or on one machine `file:///PATH`.
     #[serde(default = "default_store")]
     #[schemars(schema_with = "location_schema")]
     pub store: String,
@@ -82,9 +82,9 @@ fn artifact_name_schema(_: &mut SchemaGenerator) -> Schema {
         "type": "string",
         "maxLength": 63,
         "x-kubernetes-validations": [{
-            "rule": "self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$') && !self.contains('..')",
+            "rule": "self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')",
             "messageExpression": "\"'\" + self + \"' is not an artifact name; use lower-case letters, digits, '-' and \
-                                  '.', with a letter or digit at both ends, and without '..'\"",
+                                  '.', with a letter or digit at both ends and on either side of '.'\"",
         }],
     })
 }
@@ -94,7 +94,8 @@ pub(crate) fn artifact_reference_schema(_: &mut SchemaGenerator) -> Schema {
         "type": "string",
         "maxLength": 71,
         "x-kubernetes-validations": [{
-            "rule": "self.matches('^(sha256:[0-9a-f]{64}|[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?)$') && !self.contains('..')",
+            "rule": "self.matches('^(sha256:[0-9a-f]{64}|[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*)$') && \
+                     (self.startsWith('sha256:') || size(self) <= 63)",
             "messageExpression": "\"'\" + self + \"' names no artifact; use its name (lower-case letters, digits, '-' \
                                   and '.') or sha256: and 64 hexadecimal digits\"",
         }],

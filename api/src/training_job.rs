@@ -68,7 +68,7 @@ pub struct TrainingJobSpec {
     /// The network to train: described here, or taken with its weights from an artifact.
     pub model: ModelSource,
     /// What the network learns from, and what it is measured on: folders of shards with an `index.json`, as `sensorium data
-    /// import` writes them.
+    /// import` writes them and docs/data.md describes them.
     pub data: TrainingData,
     /// What the network learns to do, each at most once; their losses are added by weight.
     #[schemars(length(min = 1, max = 16))]
@@ -87,7 +87,7 @@ pub struct TrainingJobSpec {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 10_000))]
     pub workers: u32,
-    /// Processes in each worker, one per GPU where there are GPUs.
+    /// Processes in each worker. They share its CPUs.
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 64))]
     pub processes_per_worker: u32,
@@ -147,7 +147,8 @@ pub enum ModelSource {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TrainingData {
-    /// What the network learns from: `pvc://CLAIM/PATH` or `file:///PATH`; `s3://BUCKET/PREFIX` cannot be read yet.
+    /// What the network learns from: `pvc://CLAIM/PATH`, or on one machine `file:///PATH`; `s3://BUCKET/PREFIX` cannot be
+    /// read yet.
     #[schemars(schema_with = "location_schema")]
     pub train: String,
     /// Held-out data that the network is measured on and never learns from; a location as `train` is.
@@ -191,16 +192,16 @@ pub struct Parallelism {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 65_536))]
     pub data: u32,
-    /// Processes that share each layer's weights (tensor parallel).
+    /// Processes that share each layer's weights (tensor parallel). Not available yet: only 1.
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 1024))]
     pub tensor: u32,
-    /// Consecutive groups of layers, each on its own processes (pipeline parallel).
+    /// Consecutive groups of layers, each on its own processes (pipeline parallel). Not available yet: only 1.
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 1024))]
     pub pipeline: u32,
     /// ZeRO stage, what the data-parallel replicas split instead of repeating: 0 nothing, 1 optimiser states, 2 also
-    /// gradients, 3 also weights.
+    /// gradients, 3 also weights. Not available yet: only 0.
     #[serde(default)]
     #[schemars(range(max = 3))]
     pub zero_stage: u8,

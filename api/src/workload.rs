@@ -69,8 +69,9 @@ pub struct Resources {
     /// What the scheduler sets aside for the worker, such as `cpu: "4"`, `memory: 8Gi`.
     #[serde(default)]
     pub requests: BTreeMap<String, Quantity>,
-    /// What the worker may not exceed, such as `memory: 8Gi`. GPUs are asked for here, one for each process:
-    /// `nvidia.com/gpu: "2"`, or a MIG slice such as `nvidia.com/mig-1g.10gb: "1"`.
+    /// What the worker may not exceed, such as `memory: 8Gi`. A GPU is asked for here: `nvidia.com/gpu: "1"`, or a MIG slice
+    /// such as `nvidia.com/mig-1g.10gb: "1"`. Only servers use one in this version: training and compression run on CPUs,
+    /// and would hold it for nothing.
     #[serde(default)]
     pub limits: BTreeMap<String, Quantity>,
 }
@@ -145,12 +146,12 @@ pub enum TopologyMode {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct PodSettings {
-    /// The image, such as `registry.example.com/sensorium-trainer:0.1.0-cuda`; the one that the operator was installed with
+    /// The image, such as `registry.example.com/sensorium-server:0.1.0-cuda`; the one that the operator was installed with
     /// when not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 1024))]
     pub image: Option<String>,
-    /// Environment variables on top of what the job needs, such as `NCCL_SOCKET_IFNAME`.
+    /// Environment variables on top of what the job needs, such as `SENSORIUM_LOG`.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
     /// ServiceAccount of the pods; `default` when not set. Its token is not mounted: no program of ours calls the API server.

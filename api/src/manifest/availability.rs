@@ -1,12 +1,12 @@
-//! Parts of the API that are settled but that no program runs yet. Refused here, by name, instead of being ignored.
+//! Parts of the API that are settled but that no program runs yet. Refused by name, instead of being ignored.
 
-use super::{Cause, Resource};
+use super::Cause;
+use crate::TrainingJobSpec;
 
-/// The fields of `resource` that ask for something this version cannot do.
-pub(super) fn unavailable(resource: &Resource) -> Vec<(String, Cause)> {
+/// The fields of a TrainingJob that ask for something this version cannot do, such as `spec.parallelism.tensor`.
+pub fn unavailable(spec: &TrainingJobSpec) -> Vec<(String, Cause)> {
     let mut problems = Vec::new();
-    let Resource::TrainingJob(job) = resource else { return problems };
-    let parallelism = &job.spec.parallelism;
+    let parallelism = &spec.parallelism;
     let mut refuse = |field: &str, found: u32, instead| {
         problems.push((format!("spec.parallelism.{field}"), Cause::NotAvailable { found: found.to_string(), instead }));
     };

@@ -70,7 +70,10 @@ fn parse_document(mut document: Value) -> Result<Resource, Vec<(String, Cause)>>
     }
     let resource =
         (checker.decode)(document).map_err(|e| vec![(String::new(), Cause::Undecodable { message: e.to_string() })])?;
-    let unavailable = availability::unavailable(&resource);
+    let unavailable = match &resource {
+        Resource::TrainingJob(job) => availability::unavailable(&job.spec),
+        _ => Vec::new(),
+    };
     if unavailable.is_empty() { Ok(resource) } else { Err(unavailable) }
 }
 

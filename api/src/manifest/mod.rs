@@ -10,6 +10,7 @@ mod problem;
 mod rules;
 mod schema;
 
+pub use availability::unavailable;
 pub use document::parse_documents;
 pub use problem::{Cause, ManifestError, Problem};
 

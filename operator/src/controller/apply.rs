@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::time::Instant;
 
 use k8s_openapi::NamespaceResourceScope;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions, PropagationPolicy};
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions, PropagationPolicy};
 use kube::{Api, Resource, ResourceExt};
 use sensorium_telemetry::Parent;
 use serde::Serialize;
@@ -22,6 +22,11 @@ const MANAGER: &str = "sensorium-operator";
 const KEEPER: &str = "sensorium-operator-replicas";
 /// Annotation of what is applied: a digest of all that was said, so that what is said no longer is a difference, too.
 const APPLIED_ANNOTATION: &str = "sensorium.dev/applied";
+
+fn named_in(object: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    format!("{}/{}", text(&object["kind"]), text(&object["metadata"]["name"]))
+}
 
 fn named<K: Resource<DynamicType = ()>>(name: &str) -> String {
     format!("{}/{name}", K::kind(&()))
@@ -73,17 +78,32 @@ where
     wanted["apiVersion"] = json!(K::api_version(&()));
     wanted["kind"] = json!(K::kind(&()));
     let api: Api<K> = visit.context.api_in(&desired.namespace().unwrap_or_default());
-    let name = desired.name_any();
     if K::kind(&()) == "Deployment" && actual.is_some() && wanted.pointer("/spec/replicas").is_none() {
         keep_replicas(visit, &api, desired).await?;
     }
-    let sent = Instant::now();
-    api.patch(&name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&wanted))
-        .instrument(span("apply", desired))
-        .await
-        .map_err(Error::api("apply", named::<K>(&name)))?;
-    visit.wrote("apply", sent);
+    send(visit, &api, MANAGER, &wanted, span("apply", desired)).await?;
     Ok(true)
+}
+
+/// Applies an object of a kind that is not watched, whether or not that changes anything.
+pub(super) async fn apply_unseen(visit: &Visit<'_>, api: &Api<DynamicObject>, object: &Value) -> Result<(), Error> {
+    let span = tracing::info_span!("write", verb = "apply", object = named_in(object), otel.kind = "client");
+    send(visit, api, MANAGER, object, span).await
+}
+
+/// Applies what `manager` says of an object: its fields become what they are in `said`, whoever set them before.
+async fn send<K>(visit: &Visit<'_>, api: &Api<K>, manager: &str, said: &Value, span: Span) -> Result<(), Error>
+where
+    K: Clone + Debug + DeserializeOwned,
+{
+    let name = said["metadata"]["name"].as_str().unwrap_or_default();
+    let sent = Instant::now();
+    api.patch(name, &PatchParams::apply(manager).force(), &Patch::Apply(said))
+        .instrument(span)
+        .await
+        .map_err(Error::api("apply", named_in(said)))?;
+    visit.wrote("apply", sent);
+    Ok(())
 }
 
 /// Leaves a Deployment as many pods as it has. A field that nobody says any more falls back to its default, which is one pod,
@@ -108,13 +128,7 @@ where
         "metadata": {"name": name},
         "spec": {"replicas": live["spec"]["replicas"]},
     });
-    let sent = Instant::now();
-    api.patch(&name, &PatchParams::apply(KEEPER).force(), &Patch::Apply(&kept))
-        .instrument(span("apply", desired))
-        .await
-        .map_err(Error::api("apply", named::<K>(&name)))?;
-    visit.wrote("apply", sent);
-    Ok(())
+    send(visit, api, KEEPER, &kept, span("apply", desired)).await
 }
 
 /// Changes part of an object.

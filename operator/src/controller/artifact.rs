@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::apply;
-use super::children::{Children, Key, owner_by_reference, prune_job};
+use super::children::{Children, Key, is_of, owner_by_reference, prune_job};
 use super::context::{Context, DEBOUNCE, PAGE};
 use super::index::{Known, reference};
 use super::kept::Kept;
@@ -133,7 +133,8 @@ impl Records {
             return Err(Error::NotReady);
         }
         let key: Key = (artifact.namespace().unwrap_or_default(), artifact.name_any());
-        let jobs = self.jobs.of(&key);
+        let mut jobs = self.jobs.of(&key);
+        jobs.retain(|job| is_of(&**job, artifact));
         if artifact.meta().deletion_timestamp.is_some() {
             let job = jobs.iter().find(|job| !is_verification(job));
             return self.remove(visit, artifact, job.map(|job| &**job)).await;

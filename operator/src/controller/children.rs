@@ -169,6 +169,12 @@ where
     (children, stream)
 }
 
+/// Whether an object is of exactly this owner, and not of one of the same name that was there before.
+pub(super) fn is_of<K: ResourceExt>(object: &K, owner: &impl ResourceExt) -> bool {
+    let uid = owner.uid();
+    object.owner_references().iter().any(|reference| Some(&reference.uid) == uid.as_ref())
+}
+
 /// The owner that an object's reference names.
 pub(super) fn owner_by_reference<K: ResourceExt>(kind: &'static str) -> impl Fn(&K) -> Option<Key> + Send + 'static {
     move |object| {

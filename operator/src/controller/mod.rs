@@ -38,7 +38,7 @@ use artifact::Artifacts;
 use news::News;
 
 use crate::plan::PlanError;
-use crate::status::Refusal;
+use crate::status::{Refusal, RefusalCause};
 
 /// A future that ends when everything should; every controller waits for its own copy.
 pub type Stop = Shared<BoxFuture<'static, ()>>;
@@ -81,6 +81,12 @@ pub enum Error {
         #[source]
         source: Box<kube::Error>,
     },
+    /// An object that is to be made has the name of one that is somebody else's.
+    #[error("{object} is there already, and belongs to somebody else; remove or rename it")]
+    Taken {
+        /// The object.
+        object: String,
+    },
     /// The caches are not filled yet.
     #[error("not all objects are known yet")]
     NotReady,
@@ -119,6 +125,7 @@ impl Error {
                 }
                 _ => None,
             },
+            Self::Taken { .. } => Some(Refusal { cause: RefusalCause::Cluster, message: self.to_string() }),
             Self::NotReady | Self::Object(_) => None,
         }
     }

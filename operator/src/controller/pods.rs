@@ -54,21 +54,29 @@ pub(super) struct Step<'a> {
     pub(super) began: Timestamp,
 }
 
-/// What pods had done when the steps of rollouts began, by job. Who starts anew looks at a step from then on.
+/// The steps of rollouts that are looked at, by job. Who starts anew looks at a step from then on.
 #[derive(Debug, Default)]
-struct Steps(HashMap<String, (String, u32, HashMap<String, TrackLoad>)>);
+struct Steps(HashMap<String, KnownStep>);
+
+#[derive(Debug, Default)]
+struct KnownStep {
+    revision: String,
+    number: u32,
+    /// What pods had done when it began, by uid.
+    before: HashMap<String, TrackLoad>,
+}
 
 impl Steps {
     /// What `pods` have done in a step.
     fn since(&mut self, step: &Step<'_>, pods: &[Load]) -> TrackLoad {
         let known = self.0.entry(step.uid.to_owned()).or_default();
-        if (known.0.as_str(), known.1) != (step.revision, step.number) {
-            *known = (step.revision.to_owned(), step.number, HashMap::new());
+        if (known.revision.as_str(), known.number) != (step.revision, step.number) {
+            *known = KnownStep { revision: step.revision.to_owned(), number: step.number, before: HashMap::new() };
         }
         let mut all = TrackLoad::default();
         for Load { pod, made, done } in pods {
             let is_new = made.is_some_and(|made| made >= step.began);
-            let before = known.2.entry(pod.clone()).or_insert(if is_new { TrackLoad::default() } else { *done });
+            let before = known.before.entry(pod.clone()).or_insert(if is_new { TrackLoad::default() } else { *done });
             if done.requests < before.requests {
                 // It has started again, and counts from zero.
                 *before = TrackLoad::default();
@@ -212,6 +220,7 @@ mod tests {
             sensorium_server_request_seconds_sum{model=\"vqa\"} 0.5\n# EOF\n";
         assert_eq!(load(text), TrackLoad { requests: 100.0, failures: 4.0, seconds: 0.5 });
     }
+
     #[test]
     fn what_counts_in_a_step_is_what_happened_in_it_whatever_pods_come_and_start_again() {
         let began = Timestamp::from_second(1_800_000_000).unwrap();

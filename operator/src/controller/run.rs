@@ -19,17 +19,19 @@ use serde_json::json;
 
 use super::apply;
 use super::artifact::Artifacts;
-use super::children::{Children, Key, owner_by_annotation, owner_by_reference, prune_config, prune_job, prune_pod};
+use super::children::{
+    Children, Key, is_of, owner_by_annotation, owner_by_reference, prune_config, prune_job, prune_pod,
+};
 use super::context::{Context, DEBOUNCE};
 use super::index::reference;
 use super::kept::{Kept, Own};
 use super::visit::Visit;
 use super::{Error, News, Stop};
 use crate::plan::{Pins, WorkloadPlan, plan_pinned};
-use crate::render::{ACCESS_ANNOTATION, Owner, access_of, attempt_of, render_run};
+use crate::render::{ACCESS_ANNOTATION, Owner, access_of, attempt_of, render_run, short_digest};
 use crate::status::conditions::is_true;
 use crate::status::{
-    ARTIFACT_LABEL, Action, Decision, JOB_LABEL, Observed, References, decide, index, is_to_be_judged,
+    ARTIFACT_LABEL, Action, Decision, JOB_LABEL, Observed, References, decide, index, is_to_be_judged, refused,
 };
 
 /// A kind whose jobs come to an end.
@@ -171,7 +173,12 @@ impl Runs {
         let old = object.status();
         let before = old.cloned().unwrap_or_default();
         let declared = plan_pinned(&manifest, &Pins::default());
-        let jobs: Vec<Job> = self.jobs.of(&key).into_iter().map(Arc::unwrap_or_clone).collect();
+        let jobs = self.jobs.of(&key).into_iter().map(Arc::unwrap_or_clone);
+        let (jobs, foreign): (Vec<Job>, Vec<Job>) = jobs.partition(|job| is_of(job, object));
+        let is_taken = !foreign.is_empty()
+            || self.services.of(&key).iter().any(|service| !is_of(&**service, object))
+            || self.configs.of(&key).iter().any(|config| !is_of(&**config, object))
+            || self.policies.of(&key).iter().any(|policy| !is_of(&**policy, object));
         let pods = match jobs.iter().find(|job| is_to_be_judged(&before, job)) {
             Some(ended) => self.live_pods(&key, ended).await?,
             None => self.pods.of(&key).into_iter().map(Arc::unwrap_or_clone).collect(),
@@ -181,7 +188,7 @@ impl Runs {
         let uid = object.uid().unwrap_or_default();
         let (progress, poll) = self.progress(&uid, &before, declared.as_ref().ok(), &pods).await;
         let widths = object.widths();
-        let decision = decide(&Observed {
+        let observed = Observed {
             now: Timestamp::now(),
             uid: &uid,
             generation: object.meta().generation,
@@ -189,11 +196,21 @@ impl Runs {
             inputs: references.resolve(|| meant.iter()),
             status: &before,
             jobs: &jobs,
+            is_taken,
             pods: &pods,
             progress,
             widths: &widths,
-        });
-        self.carry_out(visit, object, &manifest, &key, old, &jobs, &decision).await?;
+        };
+        let decision = decide(&observed);
+        if let Err(error) = self.carry_out(visit, object, &manifest, &key, old, &jobs, &decision).await {
+            // Nobody says when a quota or a policy changes: it is tried again, with growing pauses.
+            if let Some(refusal) = error.refusal() {
+                let (status, note) = refused(&observed, &decision.status, &refusal);
+                apply::write_status(visit, object, old, &status).await?;
+                self.context.publish(&object.object_ref(&()), note.as_slice()).await;
+            }
+            return Err(error);
+        }
         let again = match (decision.again, poll) {
             (Some(again), Some(poll)) => Some(again.min(poll)),
             (again, poll) => again.or(poll),
@@ -315,8 +332,13 @@ impl Runs {
         }
         let live = self.policies.get(key, &objects.network.name_any());
         apply::apply(visit, &objects.network, live.as_deref()).await?;
-        if is_new {
-            apply::create(visit, &objects.job).await?;
+        if is_new && !apply::create(visit, &objects.job).await? {
+            let name = objects.job.name_any();
+            let live = context.api_in::<Job>(&key.0).get_opt(&name).await;
+            // Ours is known soon, and so is that one which was there has gone.
+            if live.map_err(Error::api("read", format!("Job/{name}")))?.is_some_and(|live| !is_of(&live, object)) {
+                return Err(Error::Taken { object: format!("Job/{name}") });
+            }
         }
         // Each attempt has a file of its own; those of earlier ones have no reader any more.
         for config in self.configs.of(key) {
@@ -361,6 +383,7 @@ impl Runs {
             retention,
         };
         let short: String = artifact.digest.trim_start_matches("sha256:").chars().take(10).collect();
+        let uri = spec.uri.clone();
         let mut created = ModelArtifact::new(&format!("{}-{short}", artifact.name), spec);
         created.metadata.namespace = object.namespace();
         created.metadata.labels = Some(
@@ -370,8 +393,23 @@ impl Runs {
         );
         let access = access_of(&plan.pods).map(|access| [(ACCESS_ANNOTATION.to_owned(), access)].into());
         created.metadata.annotations = access;
-        apply::create(visit, &created).await?;
-        Ok(())
+        let api = self.context.api_in::<ModelArtifact>(&object.namespace().unwrap_or_default());
+        for place in ["", &format!("-{}", short_digest(&uri))] {
+            let name = format!("{}-{short}{place}", artifact.name);
+            created.metadata.name = Some(name.clone());
+            if apply::create(visit, &created).await? {
+                return Ok(());
+            }
+            let live = api.get_opt(&name).await.map_err(Error::api("read", format!("ModelArtifact/{name}")))?;
+            match live {
+                None => return Err(Error::NotReady),
+                // The same, made before, perhaps by this job.
+                Some(live) if live.metadata.deletion_timestamp.is_none() && live.spec.uri == uri => return Ok(()),
+                // The same content at another place, or one that is about to go, and leaves the files where another record is of them.
+                Some(_) => {}
+            }
+        }
+        Err(Error::Taken { object: format!("ModelArtifact/{}", created.name_any()) })
     }
 }
 

@@ -7,7 +7,7 @@ mod records;
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use jiff::Timestamp;
@@ -17,7 +17,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use kube::api::{DynamicObject, Patch, PatchParams};
+use kube::api::DynamicObject;
 use kube::core::{ApiResource, GroupVersionKind, NamespaceResourceScope};
 use kube::runtime::Controller;
 use kube::runtime::controller::{Action as Again, Config};
@@ -39,8 +39,8 @@ use super::visit::Visit;
 use super::{Error, News, Stop};
 use crate::plan::{Pins, Role, plan_pinned};
 use crate::render::{
-    NAME_LABEL, Owner, Revision, Servers, Track, child_name, deployment_name, render_encoders, render_servers,
-    render_serving, server_selector,
+    NAME_LABEL, Owner, Revision, Servers, Track, deployment_name, render_encoders, render_servers, render_serving,
+    server_selector, service_name,
 };
 use crate::status::{
     Measured, Note, References, Refusal, ServingObserved, ServingPlan, is_late, is_rolled_out, last_crash,
@@ -131,9 +131,10 @@ pub(super) async fn control(context: Arc<Context>, artifacts: Artifacts, news: N
         .await;
 }
 
-/// Names of the graphs that an artifact has.
-fn graphs(artifact: &ModelArtifact) -> Vec<String> {
-    artifact.spec.signature.iter().map(|graph| graph.name.clone()).collect()
+/// Names of the graphs that an artifact has, where its record says so.
+fn graphs(artifact: &ModelArtifact) -> Option<Vec<String>> {
+    let names: Vec<String> = artifact.spec.signature.iter().map(|graph| graph.name.clone()).collect();
+    (!names.is_empty()).then_some(names)
 }
 
 /// EndpointSlices take the labels of their Service.
@@ -202,7 +203,7 @@ impl Servings {
                 let digest = artifacts.values().next().cloned().unwrap_or_default();
                 let pins = Pins {
                     artifacts: artifacts.clone(),
-                    graphs: meant.iter().find(|artifact| artifact.spec.digest == digest).map(graphs),
+                    graphs: meant.iter().find(|artifact| artifact.spec.digest == digest).and_then(graphs),
                     node_cache: self.context.settings.node_cache,
                     ..Pins::default()
                 };
@@ -226,7 +227,7 @@ impl Servings {
         let ServingPlan { rollout, notes, awaited, .. } = plan;
         let label = server_selector(&job);
         let slices_key = (key.0.clone(), label.get(NAME_LABEL).cloned().unwrap_or_default());
-        let service = child_name(&job.name, "");
+        let service = service_name(&job.name, "");
         let mut slices = self.slices.of(&slices_key);
         slices.retain(|slice| slice.labels().get(SERVICE_LABEL) == Some(&service));
         let encoders = self.encoders_of(&key, stable.as_deref());
@@ -321,7 +322,7 @@ impl Servings {
             self.keep_record(visit, key, record.as_ref()).await?;
         }
         self.apply_encoders(visit, key, &encoders).await?;
-        let is_late = decided.rollout.as_ref().is_some_and(|rollout| is_late(rollout, spec, Timestamp::now()));
+        let is_late = decided.rollout.as_ref().is_some_and(|rollout| is_late(&rollout.started, spec, Timestamp::now()));
         // Where there are no servers yet, there is nothing to lose.
         decided.awaited = live.as_ref().and_then(|_| self.awaited(key, &encoders, is_late));
         let may_have = |servers: Option<&Deployment>| {
@@ -391,13 +392,7 @@ impl Servings {
             let gvk = GroupVersionKind::gvk("monitoring.coreos.com", "v1", "PodMonitor");
             let api: Api<DynamicObject> =
                 Api::namespaced_with(context.client.clone(), &key.0, &ApiResource::from_gvk(&gvk));
-            let name = objects.monitor["metadata"]["name"].as_str().unwrap_or_default().to_owned();
-            let params = PatchParams::apply("sensorium-operator").force();
-            let sent = Instant::now();
-            api.patch(&name, &params, &Patch::Apply(&objects.monitor))
-                .await
-                .map_err(Error::api("apply", format!("PodMonitor/{name}")))?;
-            visit.wrote("apply", sent);
+            apply::apply_unseen(visit, &api, &objects.monitor).await?;
             self.monitored().insert(key.clone(), seen);
         }
         Ok(())
@@ -456,6 +451,7 @@ impl Servings {
         };
         let (stable, canary) = (track("server"), track("canary"));
         if canary.is_empty() {
+            asked.forget_steps(&uid);
             return Measured::default();
         }
         let crash = last_crash(canary.iter().copied());

@@ -37,6 +37,12 @@ pub enum PlanError {
         /// What the encoder says.
         source: serde_json::Error,
     },
+    /// Something that no program of this version does; the API server takes it all the same.
+    #[error("{what}")]
+    NotAvailable {
+        /// Which fields, what they hold, and what to write.
+        what: String,
+    },
     /// An encoder of a ServingJob that its artifact does not have.
     #[error("spec.encoders names graph {graph}, which artifact {artifact} does not have; its graphs are {}", .known.join(", "))]
     UnknownGraph {
@@ -74,7 +80,7 @@ impl Pins {
 /// What `resource` needs to run.
 ///
 /// # Errors
-/// [`PlanError::RunsNothing`] for a ModelArtifact, [`PlanError::Spec`].
+/// [`PlanError::RunsNothing`] for a ModelArtifact, [`PlanError::NotAvailable`], [`PlanError::Spec`].
 pub fn plan(resource: &Resource) -> Result<WorkloadPlan, PlanError> {
     plan_pinned(resource, &Pins::default())
 }

@@ -144,9 +144,16 @@ fn role(
     let listen = ports.iter().flat_map(|(name, _)| listen_args(&format!("--{name}-addr"), name));
     // The program finds the GPU that it was given as the first one.
     let device = resources.has_gpus().then(|| ["--engine-device", "cuda"].map(Template::text));
+    let drain =
+        spec.drain_seconds.map(|seconds| ["--drain-seconds".to_owned(), seconds.to_string()].map(Template::text));
     let security = let_in_by(&spec.security);
-    let args =
-        config_args(&claims).into_iter().chain(listen).chain(device.into_iter().flatten()).chain(security).chain(args);
+    let args = config_args(&claims)
+        .into_iter()
+        .chain(listen)
+        .chain(device.into_iter().flatten())
+        .chain(drain.into_iter().flatten())
+        .chain(security)
+        .chain(args);
     Role {
         name: name.to_owned(),
         program: Program::Server,
@@ -178,6 +185,7 @@ fn told(spec: &ServingJobSpec) -> ServingJobSpec {
         network_access: NetworkAccess::default(),
         security: Security::default(),
         disruption_max_unavailable: 1,
+        drain_seconds: None,
         scheduling: Scheduling::default(),
         pods: PodSettings::default(),
         ..spec.clone()

@@ -78,6 +78,7 @@ pub(super) fn serving(spec: &ServingJobSpec) -> String {
         network_access: _,
         security: _,
         disruption_max_unavailable: _,
+        drain_seconds: _,
         scheduling: _,
         pods: _,
     } = spec;

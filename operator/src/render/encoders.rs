@@ -14,7 +14,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use sensorium_api::EncoderService;
 use serde::{Deserialize, Serialize};
 
-use super::names::{child_name, labels, selector};
+use super::names::{labels, selector, service_name};
 use super::network;
 use super::pod::Place;
 use super::serving::{MIN_READY_SECONDS, Revision, autoscaler, budget, matching, metadata, service_ports};
@@ -66,7 +66,7 @@ fn one(revision: &Revision<'_>, encoder: &EncoderService, role: &Role) -> Encode
     peers.insert(GRAPH_LABEL.to_owned(), encoder.graph.clone());
     let place = Place { plan, role, job: &graph, domain: None, services: &BTreeMap::new() };
     let (pod, digest) = revision.pod(&place, peers);
-    let name = child_name(&owner.job.name, &format!("{graph}-{digest}"));
+    let name = service_name(&owner.job.name, &format!("{graph}-{digest}"));
 
     let mut selected = selector(&owner.job);
     selected.insert(ENCODER_LABEL.to_owned(), name.clone());

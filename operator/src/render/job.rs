@@ -15,13 +15,13 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt;
 
-use super::names::{ATTEMPT_LABEL, OWNER_ANNOTATION, child_name, labels, selector};
+use super::names::{ATTEMPT_LABEL, OWNER_ANNOTATION, child_name, labels, selector, service_name};
 use super::pod::{Files, Place, PodContext, file_annotations, pod_spec};
 use super::{Images, Owner, network};
 use crate::plan::{Role, WorkloadPlan};
 
 /// Kueue's label: the queue that lets a Job in.
-const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
+pub(crate) const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
 /// Time between SIGTERM and SIGKILL: enough to finish a training step and write a checkpoint.
 const GRACE_SECONDS: i64 = 30;
 
@@ -48,7 +48,7 @@ pub struct RunObjects {
 /// the operator starts the whole group again. The rule on `DisruptionTarget` makes the Job itself remember that the
 /// cluster was at fault, even when the pods are gone.
 pub fn render_run(owner: &Owner, plan: &WorkloadPlan, role: &Role, attempt: u32, images: &Images) -> RunObjects {
-    let domain = child_name(&owner.job.name, &role.name);
+    let domain = service_name(&owner.job.name, &role.name);
     let name = child_name(&owner.job.name, &format!("{}-{attempt}", role.name));
     let mut attempt_labels = labels(&owner.job, &role.name);
     attempt_labels.insert(ATTEMPT_LABEL.to_owned(), attempt.to_string());

@@ -42,6 +42,15 @@ pub fn child_name(owner: &str, suffix: &str) -> String {
     if suffix.is_empty() { format!("{head}-{digest}") } else { format!("{head}-{digest}-{suffix}") }
 }
 
+/// As [`child_name`], for what has a Service: its name starts with a letter, as DNS had it first.
+pub fn service_name(owner: &str, suffix: &str) -> String {
+    if owner.starts_with(|c: char| c.is_ascii_digit()) {
+        child_name(&format!("s-{owner}"), suffix)
+    } else {
+        child_name(owner, suffix)
+    }
+}
+
 /// Eight hexadecimal digits of the text's SHA-256.
 pub(crate) fn short_digest(text: &str) -> String {
     Sha256::digest(text.as_bytes())[..4].iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
@@ -73,6 +82,14 @@ mod tests {
         let (one, other) = ("a".repeat(70) + "1", "a".repeat(70) + "2");
         assert_ne!(child_name(&one, "worker-1"), child_name(&other, "worker-1"));
         assert_ne!(child_name("a.b", "worker"), child_name("a-b", "worker"));
+    }
+
+    #[test]
+    fn the_name_of_a_service_starts_with_a_letter_and_no_other_job_has_it() {
+        assert_eq!(
+            (service_name("vqa", "worker"), service_name("3d", "")),
+            ("vqa-worker".to_owned(), "s-3d".to_owned())
+        );
     }
 
     proptest! {

@@ -14,7 +14,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use sensorium_api::{Scheduling, TopologyMode};
 
 use super::Images;
-use super::names::{COMPLETION_INDEX, child_name};
+use super::names::{COMPLETION_INDEX, child_name, service_name};
 use crate::plan::{ArtifactVolume, MountSource, Program, Resolve, Role, WorkloadPlan};
 
 /// Name of the one container of every pod.
@@ -62,7 +62,7 @@ impl Resolve for Place<'_> {
     }
     fn service(&self) -> String {
         let job = &self.plan.job;
-        format!("{}.{}.svc", child_name(&job.name, ""), job.namespace)
+        format!("{}.{}.svc", service_name(&job.name, ""), job.namespace)
     }
     fn listen(&self, name: &str) -> String {
         format!("0.0.0.0:{}", self.port("", name))
@@ -274,7 +274,7 @@ fn volumes(role: &Role, context: &PodContext<'_>, gpus: bool) -> (Vec<Volume>, V
     let mut volumes = Vec::new();
     let mut mounts = Vec::new();
     for mount in &role.mounts {
-        let name = mount.name.replace(['/', '.'], "-");
+        let name = child_name(&mount.name.replace('/', "-"), "");
         let mut volume = Volume { name: name.clone(), ..Volume::default() };
         match &mount.source {
             MountSource::Config => match context.files {

@@ -22,7 +22,7 @@ use sensorium_api::{Autoscaling, ScaleMetric, ServiceType, ServingJobSpec};
 use serde_json::{Value, json};
 
 use super::encoders::{ENCODERS_ANNOTATION, Encoder};
-use super::names::{COMPONENT_LABEL, OWNER_ANNOTATION, child_name, labels, selector, short_digest};
+use super::names::{COMPONENT_LABEL, OWNER_ANNOTATION, child_name, labels, selector, service_name, short_digest};
 use super::pod::{Files, Place, PodContext, pod_spec};
 use super::{Images, Owner, network};
 use crate::plan::{HttpProbe, Role, WorkloadPlan};
@@ -38,8 +38,10 @@ pub const ARTIFACT_ANNOTATION: &str = "sensorium.dev/artifact-digest";
 /// A server that is to stop goes on answering for so long, because its address takes that long to leave every client's
 /// list.
 const DEREGISTRATION_SECONDS: i64 = 5;
-/// Time for requests that were accepted to be answered, on top.
-const DRAIN_SECONDS: i64 = 30;
+/// Time for requests that were accepted to be answered, on top, where the spec says nothing: what the server takes by itself.
+const DRAIN_SECONDS: i64 = 25;
+/// And for what is left to do then.
+const LAST_SECONDS: i64 = 5;
 /// A new server counts as one after it has been ready for so long: one that answers once and dies does not.
 pub(super) const MIN_READY_SECONDS: i32 = 3;
 /// How long a server may take to load its model, in probes of a second each.
@@ -103,7 +105,7 @@ pub fn deployment_name(job: &JobKey, track: Track) -> String {
 /// Renders everything but the servers.
 pub fn render_serving(owner: &Owner, spec: &ServingJobSpec, role: &Role) -> ServingObjects {
     let name = || child_name(&owner.job.name, SERVER);
-    let mut service_metadata = metadata(owner, child_name(&owner.job.name, ""), SERVER);
+    let mut service_metadata = metadata(owner, service_name(&owner.job.name, ""), SERVER);
     service_metadata.annotations = Some(spec.service.annotations.clone()).filter(|annotations| !annotations.is_empty());
     let service = Service {
         metadata: service_metadata,
@@ -263,7 +265,8 @@ impl Revision<'_> {
             &PodContext { plan: self.plan, images: self.images, files: Files::ConfigMap(&config), peers },
             place,
         );
-        pod.termination_grace_period_seconds = Some(DEREGISTRATION_SECONDS + DRAIN_SECONDS);
+        let drain = self.spec.drain_seconds.map_or(DRAIN_SECONDS, i64::from);
+        pod.termination_grace_period_seconds = Some(DEREGISTRATION_SECONDS + drain + LAST_SECONDS);
         for container in &mut pod.containers {
             container.lifecycle = Some(Lifecycle {
                 pre_stop: Some(LifecycleHandler {

@@ -1,5 +1,6 @@
 //! Why an attempt failed: whose fault it was, and whether starting it again can help.
 
+use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, Pod};
 use kube::ResourceExt;
@@ -10,6 +11,8 @@ use crate::render::{COMPLETION_INDEX, CONTAINER};
 
 /// Exit code by which a program says that the job itself has to be changed.
 const USAGE: i32 = 2;
+/// Exit code by which a worker says that it only lost the others. It is as good as any other in the rules.
+const WAKE: i32 = 75;
 /// Reasons in a pod's status that are the cluster's: the kubelet refused it, or took it away.
 const DISRUPTIONS: [&str; 9] = [
     "Evicted",
@@ -57,10 +60,9 @@ pub(super) fn judge(job: &Job, pods: &[Pod], policy: &FailurePolicy) -> Failure 
     if let Some(reason) = disruption(job, pods) {
         return Failure { cause: Cause::Disruption, message: reason, result: None };
     }
-    // The others fail in the wake of the first: it is the one to blame.
     let mut failed: Vec<(&Pod, &ContainerStateTerminated)> =
         pods.iter().filter_map(|pod| Some((pod, terminated(pod)?))).filter(|(_, state)| state.exit_code != 0).collect();
-    failed.sort_by_key(|(pod, state)| (state.finished_at.as_ref().map(|time| time.0), index(pod)));
+    failed.sort_by_key(|(pod, state)| blame(pod, state));
     let Some((pod, state)) = failed.first() else {
         let message = "the pods of the attempt are gone, and with them what they ended with".to_owned();
         return Failure { cause: Cause::Disruption, message, result: None };
@@ -77,6 +79,13 @@ pub(super) fn judge(job: &Job, pods: &[Pod], policy: &FailurePolicy) -> Failure 
         FailureAction::Ignore => Cause::Disruption,
     };
     Failure { cause, message, result }
+}
+
+/// Whom to blame: the smallest. One that can never succeed, whenever it ended. Else the others fail in the wake of the first;
+/// but times are whole seconds, and within one a worker that only lost another may come before the one that it lost.
+fn blame(pod: &Pod, state: &ContainerStateTerminated) -> (bool, Option<Timestamp>, bool, Option<u32>) {
+    let ended = state.finished_at.as_ref().map(|time| time.0);
+    (state.exit_code != USAGE, ended, state.exit_code == WAKE, index(pod))
 }
 
 fn rule(policy: &FailurePolicy, code: i32) -> FailureAction {
@@ -135,4 +144,60 @@ pub(crate) fn index(pod: &Pod) -> Option<u32> {
 fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
     let statuses = pod.status.as_ref()?.container_statuses.as_ref()?;
     statuses.iter().find(|status| status.name == CONTAINER)?.state.as_ref()?.terminated.as_ref()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, PodStatus};
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+    use super::*;
+
+    fn ended(worker: u32, exit_code: i32, second: i64) -> Pod {
+        let mut pod = Pod::default();
+        pod.metadata.annotations = Some(BTreeMap::from([(COMPLETION_INDEX.to_owned(), worker.to_string())]));
+        let finished_at = Some(Time(Timestamp::from_second(second).unwrap()));
+        let terminated = ContainerStateTerminated { exit_code, finished_at, ..ContainerStateTerminated::default() };
+        let state = Some(ContainerState { terminated: Some(terminated), ..ContainerState::default() });
+        let container = ContainerStatus { name: CONTAINER.to_owned(), state, ..ContainerStatus::default() };
+        pod.status = Some(PodStatus { container_statuses: Some(vec![container]), ..PodStatus::default() });
+        pod
+    }
+
+    /// The cause, and the worker that is blamed.
+    fn judged(pods: &[Pod]) -> (Cause, String) {
+        let failure = judge(&Job::default(), pods, &FailurePolicy::default());
+        (failure.cause, failure.message.chars().take("worker 0".len()).collect())
+    }
+
+    fn program(who: &str) -> (Cause, String) {
+        (Cause::Program, who.to_owned())
+    }
+
+    #[test]
+    fn the_first_that_failed_is_blamed() {
+        assert_eq!(judged(&[ended(0, 1, 8), ended(1, 1, 7), ended(2, 0, 6)]), program("worker 1"));
+    }
+
+    #[test]
+    fn of_two_that_ended_in_one_second_the_one_that_only_lost_the_other_is_not_blamed() {
+        assert_eq!(judged(&[ended(0, WAKE, 7), ended(1, 1, 7)]), program("worker 1"));
+        assert_eq!(judged(&[ended(0, 137, 7), ended(1, WAKE, 7)]), program("worker 0"));
+    }
+
+    #[test]
+    fn a_group_that_only_lost_each_other_starts_again() {
+        assert_eq!(judged(&[ended(0, WAKE, 7), ended(1, WAKE, 7)]), program("worker 0"));
+    }
+
+    #[test]
+    fn a_worker_that_can_never_succeed_fails_the_job_whenever_it_ended() {
+        for second in [6, 7, 8] {
+            let blamed = (Cause::Job, "worker 1".to_owned());
+            assert_eq!(judged(&[ended(0, WAKE, 7), ended(1, USAGE, second)]), blamed);
+            assert_eq!(judged(&[ended(0, 1, 7), ended(1, USAGE, second)]), blamed);
+        }
+    }
 }

@@ -16,7 +16,7 @@ pub use failure::{Cause, Failure};
 pub use refusal::{Refusal, RefusalCause};
 pub use retention::{Reader, reader_of, removes_files, surplus};
 pub(crate) use run::JOB_LABEL;
-pub use run::{Action, Decision, Observed, decide, is_to_be_judged};
+pub use run::{Action, Decision, Observed, decide, is_to_be_judged, refused};
 pub use serving::{
     Awaited, Measured, Observed as ServingObserved, Plan as ServingPlan, TrackLoad, last_crash, rollout, serving_notes,
     serving_status,

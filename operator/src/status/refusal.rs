@@ -39,7 +39,9 @@ impl Refusal {
     /// By the plan.
     pub(crate) fn of_plan(error: &PlanError) -> Self {
         let cause = match error {
-            PlanError::RunsNothing { .. } | PlanError::Spec { .. } => RefusalCause::Spec,
+            PlanError::RunsNothing { .. } | PlanError::Spec { .. } | PlanError::NotAvailable { .. } => {
+                RefusalCause::Spec
+            }
             PlanError::UnknownGraph { .. } => RefusalCause::Graph,
         };
         Self { cause, message: error_line(error) }

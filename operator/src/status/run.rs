@@ -17,9 +17,16 @@ use sensorium_api::{AttemptFailure, JobState, JobStatus};
 
 use super::conditions::{Conditions, Truth, is_true};
 use super::failure::{self, Cause, Failure};
-use super::{Note, backoff};
+use super::serving::has_ended;
+use super::{Note, Refusal, backoff};
 use crate::plan::{RunPolicy, WorkloadPlan};
-use crate::render::attempt_of;
+use crate::render::{QUEUE_LABEL, attempt_of};
+
+/// How long the pods of an attempt of which one has ended may take to end as well: what Kubernetes gives them, and as much again. One on
+/// a node that is gone never says so.
+const LAST_WORDS: SignedDuration = SignedDuration::from_secs(60);
+/// Time between looks while they do.
+const ENDING_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Kubernetes' label of a pod: the name of its Job.
 pub(crate) const JOB_LABEL: &str = "batch.kubernetes.io/job-name";
@@ -44,6 +51,8 @@ pub struct Observed<'a> {
     pub status: &'a JobStatus,
     /// The job's attempts that exist.
     pub jobs: &'a [Job],
+    /// Whether objects of another job of this name, which is gone, are still there, and have the names of those that this one needs.
+    pub is_taken: bool,
     /// The pods of all of them.
     pub pods: &'a [Pod],
     /// What rank 0 says, if it was asked.
@@ -164,6 +173,11 @@ impl Visit<'_> {
                 if failed || self.observed.jobs.len() > 1 {
                     return self.end(Action::Remove, None);
                 }
+                if Self::is_in_another_queue(plan, job) {
+                    // Made anew, with the label of the queue that lets it in, or without one.
+                    self.conditions().set("PodsReady", false, "Ending", "it is made again for another queue");
+                    return self.end(Action::Remove, None);
+                }
                 if Self::suspended_without_queue(plan, job) {
                     self.status.start_time = None;
                     // In one write with its being let go: there is nothing else to say until pods run.
@@ -176,8 +190,20 @@ impl Visit<'_> {
                 self.conditions().set("PodsReady", false, "Ending", "the pods of the last attempt are being removed");
                 self.end(Action::None, Some(Duration::from_mins(1)))
             }
+            None if self.observed.is_taken => {
+                let message = "waits until what a job of the same name has left is removed";
+                self.conditions().set("PodsReady", false, "Ending", message);
+                self.say(JobState::Pending, message.to_owned());
+                self.end(Action::None, Some(Duration::from_mins(1)))
+            }
             None => self.next(plan, policy),
         }
+    }
+
+    /// Whether the attempt waits for a queue that is not the one that the spec names, or for none although it names one.
+    fn is_in_another_queue(plan: &WorkloadPlan, job: &Job) -> bool {
+        let is_held = job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true);
+        is_held && job.labels().get(QUEUE_LABEL) != plan.scheduling.queue_name.as_ref()
     }
 
     /// Whether the attempt waits for us, and not for a queue, to go on.
@@ -254,11 +280,15 @@ impl Visit<'_> {
         if has(job, "Complete") || has(job, "SuccessCriteriaMet") {
             return self.complete(attempt, &pods, policy);
         }
-        if has(job, "Failed") {
+        if has(job, "Failed") || is_doomed(job, &pods, self.observed.now) {
             return self.failed(attempt, failure::judge(job, &pods, &policy.failure), policy);
         }
         let workers = workers_of(job);
         self.status.workers = Some(workers);
+        // One that has failed takes the others with it, of which its Job says more when all have ended.
+        if has(job, "FailureTarget") || pods.iter().any(|pod| phase(pod) == "Failed" || is_leaving(pod)) {
+            return self.ending(attempt, &pods, policy);
+        }
         if job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true) {
             let queue = plan.scheduling.queue_name.as_deref().unwrap_or_default();
             let message = format!("waits for Kueue to let it in through queue {queue}");
@@ -288,6 +318,28 @@ impl Visit<'_> {
             }
             None => self.whole(attempt, running, workers, policy, &because),
         }
+    }
+
+    /// Some pods have ended, or are about to, and the rest is waited for: what they end with is what is judged.
+    fn ending(mut self, attempt: u32, pods: &[Pod], policy: &RunPolicy) -> Decision {
+        if let Some(decision) = self.deadline(policy) {
+            return decision;
+        }
+        // The time by which it should have gone: the grace that it was given is in it.
+        let stuck = pods.iter().find(|pod| {
+            let due = pod.metadata.deletion_timestamp.as_ref().map(|time| time.0 + LAST_WORDS);
+            !has_ended(pod) && due.is_some_and(|due| due <= self.observed.now)
+        });
+        if let Some(pod) = stuck {
+            let message = format!("pod {} was taken away and has not ended: its node does not answer", pod.name_any());
+            return self.failed(attempt, Failure { cause: Cause::Disruption, message, result: None }, policy);
+        }
+        let left = pods.iter().filter(|pod| !has_ended(pod)).count();
+        let message = format!("a worker has ended, and {left} are about to");
+        self.conditions().set("PodsReady", false, "Ending", &message);
+        self.say(JobState::Running, message);
+        let wait = self.nearest(policy, ENDING_INTERVAL);
+        self.end(Action::None, Some(wait))
     }
 
     fn running(mut self, policy: &RunPolicy, attempt: u32, workers: u32) -> Decision {
@@ -425,6 +477,13 @@ impl Visit<'_> {
     }
 
     fn finished(mut self) -> Decision {
+        // What ran past its deadline has been told to go; see that it went.
+        let overdue = self.status.conditions.iter().any(|c| c.type_ == "Failed" && c.reason == "DeadlineExceeded");
+        let left = self.observed.jobs.iter().any(|job| job.metadata.deletion_timestamp.is_none());
+        if overdue && left {
+            self.notes.clear();
+            return self.end(Action::Remove, Some(Duration::from_mins(1)));
+        }
         // The verdict stands; only the generation that it speaks of may be newer.
         let ttl = self.observed.plan.as_ref().ok().and_then(|plan| match &plan.lifetime {
             crate::plan::Lifetime::RunToCompletion(policy) => policy.ttl_seconds_after_finished,
@@ -438,16 +497,16 @@ impl Visit<'_> {
                 None => self.end(Action::Expire, None),
             };
         }
-        // What ran past its deadline has been told to go; see that it went.
-        let overdue = self.status.conditions.iter().any(|c| c.type_ == "Failed" && c.reason == "DeadlineExceeded");
-        let left = self.observed.jobs.iter().any(|job| job.metadata.deletion_timestamp.is_none());
         self.notes.clear();
-        self.end(if overdue && left { Action::Remove } else { Action::None }, None)
+        self.end(Action::None, None)
     }
 
     fn pods_of(&self, job: &Job) -> Vec<Pod> {
         let name = job.name_any();
-        let of = |pod: &&Pod| pod.labels().get(JOB_LABEL).is_some_and(|owner| *owner == name);
+        // Pods of a Job of that name which is gone may be about to go as well.
+        let is_own =
+            |pod: &Pod| job.uid().is_none_or(|uid| pod.owner_references().iter().any(|owner| owner.uid == uid));
+        let of = |pod: &&Pod| pod.labels().get(JOB_LABEL).is_some_and(|owner| *owner == name) && is_own(pod);
         self.observed.pods.iter().filter(of).cloned().collect()
     }
 
@@ -480,10 +539,39 @@ impl Visit<'_> {
     }
 }
 
+/// What to say instead of what was `decided`, where the cluster does not let an attempt, or the record of what it made, be created;
+/// and what is worth an event.
+pub fn refused(observed: &Observed<'_>, decided: &JobStatus, refusal: &Refusal) -> (JobStatus, Option<Note>) {
+    let (reason, mut status) = (refusal.cause.reason(), decided.clone());
+    let is_known = observed.status.conditions.iter().any(|c| c.type_ == "PodsReady" && c.reason == reason);
+    let mut conditions = Conditions::new(&mut status.conditions, &TYPES, observed.generation, observed.now);
+    conditions.set("PodsReady", false, reason, &refusal.message);
+    conditions.set("Complete", false, "NotEnded", "the job has not ended");
+    status.completion_time = None;
+    status.state = Some(JobState::Pending);
+    status.message = Some(refusal.message.clone());
+    (status, (!is_known).then(|| Note::warning(reason, &refusal.message)))
+}
+
+/// Whether a Job is about to fail, and all of it that can still say why has said so.
+fn is_doomed(job: &Job, pods: &[Pod], now: Timestamp) -> bool {
+    let conditions = job.status.as_ref().and_then(|status| status.conditions.as_ref()).into_iter().flatten();
+    let mut targets = conditions.filter(|c| c.type_ == "FailureTarget" && c.status == "True");
+    targets.next().is_some_and(|target| {
+        let since = target.last_transition_time.as_ref().map_or(now, |time| time.0);
+        pods.iter().all(has_ended) || now >= since + LAST_WORDS
+    })
+}
+
+/// Whether a pod was told to go.
+fn is_leaving(pod: &Pod) -> bool {
+    pod.metadata.deletion_timestamp.is_some()
+}
+
 /// Whether `job`, an attempt, has ended and `status` does not say yet how. Its pods decide on that, and they have to be seen as
 /// they are now: a watch of pods may lag behind that of Jobs.
 pub fn is_to_be_judged(status: &JobStatus, job: &Job) -> bool {
-    let ended = ["Complete", "SuccessCriteriaMet", "Failed"].iter().any(|name| has(job, name));
+    let ended = ["Complete", "SuccessCriteriaMet", "FailureTarget", "Failed"].iter().any(|name| has(job, name));
     let judged = status.last_failure.as_ref().map(|failure| failure.attempt);
     let over = is_true(&status.conditions, "Complete") || is_true(&status.conditions, "Failed");
     ended && !over && judged < attempt_of(job)

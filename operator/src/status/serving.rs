@@ -79,12 +79,8 @@ pub struct Awaited {
     pub is_late: bool,
 }
 
-/// Whether the step of a rollout has taken as long as it may.
-pub(crate) fn is_late(rollout: &RolloutStatus, spec: &ServingJobSpec, now: Timestamp) -> bool {
-    has_passed(&rollout.started, spec, now)
-}
-
-fn has_passed(since: &Time, spec: &ServingJobSpec, now: Timestamp) -> bool {
+/// Whether servers that have been waited for since then should be up by now.
+pub(crate) fn is_late(since: &Time, spec: &ServingJobSpec, now: Timestamp) -> bool {
     now >= since.0 + SignedDuration::from_secs(spec.rollout.progress_deadline_seconds.into())
 }
 
@@ -208,14 +204,14 @@ fn step(
     let Some(since) = rollout.step_ready.as_ref().map(|time| time.0) else {
         if ready {
             rollout.step_ready = Some(Time(now));
-        } else if is_late(&rollout, spec, now) {
+        } else if is_late(&rollout.started, spec, now) {
             return fail(rollout, format!("its servers did not answer within {seconds} s"));
         }
         return stay(rollout);
     };
     if !ready {
         let unready = rollout.unready.get_or_insert(Time(now)).clone();
-        if has_passed(&unready, spec, now) {
+        if is_late(&unready, spec, now) {
             return fail(rollout, format!("its servers have not all answered for {seconds} s"));
         }
         return stay(rollout);

@@ -4,7 +4,7 @@ use crate::fixtures::{COMPRESSION, SERVING, TRAINING, plan_of, plan_of_topology,
 use insta::assert_yaml_snapshot;
 use sensorium_api::manifest::parse_documents;
 use sensorium_api::run::RunConfig;
-use sensorium_api::{ServingJobSpec, TrainingJobSpec};
+use sensorium_api::{Resource, ServingJobSpec, TrainingJobSpec};
 use sensorium_operator::plan::{PlanError, WorkloadPlan, plan};
 use serde_json::{Value, json};
 
@@ -105,4 +105,18 @@ fn an_artifact_runs_nothing() {
     );
     let resources = parse_documents(&text, "artifact.yaml").unwrap();
     assert!(matches!(plan(&resources[0]), Err(PlanError::RunsNothing { name }) if name == "vqa"));
+}
+
+#[test]
+fn what_no_trainer_does_yet_is_refused_by_name_also_where_the_api_server_has_taken_it() {
+    let resources = parse_documents(TRAINING, "training.yaml").unwrap();
+    let Resource::TrainingJob(mut job) = resources.into_iter().next().unwrap() else { panic!("it is a TrainingJob") };
+    job.spec.parallelism.tensor = 2;
+    job.spec.parallelism.zero_stage = 1;
+    let error = plan(&Resource::TrainingJob(job)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "spec.parallelism.tensor is 2, which is not available yet; use 1, and `data` for more processes; \
+         spec.parallelism.zeroStage is 1, which is not available yet; use 0"
+    );
 }

@@ -149,6 +149,25 @@ fn a_serving_job_with_everything() {
 }
 
 #[test]
+fn a_server_has_as_long_to_end_as_its_spec_says() {
+    for (changes, told, grace) in
+        [(vec![], None, 35), (vec![("/spec/drainSeconds", json!(600))], Some("600".to_owned()), 610)]
+    {
+        let resource = resource(SERVING, &changes);
+        let plan = plan_pinned(&resource, &Pins::default()).unwrap();
+        let (owner, images) = (owner(&resource), images());
+        let Resource::ServingJob(job) = &resource else { panic!("it is a ServingJob") };
+        let revision = Revision { owner: &owner, spec: &job.spec, plan: &plan, digest: "sha256:0", images: &images };
+        let servers = render_servers(&revision, &plan.roles[0], &[], Track::Stable, None);
+        let pod = servers.deployment.spec.template.spec.unwrap();
+        assert_eq!(pod.termination_grace_period_seconds, Some(grace));
+        let args = pod.containers[0].args.clone().unwrap();
+        let seconds = args.iter().position(|arg| arg == "--drain-seconds").map(|at| args[at + 1].clone());
+        assert_eq!(seconds, told);
+    }
+}
+
+#[test]
 fn an_encoder_as_a_service_of_its_own() {
     let encoders = json!([{"graph": "image_encoder", "autoscaling": {"maxReplicas": 4, "metric": "queueDepth"}}]);
     let resource = resource(SERVING, &[("/spec/encoders", encoders)]);

@@ -1,6 +1,8 @@
 //! Whatever is deleted or changed by hand comes back, and what nothing needs any more goes.
 
-use anyhow::{Context as _, Result};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::batch::v1::Job;
@@ -196,6 +198,24 @@ async fn a_deleted_job_takes_its_children_along() -> Result<()> {
     case.namespace.eventually_gone::<Service>("vqa-worker", LIMIT).await
 }
 
+/// Waits until the operator, as it was started last, has visited an object of each of these kinds, and well.
+async fn visited(case: &Case, kinds: &[&str]) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let (_, metrics) = case.operator.get("/metrics")?;
+        // A sample is not there before its first visit.
+        let is_visited = |kind: &&str| {
+            let name = format!("sensorium_reconcile_total{{kind=\"{kind}\",outcome=\"ok\"}} ");
+            metrics.lines().any(|line| line.strip_prefix(&name).is_some_and(|visits| visits != "0"))
+        };
+        if kinds.iter().all(is_visited) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "of {kinds:?}, not all are visited after {} s:\n{metrics}", LIMIT.as_secs());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 #[tokio::test]
 async fn a_visit_that_changes_nothing_writes_nothing() -> Result<()> {
     let mut case = Case::start("quiet").await?;
@@ -208,7 +228,7 @@ async fn a_visit_that_changes_nothing_writes_nothing() -> Result<()> {
     .await?;
     case.running("vqa", |_| {}).await?;
     drop(pods);
-    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
     let versions = async || {
         let one = case.namespace.api::<TrainingJob>().get("vqa").await?.resource_version();
         let other = case.namespace.api::<ServingJob>().get("srv").await?.resource_version();
@@ -219,7 +239,9 @@ async fn a_visit_that_changes_nothing_writes_nothing() -> Result<()> {
     case.operator.kill()?;
     case.operator.restart()?;
     case.operator.wait_until_ready(LIMIT)?;
-    tokio::time::sleep(std::time::Duration::from_secs(5)).await;
+    visited(&case, &["TrainingJob", "ServingJob"]).await?;
+    // The first visits may bring others with them.
+    tokio::time::sleep(Duration::from_secs(5)).await;
     assert_eq!(versions().await?, before);
     let (_, metrics) = case.operator.get("/metrics")?;
     let writes: Vec<&str> = metrics.lines().filter(|line| line.starts_with("sensorium_writes_total{")).collect();

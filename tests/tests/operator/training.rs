@@ -1,10 +1,12 @@
 //! TrainingJobs: from apply to artifact, through failures, evictions, suspension and deadlines.
 
+use std::time::{Duration, Instant};
+
 use anyhow::Result;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, ResourceQuota};
 use kube::ResourceExt;
-use kube::api::{Api, ListParams, Patch, PatchParams};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use sensorium_api::{ModelArtifact, TrainingJob};
 use sensorium_tests::refusal;
 use serde_json::json;
@@ -118,6 +120,79 @@ async fn exit_code_2_fails_the_job_with_the_programs_own_words() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_worker_that_fails_long_after_the_start_is_judged_by_its_exit_code() -> Result<()> {
+    let case = Case::start("late").await?;
+    let change = |job: &mut serde_json::Value| {
+        job["spec"]["preRunningDeadlineSeconds"] = json!(15);
+        job["spec"]["failurePolicy"] = json!({"maxRestarts": 0});
+    };
+    let pods = case.running("vqa", change).await?;
+    // As long ago as a group may take to be whole, and more.
+    tokio::time::sleep(Duration::from_secs(17)).await;
+    case.kubelet.fail(&pods[1], 1, "out of luck").await?;
+    let job = case.training("vqa", "to fail", |job| holds(job, "Failed")).await?;
+    assert_eq!(reason(&job, "Failed"), Some("RestartsExhausted"));
+    let status = job.status.unwrap();
+    assert!(status.message.as_ref().unwrap().contains("out of luck"), "{:?}", status.message);
+    assert_eq!((status.attempt, status.disruptions), (1, 0));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_job_that_is_made_anew_runs_anew_whatever_its_predecessor_has_left() -> Result<()> {
+    let case = Case::start("anew").await?;
+    let pods = case.running("vqa", |_| {}).await?;
+    case.succeed(&pods, "vqa-model", 'a').await?;
+    case.training("vqa", "to be complete", |job| holds(job, "Complete")).await?;
+    let old = case.namespace.api::<Job>().get("vqa-worker-1").await?.uid();
+    case.namespace.api::<TrainingJob>().delete("vqa", &DeleteParams::default()).await?;
+    case.apply(&training("vqa")).await?;
+    let has_job = |job: &TrainingJob| reason(job, "PodsReady") == Some("Starting");
+    case.training("vqa", "to start", has_job).await?;
+    let is_anew = async || {
+        let job = case.namespace.api::<Job>().get_opt("vqa-worker-1").await?.and_then(|job| job.uid());
+        let pods = case.namespace.api::<Pod>().list(&ListParams::default()).await?;
+        let is_old = |pod: &Pod| pod.owner_references().iter().any(|owner| Some(&owner.uid) == old.as_ref());
+        anyhow::Ok(job.is_some() && job != old && !pods.items.iter().any(is_old))
+    };
+    let begun = Instant::now();
+    while !is_anew().await? {
+        assert!(begun.elapsed() < LIMIT, "its Job is there, and nothing of the old one");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let pods = case.workers("vqa", 1, 2).await?;
+    for pod in &pods {
+        case.kubelet.run(pod).await?;
+    }
+    case.succeed(&pods, "vqa-model", 'b').await?;
+    let job = case.training("vqa", "to be complete", |job| holds(job, "Complete")).await?;
+    assert_eq!(job.status.unwrap().artifact.unwrap().digest, crate::common::digest('b'));
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_the_cluster_does_not_let_be_made_is_in_the_status() -> Result<()> {
+    let case = Case::start("quota").await?;
+    let quotas: Api<ResourceQuota> = case.namespace.api();
+    let none = json!({"metadata": {"name": "none"}, "spec": {"hard": {"count/jobs.batch": "0"}}});
+    quotas.create(&PostParams::default(), &serde_json::from_value(none)?).await?;
+    // A quota holds once it has been counted.
+    let counted = async || anyhow::Ok(quotas.get("none").await?.status.is_some_and(|status| status.hard.is_some()));
+    let begun = Instant::now();
+    while !counted().await? {
+        assert!(begun.elapsed() < LIMIT, "the quota is counted");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    case.apply(&training("vqa")).await?;
+    let is_refused = |job: &TrainingJob| reason(job, "PodsReady") == Some("RefusedByCluster");
+    let job = case.training("vqa", "to be refused", is_refused).await?;
+    assert!(job.status.unwrap().message.unwrap().contains("exceeded quota"));
+    quotas.delete("none", &DeleteParams::default()).await?;
+    case.workers("vqa", 1, 2).await?;
+    Ok(())
+}
+
+#[tokio::test]
 async fn the_last_restart_is_the_last_and_its_pods_stay_for_their_logs() -> Result<()> {
     let case = Case::start("spent").await?;
     let pods = case.running("vqa", |job| job["spec"]["failurePolicy"] = json!({"maxRestarts": 0})).await?;
@@ -196,7 +271,7 @@ async fn a_queued_job_waits_for_kueue_and_never_touches_suspend_itself() -> Resu
 async fn a_group_that_is_not_whole_in_time_makes_room_and_comes_back_narrower() -> Result<()> {
     let case = Case::start("gang").await?;
     let mut manifest = training("vqa");
-    manifest["spec"]["preRunningDeadlineSeconds"] = json!(2);
+    manifest["spec"]["preRunningDeadlineSeconds"] = json!(15);
     manifest["spec"]["elastic"] = json!({"minWorkers": 1, "maxWorkers": 2});
     case.apply(&manifest).await?;
     let pods = case.workers("vqa", 1, 2).await?;
@@ -204,7 +279,7 @@ async fn a_group_that_is_not_whole_in_time_makes_room_and_comes_back_narrower() 
     let job =
         case.training("vqa", "to make room", |job| job.status.as_ref().is_some_and(|s| s.disruptions == 1)).await?;
     let status = job.status.unwrap();
-    assert!(status.last_failure.unwrap().message.starts_with("only 1 of 2 workers ran within 2 s"));
+    assert!(status.last_failure.unwrap().message.starts_with("only 1 of 2 workers ran within 15 s"));
     for pod in &pods {
         // It is the node that ends a pod that had run.
         let _ = case.kubelet.delete(pod).await;

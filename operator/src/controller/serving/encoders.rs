@@ -12,7 +12,7 @@ use super::Servings;
 use crate::controller::Error;
 use crate::controller::children::Key;
 use crate::controller::visit::Visit;
-use crate::render::{ENCODERS_ANNOTATION, Encoder, GRAPH_LABEL, Track, child_name, deployment_name};
+use crate::render::{ENCODERS_ANNOTATION, Encoder, GRAPH_LABEL, Track, deployment_name, service_name};
 use crate::status::{Awaited, available, has_ended, wanted};
 
 impl Servings {
@@ -70,7 +70,7 @@ impl Servings {
         kept.extend(running.flat_map(|pod| names(pod.annotations().get(ENCODERS_ANNOTATION))).map(str::to_owned));
         // The job's other objects.
         kept.extend([Track::Stable, Track::Canary].map(|track| deployment_name(job, track)));
-        kept.insert(child_name(&job.name, ""));
+        kept.insert(service_name(&job.name, ""));
 
         for part in self.parts().iter().rev() {
             part.sweep(visit, key, &kept).await?;

@@ -27,6 +27,7 @@ struct World {
     widths: Vec<u32>,
     inputs: Result<BTreeMap<String, String>, String>,
     expired: bool,
+    is_taken: bool,
     last: Vec<Note>,
 }
 
@@ -56,6 +57,7 @@ impl World {
             widths: Vec::new(),
             inputs: Ok(BTreeMap::new()),
             expired: false,
+            is_taken: false,
             last: Vec::new(),
         }
     }
@@ -90,6 +92,7 @@ impl World {
             inputs: self.inputs.clone(),
             status: &self.status,
             jobs: &self.jobs,
+            is_taken: self.is_taken,
             pods: &self.pods,
             progress: None,
             widths: &self.widths,
@@ -158,7 +161,10 @@ impl World {
         let mut job = Job::default();
         job.metadata.name = Some(name);
         job.metadata.creation_timestamp = Some(Time(self.now));
-        job.metadata.labels = Some(BTreeMap::from([(ATTEMPT_LABEL.to_owned(), attempt.to_string())]));
+        let queue =
+            self.spec["scheduling"]["queueName"].as_str().map(|queue| (QUEUE_LABEL.to_owned(), queue.to_owned()));
+        job.metadata.labels =
+            Some([(ATTEMPT_LABEL.to_owned(), attempt.to_string())].into_iter().chain(queue).collect());
         job.spec = Some(JobSpec { completions: Some(workers as i32), suspend: Some(false), ..JobSpec::default() });
         job.status =
             Some(k8s_openapi::api::batch::v1::JobStatus { start_time: Some(Time(self.now)), ..Default::default() });
@@ -218,6 +224,7 @@ impl World {
                 type_: name.to_owned(),
                 status: "True".to_owned(),
                 reason: Some(reason.to_owned()),
+                last_transition_time: Some(Time(self.now)),
                 ..JobCondition::default()
             });
         }
@@ -314,6 +321,102 @@ fn the_start_of_a_new_job_is_no_event_and_every_later_one_is() {
     world.pass(3600);
     world.visit();
     assert_eq!((world.status.attempt, started(&world)), (2, true));
+}
+
+#[test]
+fn a_worker_that_fails_after_hours_is_judged_by_what_it_ended_with_once_all_have_ended() {
+    let mut world = running();
+    world.pass(7200);
+    world.end_pod(1, 2, "no such data");
+    assert_eq!(world.visit(), Action::None, "its Job says more");
+    assert_eq!(world.reason("PodsReady"), "Ending");
+    world.job_condition("FailureTarget", "BackoffLimitExceeded");
+    assert_eq!(world.visit(), Action::None, "the other one has not ended");
+    assert!(is_to_be_judged(&world.status, &world.jobs[0]));
+    world.end_pod(0, 1, "a peer is gone");
+    world.settle();
+    assert_eq!((world.reason("Failed"), world.status.disruptions), ("JobFailed", 0));
+    assert!(world.status.message.as_ref().unwrap().contains("no such data"), "{:?}", world.status.message);
+}
+
+#[test]
+fn a_worker_on_a_node_that_is_gone_is_not_waited_for() {
+    let mut world = running();
+    world.pass(7200);
+    world.end_pod(1, 1, "out of luck");
+    world.job_condition("FailureTarget", "BackoffLimitExceeded");
+    world.pass(59);
+    assert_eq!(world.visit(), Action::None);
+    world.pass(1);
+    assert_eq!(world.visit(), Action::Remove);
+    assert_eq!((world.status.restarts, world.status.disruptions), (1, 0));
+}
+
+#[test]
+fn a_pod_that_was_told_to_go_is_no_worker_that_runs_and_one_that_does_not_go_was_lost() {
+    let mut world = running();
+    world.pods[1].metadata.deletion_timestamp = Some(Time(world.now));
+    assert_eq!(world.visit(), Action::None);
+    assert_eq!(world.reason("PodsReady"), "Ending");
+    world.pass(60);
+    assert_eq!(world.visit(), Action::Remove);
+    assert_eq!((world.status.restarts, world.status.disruptions), (0, 1));
+    assert!(world.status.message.as_ref().unwrap().contains("its node does not answer"));
+}
+
+#[test]
+fn a_job_waits_for_what_one_of_its_name_has_left() {
+    let mut world = World::new();
+    world.is_taken = true;
+    assert_eq!(world.visit(), Action::None);
+    assert_eq!((world.reason("PodsReady"), world.status.attempt), ("Ending", 0));
+    world.is_taken = false;
+    world.settle();
+    assert_eq!(world.status.attempt, 1);
+}
+
+#[test]
+fn an_attempt_that_waits_in_a_queue_is_made_again_for_another_one_or_for_none() {
+    for queue in [json!({"queueName": "other"}), json!({})] {
+        let mut world = World::new().with("scheduling", json!({"queueName": "first"}));
+        world.settle();
+        let job = &mut world.jobs[0];
+        job.spec.as_mut().unwrap().suspend = Some(true);
+        assert_eq!(world.visit(), Action::Ensure { attempt: 1, workers: 2 });
+        assert_eq!(world.reason("PodsReady"), "Queued");
+        world.spec["scheduling"] = queue;
+        assert_eq!(world.visit(), Action::Remove);
+        world.settle();
+        assert_eq!((world.status.attempt, world.status.restarts), (1, 0), "it is the same attempt");
+    }
+}
+
+#[test]
+fn what_the_cluster_refuses_is_said_once_and_the_job_has_not_ended() {
+    let (mut world, refusal) = (running(), Refusal::by_cluster("create", "ModelArtifact/m", "no room"));
+    world.succeed();
+    let (plan, decided) = (world.plan(), world.decide().status);
+    assert!(is_true(&decided.conditions, "Complete"));
+    for is_first in [true, false] {
+        let observed = Observed {
+            now: world.now,
+            uid: "uid",
+            generation: Some(1),
+            plan: Ok(&plan),
+            inputs: Ok(BTreeMap::new()),
+            status: &world.status.clone(),
+            jobs: &[],
+            is_taken: false,
+            pods: &[],
+            progress: None,
+            widths: &[],
+        };
+        let (status, note) = refused(&observed, &decided, &refusal);
+        assert_eq!(note.is_some(), is_first);
+        world.status = status;
+    }
+    assert_eq!((world.is("Complete"), world.reason("PodsReady")), (false, "RefusedByCluster"));
+    assert!(world.status.message.as_ref().unwrap().ends_with("no room"));
 }
 
 #[test]
@@ -544,6 +647,8 @@ fn an_attempt_that_somebody_deleted_comes_back_and_costs_nothing() {
 enum Event {
     Run,
     Fail(i32),
+    /// One of the workers fails, and the other has not ended yet.
+    FailSlowly,
     Disrupt,
     Succeed,
     DeleteJob,
@@ -561,6 +666,7 @@ fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         4 => Just(Event::Run),
         2 => prop_oneof![Just(1), Just(77), Just(137)].prop_map(Event::Fail),
+        2 => Just(Event::FailSlowly),
         2 => Just(Event::Disrupt),
         1 => Just(Event::Succeed),
         1 => Just(Event::DeleteJob),
@@ -574,10 +680,15 @@ fn event() -> impl Strategy<Value = Event> {
 
 impl World {
     fn happen(&mut self, event: Event) {
-        let ended = self.jobs.iter().any(|job| has(job, "Failed") || has(job, "Complete"));
+        let ended =
+            self.jobs.iter().any(|job| ["FailureTarget", "Failed", "Complete"].iter().any(|name| has(job, name)));
         match event {
             Event::Run => self.run(2),
             Event::Fail(code) if !ended => self.fail(0, code, "x"),
+            Event::FailSlowly if !ended => {
+                self.end_pod(0, 1, "x");
+                self.job_condition("FailureTarget", "BackoffLimitExceeded");
+            }
             Event::Disrupt if !ended => {
                 self.disrupt(1);
                 self.job_condition("Failed", "PodFailurePolicy");
