@@ -1,6 +1,7 @@
 use sensorium_artifact::ArtifactError;
 use sensorium_data::DataError;
 use sensorium_engine::{EngineError, PipelineError};
+use sensorium_modality::ModalityError;
 use sensorium_onnx::OnnxError;
 
 /// Why a compression job could not be done. A candidate that its gate refused is not an error: it is a result.
@@ -111,15 +112,71 @@ impl CompressError {
             | Self::NothingToQuantize { .. }
             | Self::NotFinite { .. } => true,
             Self::Artifact(error) => error.is_users(),
-            Self::Data { .. }
-            | Self::NoRange { .. }
+            Self::Data { source, .. } => is_no_data_set(source),
+            Self::Pipeline(error) => is_no_model_for_it(error),
+            Self::NoRange { .. }
             | Self::NoConstant { .. }
             | Self::Onnx(_)
             | Self::Engine { .. }
-            | Self::Pipeline(_)
             | Self::Copy { .. }
             | Self::Setup(_)
             | Self::Cancelled => false,
         }
+    }
+}
+
+/// Whether what the job names is no data set, or none for this program. A disk that does not answer may do so later.
+fn is_no_data_set(error: &DataError) -> bool {
+    matches!(error, DataError::NotADataset { .. } | DataError::InvalidIndex { .. } | DataError::UnknownSchema { .. })
+}
+
+/// Whether the source can't do what it is asked, however often.
+fn is_no_model_for_it(error: &PipelineError) -> bool {
+    match error {
+        PipelineError::NotAPipeline { .. } | PipelineError::NoSuchTask { .. } => true,
+        // A disk that does not give a file may do so later.
+        PipelineError::Modality(error) => !matches!(error, ModalityError::File { .. }),
+        PipelineError::SignatureMismatch { .. }
+        | PipelineError::BadOutput { .. }
+        | PipelineError::Tensor(_)
+        | PipelineError::Engine { .. } => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn a_source_that_can_never_answer_is_the_users() {
+        let (artifact, reason) = ("vqa".to_owned(), "its manifest has no `pipeline`".to_owned());
+        for error in [
+            PipelineError::NotAPipeline { artifact, reason },
+            PipelineError::NoSuchTask { task: "VQA" },
+            PipelineError::Modality(ModalityError::NoTokens),
+        ] {
+            assert!(CompressError::from(error).is_users());
+        }
+    }
+
+    #[test]
+    fn a_data_set_that_is_none_is_the_users() {
+        let data = |source| CompressError::Data { uri: "pvc://datasets/vqa".to_owned(), source };
+        let (path, reason) = ("index.json".into(), "it is empty".to_owned());
+        assert!(data(DataError::NotADataset { folder: "vqa".into() }).is_users());
+        assert!(data(DataError::InvalidIndex { path, reason }).is_users());
+        assert!(data(DataError::UnknownSchema { path: "index.json".into(), found: 2, supported: 1 }).is_users());
+    }
+
+    #[test]
+    fn a_disk_that_does_not_answer_is_not() {
+        let source = || io::Error::from(io::ErrorKind::TimedOut);
+        let (action, path) = ("read", "tokenizer.json".into());
+        let file = PipelineError::Modality(ModalityError::File { action, path, source: source() });
+        assert!(!CompressError::from(file).is_users());
+        let sample = DataError::Io { action: "read", path: "shard-00000.tar".into(), source: source() };
+        assert!(!CompressError::Data { uri: "pvc://datasets/vqa".to_owned(), source: sample }.is_users());
     }
 }

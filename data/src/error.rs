@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// The folder is not a data set.
-    #[error("`{}` is not a data set: it has no index.json; make one with `sensorium data import`", folder.display())]
+    #[error("`{}` is not a data set: it has no index.json; make one with `sensorium data import`, or as docs/data.md says", folder.display())]
     NotADataset {
         /// The folder.
         folder: PathBuf,

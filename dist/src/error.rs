@@ -129,6 +129,26 @@ pub enum DistError {
     },
 }
 
+impl DistError {
+    /// Whether all that is known is that others are missing, late or gone: this rank then ends in the wake of one of them,
+    /// which is the one to ask for the reason.
+    pub fn is_wake(&self) -> bool {
+        match self {
+            Self::PeersLost { .. }
+            | Self::Timeout { .. }
+            | Self::Failed { .. }
+            | Self::Broken { .. }
+            | Self::Join { .. }
+            | Self::Connect { .. } => true,
+            Self::Argument { .. }
+            | Self::Listen { .. }
+            | Self::Store { .. }
+            | Self::Environment { .. }
+            | Self::Torch { .. } => false,
+        }
+    }
+}
+
 /// One operation of one rank, for messages: `all_reduce(sum) on rank 0 of 4`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Call {

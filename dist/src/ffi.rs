@@ -130,8 +130,8 @@ fn c_string(text: &str) -> Result<CString> {
 }
 
 fn milliseconds(duration: Duration) -> i64 {
-    // Zero means "for ever" to c10d.
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX).max(1)
+    // Zero means "for ever" to c10d, and what an `int` can't hold is more than it hands on to `poll`.
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX).clamp(1, i64::from(i32::MAX))
 }
 
 fn pointer(tensor: &Tensor) -> *mut C_tensor {

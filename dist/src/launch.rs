@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use crate::error::DistError;
+use crate::patience::Patience;
 use crate::process_group::ProcessGroup;
 use crate::store::{Store, loopback};
 
@@ -61,27 +62,25 @@ impl Launch {
     /// Meets the other ranks: rank 0 serves the store, the others connect to it, in any order of starting.
     /// A world of one needs no network.
     ///
-    /// * `timeout`: how long to wait for the others now, and later for each operation of the group.
-    ///
     /// # Errors
     /// [`DistError::Listen`], [`DistError::Connect`] or [`DistError::Join`]; the last names the missing ranks.
-    pub fn connect(&self, timeout: Duration) -> Result<ProcessGroup, DistError> {
+    pub fn connect(&self, patience: &Patience<'_>) -> Result<ProcessGroup, DistError> {
         if self.world_size == 1 {
             return Ok(ProcessGroup::single());
         }
         let store = if self.rank == 0 {
-            Store::serve(&self.master_addr, self.master_port, timeout)?
+            Store::serve(&self.master_addr, self.master_port, patience.joining)?
         } else {
-            Store::connect(&self.master_addr, self.master_port, timeout)?
+            Store::connect_unless(&self.master_addr, self.master_port, patience.joining, patience.cancelled)?
         };
         let interface = match self.interface {
             Some(interface) => interface,
-            None => local_address_towards(&self.master_addr, self.master_port, timeout).map_err(|error| {
+            None => local_address_towards(&self.master_addr, self.master_port, patience).map_err(|error| {
                 let expected = format!("set, and no address of this machine leads to {}: {error}", self.master_addr);
                 environment("SENSORIUM_INTERFACE_ADDR", "", &expected)
             })?,
         };
-        ProcessGroup::gloo(&store, "world", self.rank, self.world_size, interface, timeout)
+        ProcessGroup::gloo(&store, "world", self.rank, self.world_size, interface, patience)
     }
 }
 
@@ -89,15 +88,16 @@ impl Launch {
 const LOOKUP_PAUSE: Duration = Duration::from_millis(500);
 
 /// The address of this machine from which a host is reached. Where workers start together, a name may be known a little
-/// later than they are, so it is looked up until `timeout` has passed.
-fn local_address_towards(host: &str, port: u16, timeout: Duration) -> io::Result<IpAddr> {
+/// later than they are, so it is looked up for as long as ranks wait for each other.
+fn local_address_towards(host: &str, port: u16, patience: &Patience<'_>) -> io::Result<IpAddr> {
     if let Some(loopback) = loopback(host) {
         return Ok(loopback);
     }
-    let deadline = Instant::now() + timeout;
+    let deadline = Instant::now() + patience.joining;
+    let is_over = || (patience.cancelled)() || Instant::now() + LOOKUP_PAUSE > deadline;
     let mut addresses = loop {
         match (host, port).to_socket_addrs() {
-            Err(error) if Instant::now() + LOOKUP_PAUSE > deadline => return Err(error),
+            Err(error) if is_over() => return Err(error),
             Err(_) => std::thread::sleep(LOOKUP_PAUSE),
             Ok(addresses) => break addresses,
         }
@@ -143,6 +143,10 @@ mod tests {
         Launch::from_variables(&find)
     }
 
+    fn no_patience() -> Patience<'static> {
+        Patience::new(Duration::ZERO, Duration::ZERO)
+    }
+
     const TWO: [(&str, &str); 4] =
         [("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "trainer-0.trainer"), ("MASTER_PORT", "29500")];
 
@@ -150,7 +154,7 @@ mod tests {
     fn an_empty_environment_is_a_world_of_one() {
         let alone = launch(&[]).unwrap();
         assert_eq!((alone.rank, alone.world_size, alone.local_rank), (0, 1, 0));
-        let group = alone.connect(Duration::ZERO).unwrap();
+        let group = alone.connect(&no_patience()).unwrap();
         assert_eq!((group.rank(), group.size()), (0, 1));
     }
 
@@ -199,7 +203,8 @@ mod tests {
     #[test]
     fn a_loopback_master_is_reached_from_loopback_only() {
         for (host, address) in [("localhost", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "::1")] {
-            assert_eq!(local_address_towards(host, 80, Duration::ZERO).unwrap(), address.parse::<IpAddr>().unwrap());
+            let found = local_address_towards(host, 80, &no_patience()).unwrap();
+            assert_eq!(found, address.parse::<IpAddr>().unwrap());
         }
     }
 }

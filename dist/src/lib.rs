@@ -1,13 +1,14 @@
 //! Process groups and collectives over libtorch's c10d, for one process per rank on tch tensors.
 //!
 //! ```no_run
-//! use sensorium_dist::{Launch, ReduceOp};
+//! use sensorium_dist::{Launch, Patience, ReduceOp};
 //! use std::time::Duration;
 //! use tch::Tensor;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! // Without WORLD_SIZE in the environment this is a group of one, and collectives cost nothing.
-//! let group = Launch::from_env()?.connect(Duration::from_secs(30))?;
+//! let patience = Patience::new(Duration::from_mins(10), Duration::from_secs(30));
+//! let group = Launch::from_env()?.connect(&patience)?;
 //! let gradient = Tensor::from_slice(&[1.0f32, 2.0]);
 //! let work = group.all_reduce(&gradient, ReduceOp::Avg)?; // runs in the background
 //! work.wait()?; // from here on `gradient` is the mean over all ranks
@@ -17,7 +18,7 @@
 //!
 //! # How the parts link
 //! [`Launch`] reads the launch contract (`RANK`, `WORLD_SIZE`, ...) and makes a [`Store`], through which the ranks find
-//! each other, and a [`ProcessGroup`] on it. Each operation of a group gives a [`Work`] to wait for. [`autograd`] has
+//! each other, and a [`ProcessGroup`] on it; [`Patience`] says how long it waits for them. Each operation of a group gives a [`Work`] to wait for. [`autograd`] has
 //! the few differentiation primitives that a block executor needs and tch lacks, and [`keep_freed_memory`] is for whoever
 //! computes in steps. `ffi`, the only module with `unsafe` in this crate, calls `cpp/shim.cpp`, which calls c10d; no
 //! C++ exception passes it.
@@ -53,6 +54,7 @@ mod error;
 mod ffi;
 mod launch;
 mod memory;
+mod patience;
 mod process_group;
 mod roll_call;
 mod store;
@@ -61,6 +63,7 @@ mod work;
 pub use error::{Call, DistError, Operation, Problem};
 pub use launch::Launch;
 pub use memory::keep_freed_memory;
+pub use patience::Patience;
 pub use process_group::{ProcessGroup, ReduceOp};
 pub use store::Store;
 pub use work::Work;

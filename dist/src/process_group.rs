@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Call, DistError, Operation, Problem};
 use crate::ffi::{self, RawGroup, RawWork};
+use crate::patience::Patience;
 use crate::roll_call::{Member, RollCall};
 use crate::store::Store;
 use crate::work::{Finish, Work};
@@ -93,7 +94,6 @@ impl ProcessGroup {
     ///
     /// * `store`, `name`: where the ranks meet; a name is used once per store.
     /// * `interface`: the local address to take connections of peers on.
-    /// * `timeout`: how long to wait for the others now, and later for each operation.
     ///
     /// # Errors
     /// [`DistError::Join`] names the ranks that did not show up.
@@ -103,9 +103,12 @@ impl ProcessGroup {
         rank: u32,
         size: u32,
         interface: IpAddr,
-        timeout: Duration,
+        patience: &Patience<'_>,
     ) -> Result<Self, DistError> {
-        let failed = |missing, cause| DistError::Join { rank, size, group: name.to_owned(), timeout, missing, cause };
+        let failed = |missing, cause| {
+            let (group, timeout) = (name.to_owned(), patience.joining);
+            DistError::Join { rank, size, group, timeout, missing, cause }
+        };
         if rank >= size {
             return Err(failed(Vec::new(), format!("there is no rank {rank}; ranks are below {size}")));
         }
@@ -113,7 +116,8 @@ impl ProcessGroup {
         let connection = store.raw().reconnect().map_err(|cause| failed(Vec::new(), cause))?;
         let member = Member { group: name, rank, size, interface };
         let roll_call =
-            RollCall::open(&connection, &member, timeout).map_err(|(missing, cause)| failed(missing, cause))?;
+            RollCall::open(&connection, &member, patience).map_err(|(missing, cause)| failed(missing, cause))?;
+        let timeout = patience.operation;
         let group = RawGroup::gloo(&connection, name, rank, size, &interface.to_string(), timeout)
             .map_err(|cause| failed(Vec::new(), cause))?;
         let broken = OnceLock::new();

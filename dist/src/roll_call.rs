@@ -19,14 +19,17 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Call, DistError, Operation};
 use crate::ffi::RawStore;
+use crate::patience::{CANCELLED, Patience};
 use crate::store::random_bits;
 
 /// How often to ask the store for ranks that are not there yet.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
-/// How long to try to reach a peer. One on a machine that is gone does not refuse, it is silent.
-const REACH: Duration = Duration::from_secs(1);
+/// How long to try to reach a peer. One on a machine that is gone does not refuse, it is silent; but so is one that lives,
+/// where the first packet was lost. The kernel sends it again after one second and after three.
+const REACH: Duration = Duration::from_millis(3500);
 /// How long a connected peer may take to write its report: it first tries to reach everyone.
-const READ: Duration = Duration::from_millis(1500);
+const READ: Duration = Duration::from_secs(4);
+const _: () = assert!(READ.as_millis() > REACH.as_millis());
 /// How long to look further where the first look did not tell: a process that dies closes its sockets one by one, and
 /// other ranks report within a slice of their waits.
 const LOOK: Duration = Duration::from_secs(1);
@@ -72,8 +75,12 @@ struct Report {
 impl RollCall {
     /// Publishes where this rank listens and learns where the others do.
     ///
-    /// On failure gives the ranks that did not show up within `timeout`, and what the store said.
-    pub(crate) fn open(store: &RawStore, member: &Member<'_>, timeout: Duration) -> Result<Self, (Vec<u32>, String)> {
+    /// On failure gives the ranks that did not show up in time, and what the store said.
+    pub(crate) fn open(
+        store: &RawStore,
+        member: &Member<'_>,
+        patience: &Patience<'_>,
+    ) -> Result<Self, (Vec<u32>, String)> {
         let &Member { group, rank, size, interface } = member;
         let failed = |cause: String| (Vec::new(), cause);
         let listener = TcpListener::bind((interface, 0))
@@ -83,7 +90,7 @@ impl RollCall {
         let own = Door { address, secret: random_bits() };
 
         store.set(&key(group, rank), own.publish().as_bytes()).map_err(failed)?;
-        let doors = find_doors(store, group, size, Instant::now() + timeout)?;
+        let doors = find_doors(store, group, size, patience)?;
         Ok(Self { rank, doors, listener, reports: Mutex::default() })
     }
 
@@ -196,7 +203,13 @@ fn key(group: &str, rank: u32) -> String {
 ///
 /// Asks again and again instead of waiting for all keys at once: who is missing has to be known also where the rank
 /// that serves the store gives up first and takes it away.
-fn find_doors(store: &RawStore, group: &str, size: u32, deadline: Instant) -> Result<Vec<Door>, (Vec<u32>, String)> {
+fn find_doors(
+    store: &RawStore,
+    group: &str,
+    size: u32,
+    patience: &Patience<'_>,
+) -> Result<Vec<Door>, (Vec<u32>, String)> {
+    let deadline = Instant::now() + patience.joining;
     let mut doors: Vec<Option<Door>> = vec![None; size as usize];
     loop {
         let failure = (0..)
@@ -209,6 +222,9 @@ fn find_doors(store: &RawStore, group: &str, size: u32, deadline: Instant) -> Re
         }
         if let Some(cause) = failure {
             return Err((missing, cause));
+        }
+        if (patience.cancelled)() {
+            return Err((missing, CANCELLED.to_owned()));
         }
         if Instant::now() > deadline {
             return Err((missing, "the time is over".to_owned()));

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::DistError;
 use crate::ffi::RawStore;
+use crate::patience::{CANCELLED, never};
 
 /// A client of a key-value store over TCP, which one rank serves. Clones share the connection.
 ///
@@ -44,9 +45,20 @@ impl Store {
     /// # Errors
     /// [`DistError::Connect`] with what the last try met.
     pub fn connect(host: &str, port: u16, timeout: Duration) -> Result<Self, DistError> {
+        Self::connect_unless(host, port, timeout, &never)
+    }
+
+    /// As [`connect`](Self::connect), unless it is cancelled.
+    pub(crate) fn connect_unless(
+        host: &str,
+        port: u16,
+        timeout: Duration,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<Self, DistError> {
         let deadline = Instant::now() + timeout;
         // c10d can retry too, but it writes a warning for each try and gives up at once on a name that does not resolve.
-        wait_for_listener(host, port, deadline).map_err(|cause| connect_error(host, port, timeout, cause))?;
+        wait_for_listener(host, port, deadline, cancelled)
+            .map_err(|cause| connect_error(host, port, timeout, cause))?;
         RawStore::tcp(host, port, None, timeout)
             .map(|raw| Self { raw: Arc::new(raw), port })
             .map_err(|cause| connect_error(host, port, timeout, cause))
@@ -123,15 +135,20 @@ pub(crate) fn loopback(host: &str) -> Option<IpAddr> {
     host.parse().ok().filter(IpAddr::is_loopback)
 }
 
-/// Tries to connect until `deadline`; the error is what the last try met.
-fn wait_for_listener(host: &str, port: u16, deadline: Instant) -> Result<(), String> {
+/// Tries to connect until `deadline`, or until it is cancelled; the error is what the last try met.
+fn wait_for_listener(host: &str, port: u16, deadline: Instant, cancelled: &dyn Fn() -> bool) -> Result<(), String> {
     const FIRST_DELAY: Duration = Duration::from_millis(20);
     const LAST_DELAY: Duration = Duration::from_secs(1);
+    /// Of one try. Where nobody refuses, it would take all the time that is left, and hear of no cancelling.
+    const LONGEST_TRY: Duration = Duration::from_secs(4);
     let mut delay = FIRST_DELAY;
     loop {
+        if cancelled() {
+            return Err(CANCELLED.to_owned());
+        }
         let left = deadline.saturating_duration_since(Instant::now());
         let cause = match (host, port).to_socket_addrs() {
-            Ok(addresses) => match try_each(addresses, left.max(FIRST_DELAY)) {
+            Ok(addresses) => match try_each(addresses, left.clamp(FIRST_DELAY, LONGEST_TRY)) {
                 Ok(()) => return Ok(()),
                 Err(cause) => cause,
             },
@@ -178,6 +195,8 @@ fn store_error(action: &'static str, keys: &[&str]) -> impl FnOnce(String) -> Di
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -223,6 +242,16 @@ mod tests {
         let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
         let error = Store::connect("127.0.0.1", port, Duration::from_millis(100)).err().unwrap();
         assert!(matches!(&error, DistError::Connect { cause, .. } if cause.contains("refused")), "{error}");
+    }
+
+    #[test]
+    fn a_client_that_is_cancelled_waits_no_longer() {
+        let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+        let asked = Cell::new(0);
+        let cancelled = || asked.replace(asked.get() + 1) == 2;
+        let error = Store::connect_unless("127.0.0.1", port, 600 * SECOND, &cancelled).err().unwrap();
+        assert!(matches!(&error, DistError::Connect { cause, .. } if cause == CANCELLED), "{error}");
+        assert_eq!(asked.get(), 3);
     }
 
     #[test]

@@ -55,7 +55,8 @@ impl Work {
     ///
     /// # Errors
     /// [`DistError::PeersLost`] within about a second of a peer's death, [`DistError::Timeout`] about a second after
-    /// the group's timeout, [`DistError::Failed`] for all else that the backend reports. Each breaks the group.
+    /// the group's timeout, [`DistError::Failed`] for all else that the backend reports. Each breaks the group. Where a
+    /// machine is gone and does not even refuse, all take a few seconds more.
     pub fn wait(self) -> Result<(), DistError> {
         let Some(Running { mut raw, group, call, finish }) = self.0 else { return Ok(()) };
         // Gloo breaks the connection when a send or receive is waited for in slices.

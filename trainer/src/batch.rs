@@ -18,6 +18,7 @@ use sensorium_modality::{
 use tch::Tensor;
 
 use crate::error::TrainError;
+use crate::stop::Stop;
 
 /// Batches that are ready before they are asked for: one in work, one waiting.
 const PREFETCH: usize = 1;
@@ -93,9 +94,10 @@ impl Preparation {
     /// Looks through the texts of a data set, so that one that fits no row is found before, and not after, hours of training.
     ///
     /// # Errors
-    /// [`TrainError::Spec`] about `field`, or the system's.
-    pub fn check(&self, field: &'static str, dataset: &Dataset, captions: bool) -> Result<(), TrainError> {
+    /// [`TrainError::Spec`] about `field`, [`TrainError::Stopped`], or the system's.
+    pub fn check(&self, field: &'static str, dataset: &Dataset, captions: bool, stop: &Stop) -> Result<(), TrainError> {
         for sample in dataset.samples() {
+            stop.check()?;
             let sample = sample?;
             let questions = sample.questions.iter().map(|pair| &pair.question);
             for text in questions.chain(sample.caption.iter().filter(|_| captions)) {

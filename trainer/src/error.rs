@@ -104,12 +104,12 @@ pub enum TrainError {
     #[error("the thread that prepares batches ended without an error")]
     LoaderGone,
     /// The run was asked to stop.
-    #[error("stopped at step {step} as asked; {}", match unsaved {
+    #[error("stopped {} as asked; {}", at(*step), match unsaved {
         None => "the same job goes on from there".to_owned(),
         Some(why) => format!("its state could not be saved, so that the same job goes on from an earlier step: {why}"),
     })]
     Stopped {
-        /// Steps that are done.
+        /// Steps that are done; 0 where this process did not come to any, and nothing has changed.
         step: u64,
         /// Why its state could not be saved, where it could not.
         unsaved: Option<String>,
@@ -142,10 +142,19 @@ pub enum TrainError {
     Torch(#[from] tch::TchError),
 }
 
+fn at(step: u64) -> String {
+    if step == 0 { "before the first step".to_owned() } else { format!("at step {step}") }
+}
+
 impl TrainError {
     /// Whether a checkpoint is not what was saved.
     pub(crate) fn is_damage(&self) -> bool {
         matches!(self, Self::DigestMismatch { .. } | Self::Checkpoint { .. })
+    }
+
+    /// Whether this worker only failed because others did.
+    pub fn is_wake(&self) -> bool {
+        matches!(self, Self::Dist(error) if error.is_wake())
     }
 
     /// Whether the job itself, or the data it names, is at fault: running it again unchanged ends the same way.

@@ -17,11 +17,16 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
+use crate::exit_code::{STOPPED, USAGE, WAKE};
+
 /// From SIGTERM to SIGKILL for workers whose sibling has failed: enough for the step at hand and a checkpoint.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// Starts `processes` workers with `args` and waits for them all. Returns 0, or the exit code of the first that failed;
-/// 128 and the signal's number for one that was killed.
+/// What [`exit_code`] makes of SIGKILL.
+const KILLED: u8 = 128 + 9;
+
+/// Starts `processes` workers with `args` and waits for them all. Returns 0, or the exit code of the first that failed, or of
+/// a later one that says more; 128 and the signal's number for one that was killed.
 ///
 /// `GROUP_RANK` (0 if unset) is the index of this pod, so the ranks here are `GROUP_RANK * processes` and on. `WORLD_SIZE`
 /// (if unset, the workers here are all there are), `MASTER_ADDR` and `MASTER_PORT` go to the workers as they are.
@@ -85,10 +90,15 @@ async fn supervise(
                 let Some(ended) = ended else { return Ok(failure.unwrap_or(0)) };
                 let (rank, status) = ended.context("lost sight of a worker")?;
                 let status = status.with_context(|| format!("could not wait for rank {rank}"))?;
-                if status.success() || failure.is_some() {
+                if status.success() {
                     continue;
                 }
-                failure = Some(exit_code(status));
+                let code = exit_code(status);
+                if let Some(first) = failure {
+                    failure = Some(telling(first, code));
+                    continue;
+                }
+                failure = Some(code);
                 if !was_asked {
                     tracing::error!(rank, %status, "a worker failed; the others are stopped");
                     order.send_replace(Some(Signal::TERM));
@@ -116,7 +126,45 @@ async fn wait(mut child: Child, mut orders: watch::Receiver<Option<Signal>>) -> 
     }
 }
 
+/// Of the exit codes of two workers the one that tells more of what failed; `first` where they tell as much. Which of two
+/// workers ends first, the one that fails or the one that loses it, is a matter of chance.
+fn telling(first: u8, later: u8) -> u8 {
+    match (first, later) {
+        (_, USAGE) => USAGE,
+        // Those that end because we ask them to tell nothing.
+        (WAKE, later) if later != STOPPED && later != KILLED => later,
+        (first, _) => first,
+    }
+}
+
 fn exit_code(status: ExitStatus) -> u8 {
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_that_says_the_job_is_wrong_is_believed_whenever_it_ends() {
+        for first in [1, WAKE, STOPPED, KILLED, USAGE] {
+            assert_eq!(telling(first, USAGE), USAGE);
+            assert_eq!(telling(USAGE, first), USAGE);
+        }
+    }
+
+    #[test]
+    fn a_worker_that_only_lost_the_others_does_not_hide_why() {
+        assert_eq!(telling(WAKE, 1), 1);
+        assert_eq!(telling(1, WAKE), 1);
+    }
+
+    #[test]
+    fn workers_that_were_stopped_do_not_hide_the_first_failure() {
+        for first in [1, WAKE, 128 + 11] {
+            assert_eq!(telling(first, STOPPED), first);
+            assert_eq!(telling(first, KILLED), first);
+        }
+    }
 }

@@ -6,32 +6,26 @@ use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use sensorium_api::CompressionJobSpec;
 use sensorium_api::run::{ArtifactResult, RunConfig, RunResult, RunState};
 use sensorium_artifact::{Volume, Volumes};
-use sensorium_compress::{CompressError, Control};
+use sensorium_compress::Control;
 use sensorium_dist::{Launch, keep_freed_memory};
 use sensorium_lifecycle::{NO_ONNXRUNTIME_TELEMETRY, start_over_with};
 use sensorium_telemetry::{Lines, Options, Parent, Telemetry};
+use sensorium_trainer::join::join;
 use sensorium_trainer::launch::launch;
 use sensorium_trainer::progress::Reporter;
 use sensorium_trainer::publish::publish;
 use sensorium_trainer::setup::{Setup, read_config};
 use sensorium_trainer::stop::Stop;
 use sensorium_trainer::train::{Run, Trained};
-use sensorium_trainer::{TrainError, result};
+use sensorium_trainer::{TrainError, exit_code, result};
 use tracing::Instrument as _;
-
-/// How long workers wait for each other to start, and for each collective.
-const GROUP_TIMEOUT: Duration = Duration::from_mins(5);
-/// As a shell reports a process that SIGTERM ended; the job goes on from its checkpoint when it is started again.
-const STOPPED: u8 = 143;
-/// The job, or what it names, has to be changed: starting it again as it is can't help.
-const USAGE: u8 = 2;
 
 #[derive(Debug, Parser)]
 #[command(name = "sensorium-trainer", version, about, max_term_width = 100)]
@@ -140,18 +134,10 @@ fn run(job: Job, args: &RunArgs, runtime: &tokio::runtime::Runtime) -> ExitCode 
         Ok(Some(result)) => (result, ExitCode::SUCCESS),
         Ok(None) => return ExitCode::SUCCESS, // a rank other than 0: rank 0 tells
         Err(error) => {
-            let stopped = matches!(error.downcast_ref(), Some(TrainError::Stopped { .. }))
-                || matches!(error.downcast_ref(), Some(CompressError::Cancelled));
             let message = format!("{error:#}");
             tracing::error!(error = message, "the job did not finish");
             let result = RunResult { state: RunState::Failed, message, ..empty() };
-            let hopeless = error.downcast_ref().is_some_and(TrainError::is_users)
-                || error.downcast_ref().is_some_and(CompressError::is_users);
-            let code = match (stopped, hopeless) {
-                (true, _) => ExitCode::from(STOPPED),
-                (_, true) => ExitCode::from(USAGE),
-                _ => ExitCode::FAILURE,
-            };
+            let code = ExitCode::from(exit_code::of(&error));
             // The other ranks fail in the wake of one, so only rank 0 speaks for the job.
             if std::env::var("RANK").is_ok_and(|rank| rank != "0") {
                 return code;
@@ -194,8 +180,8 @@ fn train(args: &RunArgs, volumes: &Volumes, runtime: &tokio::runtime::Runtime) -
     let (reporter, stop) = (Reporter::default(), Stop::default());
     let is_first = launch.rank == 0;
     runtime.block_on(listen(&reporter, &stop, args.progress_addr.filter(|_| is_first)))?;
-    let setup = runtime.block_on(Setup::new(&config, volumes))?;
-    let group = launch.connect(GROUP_TIMEOUT).map_err(TrainError::from)?;
+    let setup = runtime.block_on(Setup::new(&config, volumes, &stop))?;
+    let group = join(&launch, config.spec.pre_running_deadline_seconds, &stop)?;
     tracing::info!(
         job = %config.job,
         rank = group.rank(),

@@ -1,5 +1,7 @@
 //! AdamW on flat buffers, its learning-rate schedule, and gradient clipping.
 
+use std::collections::BTreeSet;
+
 use sensorium_api::OptimizerSpec;
 use sensorium_dist::autograd::{addcdiv_, addcmul_};
 use tch::Tensor;
@@ -7,7 +9,8 @@ use tch::Tensor;
 use crate::error::TrainError;
 use crate::flat::Parameters;
 
-/// Linear warm-up to the peak, then half a cosine down to a fraction of it (Loshchilov & Hutter 2017).
+/// Linear warm-up to the peak, then half a cosine down to a fraction of it (Loshchilov & Hutter 2017), which is the last
+/// step's.
 ///
 /// `step` counts updates from 0; the first one already learns.
 pub fn learning_rate(spec: &OptimizerSpec, step: u64, steps: u64) -> f64 {
@@ -15,7 +18,7 @@ pub fn learning_rate(spec: &OptimizerSpec, step: u64, steps: u64) -> f64 {
     if step < spec.warmup_steps {
         return spec.learning_rate * done / spec.warmup_steps as f64;
     }
-    let span = steps.saturating_sub(spec.warmup_steps).max(1) as f64;
+    let span = steps.saturating_sub(spec.warmup_steps + 1).max(1) as f64;
     let at = ((step - spec.warmup_steps) as f64 / span).min(1.0);
     let floor = spec.final_learning_rate_fraction;
     spec.learning_rate * (floor + (1.0 - floor) * 0.5 * (1.0 + (std::f64::consts::PI * at).cos()))
@@ -27,17 +30,20 @@ pub struct AdamW {
     spec: OptimizerSpec,
     /// Per block: running means of the gradient and of its square.
     moments: Vec<(Tensor, Tensor)>,
+    trained: BTreeSet<usize>,
 }
 
 impl AdamW {
     /// With moments of zero.
-    pub fn new(spec: OptimizerSpec, parameters: &Parameters) -> Result<Self, TrainError> {
+    ///
+    /// * `trained`: the blocks that get gradients. The others stay as they are: decay alone would wear them down.
+    pub fn new(spec: OptimizerSpec, parameters: &Parameters, trained: BTreeSet<usize>) -> Result<Self, TrainError> {
         let moments = parameters
             .blocks()
             .iter()
             .map(|block| Ok((block.values().f_zeros_like()?, block.values().f_zeros_like()?)))
             .collect::<Result<_, TrainError>>()?;
-        Ok(Self { spec, moments })
+        Ok(Self { spec, moments, trained })
     }
 
     /// Means of the gradient and of its square, one pair per block, laid out like the block's values.
@@ -68,7 +74,10 @@ impl AdamW {
         let correction1 = 1.0 - beta1.powf(updates);
         let correction2 = (1.0 - beta2.powf(updates)).sqrt();
         tch::no_grad(|| {
-            for (block, (mean, square)) in parameters.blocks().iter().zip(&self.moments) {
+            for (at, (block, (mean, square))) in parameters.blocks().iter().zip(&self.moments).enumerate() {
+                if !self.trained.contains(&at) {
+                    continue;
+                }
                 let gradient = block.gradient();
                 let decayed = block.values().f_narrow(0, 0, block.decay_len())?;
                 let _ = decayed.shallow_clone().f_mul_scalar_(1.0 - learning_rate * self.spec.weight_decay)?;
@@ -85,7 +94,10 @@ impl AdamW {
 
 #[cfg(test)]
 mod tests {
+    use sensorium_model::{Task, initialise};
+
     use super::*;
+    use crate::setup::tests::small;
 
     fn spec() -> OptimizerSpec {
         OptimizerSpec {
@@ -102,12 +114,31 @@ mod tests {
         assert!((rate(0) - 2e-5).abs() < 1e-12);
         assert!((rate(99) - 2e-3).abs() < 1e-12);
         assert!((rate(100) - 2e-3).abs() < 1e-12);
-        assert!((rate(1500) - 2e-5).abs() < 1e-12);
+        assert!((rate(1499) - 2e-5).abs() < 1e-12, "the last step's");
         assert!((100..1499).all(|step| rate(step + 1) < rate(step)));
     }
 
     #[test]
     fn a_run_shorter_than_its_warm_up_still_learns() {
         assert!(learning_rate(&spec(), 0, 10) > 0.0);
+    }
+
+    #[test]
+    fn what_no_task_trains_keeps_every_bit_and_the_rest_decays() {
+        let network = small();
+        let parameters = Parameters::new(&network, &initialise(&network, 1)).unwrap();
+        let trained: BTreeSet<usize> = network.path(Task::Contrastive).into_iter().collect();
+        let before = parameters.weights().unwrap();
+        let spec = OptimizerSpec { weight_decay: 0.5, ..spec() };
+        let mut optimizer = AdamW::new(spec, &parameters, trained.clone()).unwrap();
+        optimizer.step(&parameters, 0, 0.1).unwrap();
+        let after = parameters.weights().unwrap();
+        for (at, block) in network.blocks().iter().enumerate() {
+            for matrix in block.params().iter().filter(|spec| spec.decays()) {
+                let name = block.full_name(matrix);
+                assert_eq!(after[&name] != before[&name], trained.contains(&at), "{name}");
+            }
+        }
+        assert!(trained.len() < network.blocks().len());
     }
 }

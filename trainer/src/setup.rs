@@ -12,11 +12,12 @@ use sensorium_modality::{
     ImageConfig, ImageProcessor, PipelineSpec, Resize, TaskHead, TextConfig, TextProcessor, TextSpec,
 };
 use sensorium_model::{FusionConfig, Network, NetworkConfig, StemLayer, Task, Weights, import, initialise};
-use sensorium_onnx::Model;
+use sensorium_onnx::{DType, Model};
 
 use crate::batch::{self, Preparation};
 use crate::checkpoint::Checkpoints;
 use crate::error::TrainError;
+use crate::stop::Stop;
 
 /// Where an artifact keeps its tokenizer.
 pub const TOKENIZER_FILE: &str = "processor/tokenizer.json";
@@ -61,8 +62,8 @@ impl Setup {
     /// Opens the data and builds the network.
     ///
     /// # Errors
-    /// Names the field of the spec that can't be met.
-    pub async fn new(config: &RunConfig<TrainingJobSpec>, volumes: &Volumes) -> Result<Self, TrainError> {
+    /// Names the field of the spec that can't be met; [`TrainError::Stopped`] where somebody asked for that meanwhile.
+    pub async fn new(config: &RunConfig<TrainingJobSpec>, volumes: &Volumes, stop: &Stop) -> Result<Self, TrainError> {
         let spec = &config.spec;
         // Where it all goes to, before hours go by.
         Store::open(&spec.output.store, volumes)?;
@@ -101,7 +102,7 @@ impl Setup {
         let started = match &spec.model {
             ModelSource::Architecture(architecture) => {
                 let max_length = architecture.text.max_length as usize;
-                let text = vocabulary(&checkpoints, &train, TextConfig { max_length }, has(Task::Contrastive))?;
+                let text = vocabulary(&checkpoints, &train, TextConfig { max_length }, has(Task::Contrastive), stop)?;
                 Started::anew(architecture, text, &answers, spec.training.seed)?
             }
             ModelSource::Artifact(name) => Started::from_artifact(name, spec, volumes, &answers).await?,
@@ -119,7 +120,7 @@ impl Setup {
         let classes: HashMap<String, i64> =
             answers.iter().enumerate().map(|(class, answer)| (answer.clone(), class as i64)).collect();
         let preparation = Arc::new(Preparation { image, text, answers: classes });
-        preparation.check("spec.data.evaluation", &evaluation, has(Task::Contrastive))?;
+        preparation.check("spec.data.evaluation", &evaluation, has(Task::Contrastive), stop)?;
         let (train, evaluation) = (Arc::new(train), Arc::new(evaluation));
         Ok(Self { network, weights, parent, preparation, train, evaluation, answers, tasks, folder, checkpoints })
     }
@@ -206,8 +207,28 @@ impl Started {
             let model = Model::load(&folder.join(&graph.file)).map_err(|error| refused(format!("{name}: {error}")))?;
             graphs.push(model);
         }
+        check_exact(name, &network, &graphs)?;
         let weights = import(&network, &graphs, &initialise(&network, spec.training.seed))?;
         Ok(Self { network, weights, text, parent: Some(artifact.digest), answers: known })
+    }
+}
+
+/// Refuses an artifact that went through compression. It has the shape of the network that it was made from, and yet there
+/// is no way back from its integers to the weights.
+fn check_exact(name: &str, network: &Network, graphs: &[Model]) -> Result<(), TrainError> {
+    let parameters =
+        network.blocks().iter().flat_map(|block| block.params().iter().map(move |spec| block.full_name(spec)));
+    let mut tensors = parameters.filter_map(|parameter| graphs.iter().find_map(|graph| graph.initializer(&parameter)));
+    match tensors.find(|tensor| tensor.dtype() != Some(DType::F32)) {
+        None => Ok(()),
+        Some(rounded) => Err(TrainError::Spec {
+            field: "spec.model.artifact",
+            reason: format!(
+                "{name} can't be trained further, compression has rounded its weights ({} for one); name the artifact that \
+                 it was compressed from",
+                rounded.name
+            ),
+        }),
     }
 }
 
@@ -218,6 +239,7 @@ fn vocabulary(
     train: &Dataset,
     config: TextConfig,
     contrastive: bool,
+    stop: &Stop,
 ) -> Result<TextProcessor, TrainError> {
     let kept = checkpoints.vocabulary(train.digest());
     // Not there, or half-written by another rank or a killed process: then it is made again, and the same.
@@ -226,6 +248,7 @@ fn vocabulary(
     }
     let mut texts = BTreeSet::new();
     for sample in train.samples() {
+        stop.check()?;
         let sample = sample?;
         texts.extend(sample.questions.into_iter().map(|pair| pair.question));
         texts.extend(sample.caption.filter(|_| contrastive));
@@ -283,4 +306,52 @@ fn network_config(architecture: &Architecture, vocabulary: i64, answers: Option<
 /// Bytes to `-1..=1`: `x / 127.5 - 1`.
 fn image_config(network: &Network) -> ImageConfig {
     ImageConfig { size: network.config().image.size as u32, mean: [0.5; 3], std: [0.5; 3], resize: Resize::Exact }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use sensorium_model::export;
+    use sensorium_onnx::TensorProto;
+
+    use super::*;
+
+    /// With heads for both tasks, and as small as they come.
+    pub(crate) fn small() -> Network {
+        let stem = vec![StemLayer { channels: 4, kernel: 4, stride: 4, padding: 0 }];
+        let (layers, heads, mlp_ratio) = (1, 1, 1);
+        let config = NetworkConfig {
+            width: 4,
+            text: sensorium_model::TextConfig { vocabulary: 5, max_length: 3, width: 4, layers, heads, mlp_ratio },
+            image: sensorium_model::ImageConfig { size: 8, stem, width: 4, layers, heads, mlp_ratio },
+            fusion: FusionConfig { layers, heads, mlp_ratio },
+            answers: Some(2),
+            embedding_dim: Some(2),
+        };
+        Network::new(config).unwrap()
+    }
+
+    /// The graph with one of its tensors in integers, as compression leaves it.
+    fn round(graph: Model, name: &str) -> Model {
+        let mut proto = graph.into_proto();
+        for tensor in proto.graph.iter_mut().flat_map(|graph| &mut graph.initializer).filter(|it| it.name == name) {
+            let dims = tensor.dims.clone();
+            *tensor = TensorProto::from_i8(name, &dims, &vec![1; dims.iter().product::<i64>() as usize]);
+        }
+        Model::try_from(proto).unwrap()
+    }
+
+    #[test]
+    fn an_artifact_that_was_compressed_is_refused_with_the_reason() {
+        let network = small();
+        let exported = export(&network, &initialise(&network, 1)).unwrap();
+        let graphs: Vec<Model> = exported.graphs.into_iter().map(|(_, graph)| graph).collect();
+        check_exact("vqa", &network, &graphs).unwrap();
+        let block = &network.blocks()[0];
+        let name = block.full_name(&block.params()[0]);
+        let graphs: Vec<Model> = graphs.into_iter().map(|graph| round(graph, &name)).collect();
+        let error = check_exact("vqa", &network, &graphs).unwrap_err();
+        assert!(error.is_users(), "starting it again would not help");
+        assert!(error.to_string().contains("vqa can't be trained further"), "{error}");
+        assert!(error.to_string().contains(&name), "{error}");
+    }
 }

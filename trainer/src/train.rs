@@ -72,7 +72,8 @@ impl<'a> Run<'a> {
             return Err(TrainError::Spec { field: "spec.training.batch.images", reason });
         }
         let parameters = Parameters::new(&setup.network, &setup.weights)?;
-        let optimizer = AdamW::new(config.spec.training.optimizer.clone(), &parameters)?;
+        let trained = setup.tasks.iter().flat_map(|(task, _)| setup.network.path(*task)).collect();
+        let optimizer = AdamW::new(config.spec.training.optimizer.clone(), &parameters, trained)?;
         let (seconds_before, started) = (0.0, Instant::now());
         Ok(Self { config, setup, group, reporter, stop, parameters, optimizer, seconds_before, started })
     }

@@ -46,6 +46,13 @@ fn activation_checkpointing_changes_memory_and_not_one_bit_of_the_result() {
     assert_eq!(kept.weights(), again.weights());
 }
 
+/// That a run of 40 steps, killed some time after the 15th, went on from a checkpoint: from which is a matter of how long it
+/// took to see that step, and to kill.
+fn assert_went_on(run: &support::Ended) {
+    let from = run.resumed_from();
+    assert!(matches!(from, Some(10 | 20 | 30)), "it went on from {from:?}");
+}
+
 #[test]
 fn a_run_killed_in_the_middle_and_resumed_ends_with_the_same_bits_as_one_never_killed() {
     let state = State::new();
@@ -55,7 +62,7 @@ fn a_run_killed_in_the_middle_and_resumed_ends_with_the_same_bits_as_one_never_k
     workers.wait_for_step(15);
     workers.kill();
     let resumed = job.run(2).expect_success();
-    assert_eq!(resumed.resumed_from(), Some(10));
+    assert_went_on(&resumed);
     assert_eq!(never_killed.losses(), resumed.losses());
     assert_eq!(never_killed.result().artifact.map(|it| it.digest), resumed.result().artifact.map(|it| it.digest));
 }
@@ -91,7 +98,7 @@ fn a_run_that_goes_on_with_fewer_workers_keeps_the_loss_curve() {
     workers.wait_for_step(15);
     workers.kill();
     let narrowed = job.run(1).expect_success();
-    assert_eq!(narrowed.resumed_from(), Some(10));
+    assert_went_on(&narrowed);
     support::assert_curves_agree(&undisturbed.losses(), &narrowed.losses(), 1e-5);
 }
 
@@ -173,7 +180,7 @@ fn a_worker_whose_peer_dies_ends_with_an_error_that_names_the_operation() {
     workers.wait_for_step(5);
     workers.kill_rank(1);
     let ended = workers.wait_at_most(Duration::from_mins(1));
-    assert_eq!(ended.exit_codes()[0], Some(1));
+    assert_eq!(ended.exit_codes()[0], Some(75), "it only lost the other");
     let message = ended.result().message;
     assert!(message.contains("all_reduce"), "{message}");
 }

@@ -4,7 +4,7 @@
 //! children end. Four things can end a run, and each of them leaves no process behind:
 //!
 //! * all children succeed: [`Workers::finish`] returns;
-//! * one child fails: the others are stopped, and the first failure is reported;
+//! * one child fails: the others are stopped, and the first failure is reported, or the one that says the job is wrong;
 //! * the caller stops them ([`Workers::stop`]): SIGTERM, a grace period, SIGKILL;
 //! * we die, be it by SIGKILL: each child holds the read end of a pipe on its standard input, whose write end dies with
 //!   us. Programs that see [`EXIT_WITH_PARENT`] treat the end of that input as SIGTERM. (`PR_SET_PDEATHSIG` would do the
@@ -22,6 +22,8 @@ use futures::stream::FuturesUnordered;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio_util::sync::CancellationToken;
+
+use crate::local::job::EXIT_USAGE;
 
 /// Environment variable that asks a program to exit when its standard input ends.
 pub const EXIT_WITH_PARENT: &str = "SENSORIUM_EXIT_WITH_PARENT";
@@ -73,7 +75,7 @@ pub enum ProcessError {
     /// A process failed; the rest of its group has been stopped.
     #[error("{name} {}", describe(*status))]
     Failed {
-        /// The first process that failed.
+        /// The process to blame.
         name: String,
         /// Its position among the specs that the group was started with.
         index: usize,
@@ -146,13 +148,11 @@ impl Workers {
     /// Dropping the future loses nothing: it can be called again, or [`Workers::stop`] instead.
     ///
     /// # Errors
-    /// [`ProcessError::Failed`] names the process that failed first.
+    /// [`ProcessError::Failed`] names the process that failed first, unless another one ended with [`EXIT_USAGE`].
     pub async fn finish(&mut self) -> Result<(), ProcessError> {
-        let failure = self.first_failure().await;
-        if failure.is_some() {
-            self.stop(&CancellationToken::new()).await;
-        }
-        failure.map_or(Ok(()), Err)
+        let Some(failure) = self.first_failure().await else { return Ok(()) };
+        self.stop(&CancellationToken::new()).await;
+        Err(self.usage_failure().unwrap_or(failure))
     }
 
     async fn first_failure(&mut self) -> Option<ProcessError> {
@@ -173,6 +173,16 @@ impl Workers {
             }
         }
         None
+    }
+
+    /// Of processes that have ended, the one that says that another attempt would fail in the same way. Which ends first, that
+    /// one or those that lose it, is a matter of chance.
+    fn usage_failure(&mut self) -> Option<ProcessError> {
+        self.members.iter_mut().enumerate().find_map(|(index, member)| {
+            let status = member.child.try_wait().ok()??;
+            let name = member.name.clone();
+            (status.code() == Some(EXIT_USAGE)).then_some(ProcessError::Failed { name, index, status })
+        })
     }
 
     /// Asks every process to end, and kills those that are still there after the grace period or once `hurry` fires.

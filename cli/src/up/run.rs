@@ -176,10 +176,8 @@ impl<'a> Run<'a> {
                 .map_err(|source| Error::Data { uri: verification.data.clone(), source })?;
             let mut client = self.interrupt.or(Client::connect(&address)).await?;
             let folder = self.state.questions();
-            let asked = tokio::select! {
-                asked = questions::ask(&mut client, &job.plan.job.name, chosen, &folder) => asked?,
-                () = self.interrupt.asked() => return Err(Error::Interrupted),
-            };
+            let asked = questions::ask(&mut client, &job.plan.job.name, chosen, &folder);
+            let asked = self.interrupt.or(asked).await?;
             self.view.line(questions::table(&asked).trim_end());
             self.questions.extend(asked);
         }

@@ -8,10 +8,12 @@ use std::process::{Command, Stdio, exit};
 use std::thread;
 use std::time::Duration;
 
-use sensorium_dist::{Launch, ProcessGroup};
+use sensorium_dist::{Launch, Patience, ProcessGroup};
 
 /// How long a rank may take. Reaching it is a failure: nothing here may hang.
 const LIMIT: Duration = Duration::from_secs(30);
+/// How long ranks wait for each other to start: however busy the machine is, they have all loaded libtorch by then.
+pub(crate) const JOINING: Duration = Duration::from_secs(20);
 const OVER_LIMIT: i32 = 99;
 const SIGABRT: i32 = 6;
 /// How a rank leaves that is to die.
@@ -53,8 +55,8 @@ impl Ranks {
 
     /// Runs `body` with the group of each rank.
     pub(crate) fn run<F: Fn(&ProcessGroup)>(self, body: F) {
-        let timeout = self.timeout;
-        self.start(&test_name::<F>(), |launch| body(&launch.connect(timeout).expect("the ranks meet")));
+        let patience = Patience::new(JOINING, self.timeout);
+        self.start(&test_name::<F>(), |launch| body(&launch.connect(&patience).expect("the ranks meet")));
     }
 
     /// Runs `body` in each rank, which may or may not connect.

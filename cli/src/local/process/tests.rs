@@ -26,6 +26,19 @@ async fn eventually(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
+/// Variable that tells a test's processes from all others.
+const MARK: &str = "SENSORIUM_TEST_FOLDER";
+
+/// Whether a process runs that was started with [`MARK`] set to this folder. It has its environment from the start, so one
+/// that never came to writing its id is found, too; a zombie has none any more.
+fn any_runs(marked: &Path) -> bool {
+    let mark = format!("{MARK}={}", marked.display());
+    // Not all of them are ours to read, and some end meanwhile.
+    let environments = std::fs::read_dir("/proc").unwrap().flatten();
+    let mut environments = environments.filter_map(|entry| std::fs::read(entry.path().join("environ")).ok());
+    environments.any(|environment| environment.split(|&byte| byte == 0).any(|variable| variable == mark.as_bytes()))
+}
+
 /// The process ids that scripts wrote with `echo $$ > FILE`.
 async fn pid_in(path: &Path) -> u32 {
     eventually("a script writes its process id", || {
@@ -62,6 +75,17 @@ async fn a_failing_worker_takes_its_group_down_and_is_the_one_named() {
     assert_eq!(error.to_string(), "worker-1 exited with code 3");
     let sleeper = pid_in(&pid_file).await;
     assert!(!runs(sleeper), "worker-0 is still there");
+}
+
+#[tokio::test]
+async fn a_worker_that_says_the_job_is_wrong_is_named_though_another_failed_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let pid_file = dir.path().join("pid");
+    let wait_for_other = format!("while [ ! -s {0} ]; do sleep 0.01; done; exit 75", pid_file.display());
+    let last = format!("trap 'exit 2' TERM; echo $$ > {}; while :; do sleep 0.02; done", pid_file.display());
+    let specs = [shell(dir.path(), "worker-0", &wait_for_other), shell(dir.path(), "worker-1", &last)];
+    let error = Workers::start(&specs, LONG_GRACE).unwrap().finish().await.unwrap_err();
+    assert_eq!(error.to_string(), "worker-1 exited with code 2");
 }
 
 #[tokio::test]
@@ -160,17 +184,19 @@ async fn a_child_reads_nothing_while_we_live_and_the_end_of_its_input_when_we_di
 #[tokio::test]
 async fn a_program_that_cannot_start_is_named_and_leaves_no_process() {
     let dir = tempfile::tempdir().unwrap();
-    let pid_file = dir.path().join("pid");
     let mut missing = shell(dir.path(), "worker-1", "");
     missing.program = dir.path().join("no-such-program");
-    let first = shell(dir.path(), "worker-0", &format!("echo $$ > {}; exec sleep 600", pid_file.display()));
+    // Not the shell's last command, which some shells become: a process has no environment for a moment then.
+    let mut first = shell(dir.path(), "worker-0", "sleep 600; exit");
+    first.env.insert(MARK.to_owned(), dir.path().display().to_string());
+    let workers = Workers::start(std::slice::from_ref(&first), LONG_GRACE).unwrap();
+    assert!(any_runs(dir.path()), "else it would not be found below either");
+    drop(workers);
+    eventually("worker-0 is gone", || !any_runs(dir.path())).await;
+
     let Err(error) = Workers::start(&[first, missing], LONG_GRACE) else { panic!("it started") };
     assert!(matches!(&error, ProcessError::Start { name, .. } if name == "worker-1"), "{error}");
-    if let Ok(text) = std::fs::read_to_string(&pid_file)
-        && let Ok(pid) = text.trim().parse()
-    {
-        eventually("worker-0 is gone", || !runs(pid)).await;
-    }
+    eventually("worker-0 is gone again", || !any_runs(dir.path())).await;
 }
 
 #[test]
