@@ -106,6 +106,8 @@ impl Mirror {
         let found = strays.find(&self.folder, &self.folder, &wanted);
         found.map_err(|source| ArtifactError::io("read", &self.folder, source))?;
         if changed.is_empty() && strays.files.is_empty() && kept.partial.is_empty() {
+            // Another process may have made whole what this one has not.
+            self.change(&BTreeSet::new());
             return Ok(BTreeMap::new());
         }
         // Until all of a folder is here, it is neither what it was nor what it is to be, also for the next process.

@@ -163,10 +163,11 @@ async fn verify(store: &Store, references: &[String]) -> Result<(), Error> {
         match store.verify(&digest).await {
             Ok(artifact) => {
                 let files = artifact.manifest.files.len();
-                output::print(&format!("ok       {name}  {files} files, {}\n", size(artifact.manifest.total_bytes())))?;
+                let bytes = size(artifact.manifest.total_bytes());
+                output::print_as_it_goes(&format!("ok       {name}  {files} files, {bytes}\n"))?;
             }
             Err(error @ (ArtifactError::Corrupt { .. } | ArtifactError::NotFound { .. })) => {
-                output::print(&format!("damaged  {name}\n"))?;
+                output::print_as_it_goes(&format!("damaged  {name}\n"))?;
                 first_failure = first_failure.or(Some(error));
             }
             Err(error) => return Err(error.into()),
@@ -200,7 +201,7 @@ async fn remove(store: &Store, references: &[String]) -> Result<(), Error> {
     for digest in digests {
         let names = store.remove(&digest).await?;
         let called = if names.is_empty() { String::new() } else { format!("  ({})", names.join(", ")) };
-        output::print(&format!("removed  {}{called}\n", digest.short()))?;
+        output::print_as_it_goes(&format!("removed  {}{called}\n", digest.short()))?;
     }
     Ok(())
 }

@@ -13,6 +13,7 @@ use crate::{artifact, data, infer, output, plan, up};
 /// Runs a command, prints its error if it has one, and says what to exit with.
 pub fn run(cli: Cli) -> ExitCode {
     init_logs();
+    sensorium_lifecycle::open_many_files();
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&Error::Runtime(error)),

@@ -13,6 +13,17 @@ pub fn print(text: &str) -> Result<(), Error> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::Output)
 }
 
+/// The same of work that goes on whether or not anybody reads of it.
+///
+/// # Errors
+/// As [`print`], but for a reader that has gone.
+pub fn print_as_it_goes(text: &str) -> Result<(), Error> {
+    match print(text) {
+        Err(Error::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        printed => printed,
+    }
+}
+
 /// Whether colours on standard error would be seen, and are not declined (no-color.org).
 pub fn colours() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())

@@ -98,6 +98,15 @@ pub enum DataError {
         /// The target.
         path: PathBuf,
     },
+    /// An import would replace a data set that it has not made.
+    #[error(
+        "`{}` is a data set from elsewhere; nothing was changed: choose another folder (--out), or remove it",
+        path.display()
+    )]
+    Foreign {
+        /// The target.
+        path: PathBuf,
+    },
     /// Another process writes the same data set.
     #[error("another process is writing `{}`; wait until it is done", path.display())]
     Busy {

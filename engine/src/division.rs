@@ -1,7 +1,7 @@
 //! Divisions of integers that have no result: by zero, and of the smallest one by -1. onnxruntime looks out for the first in some of
 //! its operators and for the second in none, and leaves them to the processor. One of ARM says 0 and the dividend, and goes on; x86
 //! ends the process, so that one request with these numbers in it would end a server with all of its models. ONNX leaves the results
-//! open; here they are those of ARM on both.
+//! open; here they are 0 and the dividend on both.
 //!
 //! The signal that x86 raises is answered by what the instruction would have done: its registers are set, and the thread goes on
 //! behind it. What is no such instruction ends the process as it always did.
@@ -129,9 +129,12 @@ mod x86 {
         // SAFETY: the processor has read this instruction from there, and `division` looks at no byte behind it.
         let found = (code == DIVISION).then(|| division(|index| unsafe { *start.add(index) })).flatten();
         let Some(Division { length, width, is_signed }) = found else {
-            // It is raised again where it came from, and ends the process.
-            // SAFETY: the default action is always there.
-            unsafe { libc::signal(libc::SIGFPE, libc::SIG_DFL) };
+            // It ends the process, as soon as this returns.
+            // SAFETY: the default action is always there, and both may be called here.
+            unsafe {
+                libc::signal(libc::SIGFPE, libc::SIG_DFL);
+                libc::raise(libc::SIGFPE);
+            }
             return;
         };
         let (quotient, remainder) = (libc::REG_RAX as usize, libc::REG_RDX as usize);

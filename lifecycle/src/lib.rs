@@ -35,6 +35,15 @@ pub fn start_over_with(program_name: &str, settings: &[(&str, &str)]) {
     eprintln!("{program_name}: could not start over with its settings: {error}");
 }
 
+/// Lets this process open as many files as it may: data sets have a file for each thousand samples. The limit that a process begins
+/// with is a low one for the sake of programs that still call select(); this is none of them.
+pub fn open_many_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    // Where that is not let, opening them says so.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+}
+
 /// Listens from this call on, so that nothing is lost during a slow start; what it returns completes when somebody asks.
 /// Call it on a Tokio runtime. The signals never end this process by themselves again, however often they come.
 ///

@@ -13,14 +13,15 @@ const OPERATION: Duration = Duration::from_mins(5);
 /// by how a worker failed.
 const MARGIN: Duration = Duration::from_mins(1);
 
-/// Meets the other ranks, which all run within `pre_running_deadline_seconds` or are taken down.
+/// Meets the other ranks, which all run within `pre_running_deadline_seconds` or are taken down, and then read their data first, as
+/// this one has.
 ///
 /// # Errors
 /// [`TrainError::Stopped`] where any of them was asked to stop before all had met.
 pub fn join(launch: &Launch, pre_running_deadline_seconds: u64, stop: &Stop) -> Result<ProcessGroup, TrainError> {
     stop.check()?;
     let patience = Patience {
-        joining: Duration::from_secs(pre_running_deadline_seconds) + MARGIN,
+        joining: Duration::from_secs(pre_running_deadline_seconds).max(OPERATION) + MARGIN,
         operation: OPERATION,
         cancelled: &|| stop.is_requested(),
     };

@@ -15,7 +15,7 @@ use sensorium_api::run::{ArtifactResult, RunConfig, RunResult, RunState};
 use sensorium_artifact::{Volume, Volumes};
 use sensorium_compress::Control;
 use sensorium_dist::{Launch, keep_freed_memory};
-use sensorium_lifecycle::{NO_ONNXRUNTIME_TELEMETRY, start_over_with};
+use sensorium_lifecycle::{NO_ONNXRUNTIME_TELEMETRY, open_many_files, start_over_with};
 use sensorium_telemetry::{Lines, Options, Parent, Telemetry};
 use sensorium_trainer::join::join;
 use sensorium_trainer::launch::launch;
@@ -75,6 +75,7 @@ struct RunArgs {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     start_over_with("sensorium-trainer", &[NO_ONNXRUNTIME_TELEMETRY]);
+    open_many_files();
     let (runtime, telemetry) = match runtime().and_then(|runtime| telemetry(&runtime).map(|it| (runtime, it))) {
         Ok(both) => both,
         Err(error) => {

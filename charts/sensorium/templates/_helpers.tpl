@@ -37,7 +37,7 @@ NetworkPolicies that the operator writes let in pods with that label.
 */}}
 {{- define "sensorium.selectorLabels" -}}
 app.kubernetes.io/name: sensorium-operator
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: operator
 {{- end -}}
 
@@ -52,7 +52,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* Labels of the plugin on every node. */}}
 {{- define "sensorium.nodeCacheSelectorLabels" -}}
 app.kubernetes.io/name: sensorium-node-cache
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: node-cache
 {{- end -}}
 

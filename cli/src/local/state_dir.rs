@@ -4,7 +4,7 @@
 //! .sensorium/
 //!   lock                          held by the `up` that runs here, with its process id
 //!   report.json report.html       the last finished run
-//!   questions/                    images that the served model was asked about
+//!   questions/JOB/                images that the served model was asked about
 //!   volumes/CLAIM/                what a manifest calls pvc://CLAIM
 //!   jobs/KIND-NAME/
 //!     config/                     configuration files, mounted as "config"

@@ -121,8 +121,10 @@ impl<'a> Run<'a> {
             // Not known how far it came: the next run goes on from its checkpoint.
             Err(_) => {}
         }
-        folder.set_record(&record)?;
+        // Why a job failed is said also where that cannot be kept.
+        let kept = folder.set_record(&record);
         let Finished { result, .. } = outcome?;
+        kept?;
         self.view.job_line(&job.plan.job.to_string(), &summary::done(&result));
         Ok(Outcome::succeeded(result))
     }
@@ -175,7 +177,7 @@ impl<'a> Run<'a> {
             let chosen = questions::choose(&dataset, verification.samples as usize)
                 .map_err(|source| Error::Data { uri: verification.data.clone(), source })?;
             let mut client = self.interrupt.or(Client::connect(&address)).await?;
-            let folder = self.state.questions();
+            let folder = self.state.questions().join(&job.plan.job.name);
             let asked = questions::ask(&mut client, &job.plan.job.name, chosen, &folder);
             let asked = self.interrupt.or(asked).await?;
             self.view.line(questions::table(&asked).trim_end());

@@ -3,11 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::index::digest;
+use crate::index::{INDEX_FILE, Index, digest};
 use crate::{DataError, Dataset, QuestionAnswer, Sample, ShardWriter, WriterOptions};
 
 const SPLITS: [&str; 2] = ["train", "test"];
@@ -108,7 +109,7 @@ impl SplitSource {
         let mut hasher = Sha256::new();
         hasher.update(&bytes);
         hasher.update(answers.join("\n"));
-        Ok(Self { split, images, questions, fingerprint: format!("easy-vqa {}", digest(hasher)) })
+        Ok(Self { split, images, questions, fingerprint: format!("{SOURCE}{}", digest(hasher)) })
     }
 
     fn import(
@@ -118,7 +119,7 @@ impl SplitSource {
         progress: &mut impl FnMut(Progress),
     ) -> Result<SplitSummary, DataError> {
         let Self { split, images, questions, fingerprint } = self;
-        if let Some(dataset) = whole(target, &fingerprint) {
+        if let Some(dataset) = whole(target, &fingerprint)? {
             return Ok(SplitSummary::new(split, &dataset, false));
         }
         let options =
@@ -150,19 +151,32 @@ impl SplitSummary {
     }
 }
 
+/// What the source of every data set that is made here begins with.
+const SOURCE: &str = "easy-vqa ";
+
 /// The data set at `target` if nothing needs to be done.
-fn whole(target: &Path, fingerprint: &str) -> Option<Dataset> {
-    let dataset = Dataset::open(target).and_then(|dataset| dataset.verify().map(|()| dataset));
-    match dataset {
-        Ok(dataset) if dataset.index().source.as_deref() == Some(fingerprint) => Some(dataset),
-        Ok(_) => {
-            tracing::info!(folder = %target.display(), "made from other questions: writing it again");
-            None
-        }
-        Err(DataError::NotADataset { .. }) => None,
+///
+/// # Errors
+/// [`DataError::Occupied`] for a data set that somebody else has made.
+fn whole(target: &Path, fingerprint: &str) -> Result<Option<Dataset>, DataError> {
+    let path = target.join(INDEX_FILE);
+    let index = match fs::read(&path) {
+        Ok(bytes) => Index::parse(&path, &bytes)?,
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
+        Err(source) => return Err(DataError::io("read", &path, source)),
+    };
+    if index.source.as_ref().is_none_or(|source| !source.starts_with(SOURCE)) {
+        return Err(DataError::Foreign { path: target.to_owned() });
+    }
+    if index.source.as_deref() != Some(fingerprint) {
+        tracing::info!(folder = %target.display(), "made from other questions: writing it again");
+        return Ok(None);
+    }
+    match Dataset::open(target).and_then(|dataset| dataset.verify().map(|()| dataset)) {
+        Ok(dataset) => Ok(Some(dataset)),
         Err(error) => {
             tracing::warn!(folder = %target.display(), %error, "not whole: writing it again");
-            None
+            Ok(None)
         }
     }
 }

@@ -105,6 +105,22 @@ fn a_split_that_is_damaged_or_from_other_questions_is_written_again() {
 }
 
 #[test]
+fn a_data_set_that_somebody_else_has_made_stays() {
+    let (source, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    small_source(source.path(), 3);
+    easy_vqa(source.path(), out.path(), |_| {}).unwrap();
+    let path = out.path().join("test/index.json");
+    let own = fs::read_to_string(&path).unwrap();
+    for other in [own.replace("easy-vqa ", "my pictures "), own.replace("\"schemaVersion\":1", "\"schemaVersion\":9")] {
+        assert_ne!(other, own);
+        fs::write(&path, &other).unwrap();
+        let error = easy_vqa(source.path(), out.path(), |_| {}).unwrap_err();
+        assert!(matches!(error, DataError::Foreign { .. } | DataError::UnknownSchema { .. }), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), other);
+    }
+}
+
+#[test]
 fn a_source_that_lacks_a_part_is_refused_with_a_hint_and_nothing_is_written() {
     for part in ["answers.txt", "train/questions.json", "train/images", "test/questions.json", "test/images"] {
         let (source, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

@@ -145,6 +145,9 @@ where
                     touched.extend(old.into_keys().filter(|owner| !state.by_owner.contains_key(owner)));
                 }
                 watcher::Event::Apply(Lean(mut object)) => {
+                    if object.owner_references().is_empty() {
+                        touched.extend(forget(&mut write(), &object));
+                    }
                     if let Some(owner) = owner_of(&object) {
                         prune(&mut object);
                         put(write().by_owner.entry(owner.clone()).or_default(), &object);
@@ -152,6 +155,9 @@ where
                     }
                 }
                 watcher::Event::Delete(Lean(object)) => {
+                    if object.owner_references().is_empty() {
+                        touched.extend(forget(&mut write(), &object));
+                    }
                     if let Some(owner) = owner_of(&object) {
                         let mut state = write();
                         if let Some(children) = state.by_owner.get_mut(&owner) {
@@ -167,6 +173,19 @@ where
             futures::stream::iter(touched)
         });
     (children, stream)
+}
+
+/// Drops an object that is nobody's any more, as its owner was deleted without it, and says whose it was.
+fn forget<K: ResourceExt>(state: &mut State, object: &K) -> Option<Key> {
+    let (namespace, name) = (object.namespace()?, object.name_any());
+    let mut owners = state.by_owner.iter().filter(|(owner, _)| owner.0 == namespace);
+    let owner = owners.find(|(_, children)| children.iter().any(|child| *child.name == *name))?.0.clone();
+    let children = state.by_owner.get_mut(&owner)?;
+    children.retain(|child| *child.name != *name);
+    if children.is_empty() {
+        state.by_owner.remove(&owner);
+    }
+    Some(owner)
 }
 
 /// Whether an object is of exactly this owner, and not of one of the same name that was there before.

@@ -27,7 +27,7 @@ use super::index::reference;
 use super::kept::{Kept, Own};
 use super::visit::Visit;
 use super::{Error, News, Stop};
-use crate::plan::{Pins, WorkloadPlan, plan_pinned};
+use crate::plan::{Pins, WorkloadPlan, check_available, plan_pinned};
 use crate::render::{ACCESS_ANNOTATION, Owner, access_of, attempt_of, render_run, short_digest};
 use crate::status::conditions::is_true;
 use crate::status::{
@@ -172,13 +172,16 @@ impl Runs {
         let key: Key = (object.namespace().unwrap_or_default(), object.name_any());
         let old = object.status();
         let before = old.cloned().unwrap_or_default();
-        let declared = plan_pinned(&manifest, &Pins::default());
         let jobs = self.jobs.of(&key).into_iter().map(Arc::unwrap_or_clone);
         let (jobs, foreign): (Vec<Job>, Vec<Job>) = jobs.partition(|job| is_of(job, object));
         let is_taken = !foreign.is_empty()
             || self.services.of(&key).iter().any(|service| !is_of(&**service, object))
             || self.configs.of(&key).iter().any(|config| !is_of(&**config, object))
             || self.policies.of(&key).iter().any(|policy| !is_of(&**policy, object));
+        // What an earlier version has started goes on to its end.
+        let is_new = jobs.is_empty() && before.attempt == 0;
+        let available = if is_new { check_available(&manifest) } else { Ok(()) };
+        let declared = available.and_then(|()| plan_pinned(&manifest, &Pins::default()));
         let pods = match jobs.iter().find(|job| is_to_be_judged(&before, job)) {
             Some(ended) => self.live_pods(&key, ended).await?,
             None => self.pods.of(&key).into_iter().map(Arc::unwrap_or_clone).collect(),
@@ -204,7 +207,9 @@ impl Runs {
         let decision = decide(&observed);
         if let Err(error) = self.carry_out(visit, object, &manifest, &key, old, &jobs, &decision).await {
             // Nobody says when a quota or a policy changes: it is tried again, with growing pauses.
-            if let Some(refusal) = error.refusal() {
+            let starts = matches!(decision.action, Action::Ensure { .. }) && jobs.is_empty();
+            let ends = !is_true(&before.conditions, "Complete") && is_true(&decision.status.conditions, "Complete");
+            if let Some(refusal) = error.refusal().filter(|_| starts || ends) {
                 let (status, note) = refused(&observed, &decision.status, &refusal);
                 apply::write_status(visit, object, old, &status).await?;
                 self.context.publish(&object.object_ref(&()), note.as_slice()).await;

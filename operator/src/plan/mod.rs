@@ -19,6 +19,7 @@ pub use workload::{ArtifactVolume, HttpProbe, Lifetime, Mount, MountSource, Prog
 use std::collections::BTreeMap;
 
 use sensorium_api::Resource;
+use sensorium_api::manifest::unavailable;
 
 /// Why a resource has no plan.
 #[derive(Debug, thiserror::Error)]
@@ -77,10 +78,21 @@ impl Pins {
     }
 }
 
+/// That programs of this version can do what `resource` asks for: the API server takes more.
+///
+/// # Errors
+/// [`PlanError::NotAvailable`].
+pub fn check_available(resource: &Resource) -> Result<(), PlanError> {
+    let Resource::TrainingJob(job) = resource else { return Ok(()) };
+    let unavailable: Vec<String> =
+        unavailable(&job.spec).into_iter().map(|(field, cause)| format!("{field} {cause}")).collect();
+    if unavailable.is_empty() { Ok(()) } else { Err(PlanError::NotAvailable { what: unavailable.join("; ") }) }
+}
+
 /// What `resource` needs to run.
 ///
 /// # Errors
-/// [`PlanError::RunsNothing`] for a ModelArtifact, [`PlanError::NotAvailable`], [`PlanError::Spec`].
+/// [`PlanError::RunsNothing`] for a ModelArtifact, [`PlanError::Spec`].
 pub fn plan(resource: &Resource) -> Result<WorkloadPlan, PlanError> {
     plan_pinned(resource, &Pins::default())
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use sensorium_api::run::{JobKey, JobKind};
-use sensorium_api::{ModelSource, TrainingJob, manifest};
+use sensorium_api::{ModelSource, TrainingJob};
 
 use super::config::{PROGRESS, PROGRESS_PORT, common_env, config_args, config_files, report_args};
 use super::spec_hash;
@@ -20,11 +20,6 @@ const RENDEZVOUS_PORT: u16 = 29_500;
 
 pub(super) fn plan_training(object: &TrainingJob, pins: &Pins) -> Result<WorkloadPlan, PlanError> {
     let job = JobKey::of(object, JobKind::TrainingJob);
-    let unavailable: Vec<String> =
-        manifest::unavailable(&object.spec).into_iter().map(|(field, cause)| format!("{field} {cause}")).collect();
-    if !unavailable.is_empty() {
-        return Err(PlanError::NotAvailable { what: unavailable.join("; ") });
-    }
     // Of the spec as it was written: a run of another width, or of a name that was looked up, is the same run.
     let spec_hash = spec_hash::training(&object.spec);
     let requires = match &object.spec.model {

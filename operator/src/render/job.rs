@@ -22,6 +22,8 @@ use crate::plan::{Role, WorkloadPlan};
 
 /// Kueue's label: the queue that lets a Job in.
 pub(crate) const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
+/// Label of a Job: the queue that its spec named when it was made, or nothing. Kueue may add a queue of its own.
+pub(crate) const MADE_FOR_LABEL: &str = "sensorium.dev/queue";
 /// Time between SIGTERM and SIGKILL: enough to finish a training step and write a checkpoint.
 const GRACE_SECONDS: i64 = 30;
 
@@ -97,6 +99,7 @@ pub fn render_run(owner: &Owner, plan: &WorkloadPlan, role: &Role, attempt: u32,
     if let Some(queue) = queue {
         job_labels.insert(QUEUE_LABEL.to_owned(), queue.clone());
     }
+    job_labels.insert(MADE_FOR_LABEL.to_owned(), queue.cloned().unwrap_or_default());
     let mut annotations = if is_short { file_annotations(plan) } else { BTreeMap::new() };
     annotations.insert(OWNER_ANNOTATION.to_owned(), owner.job.name.clone());
     let replicas = i32::try_from(role.replicas).unwrap_or(i32::MAX);

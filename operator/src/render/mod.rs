@@ -15,7 +15,7 @@ mod store_jobs;
 
 pub(crate) use encoders::GRAPH_LABEL;
 pub use encoders::{ENCODER_LABEL, ENCODERS_ANNOTATION, Encoder, render_encoders};
-pub(crate) use job::QUEUE_LABEL;
+pub(crate) use job::{MADE_FOR_LABEL, QUEUE_LABEL};
 pub use job::{RunObjects, attempt_of, render_run};
 pub use names::{
     ATTEMPT_LABEL, KIND_LABEL, MANAGED_BY, NAME_LABEL, OWNER_ANNOTATION, child_name, labels, selector, service_name,

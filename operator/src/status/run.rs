@@ -10,7 +10,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::ResourceExt;
 use sensorium_api::run::{GateResult, Progress, RunState};
 use sensorium_api::{AttemptFailure, JobState, JobStatus};
@@ -20,7 +20,7 @@ use super::failure::{self, Cause, Failure};
 use super::serving::has_ended;
 use super::{Note, Refusal, backoff};
 use crate::plan::{RunPolicy, WorkloadPlan};
-use crate::render::{QUEUE_LABEL, attempt_of};
+use crate::render::{MADE_FOR_LABEL, QUEUE_LABEL, attempt_of};
 
 /// How long the pods of an attempt of which one has ended may take to end as well: what Kubernetes gives them, and as much again. One on
 /// a node that is gone never says so.
@@ -200,15 +200,15 @@ impl Visit<'_> {
         }
     }
 
-    /// Whether the attempt waits for a queue that is not the one that the spec names, or for none although it names one.
+    /// Whether the attempt waits, and the spec names another queue by now than when it was made.
     fn is_in_another_queue(plan: &WorkloadPlan, job: &Job) -> bool {
-        let is_held = job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true);
-        is_held && job.labels().get(QUEUE_LABEL) != plan.scheduling.queue_name.as_ref()
+        let queue = plan.scheduling.queue_name.as_deref().unwrap_or_default();
+        is_held(job) && job.labels().get(MADE_FOR_LABEL).is_some_and(|made_for| made_for != queue)
     }
 
     /// Whether the attempt waits for us, and not for a queue, to go on.
     fn suspended_without_queue(plan: &WorkloadPlan, job: &Job) -> bool {
-        plan.scheduling.queue_name.is_none() && job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true)
+        is_held(job) && queue_of(plan, job).is_none()
     }
 
     fn hold(mut self, plan: &WorkloadPlan, current: Option<(u32, &Job)>) -> Decision {
@@ -223,10 +223,8 @@ impl Visit<'_> {
         self.say(JobState::Suspended, message.to_owned());
         let action = match current {
             // The queue owns `suspend` of its Jobs, so holding one means taking it away.
-            Some(_) if plan.scheduling.queue_name.is_some() => Action::Remove,
-            Some((attempt, job)) if job.spec.as_ref().and_then(|spec| spec.suspend) != Some(true) => {
-                Action::Suspend { attempt, hold: true }
-            }
+            Some((_, job)) if queue_of(plan, job).is_some() => Action::Remove,
+            Some((attempt, job)) if !is_held(job) => Action::Suspend { attempt, hold: true },
             _ => Action::None,
         };
         self.end(action, None)
@@ -285,12 +283,8 @@ impl Visit<'_> {
         }
         let workers = workers_of(job);
         self.status.workers = Some(workers);
-        // One that has failed takes the others with it, of which its Job says more when all have ended.
-        if has(job, "FailureTarget") || pods.iter().any(|pod| phase(pod) == "Failed" || is_leaving(pod)) {
-            return self.ending(attempt, &pods, policy);
-        }
-        if job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true) {
-            let queue = plan.scheduling.queue_name.as_deref().unwrap_or_default();
+        if is_held(job) {
+            let queue = queue_of(plan, job).unwrap_or_default();
             let message = format!("waits for Kueue to let it in through queue {queue}");
             self.conditions().set("PodsReady", false, "Queued", &message);
             self.say(JobState::Pending, message);
@@ -298,6 +292,10 @@ impl Visit<'_> {
         }
         if let Some(decision) = self.deadline(policy) {
             return decision;
+        }
+        // One that has failed takes the others with it, of which its Job says more when all have ended.
+        if has(job, "FailureTarget") || pods.iter().any(|pod| phase(pod) == "Failed" || is_leaving(pod)) {
+            return self.ending(attempt, &pods, policy);
         }
         let running = pods.iter().filter(|pod| phase(pod) == "Running" || phase(pod) == "Succeeded").count() as u32;
         if running >= workers {
@@ -322,9 +320,6 @@ impl Visit<'_> {
 
     /// Some pods have ended, or are about to, and the rest is waited for: what they end with is what is judged.
     fn ending(mut self, attempt: u32, pods: &[Pod], policy: &RunPolicy) -> Decision {
-        if let Some(decision) = self.deadline(policy) {
-            return decision;
-        }
         // The time by which it should have gone: the grace that it was given is in it.
         let stuck = pods.iter().find(|pod| {
             let due = pod.metadata.deletion_timestamp.as_ref().map(|time| time.0 + LAST_WORDS);
@@ -335,9 +330,13 @@ impl Visit<'_> {
             return self.failed(attempt, Failure { cause: Cause::Disruption, message, result: None }, policy);
         }
         let left = pods.iter().filter(|pod| !has_ended(pod)).count();
-        let message = format!("a worker has ended, and {left} are about to");
+        // Those of before it was suspended go while it is let go on already.
+        let (state, message) = match self.status.start_time {
+            Some(_) => (JobState::Running, format!("a worker has ended, and {left} are about to")),
+            None => (JobState::Pending, format!("waits until {left} workers of before have ended")),
+        };
         self.conditions().set("PodsReady", false, "Ending", &message);
-        self.say(JobState::Running, message);
+        self.say(state, message);
         let wait = self.nearest(policy, ENDING_INTERVAL);
         self.end(Action::None, Some(wait))
     }
@@ -544,6 +543,11 @@ impl Visit<'_> {
 pub fn refused(observed: &Observed<'_>, decided: &JobStatus, refusal: &Refusal) -> (JobStatus, Option<Note>) {
     let (reason, mut status) = (refusal.cause.reason(), decided.clone());
     let is_known = observed.status.conditions.iter().any(|c| c.type_ == "PodsReady" && c.reason == reason);
+    // It was never said that it is complete, and is not to seem to have been taken back.
+    let is_end = |c: &Condition| c.type_ == "Complete";
+    if let Some(before) = observed.status.conditions.iter().find(|c| is_end(c)) {
+        status.conditions.iter_mut().filter(|c| is_end(c)).for_each(|end| end.clone_from(before));
+    }
     let mut conditions = Conditions::new(&mut status.conditions, &TYPES, observed.generation, observed.now);
     conditions.set("PodsReady", false, reason, &refusal.message);
     conditions.set("Complete", false, "NotEnded", "the job has not ended");
@@ -551,6 +555,16 @@ pub fn refused(observed: &Observed<'_>, decided: &JobStatus, refusal: &Refusal) 
     status.state = Some(JobState::Pending);
     status.message = Some(refusal.message.clone());
     (status, (!is_known).then(|| Note::warning(reason, &refusal.message)))
+}
+
+/// Whether its pods are not to be there, for now.
+fn is_held(job: &Job) -> bool {
+    job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true)
+}
+
+/// The queue that decides when an attempt runs: the spec's, or one that Kueue has given it by itself.
+fn queue_of<'a>(plan: &'a WorkloadPlan, job: &'a Job) -> Option<&'a str> {
+    plan.scheduling.queue_name.as_deref().or_else(|| job.labels().get(QUEUE_LABEL).map(String::as_str))
 }
 
 /// Whether a Job is about to fail, and all of it that can still say why has said so.

@@ -5,7 +5,7 @@ use insta::assert_yaml_snapshot;
 use sensorium_api::manifest::parse_documents;
 use sensorium_api::run::RunConfig;
 use sensorium_api::{Resource, ServingJobSpec, TrainingJobSpec};
-use sensorium_operator::plan::{PlanError, WorkloadPlan, plan};
+use sensorium_operator::plan::{PlanError, WorkloadPlan, check_available, plan};
 use serde_json::{Value, json};
 
 /// A plan with the names of its files only, and no hash: an example's learning rate is not what these tests watch.
@@ -113,7 +113,7 @@ fn what_no_trainer_does_yet_is_refused_by_name_also_where_the_api_server_has_tak
     let Resource::TrainingJob(mut job) = resources.into_iter().next().unwrap() else { panic!("it is a TrainingJob") };
     job.spec.parallelism.tensor = 2;
     job.spec.parallelism.zero_stage = 1;
-    let error = plan(&Resource::TrainingJob(job)).unwrap_err();
+    let error = check_available(&Resource::TrainingJob(job)).unwrap_err();
     assert_eq!(
         error.to_string(),
         "spec.parallelism.tensor is 2, which is not available yet; use 1, and `data` for more processes; \

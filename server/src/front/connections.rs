@@ -35,7 +35,7 @@ use super::{
     App,
     corked::{Connection, corked},
     drained::Drained,
-    going::Going,
+    going::{Going, PIECE},
     guard,
     impatient::Impatient,
     metered::{Metered, Sent},
@@ -317,7 +317,9 @@ async fn exchange<S>(
         .max_pending_accept_reset_streams(RESETS)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_frame_size(FRAME);
+        .max_frame_size(FRAME)
+        // What a stream keeps of an answer that its client has room for, and the socket has not.
+        .max_send_buf_size(PIECE);
     let (stream, cork) = corked(stream, STALL);
     let connection = builder.serve_connection(TokioIo::new(Impatient::new(stream, FIRST_WORDS)), service);
     let mut connection = Connection::Open(pin!(connection));

@@ -19,7 +19,7 @@ use crate::budget::{Budget, Taken};
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// Answers go in pieces of this at most: the connection keeps each until it may be sent.
-const PIECE: usize = 64 << 10;
+pub(super) const PIECE: usize = 64 << 10;
 /// Pieces of less than this are not worth to be told when they have gone.
 const SMALL: usize = 4 << 10;
 /// Whoever takes so much of an answer in a second is not cut off.
@@ -35,8 +35,8 @@ pub(super) struct Going<B> {
     /// A large answer gives its reader more time, as the system may keep much of it before the connection has to ask for more.
     longer: Duration,
     holds: Holds,
-    /// Whether its last byte goes by itself: a connection of HTTP/2 forgets an answer as soon as it has all of it, and asks for what
-    /// is left only once its client has made room.
+    /// Whether its last byte goes by itself: a connection of HTTP/2 forgets an answer as soon as it has all of it, and takes what is
+    /// left only once its client has made room for what came before.
     holds_back: bool,
     /// Its connection counts these.
     _under_way: Arc<()>,
@@ -96,7 +96,13 @@ where
             }
         }
         let most = self.piece.len().min(PIECE);
-        let is_last = most == self.piece.len() && self.body.is_end_stream();
+        // Trailers may follow, and the connection takes those at once. Of an answer that is made while it goes any piece may be
+        // the last, and is held until there is room for all of it.
+        let is_last = most == self.piece.len()
+            && match self.holds {
+                Holds::Whole { .. } => self.body.size_hint().exact() == Some(0),
+                Holds::Last { .. } => true,
+            };
         let held_back = usize::from(self.holds_back && is_last && most > SMALL);
         let next = self.piece.split_to(most - held_back);
         Poll::Ready(Some(Ok(Frame::data(next))))
@@ -187,6 +193,51 @@ mod tests {
                 assert_eq!(body.is_end_stream(), found.len() == sizes.len());
             }
             assert_eq!(found, sizes);
+        }
+    }
+
+    #[tokio::test]
+    async fn the_last_byte_goes_by_itself_also_where_trailers_follow_or_more_may_come() {
+        let frames = |is_known: bool| {
+            let data = Frame::data(Bytes::from(vec![7; 2 * SMALL]));
+            let frames = [data, Frame::trailers(axum::http::HeaderMap::new())].map(Ok::<_, Error>);
+            let body = http_body_util::StreamBody::new(futures::stream::iter(frames));
+            Sized { body, left: is_known.then_some(2 * SMALL as u64) }
+        };
+        for is_known in [true, false] {
+            let budget = Budget::new(1 << 20, Metrics::new().budget());
+            let mut body = Going::new(frames(is_known), &budget, Arc::new(()), None, true);
+            let mut found = Vec::new();
+            while let Some(frame) = body.frame().await {
+                found.push(frame.unwrap().into_data().map_or(0, |data| data.len()));
+            }
+            assert_eq!(found, [2 * SMALL - 1, 1, 0], "{is_known}");
+        }
+    }
+
+    /// A body of which it is known how much is left, where that is so.
+    struct Sized<B> {
+        body: B,
+        left: Option<u64>,
+    }
+
+    impl<B: Body<Data = Bytes, Error = Error> + Unpin> Body for Sized<B> {
+        type Data = Bytes;
+        type Error = Error;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+            let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+            if let (Some(left), Some(Ok(frame))) = (&mut self.left, &frame) {
+                *left -= frame.data_ref().map_or(0, |data| data.len() as u64);
+            }
+            Poll::Ready(frame)
+        }
+
+        fn size_hint(&self) -> SizeHint {
+            self.left.map_or_else(SizeHint::new, SizeHint::with_exact)
         }
     }
 

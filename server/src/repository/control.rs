@@ -28,6 +28,8 @@ struct Course {
     to_come: BTreeSet<String>,
     /// Those of them that are there, and what they needed.
     brought: BTreeSet<String>,
+    /// Those of these of which a version is not there.
+    partly: BTreeSet<String>,
 }
 
 /// Where a unit of models comes from.
@@ -222,12 +224,13 @@ impl Registry {
 
     /// Loads models, or loads them again, by whoever holds `changing`: those that could not be.
     pub(super) async fn bring_all(&self, names: Vec<String>) -> Vec<String> {
-        let mut course = Course { to_come: names.iter().cloned().collect(), brought: BTreeSet::new() };
+        let mut course = Course { to_come: names.iter().cloned().collect(), ..Course::default() };
         let mut failed = Vec::new();
         for name in names {
             // An ensemble before it may have brought it already.
             if course.brought.contains(&name) {
                 self.write().want(&name);
+                failed.extend(course.partly.take(&name));
                 continue;
             }
             if let Err(error) = self.bring(&name, LoadParameters::default(), &[], &mut course).await {
@@ -356,8 +359,13 @@ impl Registry {
                 let step_brought = Box::pin(self.bring(step, LoadParameters::default(), &above, course)).await;
                 // Of a step that has come, a version may have failed; whether the rest does is seen when it is opened.
                 let has_come = course.brought.contains(step) && self.ready(step, "");
-                if let (Err(error), false) = (step_brought, has_come) {
-                    return Err(format!("it needs model {step:?}: {}", error_line(&error)));
+                match step_brought {
+                    Ok(()) => {}
+                    Err(error) if has_come => {
+                        tracing::error!(model = step, error = error_line(&error), "not loaded as a whole");
+                        course.partly.insert(step.to_owned());
+                    }
+                    Err(error) => return Err(format!("it needs model {step:?}: {}", error_line(&error))),
                 }
             }
         }

@@ -196,8 +196,8 @@ fn side_by_side<I: Send, T: Send>(
     Ok(done)
 }
 
-/// Bytes of a tensor of a warm-up at most: what a configuration asks for is not to take the memory of all other models.
-const LARGEST_SAMPLE: usize = 1 << 30;
+/// Bytes of all samples of a warm-up at most: what a configuration asks for is not to take the memory of all other models.
+const LARGEST_WARM_UP: usize = 1 << 30;
 
 /// Runs the samples of `model_warmup` on every engine, so that the first request does not pay for what happens once. Returns
 /// the inputs of the first, which are known to be good then.
@@ -210,13 +210,13 @@ pub(super) fn warm_up(
     binding: &Binding,
     folder: &Path,
 ) -> Result<Option<Vec<RawTensor>>, String> {
-    let mut samples = Vec::new();
+    let (mut samples, mut left) = (Vec::new(), LARGEST_WARM_UP);
     let Some(signature) = engines.first().map(|engine| engine.signature().clone()) else { return Ok(None) };
     // As with Triton, none of a sample is nothing to run.
     let is_whole = |sample: &&ModelWarmup| sample.batch_size > 0 || config.max_batch_size == 0;
     for sample in config.model_warmup.iter().filter(is_whole) {
         let unfit = |reason: String| format!("its model_warmup {:?} {reason}", sample.name);
-        let inputs = inputs(sample, config, &signature, binding, folder).map_err(unfit)?;
+        let inputs = inputs(sample, config, &signature, binding, folder, &mut left).map_err(unfit)?;
         signature.validate(&inputs).map_err(|error| unfit(error_line(&error)))?;
         samples.push((sample, inputs));
     }
@@ -279,12 +279,13 @@ fn inputs(
     signature: &Signature,
     binding: &Binding,
     folder: &Path,
+    left: &mut usize,
 ) -> Result<Vec<RawTensor>, String> {
     let batch = (config.max_batch_size > 0).then_some(i64::from(sample.batch_size.max(1)));
     if let Some(rows) = batch.filter(|rows| *rows > i64::from(config.max_batch_size)) {
         return Err(format!("has batch_size {rows}, and the model's max_batch_size is {}", config.max_batch_size));
     }
-    let input = |(spec, bound): (&TensorSpec, &Option<_>)| {
+    let mut input = |(spec, bound): (&TensorSpec, &Option<_>)| {
         let Some(input) = sample.inputs.get(&spec.name) else {
             return match bound {
                 Some(_) => Err(format!("has no input `{}`", spec.name)),
@@ -292,21 +293,31 @@ fn inputs(
                 None => RawTensor::smallest(spec, batch.unwrap_or(1)).map_err(|error| error.to_string()),
             };
         };
-        tensor(input, spec, batch, folder).map_err(|reason| format!("input `{}`: {reason}", spec.name))
+        tensor(input, spec, batch, folder, left).map_err(|reason| format!("input `{}`: {reason}", spec.name))
     };
-    let mut inputs = signature.inputs().iter().zip(&binding.inputs).map(input).collect::<Result<Vec<_>, _>>()?;
+    let mut inputs = signature.inputs().iter().zip(&binding.inputs).map(&mut input).collect::<Result<Vec<_>, _>>()?;
     // Sizes are written as clients see them, and go in as the graph has them.
     binding.shape(&mut inputs).map_err(|error| error.to_string())?;
     let completed = binding.ragged.complete(inputs.into_iter().map(Some).collect());
     completed.map(|completed| completed.inputs).map_err(|error| error.to_string())
 }
 
-fn tensor(input: &Input, spec: &TensorSpec, batch: Option<i64>, folder: &Path) -> Result<RawTensor, String> {
+/// `left` are the bytes that all samples together may still have.
+fn tensor(
+    input: &Input,
+    spec: &TensorSpec,
+    batch: Option<i64>,
+    folder: &Path,
+    left: &mut usize,
+) -> Result<RawTensor, String> {
     let dtype = complete::dtype(input.data_type()).unwrap_or(spec.dtype);
     let shape: Vec<i64> = batch.into_iter().chain(input.dims.iter().copied()).collect();
-    if RawTensor::byte_count(dtype, &shape).is_some_and(|bytes| bytes > LARGEST_SAMPLE) {
-        return Err(format!("its sizes {shape:?} come to more than the {LARGEST_SAMPLE} bytes that it may have"));
-    }
+    // Strings have their length, at least.
+    let element = sensorium_engine::element_size(dtype).unwrap_or(size_of::<u32>());
+    let bytes = RawTensor::element_count(dtype, &shape).and_then(|elements| elements.checked_mul(element));
+    *left = bytes.and_then(|bytes| left.checked_sub(bytes)).ok_or_else(|| {
+        format!("with its sizes {shape:?} the samples come to more than the {LARGEST_WARM_UP} bytes that they may have")
+    })?;
     let zeros = RawTensor::zeros(dtype, shape.clone()).map_err(|error| error.to_string())?;
     let data = match &input.input_data_type {
         // The same each time, so that a start is repeatable.

@@ -124,11 +124,11 @@ async fn watch(registry: Weak<Inner>, interval: Duration, mut repositories: Vec<
         }
         if !stable.is_empty() {
             let rest = std::mem::take(&mut failed).into_iter();
-            let rest = rest.filter(|name| !stable.contains_key(name) && now.get(name).is_some_and(Option::is_some));
+            let rest = rest.filter(|name| !stable.contains_key(name) && now.contains_key(name));
             // Also after a failure: it is tried again when something changes. Unless some version of it serves, and would have to
             // begin anew; an ensemble costs nothing, and may only have wanted for what has changed.
             let (again, rest): (Vec<_>, Vec<_>) =
-                rest.partition(|name| !registry.ready(name, "") || registry.is_ensemble(name));
+                rest.partition(|name| now[name].is_some() && (!registry.ready(name, "") || registry.is_ensemble(name)));
             let names = stable.keys().cloned().chain(again);
             let _changing = registry.0.changing.lock().await;
             failed = registry.bring_all(names.collect()).await;

@@ -253,6 +253,7 @@ fn open_version(
     let sequences = match &config.scheduling_choice {
         Some(SchedulingChoice::SequenceBatching(sequence)) => {
             let keeps_state = engines.iter().any(|engine| engine.keeps_state());
+            policy.runs_once = keeps_state;
             Some(Sequences::new(name, sequence, &signature, count, interface.max_rows, keeps_state, folder)?)
         }
         _ => None,

@@ -39,6 +39,8 @@ pub struct Policy {
     pub max_elements: usize,
     /// How inputs are put together that are no rows, by their index in the graph.
     pub joins: BTreeMap<usize, Join>,
+    /// Whether what a run has done stays done, as engines have it that keep something of each for their sequences.
+    pub runs_once: bool,
     /// Rows that batches are filled up to, ascending, for engines to which every other number is something new; empty for those
     /// that take any.
     pub steps: Vec<usize>,
@@ -121,6 +123,7 @@ impl Policy {
             padding: None,
             max_elements: 0,
             joins: BTreeMap::new(),
+            runs_once: false,
             steps: Vec::new(),
         }
     }

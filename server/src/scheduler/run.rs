@@ -28,6 +28,8 @@ use crate::model::Timings;
 
 /// Bytes of an output from which on an answer is sent as it is; smaller ones are copied into it.
 const LARGE: usize = 4 << 10;
+/// Such an output is copied where it is so small a part of its batch's.
+const SHARE: usize = 8;
 
 /// Memory in which the inputs of batches are put together, one for each input: that of the last batch, used again.
 type Rooms = Vec<BytesMut>;
@@ -142,7 +144,7 @@ impl Runner {
             Err(error)
                 if jobs.len() < 2
                     || error.is_of_the_whole_batch()
-                    || engine.keeps_state() && matches!(error, ScheduleError::Outputs { .. }) =>
+                    || self.queue.policy.runs_once && matches!(error, ScheduleError::Outputs { .. }) =>
             {
                 jobs.iter().map(|_| Err(error.clone())).collect()
             }
@@ -278,10 +280,12 @@ impl Runner {
             let own = |output: &usize| {
                 let column = indices.binary_search(output).ok()?;
                 let rows = columns[column][member].clone();
-                let (bytes, all) = (rows.data().len(), found[column].data().len());
+                let (start, all) = (rows.data().as_ptr(), found[column].data().len());
                 let rows = self.queue.shapes.trim(*output, rows, work).ok()?;
+                let is_shared = rows.data().as_ptr() == start;
+                let bytes = rows.data().len();
                 // An answer may be on its way for long, and what is held for it is not to be all of its batch.
-                Some(if bytes >= LARGE && bytes <= all / 2 { rows.detached() } else { rows })
+                Some(if is_shared && bytes >= LARGE && bytes <= all / SHARE { rows.detached() } else { rows })
             };
             work.outputs.iter().map(own).collect()
         };

@@ -112,7 +112,6 @@ fn counted(
 /// Sums up all rows: its output has one row, whatever comes in.
 struct Summing {
     runs: Arc<Mutex<Vec<Vec<f32>>>>,
-    keeps_state: bool,
 }
 
 impl Engine for Summing {
@@ -124,10 +123,6 @@ impl Engine for Summing {
         let values = inputs[0].numbers::<f32>().into_owned();
         self.runs.lock().unwrap().push(values.clone());
         Ok(vec![RawTensor::from_vec(DType::Fp32, vec![1, 1], vec![values.iter().sum::<f32>()]).unwrap()])
-    }
-
-    fn keeps_state(&self) -> bool {
-        self.keeps_state
     }
 }
 
@@ -422,7 +417,7 @@ async fn a_batch_between_two_steps_is_filled_up_and_nobody_sees_what_with() {
 async fn outputs_that_are_no_rows_show_that_nothing_may_be_filled_in() {
     let (runs, lost) = (Arc::<Mutex<Vec<_>>>::default(), CancellationToken::new());
     let batching = Batching { max_rows: 8, max_waiting_rows: 100, max_delay: Duration::ZERO };
-    let engine = Box::new(Summing { runs: runs.clone(), keeps_state: false });
+    let engine = Box::new(Summing { runs: runs.clone() });
     let setup = setup(engine, Policy::of_server(batching).in_steps(), None, &lost);
     let scheduler = Scheduler::start_with(setup, Shapes::tail(1)).unwrap();
     for _ in 0..2 {
@@ -434,15 +429,16 @@ async fn outputs_that_are_no_rows_show_that_nothing_may_be_filled_in() {
 
 #[tokio::test]
 async fn what_an_engine_keeps_of_a_run_is_not_given_to_it_twice_because_its_outputs_are_no_rows() {
-    for keeps_state in [true, false] {
+    for runs_once in [true, false] {
         let (runs, lost) = (Arc::<Mutex<Vec<_>>>::default(), CancellationToken::new());
         let batching = Batching { max_rows: 2, max_waiting_rows: 100, max_delay: Duration::ZERO };
-        let policy = Policy { delay: Delay::Always(Duration::from_secs(60)), ..Policy::of_server(batching) };
-        let setup = setup(Box::new(Summing { runs: runs.clone(), keeps_state }), policy, None, &lost);
+        let delay = Delay::Always(Duration::from_secs(60));
+        let policy = Policy { delay, runs_once, ..Policy::of_server(batching) };
+        let setup = setup(Box::new(Summing { runs: runs.clone() }), policy, None, &lost);
         let scheduler = Scheduler::start_with(setup, Shapes::tail(1)).unwrap();
         let (one, other) = tokio::join!(scheduler.run(rows(&[1.0])), scheduler.run(rows(&[2.0])));
         let found = runs.lock().unwrap().clone();
-        if keeps_state {
+        if runs_once {
             assert!(matches!(one.unwrap_err(), ScheduleError::Outputs { rows: 2, .. }) && other.is_err());
             assert_eq!(found, [vec![1.0, 2.0]]);
         } else {

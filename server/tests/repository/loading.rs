@@ -138,19 +138,24 @@ async fn a_model_is_warm_before_it_is_ready() {
 #[tokio::test]
 async fn a_warm_up_that_no_memory_could_hold_is_a_reason_and_harms_no_other_model() {
     let bench = Bench::new();
-    let warm = |rows: &str, size: &str| {
+    let warm = |rows: &str, size: &str, dtype: &str| {
         format!(
             "max_batch_size: 4 model_warmup {{ name: \"w\" batch_size: {rows} inputs {{ key: \"x\" value {{ \
-             data_type: TYPE_FP32 dims: {size} zero_data: true }} }} }}"
+             data_type: TYPE_{dtype} dims: {size} zero_data: true }} }} }}"
         )
     };
-    for (name, rows, size) in [("wide", "1", "100000000000000"), ("many", "4000000000", "3")] {
-        bench.write(name, "1/model.onnx", scale(2.0, None)).write(name, "config.pbtxt", warm(rows, size));
+    let wide = "100000000000000";
+    for (name, rows, size, dtype) in
+        [("wide", "1", wide, "FP32"), ("words", "1", wide, "STRING"), ("many", "4000000000", "3", "FP32")]
+    {
+        bench.write(name, "1/model.onnx", scale(2.0, None)).write(name, "config.pbtxt", warm(rows, size, dtype));
     }
     bench.write("other", "1/model.onnx", scale(2.0, None));
     let registry = bench.open_all().await;
     let reason = |name: &str| registry.model(name, "").unwrap_err().to_string();
-    assert!(reason("wide").contains("come to more than the 1073741824 bytes"), "{}", reason("wide"));
+    for name in ["wide", "words"] {
+        assert!(reason(name).contains("come to more than the 1073741824 bytes"), "{}", reason(name));
+    }
     assert!(
         reason("many").contains("has batch_size 4000000000, and the model's max_batch_size is 4"),
         "{}",

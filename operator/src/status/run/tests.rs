@@ -161,10 +161,11 @@ impl World {
         let mut job = Job::default();
         job.metadata.name = Some(name);
         job.metadata.creation_timestamp = Some(Time(self.now));
-        let queue =
-            self.spec["scheduling"]["queueName"].as_str().map(|queue| (QUEUE_LABEL.to_owned(), queue.to_owned()));
+        let queue = self.spec["scheduling"]["queueName"].as_str();
+        let made_for = Some((MADE_FOR_LABEL.to_owned(), queue.unwrap_or_default().to_owned()));
+        let queue = queue.map(|queue| (QUEUE_LABEL.to_owned(), queue.to_owned()));
         job.metadata.labels =
-            Some([(ATTEMPT_LABEL.to_owned(), attempt.to_string())].into_iter().chain(queue).collect());
+            Some([(ATTEMPT_LABEL.to_owned(), attempt.to_string())].into_iter().chain(queue).chain(made_for).collect());
         job.spec = Some(JobSpec { completions: Some(workers as i32), suspend: Some(false), ..JobSpec::default() });
         job.status =
             Some(k8s_openapi::api::batch::v1::JobStatus { start_time: Some(Time(self.now)), ..Default::default() });
@@ -392,6 +393,17 @@ fn an_attempt_that_waits_in_a_queue_is_made_again_for_another_one_or_for_none() 
 }
 
 #[test]
+fn an_attempt_that_kueue_has_given_a_queue_by_itself_waits_for_it_and_stays() {
+    let mut world = World::new();
+    world.settle();
+    let job = &mut world.jobs[0];
+    job.spec.as_mut().unwrap().suspend = Some(true);
+    job.labels_mut().insert(QUEUE_LABEL.to_owned(), "default".to_owned());
+    assert_eq!(world.visit(), Action::Ensure { attempt: 1, workers: 2 });
+    assert_eq!(world.reason("PodsReady"), "Queued");
+}
+
+#[test]
 fn what_the_cluster_refuses_is_said_once_and_the_job_has_not_ended() {
     let (mut world, refusal) = (running(), Refusal::by_cluster("create", "ModelArtifact/m", "no room"));
     world.succeed();
@@ -413,6 +425,8 @@ fn what_the_cluster_refuses_is_said_once_and_the_job_has_not_ended() {
         };
         let (status, note) = refused(&observed, &decided, &refusal);
         assert_eq!(note.is_some(), is_first);
+        assert!(is_first || status == world.status, "nothing is written again");
+        world.pass(1);
         world.status = status;
     }
     assert_eq!((world.is("Complete"), world.reason("PodsReady")), (false, "RefusedByCluster"));

@@ -9,7 +9,10 @@ use std::sync::Arc;
 use sensorium_artifact::{DType, TensorSpec};
 use sensorium_engine::{Engine, EngineError, RawTensor, Signature, Waiters};
 
-use super::seats::{Position, Seats};
+use super::{
+    seats::{Position, Seats},
+    stateful::spoilt,
+};
 
 /// The input that tells where a request sits, behind those of the graph: the row from 1 on, 0 for a request of no
 /// sequence; and whether the sequence begins. No graph can have one of this name from a file.
@@ -119,7 +122,9 @@ impl Seated {
         let spread = |(index, input)| self.spread(index, input, into);
         let inputs: Vec<_> = inputs.iter().enumerate().map(spread).collect::<Result<_, _>>()?;
         let found = run(self.engine.as_mut(), &inputs)?;
-        found.iter().map(|output| self.gather(output, from)).collect()
+        // It has run, and may have kept something of that.
+        let again = |error| if self.engine.keeps_state() { spoilt(error) } else { error };
+        found.iter().map(|output| self.gather(output, from).map_err(again)).collect()
     }
 
     /// A run for nobody, to see that the engine runs: every seat is empty.

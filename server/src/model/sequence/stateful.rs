@@ -8,7 +8,7 @@ pub(crate) struct Stateful(pub(crate) Box<dyn Engine>);
 
 type Found = Result<Vec<RawTensor>, EngineError>;
 
-fn spoilt(error: EngineError) -> EngineError {
+pub(super) fn spoilt(error: EngineError) -> EngineError {
     match error {
         EngineError::Run { reason } => EngineError::Spoilt { reason },
         error => error,
