@@ -206,8 +206,8 @@ mod x86 {
                 let (mut quotient, mut remainder): (i64, i64);
                 // SAFETY: these instructions change the registers that are named, and no memory.
                 unsafe {
-                    asm!("cqo", "idiv {}", in(reg) divisor, inout("rax") dividend => quotient, out("rdx") remainder)
-                };
+                    asm!("cqo", "idiv {}", in(reg) divisor, inout("rax") dividend => quotient, out("rdx") remainder);
+                }
                 assert_eq!((quotient, remainder), expected, "{dividend} / {divisor}");
                 // SAFETY: the same, of a divisor in memory.
                 unsafe {
@@ -226,8 +226,8 @@ mod x86 {
             let (quotient, remainder): (u64, u64);
             // SAFETY: as above.
             unsafe {
-                asm!("div {}", in(reg) 0_u64, inout("rax") 1_u64 << 63 => quotient, inout("rdx") 0_u64 => remainder)
-            };
+                asm!("div {}", in(reg) 0_u64, inout("rax") 1_u64 << 63 => quotient, inout("rdx") 0_u64 => remainder);
+            }
             assert_eq!((quotient, remainder), (0, 0));
             assert!(super::super::forgiven() >= before + 9);
         }

@@ -179,7 +179,7 @@ mod tests {
 
     #[test]
     fn a_run_ends_when_its_waiters_have_gone_or_their_time_is_over_and_no_other_does() {
-        const LONG: Duration = Duration::from_secs(60);
+        const LONG: Duration = Duration::from_mins(1);
         let soon = || Some(Instant::now() + Duration::from_millis(30));
         std::thread::scope(|scope| {
             for _ in 0..4 {
@@ -187,7 +187,7 @@ mod tests {
                 scope.spawn(|| assert!(run(None, &mut |_| Poll::Ready(()), LONG)));
                 scope.spawn(|| assert!(!run(None, &mut |_| Poll::Pending, Duration::from_millis(200))));
                 scope.spawn(|| {
-                    assert!(!run(Some(Instant::now() + LONG), &mut |_| Poll::Pending, Duration::from_millis(200)))
+                    assert!(!run(Some(Instant::now() + LONG), &mut |_| Poll::Pending, Duration::from_millis(200)));
                 });
             }
         });

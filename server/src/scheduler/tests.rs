@@ -432,7 +432,7 @@ async fn what_an_engine_keeps_of_a_run_is_not_given_to_it_twice_because_its_outp
     for runs_once in [true, false] {
         let (runs, lost) = (Arc::<Mutex<Vec<_>>>::default(), CancellationToken::new());
         let batching = Batching { max_rows: 2, max_waiting_rows: 100, max_delay: Duration::ZERO };
-        let delay = Delay::Always(Duration::from_secs(60));
+        let delay = Delay::Always(Duration::from_mins(1));
         let policy = Policy { delay, runs_once, ..Policy::of_server(batching) };
         let setup = setup(Box::new(Summing { runs: runs.clone() }), policy, None, &lost);
         let scheduler = Scheduler::start_with(setup, Shapes::tail(1)).unwrap();
