@@ -123,12 +123,12 @@ async fn exit_code_2_fails_the_job_with_the_programs_own_words() -> Result<()> {
 async fn a_worker_that_fails_long_after_the_start_is_judged_by_its_exit_code() -> Result<()> {
     let case = Case::start("late").await?;
     let change = |job: &mut serde_json::Value| {
-        job["spec"]["preRunningDeadlineSeconds"] = json!(15);
+        job["spec"]["preRunningDeadlineSeconds"] = json!(30);
         job["spec"]["failurePolicy"] = json!({"maxRestarts": 0});
     };
     let pods = case.running("vqa", change).await?;
     // As long ago as a group may take to be whole, and more.
-    tokio::time::sleep(Duration::from_secs(17)).await;
+    tokio::time::sleep(Duration::from_secs(32)).await;
     case.kubelet.fail(&pods[1], 1, "out of luck").await?;
     let job = case.training("vqa", "to fail", |job| holds(job, "Failed")).await?;
     assert_eq!(reason(&job, "Failed"), Some("RestartsExhausted"));
