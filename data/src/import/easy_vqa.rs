@@ -157,7 +157,7 @@ const SOURCE: &str = "easy-vqa ";
 /// The data set at `target` if nothing needs to be done.
 ///
 /// # Errors
-/// [`DataError::Occupied`] for a data set that somebody else has made.
+/// [`DataError::Foreign`] for a data set that somebody else has made.
 fn whole(target: &Path, fingerprint: &str) -> Result<Option<Dataset>, DataError> {
     let path = target.join(INDEX_FILE);
     let index = match fs::read(&path) {
