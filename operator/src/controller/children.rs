@@ -82,6 +82,18 @@ struct State {
     listed: bool,
 }
 
+impl State {
+    /// Drops a child, and its owner with the last one.
+    fn remove(&mut self, owner: &Key, name: &str) {
+        if let Some(children) = self.by_owner.get_mut(owner) {
+            children.retain(|child| *child.name != *name);
+            if children.is_empty() {
+                self.by_owner.remove(owner);
+            }
+        }
+    }
+}
+
 impl<K: DeserializeOwned> Children<K> {
     /// The children of `owner`, by name.
     pub(super) fn of(&self, owner: &Key) -> Vec<Arc<K>> {
@@ -159,13 +171,7 @@ where
                         touched.extend(forget(&mut write(), &object));
                     }
                     if let Some(owner) = owner_of(&object) {
-                        let mut state = write();
-                        if let Some(children) = state.by_owner.get_mut(&owner) {
-                            children.retain(|child| *child.name != *object.name_any());
-                            if children.is_empty() {
-                                state.by_owner.remove(&owner);
-                            }
-                        }
+                        write().remove(&owner, &object.name_any());
                         touched.push(owner);
                     }
                 }
@@ -180,11 +186,7 @@ fn forget<K: ResourceExt>(state: &mut State, object: &K) -> Option<Key> {
     let (namespace, name) = (object.namespace()?, object.name_any());
     let mut owners = state.by_owner.iter().filter(|(owner, _)| owner.0 == namespace);
     let owner = owners.find(|(_, children)| children.iter().any(|child| *child.name == *name))?.0.clone();
-    let children = state.by_owner.get_mut(&owner)?;
-    children.retain(|child| *child.name != *name);
-    if children.is_empty() {
-        state.by_owner.remove(&owner);
-    }
+    state.remove(&owner, &name);
     Some(owner)
 }
 
